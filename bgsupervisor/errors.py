@@ -1,0 +1,241 @@
+"""Every error that bgsupervisor raises; knows no database, process or file.
+
+    BgSupervisorError
+    ├── ConfigError            the configuration is missing or wrong          (exit 3)
+    ├── SchemaError            tables of another version, or none             (exit 3)
+    ├── AccessError            a file or folder that this user may not use    (exit 1)
+    ├── DatabaseError          the database cannot be read or written now     (exit 1)
+    ├── UnsupportedSystem      this operating system cannot supervise         (exit 1)
+    ├── TaskDefinitionError    a task class or function that cannot work
+    ├── RequestRefused         the request was not recorded
+    │   ├── DataInvalid        data does not fit the body's signature, or is not JSON
+    │   ├── DataTooLarge       data exceeds data_max_bytes
+    │   └── TaskNotConfigured  no supervisor could load this class
+    ├── UnknownTask            no task has this id
+    ├── NotEnded               the task has no result yet
+    ├── Interrupted            the task ended INTERRUPTED, so it has no result
+    ├── NotRetryable           only an INTERRUPTED task can be retried
+    ├── AlreadyLive            a live task holds the same unique key
+    ├── WaitTimeout            a wait reached its limit
+    ├── NotInTask              the call makes sense only inside a running body
+    ├── WireError              a peer sent bytes that are not our protocol
+    └── Unkillable             a process is still there after SIGKILL
+
+    Cancelled                  raised inside a body; a BaseException, so that
+                               `except Exception` does not swallow it
+
+Each message says what happened, what is known and what to do; the facts are attributes as well.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AccessError",
+    "AlreadyLive",
+    "BgSupervisorError",
+    "Cancelled",
+    "ConfigError",
+    "DataInvalid",
+    "DataTooLarge",
+    "DatabaseError",
+    "Interrupted",
+    "NotEnded",
+    "NotInTask",
+    "NotRetryable",
+    "RequestRefused",
+    "SchemaError",
+    "TaskDefinitionError",
+    "TaskNotConfigured",
+    "Unkillable",
+    "UnknownTask",
+    "UnsupportedSystem",
+    "WaitTimeout",
+    "WireError",
+]
+
+
+class BgSupervisorError(Exception):
+    """The base of all errors of this package; `exit_code` is what the command line leaves with."""
+
+    exit_code = 1
+
+
+class ConfigError(BgSupervisorError):
+    """The configuration is missing, names an unknown key or holds a wrong value."""
+
+    exit_code = 3
+
+
+class SchemaError(BgSupervisorError):
+    """The tables are absent, too old or too new for this version."""
+
+    exit_code = 3
+
+
+class AccessError(BgSupervisorError):
+    """A file or folder that this user may not use as needed.
+
+    Attributes:
+        path: The file or folder.
+        user: The name of the user who tried.
+        right: What was needed: "read", "write" or "create".
+    """
+
+    def __init__(self, message: str, *, path: str, user: str, right: str) -> None:
+        super().__init__(message)
+        self.path = path
+        self.user = user
+        self.right = right
+
+
+class DatabaseError(BgSupervisorError):
+    """The database cannot be read or written at the moment (locked, full, away, damaged)."""
+
+
+class UnsupportedSystem(BgSupervisorError):
+    """The operating system lacks what supervising needs (Linux with pidfd)."""
+
+
+class TaskDefinitionError(BgSupervisorError, TypeError):
+    """A task class or function that cannot work, told where it is defined or first used."""
+
+
+class RequestRefused(BgSupervisorError, ValueError):
+    """The request was not recorded."""
+
+
+class DataInvalid(RequestRefused):
+    """The data does not fit the body's signature, or is not JSON.
+
+    Attributes:
+        field: Path of the field, as "$.ids[0]"; "$" for the data as a whole.
+    """
+
+    def __init__(self, message: str, *, field: str = "$") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class DataTooLarge(RequestRefused):
+    """The encoded data exceeds data_max_bytes.
+
+    Attributes:
+        size_bytes: The size of the encoded data.
+        limit_bytes: What is allowed.
+    """
+
+    def __init__(self, message: str, *, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+
+class TaskNotConfigured(RequestRefused):
+    """No configured module loads this class, so no supervisor could ever run it."""
+
+
+class UnknownTask(BgSupervisorError, LookupError):
+    """No task has this id: it never existed, or was pruned.
+
+    Attributes:
+        id: The id asked for.
+    """
+
+    def __init__(self, id: int) -> None:
+        super().__init__(f"no task has the id {id}; it never existed, or was pruned")
+        self.id = id
+
+
+class NotEnded(BgSupervisorError):
+    """The task has not ended, so it has no result yet; `wait` waits for it.
+
+    Attributes:
+        id: The task.
+        status: Its status now, REQUEST or START.
+    """
+
+    def __init__(self, id: int, status: str) -> None:
+        super().__init__(f"task {id} has not ended, its status is {status}; use wait() to wait for its end")
+        self.id = id
+        self.status = status
+
+
+class Interrupted(BgSupervisorError):
+    """The task ended INTERRUPTED, so it has no result.
+
+    Attributes:
+        id: The task.
+        reason: Why, a `Reason`.
+        detail: The sentence recorded with it.
+    """
+
+    def __init__(self, id: int, reason: str, detail: str) -> None:
+        super().__init__(f"task {id} was interrupted: {reason}: {detail}")
+        self.id = id
+        self.reason = reason
+        self.detail = detail
+
+
+class NotRetryable(BgSupervisorError):
+    """Only a task that ended INTERRUPTED can be retried.
+
+    Attributes:
+        id: The task.
+        status: Its status now.
+    """
+
+    def __init__(self, id: int, status: str) -> None:
+        super().__init__(f"task {id} cannot be retried: its status is {status}, only an INTERRUPTED task can be")
+        self.id = id
+        self.status = status
+
+
+class AlreadyLive(BgSupervisorError):
+    """A live task holds the same unique key.
+
+    Attributes:
+        id: The live one.
+    """
+
+    def __init__(self, id: int, unique_key: str) -> None:
+        super().__init__(f"task {id} is live and holds the same unique key {unique_key!r}")
+        self.id = id
+        self.unique_key = unique_key
+
+
+class WaitTimeout(BgSupervisorError, TimeoutError):
+    """A wait reached its limit; what was waited for goes on."""
+
+
+class NotInTask(BgSupervisorError, RuntimeError):
+    """The call makes sense only inside a body that a supervisor runs."""
+
+
+class WireError(BgSupervisorError):
+    """A peer sent bytes that are not our protocol; its connection is closed."""
+
+
+class Unkillable(BgSupervisorError):
+    """A process is still there after SIGKILL, usually in uninterruptible disk sleep.
+
+    Attributes:
+        pids: Who is left.
+    """
+
+    def __init__(self, message: str, *, pids: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.pids = pids
+
+
+class Cancelled(BaseException):
+    """Raised inside a body that is to end: at its next progress, track or wait, or by SIGTERM after the grace.
+
+    Attributes:
+        reason: The `Reason` that will be recorded: CANCELLED, TIMED_OUT, STOPPED ...
+        by: Who asked, where a person or program asked.
+    """
+
+    def __init__(self, reason: str = "CANCELLED", by: str | None = None) -> None:
+        super().__init__(f"{reason} by {by}" if by else reason)
+        self.reason = reason
+        self.by = by
