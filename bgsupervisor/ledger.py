@@ -1,0 +1,593 @@
+"""The only writer of rows: requests, transitions, progress. Knows no signals and nothing a PID means.
+
+Every transition stands in TRANSITIONS and is one compare-and-set on (id, attempt, status). A row count of 0 means
+that somebody else decided; it is reported to the caller and never overwrites. Effects outside the database (bells,
+signals, acknowledgements) are the caller's, after the commit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import peewee
+
+from bgsupervisor.errors import AlreadyLive, NotRetryable, UnknownTask
+from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
+from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.wire import End
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+    from datetime import datetime
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.models import Store
+    from bgsupervisor.processes import ProcessIdentity
+
+__all__ = [
+    "TRANSITIONS",
+    "Attempt",
+    "Batch",
+    "Claim",
+    "Due",
+    "Ending",
+    "Ledger",
+    "Note",
+    "Outcome",
+    "Request",
+    "Transition",
+]
+
+log = logging.getLogger("bgsupervisor")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Transition:
+    """One row of the transition table: the event takes a task from one of *sources* to *target*."""
+
+    event: str
+    sources: tuple[Status, ...]
+    target: Status
+    by: str
+
+
+TRANSITIONS = (
+    Transition("request", (), Status.REQUEST, "service"),
+    Transition("claim", (Status.REQUEST,), Status.START, "supervisor"),
+    Transition("unclaim", (Status.START,), Status.REQUEST, "supervisor or child, which knows that it never began"),
+    Transition("finish", (Status.START,), Status.DONE, "supervisor for the child, or the child"),
+    Transition("interrupt", (Status.START,), Status.INTERRUPTED, "supervisor, or the child"),
+    Transition("withdraw", (Status.REQUEST,), Status.INTERRUPTED, "service (cancel of a waiting task)"),
+    Transition("retry", (Status.INTERRUPTED,), Status.REQUEST, "a person"),
+)
+_BY_EVENT = {transition.event: transition for transition in TRANSITIONS}
+
+# Literals, not parameters: SQLite uses a partial index only where it can see that the query implies its condition.
+_IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
+_IS_START = peewee.SQL("\"status\" = 'START'")
+_IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
+
+# What an attempt leaves in its row; cleared when another attempt is to begin.
+_ATTEMPT_COLUMNS = (
+    "reason", "detail", "started_at", "started_mono", "ended_at", "heartbeat_at", "ending", "host", "boot_id", "pid_ns",
+    "pid", "start_ticks", "slot", "progress_done", "progress_total", "message", "result", "error", "exit_code", "signal",
+    "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at", "cancel_requested_by",
+)  # fmt: skip
+_CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A task to record; `data` is checked JSON text, `unique_key` is held by one live task per name."""
+
+    name: str
+    data: str
+    run_at: datetime | None = None
+    priority: int = 0
+    key: str | None = None
+    unique_key: str | None = None
+    parent_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
+class Attempt:
+    """One try at a task: the fencing token that every compare-and-set names."""
+
+    id: int
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Due:
+    """A REQUEST row that may start now; `attempt` is the one before."""
+
+    id: int
+    attempt: int
+    name: str
+    data: str
+    key: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Claim:
+    """A due task, the child that is to run it and the slot it takes."""
+
+    due: Due
+    identity: ProcessIdentity
+    slot: int
+    started_mono: float
+
+    @property
+    def attempt(self) -> Attempt:
+        """The attempt that the claim begins."""
+        return Attempt(self.due.id, self.due.attempt + 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ending:
+    """Why an attempt will have been ended, recorded before the first signal is sent."""
+
+    attempt: Attempt
+    reason: Reason
+    detail: str
+
+
+@dataclasses.dataclass(slots=True)
+class Note:
+    """What is known of a running attempt at the moment; None leaves the column as it is."""
+
+    heartbeat_at: datetime | None = None
+    progress_done: float | None = None
+    progress_total: float | None = None
+    message: str | None = None
+    cpu_s: float | None = None
+    cpu_percent: float | None = None
+    rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the columns to write."""
+        return {
+            field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
+        }
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """All that one pass of the supervisor writes; applied in this order, in one transaction."""
+
+    ends: dict[Attempt, End] = dataclasses.field(default_factory=dict)
+    unclaims: set[Attempt] = dataclasses.field(default_factory=set)
+    endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
+    notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
+    claims: list[Claim] = dataclasses.field(default_factory=list)
+    supervisor: SupervisorRecord | None = None
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to write."""
+        return bool(self.ends or self.unclaims or self.endings or self.notes or self.claims or self.supervisor)
+
+
+@dataclasses.dataclass(slots=True)
+class Outcome:
+    """What a batch changed; whatever is missing here had been decided by somebody else."""
+
+    ended: set[Attempt] = dataclasses.field(default_factory=set)
+    unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
+    endings: set[Attempt] = dataclasses.field(default_factory=set)
+    claimed: list[Claim] = dataclasses.field(default_factory=list)
+
+
+class Ledger:
+    """The rows of one installation. Every method blocks for at most the store's busy timeout.
+
+    Raises (from every method):
+        DatabaseError, AccessError: The database is away, locked, full or not writable.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.store = store
+        self._clock = clock
+        self._task = store.tables.Task
+        self._interruption = store.tables.Interruption
+        self._supervisor = store.tables.Supervisor
+
+    # Requests
+
+    def request(self, request: Request) -> tuple[int, bool]:
+        """Record a request; return (id, True), or the live twin's id and False if its unique key is held."""
+        return self.request_many([request])[0]
+
+    def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
+        """Record requests in one transaction, all or none; return (id, created) for each, in order."""
+        with self.store.writing():
+            return [self._insert(request) for request in requests]
+
+    def _insert(self, request: Request) -> tuple[int, bool]:
+        now = self._clock.now()
+        row = {
+            "name": request.name,
+            "data": request.data,
+            "queue": "default",
+            "priority": request.priority,
+            "status": Status.REQUEST,
+            "key": request.key,
+            "unique_key": request.unique_key,
+            "run_at": request.run_at or now,
+            "requested_at": now,
+            "attempt": 0,
+            "tries": 0,
+            "max_attempts": 1,
+            "parent_id": request.parent_id,
+        }
+        if request.unique_key is not None:
+            twin = self._live_twin(request.name, request.unique_key)
+            if twin is not None:
+                return twin, False
+        return int(self._task.insert(**row).execute()), True
+
+    def _live_twin(self, name: str, unique_key: str) -> int | None:
+        task = self._task
+        query = task.select(task.id).where(
+            (task.name == name) & (task.unique_key == unique_key) & _IS_LIVE,
+        )
+        rows = list(query.tuples())
+        return int(rows[0][0]) if rows else None
+
+    # What people ask for
+
+    def cancel(self, id: int, *, by: str | None) -> TaskRecord:
+        """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone."""
+        with self.store.writing():
+            record = self._get(id)
+            if record.status is Status.REQUEST:
+                self._withdraw(Attempt(id, record.attempt), by=by)
+            elif record.status is Status.START and record.cancel_requested_at is None:
+                asked = {"cancel_requested_at": self._clock.now(), "cancel_requested_by": by}
+                self._where(Attempt(id, record.attempt), (Status.START,), asked)
+            return self._get(id)
+
+    def retry(self, id: int) -> TaskRecord:
+        """Plan an interrupted task again, as it was requested; what its attempt left stays in `interruption`.
+
+        Raises:
+            UnknownTask: No such task.
+            NotRetryable: It is not INTERRUPTED.
+            AlreadyLive: A live task holds its unique key.
+        """
+        with self.store.writing():
+            record = self._get(id)
+            if record.status is not Status.INTERRUPTED:
+                raise NotRetryable(id, record.status)
+            if record.unique_key is not None:
+                twin = self._live_twin(record.name, record.unique_key)
+                if twin is not None:
+                    raise AlreadyLive(twin, record.unique_key)
+            self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+            return self._get(id)
+
+    # What a supervisor writes
+
+    def apply(self, batch: Batch) -> Outcome:
+        """Write a whole pass in one transaction; if one row spoils it, row by row, so that the others are kept.
+
+        Raises:
+            DatabaseError, AccessError: Nothing was written; the same batch can be applied later.
+        """
+        try:
+            with self.store.writing():
+                return self._apply(batch, guard=_no_guard)
+        except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
+            if is_passing(error):
+                raise self.store.explain(error) if isinstance(error, peewee.PeeweeException) else error from error
+            log.warning("a batch could not be written (%s); writing it row by row", error)
+            with self.store.writing():
+                return self._apply(batch, guard=self._guarded)
+
+    def _apply(self, batch: Batch, *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
+        outcome = Outcome()
+        for attempt, end in batch.ends.items():
+            if guard(lambda a=attempt, e=end: self._end(a, e), f"the end of task {attempt.id}"):  # type: ignore[misc]
+                outcome.ended.add(attempt)
+            elif guard is not _no_guard:
+                self._end(attempt, _unwritable(end))
+        for attempt in batch.unclaims:
+            if self._unclaim(attempt):
+                outcome.unclaimed.add(attempt)
+        for ending in batch.endings.values():
+            values = {"ending": ending.reason, "detail": ending.detail}
+            if self._where(ending.attempt, (Status.START,), values):
+                outcome.endings.add(ending.attempt)
+        for attempt, note in batch.notes.items():
+            guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
+        for claim in batch.claims:
+            if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
+                outcome.claimed.append(claim)
+        if batch.supervisor is not None:
+            self._supervisor.insert(**dataclasses.asdict(batch.supervisor)).on_conflict_replace().execute()
+        return outcome
+
+    def _guarded(self, write: Callable[[], bool], what: str) -> bool:
+        try:
+            with self.store.database.atomic():
+                return write()
+        except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
+            if is_passing(error):
+                raise
+            log.error("%s cannot be written: %s", what, error)  # noqa: TRY400 - the row is known, a traceback is noise
+            return False
+
+    def _claim(self, claim: Claim) -> bool:
+        now, who = self._clock.now(), claim.identity
+        values = {
+            **_CLEARED,
+            "attempt": claim.due.attempt + 1,
+            "host": who.host,
+            "boot_id": who.boot_id,
+            "pid_ns": who.pid_ns,
+            "pid": who.pid,
+            "start_ticks": who.start_ticks,
+            "slot": claim.slot,
+            "started_at": now,
+            "started_mono": claim.started_mono,
+            "heartbeat_at": now,
+        }
+        return self._move("claim", Attempt(claim.due.id, claim.due.attempt), values)
+
+    def _unclaim(self, attempt: Attempt) -> bool:
+        record = self.get(attempt.id)
+        if not self._move("unclaim", attempt, _CLEARED):
+            return False
+        if record is not None and record.cancel_requested_at is not None:
+            self._withdraw(attempt, by=record.cancel_requested_by)
+        return True
+
+    def _withdraw(self, attempt: Attempt, *, by: str | None) -> bool:
+        now = self._clock.now()
+        detail = f"cancelled by {by} before it began" if by else "cancelled before it began"
+        values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
+        return self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by})
+
+    # What a child writes when nobody acknowledges
+
+    def end(self, attempt: Attempt, end: End) -> bool:
+        """Record the end of an attempt; False if it had been recorded, or the attempt was superseded."""
+        return attempt in self.apply(Batch(ends={attempt: end})).ended
+
+    def unclaim_unbegun(self, identity: ProcessIdentity) -> int:
+        """Give back what was claimed for a child that leaves without having begun anything; return how many."""
+        with self.store.writing():
+            attempts = [
+                Attempt(record.id, record.attempt)
+                for record in self._starts()
+                if (record.pid, record.start_ticks, record.boot_id)
+                == (identity.pid, identity.start_ticks, identity.boot_id)
+            ]
+            return sum(self._unclaim(attempt) for attempt in attempts)
+
+    def _end(self, attempt: Attempt, end: End) -> bool:
+        now = self._clock.now()
+        known = {
+            "exit_code": end.exit_code,
+            "signal": end.signal,
+            "cpu_s": end.cpu_s,
+            "progress_done": end.progress_done,
+            "progress_total": end.progress_total,
+            "message": end.message,
+        }
+        values: dict[str, Any] = {column: value for column, value in known.items() if value is not None}
+        values |= {"ended_at": now, "slot": None, "cpu_percent": None, "rss_bytes": None}
+        if end.peak_rss_bytes is not None:
+            values["peak_rss_bytes"] = peewee.fn.MAX(
+                peewee.fn.COALESCE(self._task.peak_rss_bytes, 0), end.peak_rss_bytes
+            )
+        if end.reason is None:
+            return self._move("finish", attempt, {**values, "result": end.result, "ending": None, "detail": None})
+        # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
+        ordered = self._task.ending.is_null(False)
+        case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
+        detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
+        values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
+        if not self._move("interrupt", attempt, values):
+            return False
+        self._remember_interruption(attempt)
+        return True
+
+    def _remember_interruption(self, attempt: Attempt) -> None:
+        record = self._get(attempt.id)
+        self._interruption.insert(
+            task_id=record.id,
+            attempt=record.attempt,
+            reason=record.reason,
+            detail=record.detail,
+            error=record.error,
+            exit_code=record.exit_code,
+            signal=record.signal,
+            host=record.host,
+            pid=record.pid,
+            started_at=record.started_at,
+            ended_at=record.ended_at,
+        ).execute()
+
+    # The compare-and-set itself
+
+    def _move(self, event: str, attempt: Attempt, values: dict[str, Any]) -> bool:
+        """Make the transition *event*; False, and a line in the log, if somebody else had decided."""
+        transition = _BY_EVENT[event]
+        changed = self._where(attempt, transition.sources, {**values, "status": transition.target})
+        if not changed:
+            log.info(
+                "task %d, attempt %d: %s came too late, the row says otherwise", attempt.id, attempt.attempt, event
+            )
+        return changed
+
+    def _where(self, attempt: Attempt, statuses: Iterable[Status], values: dict[str, Any]) -> bool:
+        if not values:
+            return True
+        task = self._task
+        query = task.update(**values).where(
+            (task.id == attempt.id) & (task.attempt == attempt.attempt) & task.status.in_(list(statuses)),
+        )
+        return int(query.execute()) == 1
+
+    # Reading
+
+    def get(self, id: int) -> TaskRecord | None:
+        """Return a task, or None if there is no such row."""
+        records = self._records(self._task.id == id, limit=1)
+        return records[0] if records else None
+
+    def newest(self, name: str, *, key: str | None = None) -> TaskRecord | None:
+        """Return the newest task of a name (and key), or None."""
+        records = self.list(names=[name], key=key, limit=1)
+        return records[0] if records else None
+
+    def list(
+        self,
+        *,
+        names: Collection[str] | None = None,
+        key: str | None = None,
+        statuses: Collection[Status] | None = None,
+        limit: int | None = None,
+    ) -> list[TaskRecord]:
+        """Return tasks that match all that is given, newest first."""
+        task = self._task
+        conditions = []
+        if names is not None:
+            conditions.append(task.name.in_([str(name) for name in names]))
+        if key is not None:
+            conditions.append(task.key == key)
+        if statuses is not None:
+            conditions.append(task.status.in_([str(status) for status in statuses]))
+        return self._records(*conditions, limit=limit)
+
+    def last_ended(self, limit: int) -> list[TaskRecord]:
+        """Return the tasks that ended last, the latest first."""
+        task = self._task
+        query = task.select().where(task.ended_at.is_null(False)).order_by(task.ended_at.desc()).limit(limit)
+        with self.store.connected():
+            return [TaskRecord.from_row(row) for row in list(query.dicts())]
+
+    def interruptions(self, id: int) -> list[dict[str, Any]]:
+        """Return the interrupted attempts of a task, oldest first."""
+        row = self._interruption
+        query = row.select().where(row.task_id == id).order_by(row.attempt, row.id)
+        with self.store.connected():
+            return list(query.dicts())
+
+    def counts(self, name: str | None = None) -> dict[Status, int]:
+        """Return how many tasks (of a name) have each status, zeros included."""
+        task = self._task
+        query = task.select(task.status, peewee.fn.COUNT(task.id)).group_by(task.status)
+        if name is not None:
+            query = query.where(task.name == name)
+        with self.store.connected():
+            found = dict(query.tuples())
+        return {status: int(found.get(status.value, 0)) for status in Status}
+
+    def starts(self) -> list[TaskRecord]:
+        """Return all running tasks, in order of their ids."""
+        with self.store.connected():
+            return self._starts()
+
+    def cancel_requests(self) -> list[tuple[Attempt, str | None]]:
+        """Return the running attempts that somebody wants cancelled, and who asked."""
+        task = self._task
+        query = task.select(task.id, task.attempt, task.cancel_requested_by)
+        query = query.where(_IS_START & task.cancel_requested_at.is_null(False))
+        with self.store.connected():
+            return [(Attempt(id, attempt), by) for id, attempt, by in query.tuples()]
+
+    def due(self, names: Collection[str], *, limit: int) -> list[Due]:
+        """Return waiting tasks of *names* whose time has come: higher priority first, then the earlier, then the lower id.
+
+        Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
+        of rows planned for later cost anything.
+        """
+        task, now = self._task, self._clock.now()
+        found: list[Due] = []
+        wanted = [str(name) for name in names]
+        with self.store.connected():
+            for priority in self._priorities():
+                query = (
+                    task.select(task.id, task.attempt, task.name, task.data, task.key)
+                    .where(
+                        _IS_REQUEST & (task.priority == priority) & (task.run_at <= now) & task.name.in_(wanted),
+                    )
+                    .order_by(task.run_at, task.id)
+                    .limit(limit - len(found))
+                )
+                found += [Due(*row) for row in query.tuples()]
+                if len(found) >= limit:
+                    break
+        return found
+
+    def next_due_at(self) -> datetime | None:
+        """Return the moment at which the next task that is planned for later becomes due, or None."""
+        task, now = self._task, self._clock.now()
+        moments = []
+        with self.store.connected():
+            for priority in self._priorities():
+                query = task.select(task.run_at).where(
+                    _IS_REQUEST & (task.priority == priority) & (task.run_at > now),
+                )
+                moments += [moment for (moment,) in query.order_by(task.run_at).limit(1).tuples()]
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def position(self, record: TaskRecord) -> int:
+        """Return a waiting task's place in the queue: 1 plus the due tasks that go before it."""
+        task = self._task
+        sooner = (task.priority > record.priority) | (
+            (task.priority == record.priority)
+            & ((task.run_at < record.run_at) | ((task.run_at == record.run_at) & (task.id < record.id)))
+        )
+        query = task.select(peewee.fn.COUNT(task.id)).where(_IS_REQUEST & (task.run_at <= self._clock.now()) & sooner)
+        with self.store.connected():
+            return 1 + int(query.scalar())
+
+    def supervisors(self) -> list[SupervisorRecord]:
+        """Return the supervisor last seen on each host."""
+        with self.store.connected():
+            return [SupervisorRecord(**row) for row in list(self._supervisor.select().dicts())]
+
+    def _priorities(self) -> Iterable[int]:
+        task = self._task
+        query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST)
+        while (priority := query.scalar()) is not None:
+            yield int(priority)
+            query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
+
+    def _starts(self) -> list[TaskRecord]:
+        task = self._task
+        query = task.select().where(_IS_START).order_by(task.id)
+        return [TaskRecord.from_row(row) for row in list(query.dicts())]
+
+    def _get(self, id: int) -> TaskRecord:
+        record = self.get(id)
+        if record is None:
+            raise UnknownTask(id)
+        return record
+
+    def _records(self, *conditions: Any, limit: int | None) -> list[TaskRecord]:
+        query = self._task.select().order_by(self._task.id.desc())
+        if conditions:
+            query = query.where(*conditions)
+        if limit is not None:
+            query = query.limit(limit)
+        with self.store.connected():
+            return [TaskRecord.from_row(row) for row in list(query.dicts())]
+
+
+def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded
+    return write()
+
+
+def _unwritable(end: End) -> End:
+    return End(
+        reason=Reason.RAISED,
+        detail="its end could not be written to the database: the result or the error text is not storable",
+        exit_code=end.exit_code,
+        signal=end.signal,
+    )

@@ -1,0 +1,235 @@
+"""Log files of tasks: names, limits, reading; knows no tasks, only their numbers.
+
+A log has one writer that appends. It is bounded by giving back the blocks of its middle while the writer goes on, so
+that the first and the last lines remain and no position in the file ever moves.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from bgsupervisor import linux
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+
+__all__ = ["bound", "find", "follow", "open_for_append", "process_log", "read", "tail", "task_log"]
+
+BLOCK_BYTES = 4096
+CHUNK_BYTES = 65536
+FOLLOW_POLL_S = 0.1
+LOG_MODE = 0o640
+
+
+def process_log(logs: Path, pid: int, start_ticks: int) -> Path:
+    """Return the log of a process that has not ended a task yet."""
+    return logs / f"process-{pid}-{start_ticks}.log"
+
+
+def task_log(logs: Path, id: int, attempt: int) -> Path:
+    """Return the log of an attempt that has ended."""
+    return logs / f"task-{id}-{attempt}.log"
+
+
+def find(logs: Path, *, id: int, attempt: int, pid: int | None, start_ticks: int | None) -> Path | None:
+    """Return the log of an attempt, ended or running, None if there is none."""
+    candidates = [task_log(logs, id, attempt)]
+    if pid is not None and start_ticks is not None:
+        candidates.append(process_log(logs, pid, start_ticks))
+        candidates.append(candidates[0])  # it may have been renamed between the two looks
+    return next((path for path in candidates if path.exists()), None)
+
+
+def open_for_append(path: Path) -> int:
+    """Open a log for its writer, creating it readable for owner and group whatever the umask.
+
+    Returns:
+        A descriptor; closing it is the caller's.
+
+    Raises:
+        OSError: The folder is missing or not writable, or the disk is full.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, LOG_MODE)
+    with contextlib.suppress(PermissionError):  # another user's file keeps the mode that its owner gave it
+        os.fchmod(fd, LOG_MODE)
+    return fd
+
+
+def bound(path_or_fd: Path | int, limit_bytes: int) -> bool:
+    """Cut the middle out of a log that takes more room on disk than it may; its writer goes on meanwhile.
+
+    The first quarter and the last half of the limit remain. On a file system that cannot free a middle the log is
+    cut down to its first quarter instead.
+
+    Args:
+        path_or_fd: The log, or a descriptor of it that is open for writing.
+        limit_bytes: Room on disk, at least 16 KiB to be of use.
+
+    Returns:
+        Whether anything was cut.
+
+    Raises:
+        OSError: The log is missing or not writable.
+    """
+    if isinstance(path_or_fd, int):
+        return _bound(path_or_fd, limit_bytes)
+    fd = os.open(path_or_fd, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        return _bound(fd, limit_bytes)
+    finally:
+        os.close(fd)
+
+
+def tail(path: Path, lines: int, max_bytes: int = 65536) -> list[str]:
+    """Return the last lines of a log, oldest first, without their line ends.
+
+    Args:
+        path: The log.
+        lines: How many at most.
+        max_bytes: How much of the file is looked at; a line that begins before that is cut.
+
+    Raises:
+        OSError: The log is missing or not readable.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        kept, position = b"", 0
+        for offset, piece in _pieces(fd, max(0, os.fstat(fd).st_size - max_bytes)):
+            kept += b"\n" * (kept != b"" and offset > position) + piece  # a line ends where a hole begins
+            position = offset + len(piece)
+    finally:
+        os.close(fd)
+    found = kept.decode(errors="replace").split("\n")
+    if not found[-1]:
+        found.pop()
+    return found[-lines:] if lines > 0 else []
+
+
+def read(path: Path) -> Iterator[str]:
+    """Yield a log in chunks, with one line in the place of what was cut out.
+
+    Raises:
+        OSError: The log is missing or not readable.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = _Text()
+        yield from text.new(fd)
+        yield text.rest()
+    finally:
+        os.close(fd)
+
+
+def follow(path_finder: Callable[[], Path | None], ended: Callable[[], bool], clock: Clock) -> Iterator[str]:
+    """Yield a log as it grows, from its beginning until its writer has ended and everything was read.
+
+    The file stays open once found, so its renaming loses nothing.
+
+    Args:
+        path_finder: Asked again until it gives a path that exists.
+        ended: Tells whether nothing more will be written; asked before each look at the file.
+        clock: Sleeps between looks, FOLLOW_POLL_S each.
+
+    Raises:
+        OSError: The log is not readable.
+    """
+    fd: int | None = None
+    text = _Text()
+    try:
+        while True:
+            over = ended()
+            if fd is None:
+                fd = _open_if_there(path_finder())
+            if fd is not None:
+                yield from text.new(fd)
+            if over:
+                yield text.rest()
+                return
+            clock.sleep(FOLLOW_POLL_S)
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+class _Text:
+    """Turns what is new in a log into text; a character or a line that a cut divides does no harm."""
+
+    def __init__(self) -> None:
+        self._position = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._at_line_start = True
+
+    def new(self, fd: int) -> Iterator[str]:
+        """Yield what the file has beyond what was given already."""
+        for offset, piece in _pieces(fd, self._position):
+            if offset > self._position:
+                yield self._notice(offset - self._position)
+            self._position = offset + len(piece)
+            yield self._keep(self._decoder.decode(piece))
+
+    def rest(self) -> str:
+        """Return what is left of a character that never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+    def _notice(self, left_out_bytes: int) -> str:
+        begun = self._keep(self._decoder.decode(b"", final=True))
+        line_end = "" if self._at_line_start else "\n"
+        self._at_line_start = True
+        return f"{begun}{line_end}... {left_out_bytes} bytes left out ...\n"
+
+    def _keep(self, text: str) -> str:
+        if text:
+            self._at_line_start = text.endswith("\n")
+        return text
+
+
+def _bound(fd: int, limit_bytes: int) -> bool:
+    state = os.fstat(fd)
+    if state.st_blocks * 512 <= limit_bytes:
+        return False
+    first = limit_bytes // 4 // BLOCK_BYTES * BLOCK_BYTES
+    last = (state.st_size - limit_bytes // 2) // BLOCK_BYTES * BLOCK_BYTES
+    if last <= first:
+        return False
+    if not linux.punch_hole(fd, first, last - first):
+        os.ftruncate(fd, first)
+    return True
+
+
+def _pieces(fd: int, position: int) -> Iterator[tuple[int, bytes]]:
+    """Yield offset and bytes of all data from a position to what is the end now, without the holes."""
+    end = os.fstat(fd).st_size
+    while position < end:
+        position = _next_data(fd, position)
+        until = min(end, os.lseek(fd, position, os.SEEK_HOLE)) if position < end else end
+        while position < until:
+            piece = os.pread(fd, min(CHUNK_BYTES, until - position), position)
+            if not piece:
+                return  # cut short meanwhile
+            yield position, piece
+            position += len(piece)
+
+
+def _next_data(fd: int, position: int) -> int:
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return os.fstat(fd).st_size  # nothing but a hole up to the end
+
+
+def _open_if_there(path: Path | None) -> int | None:
+    if path is None:
+        return None
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,69 @@
+"""Changes of the tables, numbered; applied to an empty database at first use, else only by `migrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bgsupervisor.errors import SchemaError
+
+if TYPE_CHECKING:
+    from bgsupervisor.models import Store
+
+__all__ = ["applied", "available", "ensure", "migrate"]
+
+_FOLDER = Path(__file__).parent
+_OLDEST_USABLE = 1
+"""Code works on the newest schema and on the one before it; older ones need `migrate` first."""
+
+
+def available() -> list[str]:
+    """Return the names of all migrations of this version, oldest first."""
+    return sorted(path.stem for path in _FOLDER.glob("[0-9]*.py"))
+
+
+def applied(store: Store) -> list[str]:
+    """Return the names of the migrations that this database has, oldest first; empty for one without our tables."""
+    history = _history(store)
+    if not store.database.table_exists(history):
+        return []
+    rows = store.database.execute_sql(f'SELECT name FROM "{history}" ORDER BY name')  # noqa: S608 - our own prefix
+    return [name for (name,) in rows.fetchall()]
+
+
+def ensure(store: Store) -> None:
+    """Create the tables in a database that has none; check the schema of one that has.
+
+    Raises:
+        SchemaError: The schema is older than the one before this version's, or newer than this version.
+    """
+    have, known = applied(store), available()
+    if not have:
+        migrate(store)
+        return
+    unknown = [name for name in have if name not in known]
+    if unknown and have[-1] > known[-1] and len(unknown) > 1:
+        raise SchemaError(
+            f"the tables are of a newer version (migrations {', '.join(unknown)}); upgrade bgsupervisor in this environment"
+        )
+    missing = [name for name in known if name not in have]
+    if len(missing) > _OLDEST_USABLE:
+        raise SchemaError(f"the tables lack the migrations {', '.join(missing)}; run `bgsupervisor migrate`")
+
+
+def migrate(store: Store) -> list[str]:
+    """Apply what is missing, in one transaction, and return its names.
+
+    Several processes may call it at once: the write lock is taken before the history is read. Blocks for at most the
+    store's busy timeout, then raises peewee.OperationalError.
+    """
+    from playhouse.migrations import Runner  # noqa: PLC0415 - 30 ms that only a migration pays
+
+    with store.database.atomic("IMMEDIATE"):
+        runner = Runner(store.database, directory=str(_FOLDER), table_name=_history(store))
+        runner.migrator.table_prefix = store.tables.prefix
+        return list(runner.up())
+
+
+def _history(store: Store) -> str:
+    return f"{store.tables.prefix}schema_migration"

@@ -1,0 +1,473 @@
+"""The tables and the database that holds them; knows no transition and no process.
+
+Peewee classes are made per database and prefix (`Tables`): two Services on two databases work at once in one
+process, which binding shared classes to the database of the moment would mix up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peewee
+
+from bgsupervisor.config import sqlite_path
+from bgsupervisor.errors import AccessError, DatabaseError
+from bgsupervisor.statuses import Reason, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
+
+log = logging.getLogger("bgsupervisor")
+
+DATABASE_MODE = 0o660
+"""Rights of a database file that we create: a web user and a deploy user share it through their group."""
+AUTOCHECKPOINT_PAGES = 10_000
+"""Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
+
+# SQLite's primary result codes after which the same write can succeed later.
+_PASSING_CODES = {
+    5: "locked",
+    6: "locked",
+    8: "read-only",
+    10: "failing to read or write",
+    13: "full",
+    14: "not to be opened",
+}
+
+
+class UtcField(peewee.DateTimeField):
+    """An aware datetime; in SQLite text that sorts: YYYY-MM-DD HH:MM:SS.ffffff+00:00."""
+
+    def db_value(self, value: datetime | str | None) -> str | None:
+        """Convert to UTC before storing; a naive datetime is an error of ours."""
+        if value is None or isinstance(value, str):
+            return value
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone")
+        return value.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")
+
+    def python_value(self, value: object) -> datetime | None:
+        """Return an aware datetime; text without a zone, as hand-written SQL stores it, is UTC."""
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value)
+            except ValueError:
+                return None  # written by hand around the API; a CHECK refuses it where it matters
+        if not isinstance(value, datetime):
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Tables:
+    """The Peewee classes of one installation: one database, one prefix."""
+
+    def __init__(self, database: peewee.Database, prefix: str) -> None:
+        self.prefix = prefix
+
+        class Base(peewee.Model):
+            class Meta:
+                legacy_table_names = False
+
+        class Task(Base):
+            id = peewee.AutoField()
+            name = peewee.TextField()
+            data = peewee.TextField()
+            queue = peewee.TextField()
+            priority = peewee.IntegerField()
+            status = peewee.TextField()
+            reason = peewee.TextField(null=True)
+            detail = peewee.TextField(null=True)
+            key = peewee.TextField(null=True)
+            unique_key = peewee.TextField(null=True)
+            serial = peewee.TextField(null=True)
+            run_at = UtcField()
+            expires_at = UtcField(null=True)
+            requested_at = UtcField()
+            started_at = UtcField(null=True)
+            started_mono = peewee.DoubleField(null=True)
+            ended_at = UtcField(null=True)
+            heartbeat_at = UtcField(null=True)
+            attempt = peewee.IntegerField()
+            tries = peewee.IntegerField()
+            max_attempts = peewee.IntegerField()
+            ending = peewee.TextField(null=True)
+            host = peewee.TextField(null=True)
+            boot_id = peewee.TextField(null=True)
+            pid_ns = peewee.BigIntegerField(null=True)
+            pid = peewee.IntegerField(null=True)
+            start_ticks = peewee.BigIntegerField(null=True)
+            slot = peewee.IntegerField(null=True)
+            progress_done = peewee.DoubleField(null=True)
+            progress_total = peewee.DoubleField(null=True)
+            message = peewee.TextField(null=True)
+            result = peewee.TextField(null=True)
+            error = peewee.TextField(null=True)
+            exit_code = peewee.IntegerField(null=True)
+            signal = peewee.IntegerField(null=True)
+            cpu_s = peewee.DoubleField(null=True)
+            cpu_percent = peewee.DoubleField(null=True)
+            rss_bytes = peewee.BigIntegerField(null=True)
+            peak_rss_bytes = peewee.BigIntegerField(null=True)
+            cancel_requested_at = UtcField(null=True)
+            cancel_requested_by = peewee.TextField(null=True)
+            parent_id = peewee.IntegerField(null=True)
+
+        class Interruption(Base):
+            id = peewee.AutoField()
+            task_id = peewee.IntegerField()
+            attempt = peewee.IntegerField()
+            reason = peewee.TextField()
+            detail = peewee.TextField(null=True)
+            error = peewee.TextField(null=True)
+            exit_code = peewee.IntegerField(null=True)
+            signal = peewee.IntegerField(null=True)
+            host = peewee.TextField(null=True)
+            pid = peewee.IntegerField(null=True)
+            started_at = UtcField(null=True)
+            ended_at = UtcField()
+
+        class Supervisor(Base):
+            host = peewee.TextField(primary_key=True)
+            boot_id = peewee.TextField()
+            pid_ns = peewee.BigIntegerField()
+            pid = peewee.IntegerField()
+            start_ticks = peewee.BigIntegerField()
+            started_at = UtcField()
+            heartbeat_at = UtcField()
+            slots = peewee.IntegerField()
+            version = peewee.TextField()
+            catalogue = peewee.TextField()
+            code_error = peewee.TextField(null=True)
+
+        self.Task: Any = Task
+        self.Interruption: Any = Interruption
+        self.Supervisor: Any = Supervisor
+        for model in (Task, Interruption, Supervisor):
+            meta: Any = model._meta  # noqa: SLF001 - Peewee's documented place for table options
+            meta.set_database(database)
+            meta.set_table_name(prefix + model.__name__.lower())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord:
+    """A task as it was when it was read: every column of its row. Times are aware, in UTC."""
+
+    id: int
+    name: str
+    data: str
+    queue: str
+    priority: int
+    status: Status
+    reason: Reason | None
+    detail: str | None
+    key: str | None
+    unique_key: str | None
+    serial: str | None
+    run_at: datetime
+    expires_at: datetime | None
+    requested_at: datetime
+    started_at: datetime | None
+    started_mono: float | None
+    ended_at: datetime | None
+    heartbeat_at: datetime | None
+    attempt: int
+    tries: int
+    max_attempts: int
+    ending: Reason | None
+    host: str | None
+    boot_id: str | None
+    pid_ns: int | None
+    pid: int | None
+    start_ticks: int | None
+    slot: int | None
+    progress_done: float | None
+    progress_total: float | None
+    message: str | None
+    result: str | None
+    error: str | None
+    exit_code: int | None
+    signal: int | None
+    cpu_s: float | None
+    cpu_percent: float | None
+    rss_bytes: int | None
+    peak_rss_bytes: int | None
+    cancel_requested_at: datetime | None
+    cancel_requested_by: str | None
+    parent_id: int | None
+    position: int | None = None
+    """Place in the queue, 1 is next; known for a waiting task that `Service.get` returned."""
+    no_supervisor_since: datetime | None = None
+    """When a supervisor was last seen, if that is too long ago; known for a task that `Service.get` returned."""
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> TaskRecord:
+        """Make a record of a row as Peewee's `dicts()` gives it."""
+        values = dict(row)
+        values["status"] = Status(values["status"])
+        for column in ("reason", "ending"):
+            if values[column] is not None:
+                values[column] = Reason(values[column])
+        return cls(**values)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is DONE or INTERRUPTED."""
+        return self.status.ended
+
+    @property
+    def fraction(self) -> float | None:
+        """How much is done, 0.0 to 1.0; None when its body has not said."""
+        if self.status is Status.DONE:
+            return 1.0
+        if self.progress_done is None or not self.progress_total:
+            return None
+        return min(max(self.progress_done / self.progress_total, 0.0), 1.0)
+
+    def public(self) -> dict[str, Any]:
+        """Return what a browser may see, ready for JSON: no data, no result, no error text, no machine facts."""
+        since = self.no_supervisor_since
+        return {
+            "id": self.id,
+            "status": str(self.status),
+            "reason": None if self.reason is None else str(self.reason),
+            "ended": self.ended,
+            "fraction": self.fraction,
+            "message": self.message,
+            "cancel_requested": self.cancel_requested_at is not None,
+            "position": self.position,
+            "no_supervisor_since": None if since is None else since.isoformat(),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisorRecord:
+    """The supervisor that was last seen on a host; `catalogue` and `code_error` are JSON text."""
+
+    host: str
+    boot_id: str
+    pid_ns: int
+    pid: int
+    start_ticks: int
+    started_at: datetime
+    heartbeat_at: datetime
+    slots: int
+    version: str
+    catalogue: str
+    code_error: str | None
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same write may succeed later: the database is locked, full, read-only or away."""
+    cause = error.__cause__ or error.__context__ or error
+    code = getattr(cause, "sqlite_errorcode", None)
+    return code is not None and (code & 0xFF) in _PASSING_CODES
+
+
+@contextlib.contextmanager
+def translated(store: Store) -> Iterator[None]:
+    """Turn Peewee's errors of a database that is away into one clear sentence.
+
+    Raises:
+        DatabaseError: Locked, full, damaged or away; says which, and what to do.
+        AccessError: This user lacks a right; says which on what.
+    """
+    try:
+        yield
+    except peewee.IntegrityError:
+        raise
+    except peewee.PeeweeException as error:
+        raise store.explain(error) from error
+
+
+class _ThreadConnection:
+    """Closes a thread's connection when the thread ends; Python 3.13 warns of connections left open."""
+
+    def __init__(self, database: peewee.Database) -> None:
+        self.connection: Any = database.connection()
+        self.pid = os.getpid()
+
+    def __del__(self) -> None:
+        if self.pid == os.getpid():
+            with contextlib.suppress(Exception):
+                self.connection.close()
+
+
+class Store:
+    """One database and its tables, opened when first used, in every thread and after every fork.
+
+    Two kinds: `Store.open` owns its connections (one per thread, kept open); `Store.share` uses a database
+    object of the application, changes no pragma of it, and joins its open transaction.
+    """
+
+    def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
+        self.database = database
+        self.tables = Tables(database, prefix)
+        self.owned = owned
+        self.path = path
+        self._pid = os.getpid()
+        self._threads = threading.local()
+        self._fork_lock = threading.Lock()
+        self._schema_checked = False
+
+    @classmethod
+    def open(cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False) -> Store:
+        """Make a store of its own for *url*; opens nothing yet.
+
+        Args:
+            url: sqlite:////absolute/path.
+            prefix: Of all tables and indexes.
+            busy_timeout_s: How long a call may wait for another writer.
+            checkpointer: True in the one process that writes checkpoints, the supervisor.
+        """
+        path = sqlite_path(url)
+        pragmas = {
+            "journal_mode": "wal",
+            "synchronous": "full",  # an acknowledged request survives a power cut
+            "wal_autocheckpoint": 1000 if checkpointer else AUTOCHECKPOINT_PAGES,
+        }
+        database = peewee.SqliteDatabase(
+            str(path),
+            pragmas=pragmas,
+            timeout=busy_timeout_s,
+            autoconnect=False,
+            lock_type="IMMEDIATE",
+            check_same_thread=False,
+        )
+        return cls(database, prefix, owned=True, path=path)
+
+    @classmethod
+    def share(cls, database: peewee.Database, prefix: str) -> Store:
+        """Make a store on the application's own database object."""
+        name = getattr(database, "database", None)
+        path = Path(name) if isinstance(database, peewee.SqliteDatabase) and name else None
+        store = cls(database, prefix, owned=False, path=path)
+        return store
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Have a connection in this thread; on a shared database close it again if it was closed before."""
+        self._forget_after_fork()
+        with translated(self):
+            opened_here = self.database.is_closed()
+            if opened_here:
+                self._connect()
+            try:
+                yield
+            finally:
+                if opened_here and not self.owned and not self.database.is_closed():
+                    self.database.close()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Have a connection and a transaction that may write; inside the caller's own it joins that one."""
+        with self.connected(), self.database.atomic("IMMEDIATE") if self.owned else self.database.atomic():
+            yield
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        if not self.database.is_closed():
+            self.database.close()
+        self._threads.__dict__.clear()
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has committed (SQLite)."""
+        with self.connected():
+            return int(self.database.execute_sql("PRAGMA data_version").fetchone()[0])
+
+    def wal_path(self) -> Path | None:
+        """Return the -wal file's path, where there is one."""
+        return None if self.path is None else Path(f"{self.path}-wal")
+
+    def explain(self, error: peewee.PeeweeException) -> DatabaseError | AccessError:
+        """Say in one sentence what is wrong with the database and what to do."""
+        text = str(error)
+        access = self._missing_right()
+        if access is not None:
+            return access
+        where = f"the database {self.path or self.database.database}"
+        if "no such table" in text or "no such column" in text:
+            return DatabaseError(
+                f"{where} lacks tables or columns of this version ({text}); run `bgsupervisor migrate`"
+            )
+        if "not a database" in text or "malformed" in text:
+            return DatabaseError(f"{where} is damaged ({text}); restore it from a backup")
+        if "locked" in text or "busy" in text:
+            return DatabaseError(f"{where} is locked by another writer for longer than busy_timeout_s; try again")
+        if "full" in text:
+            return DatabaseError(f"{where} cannot be written, the disk is full; free some space and try again")
+        return DatabaseError(f"{where} cannot be used: {text}")
+
+    def _missing_right(self) -> AccessError | None:
+        if self.path is None:
+            return None
+        from bgsupervisor.statedir import user_name  # noqa: PLC0415 - only on the way to an error
+
+        user = user_name(os.geteuid()) if hasattr(os, "geteuid") else "this user"
+        folder = self.path.parent
+        if not folder.is_dir():
+            message = f"the folder {folder} of the database does not exist; create it, or set `database` elsewhere"
+            return AccessError(message, path=str(folder), user=user, right="create")
+        for path, what in ((folder, "folder"), (self.path, "database file")):
+            if path.exists() and not os.access(path, os.W_OK):
+                message = f"the {what} {path} cannot be written by user {user}; SQLite needs the right to write there"
+                return AccessError(message, path=str(path), user=user, right="write")
+        return None
+
+    def _connect(self) -> None:
+        from bgsupervisor import migrations  # noqa: PLC0415 - migrations imports this module
+
+        if self.owned and self.path is not None:
+            _create_file(self.path)
+        self.database.connect(reuse_if_open=True)
+        if self.owned:
+            self._threads.connection = _ThreadConnection(self.database)
+        if not self._schema_checked:
+            if not self.owned:
+                self._warn_of_weak_durability()
+            migrations.ensure(self)
+            self._schema_checked = True
+
+    def _warn_of_weak_durability(self) -> None:
+        if not isinstance(self.database, peewee.SqliteDatabase):
+            return
+        journal = self.database.execute_sql("PRAGMA journal_mode").fetchone()[0]
+        synchronous = self.database.execute_sql("PRAGMA synchronous").fetchone()[0]
+        if journal in ("off", "memory") or synchronous < 2:  # noqa: PLR2004 - 2 is FULL
+            log.warning(
+                "the application's SQLite connection has journal_mode=%s and synchronous=%s: "
+                "a request may be lost at a power cut; synchronous=FULL (2) and journal_mode=WAL keep it",
+                journal,
+                synchronous,
+            )
+
+    def _forget_after_fork(self) -> None:
+        if self._pid == os.getpid():
+            return
+        with self._fork_lock:
+            if self._pid != os.getpid():
+                # A connection must not be used, nor closed, on both sides of a fork.
+                self._inherited = self._threads
+                self._threads = threading.local()
+                if self.owned:
+                    self.database.dispose()
+                self._pid = os.getpid()
+
+
+def _create_file(path: Path) -> None:
+    """Create an empty database file that the group may write, whatever the umask."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), DATABASE_MODE)
+        try:
+            if hasattr(os, "fchmod"):
+                os.fchmod(descriptor, DATABASE_MODE)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,374 @@
+"""The nursery: loads the application once, forks children on order, and learns how each one died.
+
+It is the parent of all children, so it alone sees exit codes and signals; it keeps them until a supervisor has
+acknowledged them. It has no threads and no database connection of ours, and it outlives the supervisor. Knows no table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import importlib
+import inspect
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from multiprocessing import resource_tracker
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bgsupervisor import child, processes, tasks, wire
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.config import apply_env_file
+from bgsupervisor.errors import WireError
+from bgsupervisor.linux import set_child_subreaper
+from bgsupervisor.processes import Exit, ProcessIdentity
+from bgsupervisor.statedir import StateDir, connect
+from bgsupervisor.wire import Channel, Exited, LoadFailure, Who
+
+if TYPE_CHECKING:
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+    from bgsupervisor.statuses import Reason
+
+__all__ = ["Loaded", "Nursery", "load_application", "main", "strays_of_this_process"]
+
+log = logging.getLogger("bgsupervisor")
+
+REDIAL_S = 0.2
+LONELY_S = 90.0
+"""A nursery without children leaves when no supervisor has come for this long."""
+STRAY_ROUNDS = 20
+"""How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
+STRAY_LOOK_S = 1.0
+"""While a stray that was killed has not gone (uninterruptible sleep), it is looked at so often."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """What loading the application came to."""
+
+    failures: list[LoadFailure]
+    warnings: list[str]
+
+
+def main(config: Config) -> NoReturn:
+    """Live as a nursery; never returns."""
+    os.setsid()
+    set_child_subreaper()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(KeyboardInterrupt):
+        Nursery(config, SystemClock()).live()
+    os._exit(0)
+
+
+def load_application(config: Config) -> Loaded:
+    """Import the application as its bodies will see it: environment, path, folder, `setup`, then the task modules.
+
+    A module that fails does not keep the others from loading; what failed, and why, is returned.
+    """
+    apply_env_file(config)
+    for folder in reversed((str(config.base_dir), *config.python_path)):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    os.chdir(config.base_dir)
+    failures = []
+    if config.setup:
+        failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
+        if failure is not None:
+            return Loaded([failure], [])
+    for module in config.tasks:
+        failure = _try_load(module, lambda name=module: importlib.import_module(name))  # type: ignore[misc]
+        if failure is not None:
+            failures.append(failure)
+    for definition in tasks.definitions().values():
+        failure = _try_load(definition.name, lambda found=definition: found.signature)  # type: ignore[misc]
+        if failure is not None:
+            failures.append(failure)
+    return Loaded(failures, _warnings())
+
+
+def strays_of_this_process(known: set[int]) -> list[int]:
+    """Return the PIDs of this process's children that are neither *known* nor multiprocessing's resource tracker.
+
+    They were reparented to it, a child subreaper, because what had started them died.
+    """
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)  # type: ignore[attr-defined]  # noqa: SLF001
+    return [pid for pid in _own_children() if pid not in known and pid != tracker]
+
+
+def _try_load(name: str, load: Any) -> LoadFailure | None:
+    try:
+        load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
+        trace = child.storable("".join(traceback.format_exception(error)))
+        log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())
+        return LoadFailure(name, trace[-8000:])
+    return None
+
+
+def _warnings() -> list[str]:
+    found = []
+    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if others:
+        found.append(
+            f"importing the application started {len(others)} thread(s): {', '.join(others[:5])}; a forked body may hang on "
+            'a lock that such a thread holds. Start it in `child_setup`, or set start_method = "spawn"'
+        )
+    return found
+
+
+class Nursery:
+    """One loop: hear orders, fork, watch children die, report."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._config = config
+        self._clock = clock
+        self._identity = processes.own_identity(processes.host_id(config.host))
+        self._who = Who(self._identity.pid, self._identity.start_ticks)
+        self._state_dir = StateDir(config.state_dir)
+        self._record = self._state_dir.nursery_path(self._who.pid, self._who.start_ticks)
+        self._channel: Channel | None = None
+        self._children: dict[int, _Forked] = {}
+        self._exits: dict[Who, Exited] = {}
+        self._retired = False
+        self._leave = False
+        self._alone_since: float | None = clock.monotonic()
+        self._stray_left = False
+        self._poll = select.poll()
+        self._wake_read, wake_write = socket.socketpair()
+        for end in (self._wake_read, wake_write):
+            end.setblocking(False)
+        self._wake_write = wake_write
+        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, _note)
+        self._poll.register(self._wake_read, select.POLLIN)
+        with contextlib.suppress(OSError):
+            self._record.touch()
+        ours = _descriptors()
+        self._loaded = load_application(config)
+        self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
+        self._import_what_children_need()
+        self._application_pids = set(processes.descendants(self._who.pid))
+        gc.collect()
+        gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+
+    def live(self) -> NoReturn:
+        """Serve until there is nothing left to serve; never returns."""
+        while not self._is_over():
+            self._dial()
+            self._rest()
+            self._hear()
+            self._bury()
+            self._sweep_strays()
+        with contextlib.suppress(OSError):
+            self._record.unlink()
+        os._exit(0)
+
+    # The loop's verbs
+
+    def _dial(self) -> None:
+        if self._channel is not None:
+            return
+        try:
+            sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
+        except OSError:
+            return
+        self._channel = Channel(sock)
+        self._poll.register(self._channel, select.POLLIN)
+        self._alone_since = None
+        self._channel.send(
+            wire.NurseryHello(
+                version=wire.PROTOCOL_VERSION,
+                who=self._who,
+                catalogue={name: definition.options for name, definition in tasks.definitions().items()},
+                failures=self._loaded.failures,
+                warnings=self._loaded.warnings,
+                children=[forked.who for forked in self._children.values()],
+                exits=list(self._exits.values()),
+            )
+        )
+
+    def _rest(self) -> None:
+        timeout_s = None if self._channel is not None else REDIAL_S
+        if self._stray_left:
+            timeout_s = STRAY_LOOK_S if timeout_s is None else min(timeout_s, STRAY_LOOK_S)
+        if self._channel is not None:
+            self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if self._channel.unsent_bytes else 0))
+        self._ready = {descriptor for descriptor, _ in self._poll.poll(None if timeout_s is None else timeout_s * 1000)}
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+
+    def _hear(self) -> None:
+        channel = self._channel
+        if channel is None or channel.fileno() not in self._ready:
+            return
+        channel.flush()
+        try:
+            messages = channel.receive()
+        except WireError as error:
+            log.warning("the supervisor speaks another protocol: %s", error)
+            channel.closed = True
+            messages = []
+        for message in messages:
+            self._take(message)
+        if channel.closed:
+            self._poll.unregister(channel)
+            channel.close()
+            self._channel = None
+            self._alone_since = self._clock.monotonic()
+
+    def _take(self, message: wire.Message) -> None:
+        if isinstance(message, wire.Spawn):
+            self._fork(message.count)
+        elif isinstance(message, wire.ExitsSeen):
+            for who in message.whos:
+                self._exits.pop(who, None)
+        elif isinstance(message, wire.KillOrder):
+            self._kill(message)
+        elif isinstance(message, wire.Retire):
+            self._retired = True
+        elif isinstance(message, wire.Leave):
+            self._retired = self._leave = True
+
+    def _bury(self) -> None:
+        """Learn how children died. From the pidfd: multiprocessing's sentinel stays silent while grandchildren live."""
+        for descriptor in self._ready & self._children.keys():
+            forked = self._children.pop(descriptor)
+            self._poll.unregister(descriptor)
+            os.close(descriptor)
+            exited = _exit_of(forked)
+            forked.process.close()  # without it every later start gets slower
+            self._exits[forked.who] = exited
+            self._stray_left = True
+            if self._channel is not None:
+                self._channel.send(exited)
+
+    def _sweep_strays(self) -> None:
+        """Kill what a dead task left: it was reparented to us, and we did not fork it."""
+        if not self._stray_left and self._wake_read.fileno() not in self._ready:
+            return
+        for _ in range(STRAY_ROUNDS):
+            strays = self._strays()
+            if not strays:
+                break
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # our own child, not reaped by anybody else: its PID is not reused
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+        self._stray_left = bool(self._strays())
+
+    def _strays(self) -> list[int]:
+        return strays_of_this_process({forked.who.pid for forked in self._children.values()} | self._application_pids)
+
+    def _is_over(self) -> bool:
+        if self._children:
+            return False
+        if self._leave:
+            return True
+        if self._exits:  # somebody must still be told
+            return self._lonely()
+        return self._retired or self._lonely()
+
+    def _lonely(self) -> bool:
+        return self._alone_since is not None and self._clock.monotonic() - self._alone_since >= LONELY_S
+
+    # Work
+
+    def _fork(self, count: int) -> None:
+        for done in range(count):
+            try:
+                self._fork_one()
+            except OSError as error:
+                log.error("cannot fork a child: %s", error)
+                if self._channel is not None:
+                    self._channel.send(wire.SpawnFailed(count - done, str(error)))
+                return
+
+    def _fork_one(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()  # what is buffered here would be printed again by the child
+        birth = child.Birth(
+            config=self._config,
+            nursery=self._who,
+            kept_descriptors=self._kept,
+            load=self._config.start_method == "spawn",
+        )
+        context: Any = multiprocessing.get_context(self._config.start_method)
+        process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
+        process.start()
+        pidfd = os.pidfd_open(process.pid)
+        ticks = processes.start_ticks(process.pid)
+        self._children[pidfd] = _Forked(process, Who(process.pid, -1 if ticks is None else ticks))
+        self._poll.register(pidfd, select.POLLIN)
+
+    def _kill(self, order: wire.KillOrder) -> None:
+        for descriptor, forked in self._children.items():
+            if forked.who == order.who:
+                forked.ordered = order.reason
+                identity = ProcessIdentity(
+                    self._identity.host,
+                    self._identity.boot_id,
+                    self._identity.pid_ns,
+                    order.who.pid,
+                    order.who.start_ticks,
+                )
+                handle = processes.ProcessHandle(identity, os.dup(descriptor))
+                processes.signal_tree(handle, order.signal)
+                handle.close()
+
+    def _import_what_children_need(self) -> None:
+        modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
+        for module in ("psutil", "sqlite3", "bgsupervisor.migrations", *modules):
+            importlib.import_module(module)
+
+
+@dataclasses.dataclass(slots=True)
+class _Forked:
+    process: Any
+    who: Who
+    ordered: Reason | None = None
+
+
+def _note(number: int, frame: object) -> None:
+    """Do nothing: the wake-up descriptor has already ended the rest."""
+
+
+def _exit_of(forked: _Forked) -> Exited:
+    forked.process.join(1.0)  # returns at once: the pidfd says dead, or a later start() has reaped it
+    code = forked.process.exitcode
+    exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
+    return Exited(who=forked.who, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
+
+
+def _is_async(definition: tasks.Definition) -> bool:
+    return inspect.iscoroutinefunction(definition.function)
+
+
+def _tracker_descriptor() -> set[int]:
+    # Bodies use semaphores and pools: multiprocessing would write to whatever took over the number of a closed pipe.
+    descriptor = getattr(resource_tracker._resource_tracker, "_fd", None)  # type: ignore[attr-defined]  # noqa: SLF001
+    return set() if descriptor is None else {descriptor}
+
+
+def _descriptors() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/fd")}
+
+
+def _own_children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{threading.main_thread().native_id}/children", encoding="ascii") as file:  # noqa: PTH123
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return processes.descendants(os.getpid())

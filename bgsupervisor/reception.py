@@ -1,0 +1,249 @@
+"""Whom the supervisor hears: connections, deaths, bells and signals, in one selector. Decides nothing.
+
+Nobody is ever waited for: sockets do not block, a peer that does not read is only marked, and every pass takes a
+bounded amount from each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import selectors
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+from bgsupervisor.errors import WireError
+from bgsupervisor.linux import FileWatch
+from bgsupervisor.statedir import StateDir, bind, open_dir
+from bgsupervisor.wire import PROTOCOL_VERSION, Channel, ChildHello, Message, NurseryHello, Who
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import FrameType
+
+    from bgsupervisor.processes import ProcessHandle
+
+__all__ = ["Heard", "Peer", "Reception"]
+
+log = logging.getLogger("bgsupervisor")
+
+CONTROL_MODE = 0o600
+WAKE_MODE = 0o660
+ACCEPTS_PER_PASS = 256
+RINGS_PER_PASS = 1000
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Peer:
+    """One connection; `who` is None until its hello has been heard."""
+
+    channel: Channel
+    pid: int
+    who: Who | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Heard:
+    """What came in since the last pass."""
+
+    messages: list[tuple[Peer, Message]] = dataclasses.field(default_factory=list)
+    deaths: list[Who] = dataclasses.field(default_factory=list)
+    signals: list[int] = dataclasses.field(default_factory=list)
+    rung: bool = False
+    database_touched: bool = False
+
+
+class Reception:
+    """The sockets of the state directory and everything else that can wake the supervisor."""
+
+    def __init__(self, state_dir: StateDir) -> None:
+        self._state_dir = state_dir
+        self._dir_fd = open_dir(state_dir.path)
+        self._selector = selectors.DefaultSelector()
+        self._peers: dict[int, Peer] = {}
+        self._handles: dict[Who, ProcessHandle] = {}
+        self._watch: FileWatch | None = None
+        self._control: socket.socket | None = None
+        self._wake: socket.socket | None = None
+        self._inodes: dict[Path, int] = {}
+        self._signals, self._signal_write = socket.socketpair()
+        for end in (self._signals, self._signal_write):
+            end.setblocking(False)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._hear_signals)
+        self.bind()
+
+    def bind(self) -> None:
+        """Bind control.sock and wake.sock, replacing what may stand under their names."""
+        for old in (self._control, self._wake):
+            if old is not None:
+                self._selector.unregister(old)
+                old.close()
+        self._control = bind(self._dir_fd, "control.sock", socket.SOCK_STREAM, CONTROL_MODE)
+        self._wake = bind(self._dir_fd, "wake.sock", socket.SOCK_DGRAM, WAKE_MODE)
+        self._selector.register(self._control, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
+        self._inodes = {path: path.stat().st_ino for path in (self._state_dir.control, self._state_dir.wake)}
+
+    def sockets_stand(self) -> bool:
+        """Whether the names in the state directory still lead to our sockets."""
+        try:
+            return all(path.stat().st_ino == inode for path, inode in self._inodes.items())
+        except OSError:
+            return False
+
+    def listen_to_signals(self, numbers: tuple[int, ...]) -> None:
+        """Have these signals end the rest and be heard; nothing else happens in the handler."""
+        signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, _note)
+
+    def watch_file(self, path: Path) -> None:
+        """Hear of every write to *path* (the -wal file), for writers who cannot ring."""
+        with contextlib.suppress(OSError):
+            self._watch = FileWatch(path)
+            self._selector.register(self._watch, selectors.EVENT_READ, self._hear_file)
+
+    def watch_process(self, who: Who, handle: ProcessHandle) -> None:
+        """Hear of the death of the process that *handle* holds."""
+        if who not in self._handles:
+            self._handles[who] = handle
+            self._selector.register(handle, selectors.EVENT_READ, lambda heard, _mask: self._hear_death(heard, who))
+
+    def unwatch_process(self, who: Who) -> None:
+        """Hear nothing more of that process; its handle stays the caller's."""
+        handle = self._handles.pop(who, None)
+        if handle is not None:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(handle)
+
+    def rest(self, timeout_s: float) -> list[tuple[Callable[[Heard, int], None], int]]:
+        """Block until something is to be heard, at most *timeout_s*."""
+        return [(key.data, mask) for key, mask in self._selector.select(timeout_s)]
+
+    def hear(self, ready: list[tuple[Callable[[Heard, int], None], int]]) -> Heard:
+        """Take in what `rest` found."""
+        heard = Heard()
+        for take, mask in ready:
+            take(heard, mask)
+        return heard
+
+    def send(self, peer: Peer, message: Message) -> int:
+        """Send without blocking; what the peer does not read now is written when it does."""
+        place = peer.channel.send(message)
+        self._want(peer)
+        return place
+
+    def last_words(self, peer: Peer) -> list[Message]:
+        """Return all that a peer whose process is dead has written, and let it go."""
+        messages: list[Message] = []
+        with contextlib.suppress(WireError):
+            messages = peer.channel.receive_all()
+        self.let_go(peer)
+        return messages
+
+    def let_go(self, peer: Peer) -> None:
+        """Close a connection."""
+        descriptor = next((number for number, one in self._peers.items() if one is peer), None)
+        if descriptor is not None:
+            del self._peers[descriptor]
+            with contextlib.suppress(KeyError, ValueError, OSError):
+                self._selector.unregister(descriptor)
+        peer.channel.close()
+
+    def close(self) -> None:
+        """Close everything; the names in the state directory stay, for the next supervisor to replace."""
+        for peer in list(self._peers.values()):
+            peer.channel.flush()
+            peer.channel.close()
+        for sock in (self._control, self._wake):
+            if sock is not None:
+                sock.close()
+        self._selector.close()
+
+    def _want(self, peer: Peer) -> None:
+        if peer.channel.closed:
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.channel.unsent_bytes else 0)
+        descriptor = peer.channel.fileno()
+        key = self._selector.get_map().get(descriptor)
+        if key is not None and key.events != events:
+            self._selector.modify(descriptor, events, key.data)
+
+    def _accept(self, heard: Heard, mask: int) -> None:
+        del heard, mask
+        assert self._control is not None  # noqa: S101 - registered only while it is bound
+        for _ in range(ACCEPTS_PER_PASS):
+            try:
+                sock, _ = self._control.accept()
+            except OSError:
+                return
+            channel = Channel(sock)
+            pid, uid = channel.peer()
+            if uid != os.geteuid():
+                log.warning("a process of user id %d dialled the control socket; only our own user may", uid)
+                channel.close()
+                continue
+            peer = Peer(channel, pid)
+            self._peers[channel.fileno()] = peer
+            self._selector.register(
+                channel.fileno(),
+                selectors.EVENT_READ,
+                lambda heard, mask, peer=peer: self._hear_peer(heard, mask, peer),
+            )
+
+    def _hear_peer(self, heard: Heard, mask: int, peer: Peer) -> None:
+        del mask
+        peer.channel.flush()
+        try:
+            for message in peer.channel.receive():
+                self._check(peer, message)
+                heard.messages.append((peer, message))
+        except WireError as error:
+            log.warning("the connection of PID %d is closed: %s", peer.pid, error)
+            peer.channel.closed = True
+        if peer.channel.closed:
+            self.let_go(peer)
+        else:
+            self._want(peer)
+
+    def _check(self, peer: Peer, message: Message) -> None:
+        """See that a hello comes first, of our version, from the process that the kernel names."""
+        if not isinstance(message, ChildHello | NurseryHello):
+            if peer.who is None:
+                raise WireError("it did not say hello first")
+            return
+        if message.version != PROTOCOL_VERSION:
+            raise WireError(f"it speaks protocol {message.version}, this supervisor speaks {PROTOCOL_VERSION}")
+        if message.who.pid != peer.pid:
+            raise WireError(f"it says that it is PID {message.who.pid}")
+        peer.who = message.who
+
+    def _hear_death(self, heard: Heard, who: Who) -> None:
+        self.unwatch_process(who)
+        heard.deaths.append(who)
+
+    def _hear_ring(self, heard: Heard, mask: int) -> None:
+        del mask
+        assert self._wake is not None  # noqa: S101 - registered only while it is bound
+        with contextlib.suppress(OSError):
+            for _ in range(RINGS_PER_PASS):
+                self._wake.recv(64)
+                heard.rung = True
+
+    def _hear_file(self, heard: Heard, mask: int) -> None:
+        del mask
+        if self._watch is not None and self._watch.drain():
+            heard.database_touched = True
+
+    def _hear_signals(self, heard: Heard, mask: int) -> None:
+        del mask
+        with contextlib.suppress(OSError):
+            heard.signals += self._signals.recv(4096)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the wake-up descriptor has already taken the number."""

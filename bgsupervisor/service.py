@@ -1,0 +1,417 @@
+"""What a web application calls: request tasks, ask for their status, wait, cancel, retry.
+
+A Service opens nothing before its first call, may be shared by threads, and opens anew after a fork.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peewee
+
+from bgsupervisor import payload, tasks
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.config import load
+from bgsupervisor.errors import Interrupted, NotEnded, RequestRefused, TaskNotConfigured, UnknownTask, WaitTimeout
+from bgsupervisor.ledger import Ledger, Request
+from bgsupervisor.models import Store
+from bgsupervisor.statedir import StateDir, send_datagram
+from bgsupervisor.statuses import Reason, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+    from bgsupervisor.models import TaskRecord
+
+    TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
+
+__all__ = ["Handle", "Service"]
+
+log = logging.getLogger("bgsupervisor")
+
+PRIORITY_LIMIT = 2**31 - 1
+KEY_CHARS = 1000
+POLL_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
+"""How often `wait` looks: soon at first, then each last value."""
+SUPERVISOR_SILENT_S = 45.0
+"""Three missed beats: no supervisor is alive."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Handle:
+    """A requested task: its id, and whether this request created it (False for a live twin with the same unique key)."""
+
+    id: int
+    created: bool = True
+
+    def __int__(self) -> int:
+        return self.id
+
+
+class Service:
+    """Requests tasks and tells about them.
+
+    Args:
+        database: A URL as in the configuration, or a Peewee database of the application, whose open transaction a
+            request then joins; None takes the configured one.
+        config: The configuration file; None finds it as the command line does.
+
+    Raises:
+        ConfigError: No configuration and no database, or a wrong value.
+
+    Every method raises DatabaseError or AccessError if the database cannot be used, after at most busy_timeout_s.
+    """
+
+    def __init__(
+        self,
+        database: str | peewee.Database | None = None,
+        *,
+        config: str | Path | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or SystemClock()
+        if isinstance(database, peewee.Database):
+            name = str(database.database)
+            self._config = load(config, database=f"sqlite:///{Path(name).absolute()}" if name != ":memory:" else name)
+            store = Store.share(database, self._config.table_prefix)
+        else:
+            self._config = load(config, database=database)
+            store = Store.open(
+                self._config.database, self._config.table_prefix, busy_timeout_s=self._config.busy_timeout_s
+            )
+        self._store = store
+        self._ledger = Ledger(store, self._clock)
+        self._state_dir = StateDir(self._config.state_dir)
+        self._loadable: set[str] = set()
+
+    # Requests
+
+    def request(
+        self,
+        task: TaskLike,
+        data: Mapping[str, object] | None = None,
+        *,
+        run_at: datetime | None = None,
+        delay_s: float | None = None,
+        priority: int = 0,
+        key: str | None = None,
+        unique: str | bool | None = None,
+    ) -> Handle:
+        """Record a task and wake the supervisor; the task runs after this call has returned and its commit is durable.
+
+        Args:
+            task: A Task class, a @task function, or its name.
+            data: The body's keyword arguments; whatever msgspec can write as JSON.
+            run_at: Not before this moment; an aware datetime.
+            delay_s: Not before so many seconds from now, at least 0; instead of *run_at*.
+            priority: Larger is sooner.
+            key: The caller's own name for it (an invoice number, a user); any number of tasks may share one.
+            unique: A key that only one live task of this class may hold: a text of its own, or True for *key*, or for
+                the class if there is no key. The second request gets the first's handle, with created=False.
+
+        Raises:
+            DataInvalid: The data does not fit the body, or is not JSON; says which field.
+            DataTooLarge: More than data_max_bytes.
+            TaskNotConfigured: No supervisor could load this class.
+            RequestRefused: An argument that cannot be, such as a run_at without time zone.
+
+        Blocks for one durable commit. Inside an open transaction of a shared Peewee database it is part of that
+        transaction, and the supervisor is woken after its commit.
+        """
+        options = _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key, unique=unique)
+        return self._record(task, [data], options)[0]
+
+    def request_many(
+        self,
+        task: TaskLike,
+        datas: Iterable[Mapping[str, object] | None],
+        *,
+        run_at: datetime | None = None,
+        delay_s: float | None = None,
+        priority: int = 0,
+        key: str | None = None,
+    ) -> list[Handle]:
+        """Record one task per data in one transaction, all or none; arguments and errors as `request`."""
+        return self._record(task, list(datas), _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key))
+
+    def _record(self, task: TaskLike, datas: Sequence[Mapping[str, object] | None], options: _Options) -> list[Handle]:
+        name, definition = self._resolve(task)
+        if definition is not None and not isinstance(task, str):
+            self._check_loadable(definition)
+        run_at, unique_key = options.when(self._clock), options.unique_key()
+        requests = [
+            Request(
+                name=name,
+                data=payload.encode_data(
+                    data,
+                    signature=None if definition is None else definition.signature,
+                    limit_bytes=self._config.data_max_bytes,
+                    name=name,
+                    secret=() if definition is None else definition.secret,
+                ),
+                run_at=run_at,
+                priority=options.checked_priority(),
+                key=options.checked_key(),
+                unique_key=unique_key,
+            )
+            for data in datas
+        ]
+        if not requests:
+            return []
+        found = self._ledger.request_many(requests)
+        self._store.database.after_commit(self._ring)
+        return [Handle(id, created) for id, created in found]
+
+    # Asking
+
+    def status(self, task: TaskLike | Handle | int, *, key: str | None = None) -> Status | None:
+        """Return the status of the newest task of a class (and key), or of one task; None if there is none."""
+        if isinstance(task, Handle | int):
+            record = self._ledger.get(int(task))
+        else:
+            record = self._ledger.newest(self._resolve(task)[0], key=key)
+        return None if record is None else record.status
+
+    def get(self, task: Handle | int) -> TaskRecord | None:
+        """Return all that is known of a task now, or None if it never existed or was pruned."""
+        record = self._ledger.get(int(task))
+        if record is None or record.ended:
+            return record
+        waiting = record.status is Status.REQUEST
+        return dataclasses.replace(
+            record,
+            position=self._ledger.position(record) if waiting else None,
+            no_supervisor_since=self._no_supervisor_since(record),
+        )
+
+    def list(
+        self,
+        *,
+        name: TaskLike | None = None,
+        key: str | None = None,
+        status: Status | str | None = None,
+        limit: int | None = 100,
+    ) -> list[TaskRecord]:
+        """Return the tasks that match all that is given, newest first, at most *limit* (None is no limit)."""
+        return self._ledger.list(
+            names=None if name is None else [self._resolve(name)[0]],
+            key=key,
+            statuses=None if status is None else [Status(status)],
+            limit=limit,
+        )
+
+    def counts(self, task: TaskLike | None = None) -> dict[Status, int]:
+        """Return how many tasks (of a class) have each status, zeros included."""
+        return self._ledger.counts(None if task is None else self._resolve(task)[0])
+
+    def wait(self, task: Handle | int, *, timeout_s: float) -> TaskRecord:
+        """Block until the task has ended, at most *timeout_s*, and return it.
+
+        Raises:
+            UnknownTask: There is no such task.
+            WaitTimeout: It has not ended by then; it goes on.
+        """
+        deadline = self._clock.monotonic() + timeout_s
+        looks = 0
+        while True:
+            record = self._known(task)
+            if record.ended:
+                return record
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                raise WaitTimeout(
+                    f"task {record.id} has not ended within {timeout_s:g} s; it is {record.status} and goes on"
+                )
+            self._clock.sleep(min(left, POLL_S[min(looks, len(POLL_S) - 1)]))
+            looks += 1
+
+    def result(self, task: Handle | int) -> Any:
+        """Return what the body returned, as JSON gives it back; never waits.
+
+        Raises:
+            UnknownTask: There is no such task.
+            NotEnded: It has not ended; `wait` waits.
+            Interrupted: It was cut off, and has no result; carries the reason.
+        """
+        record = self._known(task)
+        if not record.ended:
+            raise NotEnded(record.id, record.status)
+        if record.status is Status.INTERRUPTED:
+            raise Interrupted(record.id, record.reason or Reason.VANISHED, record.detail or "")
+        return payload.decode_value(record.result)
+
+    # Acting
+
+    def cancel(self, task: Handle | int, *, by: str | None = None) -> TaskRecord:
+        """Ask for a task's end and return it as it is now; an ended task is returned unchanged.
+
+        A waiting task is INTERRUPTED / CANCELLED at once. A running one is asked, then signalled, by its supervisor;
+        without one it waits for the next.
+
+        Args:
+            task: Which.
+            by: Who asks, recorded with it.
+
+        Raises:
+            UnknownTask: There is no such task.
+        """
+        record = self._ledger.cancel(int(task), by=by)
+        self._store.database.after_commit(self._ring)
+        return record
+
+    def retry(self, task: Handle | int) -> TaskRecord:
+        """Plan an INTERRUPTED task again, as it was requested, and return it.
+
+        Raises:
+            UnknownTask: There is no such task.
+            NotRetryable: It is not INTERRUPTED.
+            AlreadyLive: A live task holds its unique key.
+        """
+        record = self._ledger.retry(int(task))
+        self._store.database.after_commit(self._ring)
+        return record
+
+    def close(self) -> None:
+        """Close this thread's connection to a database of our own; the next call opens it again."""
+        if self._store.owned:
+            self._store.close()
+
+    # Within
+
+    @property
+    def config(self) -> Config:
+        """The configuration in force."""
+        return self._config
+
+    @property
+    def ledger(self) -> Ledger:
+        """The rows, for the command line."""
+        return self._ledger
+
+    def _known(self, task: Handle | int) -> TaskRecord:
+        record = self._ledger.get(int(task))
+        if record is None:
+            raise UnknownTask(int(task))
+        return record
+
+    def _resolve(self, task: TaskLike) -> tuple[str, tasks.Definition | None]:
+        definition = tasks.definition_of(task)
+        if definition is not None:
+            return definition.name, definition
+        name = str(task)
+        if not name.strip() or len(name) > KEY_CHARS:
+            raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
+        return name, None
+
+    def _check_loadable(self, definition: tasks.Definition) -> None:
+        """Refuse a class that no supervisor could load: it would stay REQUEST for ever."""
+        module, configured = definition.module, self._config.tasks
+        if module in self._loadable:
+            return
+        if module == "__main__" or (configured and not _reaches(configured, module)):
+            names = ", ".join(configured) or "none"
+            raise TaskNotConfigured(
+                f"{definition.name} is defined in {module}, which no supervisor would load; the configured task modules "
+                f"are: {names}. Move it there, import it there, or add its module to `tasks`"
+            )
+        self._loadable.add(module)
+
+    def _no_supervisor_since(self, record: TaskRecord) -> datetime | None:
+        seen = [one.heartbeat_at for one in self._ledger.supervisors()]
+        last = max(seen, default=record.requested_at)
+        return last if self._clock.now() - last > timedelta(seconds=SUPERVISOR_SILENT_S) else None
+
+    def _ring(self) -> None:
+        send_datagram(self._state_dir.wake)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The arguments that all requests share, checked one by one."""
+
+    run_at: datetime | None = None
+    delay_s: float | None = None
+    priority: int = 0
+    key: str | None = None
+    unique: str | bool | None = None
+
+    def when(self, clock: Clock) -> datetime | None:
+        if self.run_at is not None and self.delay_s is not None:
+            raise RequestRefused("run_at and delay_s were both given; give one of them")
+        if self.run_at is not None:
+            if not isinstance(self.run_at, datetime):
+                raise RequestRefused(f"run_at is {self.run_at!r}; it must be a datetime with a time zone")
+            if self.run_at.utcoffset() is None:
+                raise RequestRefused(
+                    f"run_at {self.run_at.isoformat()} has no time zone, so the moment is not known; "
+                    "give an aware datetime, as datetime.now(timezone.utc)"
+                )
+            return self.run_at
+        if self.delay_s is None:
+            return None
+        if isinstance(self.delay_s, bool) or not isinstance(self.delay_s, int | float) or not self.delay_s >= 0:
+            raise RequestRefused(f"delay_s is {self.delay_s!r}; it must be a number of seconds, 0 or more")
+        try:
+            return clock.now() + timedelta(seconds=self.delay_s)
+        except OverflowError:
+            raise RequestRefused(f"delay_s is {self.delay_s!r}; that moment lies beyond the calendar") from None
+
+    def checked_priority(self) -> int:
+        priority = self.priority
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > PRIORITY_LIMIT:
+            raise RequestRefused(f"priority is {priority!r}; it must be a whole number, larger is sooner")
+        return priority
+
+    def checked_key(self) -> str | None:
+        return _checked_text("key", self.key)
+
+    def unique_key(self) -> str | None:
+        if self.unique is None or self.unique is False:
+            return None
+        if self.unique is True:
+            return self.checked_key() or ""
+        return _checked_text("unique", self.unique)
+
+
+def _checked_text(what: str, text: str | None) -> str | None:
+    if text is None:
+        return None
+    if not isinstance(text, str) or not text or len(text) > KEY_CHARS:
+        raise RequestRefused(f"{what} is {str(text)[:60]!r}; it must be a text of 1 to {KEY_CHARS} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestRefused(
+            f"{what} is {text[:60]!r}; it holds half a surrogate pair, which no database stores"
+        ) from None
+    return text
+
+
+def _reaches(configured: Iterable[str], module: str) -> bool:
+    """Whether importing the configured modules has imported *module* too: it, or what is in it, stands in their names.
+
+    Looks only at what is loaded in this process; a configured module that is not loaded is given the benefit.
+    """
+    seen, todo = set(), list(configured)
+    while todo:
+        name = todo.pop()
+        if name == module:
+            return True
+        loaded = sys.modules.get(name)
+        if name in seen:
+            continue
+        seen.add(name)
+        if loaded is None:
+            return True
+        for value in list(vars(loaded).values()):
+            near = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
+            if isinstance(near, str) and near not in seen and near.partition(".")[0] == module.partition(".")[0]:
+                todo.append(near)
+    return False

@@ -1,0 +1,322 @@
+"""The state directory: its files, rights, sockets and the supervisor's lock; knows no tables and no messages.
+
+Sockets are addressed relative to an open directory descriptor, because an address holds 107 bytes only and state
+directories lie deeper. The module can be imported on every system; what only Linux has is looked for when used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bgsupervisor.clock import Clock, SystemClock
+from bgsupervisor.errors import AccessError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Lock", "StateDir", "access_error", "bind", "connect", "open_dir", "send_datagram", "user_name"]
+
+DIRECTORY_MODE = 0o750
+LOCK_MODE = 0o640
+LOCK_TRIES = 5
+"""How often `Lock.acquire` starts again because the file was replaced while it was being locked."""
+LOCK_READ_BYTES = 1024
+LISTEN_BACKLOG = 1024
+"""More than all children of the largest configuration, so that none is refused when all dial at once."""
+SHORT_ADDRESS_BYTES = 100
+"""Longer addresses go through the directory descriptor; systems allow 104 to 108 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateDir:
+    """The folder where a supervisor and its children meet, and the names of what is in it."""
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """Return the file that the supervisor locks."""
+        return self.path / "supervisor.lock"
+
+    @property
+    def control(self) -> Path:
+        """Return the socket that children, nursery and command line dial."""
+        return self.path / "control.sock"
+
+    @property
+    def wake(self) -> Path:
+        """Return the datagram socket that is rung after a commit."""
+        return self.path / "wake.sock"
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder of the logs."""
+        return self.path / "logs"
+
+    def nursery_path(self, pid: int, ticks: int) -> Path:
+        """Return the file by which a new supervisor learns of a living nursery."""
+        return self.path / f"nursery-{pid}-{ticks}"
+
+    def create(self) -> None:
+        """Make the folder and its logs where they are missing, 0750 whatever the umask; a setgid bit is kept.
+
+        Raises:
+            AccessError: A folder cannot be made; its parent must exist.
+        """
+        for folder in (self.path, self.logs):
+            try:
+                folder.mkdir(DIRECTORY_MODE)
+                folder.chmod(DIRECTORY_MODE | (folder.stat().st_mode & stat.S_ISGID))
+            except FileExistsError as error:
+                if not folder.is_dir():
+                    raise access_error(folder, "create", error, "move the file of that name away") from error
+            except OSError as error:
+                raise access_error(folder, "create", error, "see that its parent exists and is writable") from error
+
+    def check_owner(self) -> None:
+        """Refuse every user but the folder's owner, root too: files of two owners would lock both out.
+
+        Raises:
+            AccessError: Another user owns the folder, or it is not there.
+        """
+        try:
+            owner_uid = self.path.stat().st_uid
+        except OSError as error:
+            raise access_error(self.path, "read", error, "create it, or correct state_dir") from error
+        if owner_uid != os.geteuid():
+            user, owner = user_name(os.geteuid()), user_name(owner_uid)
+            raise AccessError(
+                f"{self.path} belongs to user {owner}, but this is user {user}; supervise as {owner}, "
+                f"or name another state_dir",
+                path=str(self.path),
+                user=user,
+                right="write",
+            )
+
+
+class Lock:
+    """The right to be the one supervisor of a state directory; dies with its process.
+
+    The kernel holds it for an open descriptor that no started program inherits. A process that is forked while it
+    is held shares it.
+
+    Args:
+        path: The lock file, made 0640 where it is missing.
+        clock: Tells the age of the file.
+    """
+
+    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+        self._path = path
+        self._clock = clock or SystemClock()
+        self._fd: int | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock and note this process in the file; False where another process has it. Never blocks.
+
+        Raises:
+            AccessError: The file cannot be opened or locked.
+        """
+        for _ in range(LOCK_TRIES):
+            if self._fd is None:
+                self._fd = self._open_locked()
+            if self._fd is None:
+                return False
+            if self.is_intact():
+                self._note_holder(self._fd)
+                return True
+            self.close()
+        return False
+
+    def _open_locked(self) -> int | None:
+        """Return a descriptor that holds the lock, None where another process has it."""
+        import fcntl  # noqa: PLC0415 - absent on Windows, where this module must import
+
+        fd = None
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(fd, LOCK_MODE)
+        except OSError as error:
+            if fd is not None:
+                os.close(fd)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise access_error(self._path, "write", error, "supervise as the folder's owner") from error
+        return fd
+
+    def _note_holder(self, fd: int) -> None:
+        with suppress(OSError):  # a full disk must not keep anybody from supervising
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid()}).encode() + b"\n", 0)
+
+    def touch(self) -> None:
+        """Set the file's time to now, the sign that the holder's loop turns; nothing where the lock is not held.
+
+        Raises:
+            OSError: The file system refuses (read-only, gone).
+        """
+        if self._fd is not None:
+            os.utime(self._fd)
+
+    def is_intact(self) -> bool:
+        """Tell whether the lock is held and its path still leads to the locked file.
+
+        A path that cannot be looked at (rights, I/O) counts as intact: nobody has seen another file there.
+        """
+        if self._fd is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._fd), self._path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+
+    def age_s(self) -> float | None:
+        """Return how many seconds ago the file was touched, by whomever; None where there is none.
+
+        Wall clock, as file times are: at least 0, and wrong for a while after the clock was set.
+        """
+        try:
+            touched_at = self._path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+        return max(0.0, self._clock.now().timestamp() - touched_at)
+
+    def holder(self) -> int | None:
+        """Return the PID that the last holder noted, None where none is readable.
+
+        For people to read: it is the present holder's only while `acquire` returns False, and it may be reused.
+        """
+        try:
+            with self._path.open("rb") as file:
+                pid = json.loads(file.read(LOCK_READ_BYTES))["pid"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return pid if isinstance(pid, int) else None
+
+    def close(self) -> None:
+        """Give the lock back; the file stays. Nothing where it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def open_dir(path: Path) -> int:
+    """Return a descriptor of a folder, which the caller closes; no started program inherits it.
+
+    Raises:
+        OSError: The folder is missing, not a folder or not readable.
+    """
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def bind(dir_fd: int, name: str, kind: socket.SocketKind, mode: int) -> socket.socket:
+    """Return a non-blocking Unix socket that answers as *name* in the folder *dir_fd*; streams listen.
+
+    It is made under a temporary name and then renamed, so that nobody meets it half made, and a socket of that
+    name that was left behind is replaced in one step. *mode* are its rights whatever the umask. Linux only.
+
+    Raises:
+        OSError: The folder is not writable, is gone, or /proc is not mounted.
+    """
+    temporary = f".{name}.{os.getpid()}"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=dir_fd)
+    bound = socket.socket(socket.AF_UNIX, kind)
+    try:
+        bound.settimeout(0)
+        bound.bind(_address(dir_fd, temporary))
+        os.chmod(temporary, mode, dir_fd=dir_fd)
+        if kind == socket.SOCK_STREAM:
+            bound.listen(LISTEN_BACKLOG)
+        os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+    except BaseException:
+        bound.close()
+        with suppress(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
+        raise
+    return bound
+
+
+def connect(folder: int | Path, name: str, kind: socket.SocketKind) -> socket.socket:
+    """Return a non-blocking Unix socket connected to *name* in *folder*, a path or a descriptor. Never blocks.
+
+    Raises:
+        FileNotFoundError: There is no such socket.
+        ConnectionRefusedError: Nobody listens there any more.
+        BlockingIOError: Its queue is full; try again later.
+        OSError: Anything else, such as a folder that this user may not enter.
+    """
+    dialled = socket.socket(socket.AF_UNIX, kind)
+    try:
+        dialled.settimeout(0)
+        with _reachable(folder, name) as address:
+            dialled.connect(address)
+    except BaseException:
+        dialled.close()
+        raise
+    return dialled
+
+
+def send_datagram(path: Path, payload: bytes = b"") -> bool:
+    """Send *payload* to the datagram socket *path*; True where somebody listens. Never blocks, never raises.
+
+    False also where the listener's queue is full (it has been rung already), where this user may not ring, and on
+    systems without Unix sockets: a bell may get lost, so nobody may rely on it alone.
+    """
+    if not hasattr(socket, "AF_UNIX"):
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell, _reachable(path.parent, path.name) as address:
+            bell.settimeout(0)
+            bell.sendto(payload, address)
+    except OSError:
+        return False
+    return True
+
+
+def _address(dir_fd: int, name: str) -> str:
+    return f"/proc/self/fd/{dir_fd}/{name}"
+
+
+@contextmanager
+def _reachable(folder: int | Path, name: str) -> Iterator[str]:
+    """Yield an address of *name* in *folder* that is short enough for a socket."""
+    if isinstance(folder, int):
+        yield _address(folder, name)
+    elif len(os.fsencode(folder / name)) <= SHORT_ADDRESS_BYTES:
+        yield str(folder / name)
+    else:
+        dir_fd = open_dir(folder)
+        try:
+            yield _address(dir_fd, name)
+        finally:
+            os.close(dir_fd)
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, the number as text where there is no name."""
+    import pwd  # noqa: PLC0415 - absent on Windows, where this module must import
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessError:
+    """Return the error of this process's user failing to *right* ("read", "write", "create") *path*.
+
+    *hint* says what to do about it.
+    """
+    user = user_name(os.geteuid()) if hasattr(os, "geteuid") else os.getlogin()
+    message = f"user {user} cannot {right} {path}: {error.strerror}; {hint}"
+    return AccessError(message, path=str(path), user=user, right=right)

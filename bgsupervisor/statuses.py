@@ -1,0 +1,56 @@
+"""The four statuses, and the closed list of reasons why a task was interrupted."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+__all__ = ["Reason", "Status"]
+
+
+class Status(StrEnum):
+    """Where a task stands; stored as these words."""
+
+    REQUEST = "REQUEST"
+    """Planned: waits for its time, for a slot or for its code."""
+    START = "START"
+    """Running in a child process of its own."""
+    DONE = "DONE"
+    """Its body returned; final."""
+    INTERRUPTED = "INTERRUPTED"
+    """Cut off before its end; `Reason` says why. Only `retry` leads out of it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the task has ended: DONE or INTERRUPTED."""
+        return self in (Status.DONE, Status.INTERRUPTED)
+
+
+class Reason(StrEnum):
+    """Why a task is INTERRUPTED; stored as these words, beside a sentence and the facts."""
+
+    RAISED = "RAISED"
+    """The body raised; the traceback is kept."""
+    EXITED = "EXITED"
+    """The process ended by itself before it reported: sys.exit, os._exit, exec; also with code 0."""
+    SIGNALLED = "SIGNALLED"
+    """Killed by a signal that was not ours; number and name are kept."""
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    """Killed by the kernel's OOM killer (the evidence is told) or past its own memory limit."""
+    TIMED_OUT = "TIMED_OUT"
+    """Ran past its timeout_s."""
+    CANCELLED = "CANCELLED"
+    """A person or program asked: who, and how far it had to go."""
+    STOPPED = "STOPPED"
+    """The supervisor was told to stop and kill."""
+    DEADLOCKED = "DEADLOCKED"
+    """Its wait would have closed a circle, which is named."""
+    HOST_REBOOTED = "HOST_REBOOTED"
+    """The machine started anew while it ran."""
+    HOST_LOST = "HOST_LOST"
+    """Its host or container has been silent past its lease."""
+    VANISHED = "VANISHED"
+    """Its process is gone and nobody could see how."""
+    DEPENDENCY = "DEPENDENCY"
+    """A task it had to come after was interrupted."""
+    EXPIRED = "EXPIRED"
+    """Not started before its expires_at."""

@@ -1,0 +1,322 @@
+"""What application authors write: task classes, task functions, and what a body may ask and tell.
+
+Knows no database and no process. A body that is called directly, outside a supervisor, runs like any function: its
+progress goes nowhere and nobody cancels it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
+
+from bgsupervisor.errors import TaskDefinitionError
+from bgsupervisor.payload import Signature
+from bgsupervisor.wire import TaskOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+__all__ = ["Context", "Definition", "FunctionTask", "Task", "current", "definition_of", "definitions", "task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+MAX_TIMEOUT_S = 10 * 365 * 86_400.0
+
+
+class Context:
+    """What a body can ask and tell; this one serves a body that no supervisor runs.
+
+    Attributes:
+        id: The task's number; None outside a supervisor.
+        attempt: Which try this is, from 1; 0 outside a supervisor.
+        key: The key it was requested with.
+    """
+
+    id: int | None = None
+    attempt: int = 0
+    key: str | None = None
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether this attempt is to end; the next progress or track raises `Cancelled`."""
+        return False
+
+    def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
+        """Tell how far the body is, in any unit: *done* of *total*, and one line of text.
+
+        Cheap (some microseconds) and never blocks; the last word of each half second reaches the row.
+
+        Raises:
+            Cancelled: This attempt is to end.
+        """
+
+    def track(self, iterable: Iterable[T], total: float | None = None) -> Iterator[T]:
+        """Yield the items, telling the progress after each; *total* is asked of `len` if it is not given.
+
+        Raises:
+            Cancelled: This attempt is to end.
+        """
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)
+        self.progress(0, total)
+        for count, item in enumerate(iterable, start=1):
+            yield item
+            self.progress(count, total)
+
+
+_outside = Context()
+_context: Context = _outside
+
+
+def current() -> Context:
+    """Return the context of the body that runs in this process, from any of its threads."""
+    return _context
+
+
+@contextlib.contextmanager
+def entered(context: Context) -> Iterator[None]:
+    """Make *context* the current one of this process while a body runs."""
+    global _context  # noqa: PLW0603 - a child runs one body at a time, and its threads must see it too
+    _context = context
+    try:
+        yield
+    finally:
+        _context = _outside
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """A task as the rest of the package sees it.
+
+    Attributes:
+        name: What rows call it.
+        module: Where it is defined.
+        body: The function to call with the data's keys as keywords, made anew for each attempt.
+        options: What the supervisor must know.
+        secret: Keys of the data that are masked wherever data is shown.
+    """
+
+    name: str
+    module: str
+    body: Callable[[], Callable[..., Any]]
+    function: Callable[..., Any]
+    takes_self: bool
+    options: TaskOptions
+    secret: tuple[str, ...]
+
+    @functools.cached_property
+    def signature(self) -> Signature:
+        """The data that the body takes.
+
+        Raises:
+            TaskDefinitionError: A parameter that no data can fill, or a hint that cannot be read from JSON.
+        """
+        return Signature.of(self.function, skip_self=self.takes_self, owner=self.name)
+
+
+_definitions: dict[str, Definition] = {}
+
+
+def definitions() -> dict[str, Definition]:
+    """Return all tasks that this process has loaded, by name."""
+    return dict(_definitions)
+
+
+def _define(definition: Definition) -> Definition:
+    known = _definitions.get(definition.name)
+    if known is not None and (known.module, known.function.__qualname__) != (
+        definition.module,
+        definition.function.__qualname__,
+    ):
+        raise TaskDefinitionError(
+            f"two tasks have the name {definition.name!r}: {known.module}.{known.function.__qualname__} and "
+            f"{definition.module}.{definition.function.__qualname__}; set `name` of one of them"
+        )
+    _definitions[definition.name] = definition
+    return definition
+
+
+def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object) -> TaskOptions:
+    if timeout_s is not None and (
+        isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S
+    ):
+        raise TaskDefinitionError(f"{owner}: timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+    if memory_limit_bytes is not None and (
+        isinstance(memory_limit_bytes, bool) or not isinstance(memory_limit_bytes, int) or memory_limit_bytes <= 0
+    ):
+        raise TaskDefinitionError(
+            f"{owner}: memory_limit_bytes is {memory_limit_bytes!r}; it must be a whole number of bytes above 0"
+        )
+    return TaskOptions(timeout_s=None if timeout_s is None else float(timeout_s), memory_limit_bytes=memory_limit_bytes)
+
+
+def _secret(owner: str, secret: object) -> tuple[str, ...]:
+    if isinstance(secret, str) or not isinstance(secret, list | tuple | set | frozenset):
+        raise TaskDefinitionError(f'{owner}: secret is {secret!r}; it must be a tuple of names, as ("password",)')
+    return tuple(str(name) for name in secret)
+
+
+class Task:
+    """The base of task classes: subclass it in a configured module and define `run`.
+
+    Attributes:
+        name: What rows call it; "module:QualName" if it is not set. Set it to be free to move the class.
+        timeout_s: How long an attempt may run, in seconds; None is for ever.
+        memory_limit_bytes: Resident memory that the body and all it starts may use; None is no limit. Looked at
+            each second, so a short peak may pass unseen.
+        secret: Keys of the data that are masked where data is shown.
+    """
+
+    name: ClassVar[str | None] = None
+    timeout_s: ClassVar[float | None] = None
+    memory_limit_bytes: ClassVar[int | None] = None
+    secret: ClassVar[tuple[str, ...]] = ()
+
+    run: Callable[..., Any]
+    """The body: takes the data's keys as keyword arguments; what it returns is the result. May be `async`."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        """Record the class, unless it is a base of others that has no `run` of its own or inherited."""
+        super().__init_subclass__(**kwargs)
+        function = getattr(cls, "run", None)
+        if function is None:
+            return
+        if not inspect.isfunction(function):
+            raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__}: run must be a plain method")
+        own_name = cls.__dict__.get("name")
+        name = own_name if own_name is not None else f"{cls.__module__}:{cls.__qualname__}"
+        if not isinstance(name, str) or not name:
+            raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__}: name is {name!r}; it must be a text")
+        cls.__definition = _define(
+            Definition(
+                name=name,
+                module=cls.__module__,
+                body=lambda: cls().run,  # type: ignore[no-any-return]
+                function=function,
+                takes_self=True,
+                options=_options(name, timeout_s=cls.timeout_s, memory_limit_bytes=cls.memory_limit_bytes),
+                secret=_secret(name, cls.secret),
+            )
+        )
+
+    __definition: ClassVar[Definition | None] = None
+
+    @classmethod
+    def definition(cls) -> Definition:
+        """Return what the rest of the package knows of this class.
+
+        Raises:
+            TaskDefinitionError: The class has no `run`.
+        """
+        definition = cls.__dict__.get("_Task__definition")
+        if definition is None:
+            raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__} has no `run`, so it cannot be requested")
+        return definition  # type: ignore[no-any-return]
+
+    @property
+    def id(self) -> int | None:
+        """The task's number; None outside a supervisor."""
+        return current().id
+
+    @property
+    def attempt(self) -> int:
+        """Which try this is, from 1; 0 outside a supervisor."""
+        return current().attempt
+
+    @property
+    def key(self) -> str | None:
+        """The key it was requested with."""
+        return current().key
+
+    @property
+    def cancel_requested(self) -> bool:
+        """Whether this attempt is to end; the next progress or track raises `Cancelled`."""
+        return current().cancel_requested
+
+    def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
+        """Tell how far the body is; see `Context.progress`."""
+        current().progress(done, total, message)
+
+    def track(self, iterable: Iterable[T], total: float | None = None) -> Iterator[T]:
+        """Yield the items, telling the progress after each; see `Context.track`."""
+        return current().track(iterable, total)
+
+
+class FunctionTask(Generic[P, R]):
+    """A function as a task; calling it runs it here, like the function itself."""
+
+    def __init__(self, function: Callable[P, R], definition: Definition) -> None:
+        self._function = function
+        self._definition = definition
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<task {self._definition.name}>"
+
+    def definition(self) -> Definition:
+        """Return what the rest of the package knows of this function."""
+        return self._definition
+
+
+@overload
+def task(function: Callable[P, R], /) -> FunctionTask[P, R]: ...
+@overload
+def task(
+    *,
+    name: str | None = None,
+    timeout_s: float | None = None,
+    memory_limit_bytes: int | None = None,
+    secret: tuple[str, ...] = (),
+) -> Callable[[Callable[P, R]], FunctionTask[P, R]]: ...
+def task(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    timeout_s: float | None = None,
+    memory_limit_bytes: int | None = None,
+    secret: tuple[str, ...] = (),
+) -> Any:
+    """Make a task of a function; the options are those of `Task`.
+
+    Raises:
+        TaskDefinitionError: An option of a wrong type, a name that another task has, or not a function.
+    """
+
+    def decorate(function: Callable[..., Any]) -> FunctionTask[..., Any]:
+        if not inspect.isfunction(function):
+            raise TaskDefinitionError(f"@task is for functions, not for {function!r}; subclass Task instead")
+        own = name if name is not None else f"{function.__module__}:{function.__qualname__}"
+        definition = Definition(
+            name=own,
+            module=function.__module__,
+            body=lambda: function,
+            function=function,
+            takes_self=False,
+            options=_options(own, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes),
+            secret=_secret(own, secret),
+        )
+        return FunctionTask(function, _define(definition))
+
+    return decorate if function is None else decorate(function)
+
+
+def definition_of(what: object) -> Definition | None:
+    """Return the definition of a task class, a task function or a loaded task's name; None for an unknown name.
+
+    Raises:
+        TaskDefinitionError: It is none of these.
+    """
+    if isinstance(what, str):
+        return _definitions.get(what)
+    if isinstance(what, FunctionTask) or (inspect.isclass(what) and issubclass(what, Task)):
+        return what.definition()
+    raise TaskDefinitionError(f"{what!r} is not a task: give a Task class, a function with @task, or a name as text")

@@ -1,0 +1,387 @@
+"""What the processes say to each other: messages, frames and connections; knows no tables.
+
+A frame is a 4-byte big-endian length and one msgpack-encoded message. Whoever dials says hello first, with
+PROTOCOL_VERSION. Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections import deque
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from bgsupervisor.errors import WireError
+from bgsupervisor.statuses import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Ack",
+    "Beat",
+    "Cancel",
+    "Channel",
+    "ChildHello",
+    "End",
+    "Ended",
+    "Exited",
+    "ExitsSeen",
+    "KillOrder",
+    "Leave",
+    "LoadFailure",
+    "Message",
+    "NurseryHello",
+    "Progress",
+    "Retire",
+    "Run",
+    "Spawn",
+    "SpawnFailed",
+    "TaskOptions",
+    "Who",
+]
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 80 * 1024 * 1024
+"""A longer frame is a peer gone mad; data and results are limited far below (data_max_bytes)."""
+RECEIVE_BYTES = 256 * 1024
+"""Read at most so much of one peer before the others get their turn."""
+UNRESPONSIVE_BYTES = 4 * 1024 * 1024
+"""A peer that has left so much unread is unresponsive: what may be lost (beats, progress) is no longer sent."""
+
+_LENGTH = struct.Struct(">I")
+
+
+class Who(msgspec.Struct, frozen=True, array_like=True):
+    """A process as messages name it: the PID never travels without its start ticks."""
+
+    pid: int
+    start_ticks: int
+
+
+class End(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an attempt ended, by whoever saw it: DONE when *reason* is None, else INTERRUPTED.
+
+    `final` progress travels with it, so that the last word is never lost to a throttle.
+    """
+
+    reason: Reason | None = None
+    detail: str | None = None
+    result: str | None = None
+    error: str | None = None
+    exit_code: int | None = None
+    signal: int | None = None
+    cpu_s: float | None = None
+    peak_rss_bytes: int | None = None
+    progress_done: float | None = None
+    progress_total: float | None = None
+    message: str | None = None
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a supervisor must know of a task class; it never imports the class itself."""
+
+    timeout_s: float | None = None
+    memory_limit_bytes: int | None = None
+
+
+class LoadFailure(msgspec.Struct, frozen=True):
+    """A module, or the `setup` callable, that failed to load, and why."""
+
+    module: str
+    error: str
+
+
+class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A child's first word on a connection: who it is and what it is doing.
+
+    `id` is None for an idle child, which has read its last connection to the end and so knows that it began
+    nothing it was told there. `end` is set when the attempt has ended and nobody has acknowledged it.
+    """
+
+    version: int
+    who: Who
+    nursery: Who
+    id: int | None = None
+    attempt: int = 0
+    end: End | None = None
+
+
+class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged."""
+
+    version: int
+    who: Who
+    catalogue: dict[str, TaskOptions]
+    failures: list[LoadFailure]
+    warnings: list[str]
+    children: list[Who]
+    exits: list[Exited]
+
+
+class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A nursery saw its child die. `ordered` is the reason of a kill that went through the nursery."""
+
+    who: Who
+    exit_code: int | None
+    signal: int | None
+    ordered: Reason | None = None
+
+
+class ExitsSeen(msgspec.Struct, frozen=True, tag=True):
+    """The supervisor has committed what these exits mean; the nursery may forget them."""
+
+    whos: list[Who]
+
+
+class Spawn(msgspec.Struct, frozen=True, tag=True):
+    """Fork so many children."""
+
+    count: int
+
+
+class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
+    """So many ordered children could not be forked, and why (usually a process limit)."""
+
+    count: int
+    error: str
+
+
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    """Another nursery has taken over: leave with the last child."""
+
+
+class KillOrder(msgspec.Struct, frozen=True, tag=True):
+    """Signal a child, and remember the reason for its exit report; used when the database is away."""
+
+    who: Who
+    signal: int
+    reason: Reason
+
+
+class Run(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The order to run one attempt; `data` is the JSON text of the row."""
+
+    id: int
+    attempt: int
+    name: str
+    data: str
+    key: str | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """What a body said of its progress."""
+
+    id: int
+    attempt: int
+    done: float | None
+    total: float | None
+    message: str | None
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True):
+    """A child's sign of life."""
+
+    id: int
+    attempt: int
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """A child reports the end of its attempt and waits for the Ack."""
+
+    id: int
+    attempt: int
+    end: End
+
+
+class Ack(msgspec.Struct, frozen=True, tag=True):
+    """The end of this attempt is committed."""
+
+    id: int
+    attempt: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """This attempt is to end: raise Cancelled at the next chance. SIGTERM may follow."""
+
+    id: int
+    attempt: int
+    reason: Reason
+    by: str | None = None
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """An idle child, or a nursery without children, is no longer needed."""
+
+
+Message = (
+    ChildHello
+    | NurseryHello
+    | Exited
+    | ExitsSeen
+    | Spawn
+    | SpawnFailed
+    | Retire
+    | KillOrder
+    | Run
+    | Progress
+    | Beat
+    | Ended
+    | Ack
+    | Cancel
+    | Leave
+)
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Message).decode
+
+
+class Channel:
+    """One connection: frames in, frames out, never blocking.
+
+    What cannot be written at once is kept and written by `flush`. After an error or the peer's end of file
+    `closed` is true; messages received before that are still delivered.
+
+    Attributes:
+        closed: Nothing more will be received, nothing can be sent.
+        queued_bytes: All that was ever handed to `send`.
+        written_bytes: How much of it the kernel has taken.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._inode = os.fstat(sock.fileno()).st_ino
+        self._incoming = bytearray()
+        self._outgoing: deque[memoryview] = deque()
+        self.closed = False
+        self.queued_bytes = 0
+        self.written_bytes = 0
+
+    def fileno(self) -> int:
+        """Return the descriptor, for a selector."""
+        return self._socket.fileno()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much waits for the peer to read."""
+        return self.queued_bytes - self.written_bytes
+
+    def peer(self) -> tuple[int, int]:
+        """Return (PID, user id) of the process at the other end, as the kernel knows it (SO_PEERCRED)."""
+        size = struct.calcsize("3i")
+        pid, uid, _ = struct.unpack("3i", self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return pid, uid
+
+    def send(self, message: Message) -> int:
+        """Queue one message and write what the kernel takes; return its first byte's place in `written_bytes`.
+
+        A message whose place is not below `written_bytes` when the channel is closed has not left at all.
+        """
+        start = self.queued_bytes
+        body = _encode(message)
+        self.queued_bytes += _LENGTH.size + len(body)
+        if not self.closed:
+            self._outgoing.append(memoryview(_LENGTH.pack(len(body)) + body))
+            self.flush()
+        return start
+
+    def flush(self) -> bool:
+        """Write what the kernel takes; return whether everything is out."""
+        while self._outgoing and not self.closed:
+            try:
+                self._check_descriptor()
+                written = self._socket.send(self._outgoing[0], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self.closed = True
+                return False
+            self.written_bytes += written
+            if written == len(self._outgoing[0]):
+                self._outgoing.popleft()
+            else:
+                self._outgoing[0] = self._outgoing[0][written:]
+        return not self._outgoing
+
+    def receive(self) -> list[Message]:
+        """Return the messages that have arrived; may be empty. Sets `closed` at the end of the stream.
+
+        Raises:
+            WireError: What arrived is not our protocol; the caller closes the channel.
+        """
+        taken = 0
+        while taken < RECEIVE_BYTES and not self.closed:
+            try:
+                self._check_descriptor()
+                chunk = self._socket.recv(65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                self.closed = True
+                break
+            if not chunk:
+                self.closed = True
+            taken += len(chunk)
+            self._incoming += chunk
+        return list(self._frames())
+
+    def receive_all(self) -> list[Message]:
+        """Return all that a dead peer has written; a socket that has nothing more to read is at its end."""
+        messages: list[Message] = []
+        while not self.closed:
+            before = len(messages)
+            messages += self.receive()
+            if len(messages) == before and not self._readable():
+                break
+        return messages
+
+    def close(self) -> None:
+        """Close the connection; what was not sent is lost."""
+        self.closed = True
+        if self._is_ours():
+            self._socket.close()
+        else:
+            self._socket.detach()
+
+    def forget(self) -> None:
+        """Drop the descriptor in a forked copy of the process, without a word to the peer."""
+        self.close()
+
+    def _readable(self) -> bool:
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return False
+        return True
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.fstat(self._socket.fileno()).st_ino == self._inode
+        except OSError:
+            return False
+
+    def _check_descriptor(self) -> None:
+        # A body may close all descriptors and open a file of its own under our number:
+        # writing frames into that file would be worse than losing the connection.
+        if not self._is_ours():
+            raise OSError("the descriptor is no longer our connection")
+
+    def _frames(self) -> Iterable[Message]:
+        while len(self._incoming) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._incoming)
+            if length > MAX_FRAME_BYTES:
+                raise WireError(f"a frame of {length} bytes was announced, at most {MAX_FRAME_BYTES} are allowed")
+            stop = _LENGTH.size + length
+            if len(self._incoming) < stop:
+                return
+            body = bytes(self._incoming[_LENGTH.size : stop])
+            del self._incoming[:stop]
+            try:
+                yield _decode(body)
+            except msgspec.MsgspecError as error:
+                raise WireError(f"a message of {length} bytes cannot be read: {error}") from error
