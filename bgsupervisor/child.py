@@ -14,48 +14,42 @@ import importlib
 import inspect
 import logging
 import os
-import queue
 import resource
-import select
 import signal
-import socket
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from bgsupervisor import logs, payload, processes, tasks, wire
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError, DataInvalid, DataTooLarge, WireError
+from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError, DataInvalid, DataTooLarge
 from bgsupervisor.ledger import Attempt, Ledger
+from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store
-from bgsupervisor.statedir import StateDir, connect, open_dir
+from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Reason
-from bgsupervisor.wire import Channel, End, Run, Who
+from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
     from types import FrameType
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.processes import ProcessIdentity
 
 __all__ = ["Birth", "Child", "main"]
 
 log = logging.getLogger("bgsupervisor")
 
-REDIAL_S = 0.2
 ACK_WAIT_S = 5.0
 """After this long without an acknowledgement the child records its end itself."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
-LONELY_S = 90.0
-"""An idle child leaves when no supervisor has come for this long: cron would have started one within a minute."""
-PARENT_LOOK_S = 10.0
 PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 LEFTOVER_GRACE_S = 2.0
@@ -110,196 +104,11 @@ def _become_child(birth: Birth) -> None:
 
 def _close_foreign_descriptors(kept: frozenset[int]) -> None:
     # One forgotten copy of a peer's socket keeps that peer "connected" after its death.
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as plain as it is needed
         number = int(name)
         if number > 2 and number not in kept:  # noqa: PLR2004 - standard descriptors
             with contextlib.suppress(OSError):
                 os.close(number)
-
-
-class Link(threading.Thread):
-    """The child's connection to whichever supervisor there is; dials, redials, listens and beats.
-
-    Everything the main thread hands to it is a plain state under one lock, so that a hello can always tell it anew.
-    """
-
-    def __init__(self, birth: Birth, who: Who, clock: Clock) -> None:
-        super().__init__(name="bgsupervisor link", daemon=True)
-        self._config = birth.config
-        self._nursery = birth.nursery
-        self._who = who
-        self._clock = clock
-        self._state_dir = StateDir(birth.config.state_dir)
-        self._lock = threading.RLock()
-        self._channel: Channel | None = None
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._parent = os.getppid()
-        self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self.run_order: Run | None = None
-        self.end_report: End | None = None
-        self.acknowledged = threading.Event()
-        self.disconnected = threading.Event()
-        self.cancel_order: wire.Cancel | None = None
-        self.cancel_known = threading.Event()
-        self.main_inside = False
-        self._alone_since: float | None = None
-        self._last_beat = 0.0
-        self._last_look = clock.monotonic()
-        os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._after_fork_in_child
-        )
-
-    # For the main thread
-
-    def report(self, end: End) -> None:
-        """Tell the end of the present attempt, now and in every later hello, until it is acknowledged."""
-        with self._lock:
-            self.end_report = end
-            if self._channel is not None and self.run_order is not None:
-                self._channel.send(wire.Ended(self.run_order.id, self.run_order.attempt, end))
-        self._nudge()
-
-    def become_idle(self) -> None:
-        """Be idle again after the end has been recorded, and say so."""
-        with self._lock:
-            self.run_order = self.end_report = self.cancel_order = None
-            self.acknowledged.clear()
-            self.cancel_known.clear()
-            if self._channel is not None:
-                self._channel.send(self._hello())
-
-    def say(self, message: wire.Message) -> None:
-        """Send what may be lost: nothing is sent to a peer that is away or does not read."""
-        # SIGTERM must not raise in the middle of a frame; whoever set the flag looks for a cancel afterwards.
-        self.main_inside = threading.current_thread() is threading.main_thread()
-        try:
-            with self._lock:
-                if self._channel is not None and self._channel.unsent_bytes < wire.UNRESPONSIVE_BYTES:
-                    self._channel.send(message)
-        finally:
-            self.main_inside = False
-
-    def drop(self) -> None:
-        """Close the connection; the child is leaving."""
-        with self._lock:
-            if self._channel is not None:
-                self._channel.flush()
-                self._channel.close()
-                self._channel = None
-
-    # The thread
-
-    def run(self) -> None:
-        """Serve until the process ends."""
-        while True:
-            self._dial()
-            self._serve_once()
-
-    def _serve_once(self) -> None:
-        channel = self._channel
-        timeout_s = self._next_look_s() if channel is not None else REDIAL_S
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
-        if channel is not None:
-            events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
-            with contextlib.suppress(OSError, ValueError):
-                poll.register(channel, events)
-        poll.poll(timeout_s * 1000)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        if channel is not None:
-            self._exchange(channel)
-        self._look()
-
-    def _exchange(self, channel: Channel) -> None:
-        with self._lock:
-            channel.flush()
-            try:
-                messages = channel.receive()
-            except WireError as error:
-                log.warning("the supervisor speaks another protocol: %s", error)
-                channel.close()
-                messages = []
-            for message in messages:
-                self._take(message)
-            if channel.closed:
-                channel.close()
-                self._channel = None
-                self._alone_since = self._clock.monotonic()
-                self.disconnected.set()
-
-    def _take(self, message: wire.Message) -> None:
-        present = self.run_order
-        if isinstance(message, Run):
-            self.run_order = message
-            self.orders.put(message)
-        elif isinstance(message, wire.Leave):
-            self.orders.put(None)
-        elif present is None or not isinstance(message, wire.Ack | wire.Cancel):
-            return
-        elif (message.id, message.attempt) == (present.id, present.attempt):
-            if isinstance(message, wire.Ack):
-                self.acknowledged.set()
-            else:
-                self.cancel_order = message
-                self.cancel_known.set()
-
-    def _dial(self) -> None:
-        if self._channel is not None:
-            return
-        sock = None
-        try:
-            sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
-        except OSError:
-            return
-        with self._lock:
-            channel = Channel(sock)
-            channel.send(self._hello())
-            self._channel = channel
-            self._alone_since = None
-            self.disconnected.clear()
-
-    def _hello(self) -> wire.ChildHello:
-        order = self.run_order
-        return wire.ChildHello(
-            version=wire.PROTOCOL_VERSION,
-            who=self._who,
-            nursery=self._nursery,
-            id=None if order is None else order.id,
-            attempt=0 if order is None else order.attempt,
-            end=self.end_report,
-        )
-
-    def _look(self) -> None:
-        now = self._clock.monotonic()
-        order = self.run_order
-        if order is not None and now - self._last_beat >= self._config.heartbeat_s:
-            self._last_beat = now
-            self.say(wire.Beat(order.id, order.attempt))
-        if order is not None:
-            return
-        if now - self._last_look >= PARENT_LOOK_S:
-            self._last_look = now
-            if os.getppid() != self._parent and self._channel is None:
-                self.orders.put(None)
-        if self._alone_since is not None and now - self._alone_since >= LONELY_S:
-            self.orders.put(None)
-
-    def _next_look_s(self) -> float:
-        if self.run_order is None:
-            return PARENT_LOOK_S
-        return max(0.0, self._last_beat + self._config.heartbeat_s - self._clock.monotonic())
-
-    def _nudge(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
-
-    def _after_fork_in_child(self) -> None:
-        # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.
-        if self._channel is not None:
-            self._channel.forget()
-            self._channel = None
-        self._lock.release()
 
 
 class AttemptContext(tasks.Context):
@@ -347,10 +156,12 @@ class Child:
         self._identity = processes.own_identity(processes.host_id(birth.config.host))
         self._logs = StateDir(birth.config.state_dir).logs
         self._log_path = logs.process_log(self._logs, self._identity.pid, self._identity.start_ticks)
-        self._link = Link(birth, Who(self._identity.pid, self._identity.start_ticks), clock)
+        who = Who(self._identity.pid, self._identity.start_ticks)
+        heartbeat_s = birth.config.heartbeat_s
+        self._link = Link(birth.config.state_dir, who, birth.nursery, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
         self._term_came = False
-        self._home = (os.getcwd(), _umask())
+        self._home = (Path.cwd(), _umask())
 
     def live(self) -> NoReturn:
         """Take orders until told to leave; never returns."""
@@ -460,9 +271,8 @@ class Child:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115, PTH123
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115, PTH123
-        sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
 
     def _default_logging(self) -> None:
         if not logging.getLogger().handlers:
@@ -601,7 +411,7 @@ def _flush_streams() -> None:
             stream.flush()
 
 
-def _repeat_last(pauses: tuple[float, ...]) -> Any:
+def _repeat_last(pauses: tuple[float, ...]) -> Iterator[float]:
     yield from pauses
     while True:
         yield pauses[-1]

@@ -71,9 +71,9 @@ _IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
 
 # What an attempt leaves in its row; cleared when another attempt is to begin.
 _ATTEMPT_COLUMNS = (
-    "reason", "detail", "started_at", "started_mono", "ended_at", "heartbeat_at", "ending", "host", "boot_id", "pid_ns",
-    "pid", "start_ticks", "slot", "progress_done", "progress_total", "message", "result", "error", "exit_code", "signal",
-    "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at", "cancel_requested_by",
+    "reason", "detail", "started_at", "started_mono", "ended_at", "heartbeat_at", "ending", "host", "boot_id",
+    "pid_ns", "pid", "start_ticks", "slot", "progress_done", "progress_total", "message", "result", "error",
+    "exit_code", "signal", "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at", "cancel_requested_by",
 )  # fmt: skip
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
 
@@ -441,10 +441,10 @@ class Ledger:
 
     def newest(self, name: str, *, key: str | None = None) -> TaskRecord | None:
         """Return the newest task of a name (and key), or None."""
-        records = self.list(names=[name], key=key, limit=1)
+        records = self.find(names=[name], key=key, limit=1)
         return records[0] if records else None
 
-    def list(
+    def find(
         self,
         *,
         names: Collection[str] | None = None,
@@ -501,7 +501,7 @@ class Ledger:
             return [(Attempt(id, attempt), by) for id, attempt, by in query.tuples()]
 
     def due(self, names: Collection[str], *, limit: int) -> list[Due]:
-        """Return waiting tasks of *names* whose time has come: higher priority first, then the earlier, then the lower id.
+        """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
@@ -570,7 +570,7 @@ class Ledger:
             raise UnknownTask(id)
         return record
 
-    def _records(self, *conditions: Any, limit: int | None) -> list[TaskRecord]:
+    def _records(self, *conditions: peewee.Node, limit: int | None) -> list[TaskRecord]:
         query = self._task.select().order_by(self._task.id.desc())
         if conditions:
             query = query.where(*conditions)

@@ -349,8 +349,7 @@ class Store:
         """Make a store on the application's own database object."""
         name = getattr(database, "database", None)
         path = Path(name) if isinstance(database, peewee.SqliteDatabase) and name else None
-        store = cls(database, prefix, owned=False, path=path)
-        return store
+        return cls(database, prefix, owned=False, path=path)
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -382,6 +381,22 @@ class Store:
         """Return a number that changes when another connection has committed (SQLite)."""
         with self.connected():
             return int(self.database.execute_sql("PRAGMA data_version").fetchone()[0])
+
+    def set_busy_timeout(self, seconds: float) -> None:
+        """Change how long this thread's connection waits for another writer."""
+        if isinstance(self.database, peewee.SqliteDatabase):
+            self.database.timeout = seconds
+
+    def inode(self) -> int | None:
+        """Return the inode of the database file as its path has it now; 0 if it is gone, None if nobody can tell."""
+        if self.path is None:
+            return None
+        try:
+            return self.path.stat().st_ino
+        except FileNotFoundError:
+            return 0
+        except OSError:
+            return None
 
     def wal_path(self) -> Path | None:
         """Return the -wal file's path, where there is one."""

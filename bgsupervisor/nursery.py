@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import inspect
@@ -33,6 +34,8 @@ from bgsupervisor.statedir import StateDir, connect
 from bgsupervisor.wire import Channel, Exited, LoadFailure, Who
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.statuses import Reason
@@ -42,8 +45,10 @@ __all__ = ["Loaded", "Nursery", "load_application", "main", "strays_of_this_proc
 log = logging.getLogger("bgsupervisor")
 
 REDIAL_S = 0.2
-LONELY_S = 90.0
-"""A nursery without children leaves when no supervisor has come for this long."""
+LONELY_S = 10.0
+"""A nursery without children leaves when no supervisor has come for this long: the next one starts its own."""
+EXITS_KEPT_S = 86_400.0
+"""But it keeps exits that nobody has acknowledged for a day, so that a late supervisor still learns the truth."""
 STRAY_ROUNDS = 20
 """How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
 STRAY_LOOK_S = 1.0
@@ -85,11 +90,11 @@ def load_application(config: Config) -> Loaded:
         if failure is not None:
             return Loaded([failure], [])
     for module in config.tasks:
-        failure = _try_load(module, lambda name=module: importlib.import_module(name))  # type: ignore[misc]
+        failure = _try_load(module, functools.partial(importlib.import_module, module))
         if failure is not None:
             failures.append(failure)
     for definition in tasks.definitions().values():
-        failure = _try_load(definition.name, lambda found=definition: found.signature)  # type: ignore[misc]
+        failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
         if failure is not None:
             failures.append(failure)
     return Loaded(failures, _warnings())
@@ -100,18 +105,18 @@ def strays_of_this_process(known: set[int]) -> list[int]:
 
     They were reparented to it, a child subreaper, because what had started them died.
     """
-    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)  # type: ignore[attr-defined]  # noqa: SLF001
+    tracker = getattr(resource_tracker._resource_tracker, "_pid", None)  # noqa: SLF001
     return [pid for pid in _own_children() if pid not in known and pid != tracker]
 
 
-def _try_load(name: str, load: Any) -> LoadFailure | None:
+def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
     try:
         load()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
         trace = child.storable("".join(traceback.format_exception(error)))
-        log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())
+        log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())  # noqa: TRY400 - the trace goes to `check`
         return LoadFailure(name, trace[-8000:])
     return None
 
@@ -121,8 +126,8 @@ def _warnings() -> list[str]:
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if others:
         found.append(
-            f"importing the application started {len(others)} thread(s): {', '.join(others[:5])}; a forked body may hang on "
-            'a lock that such a thread holds. Start it in `child_setup`, or set start_method = "spawn"'
+            f"importing the application started {len(others)} thread(s): {', '.join(others[:5])}; a body may hang "
+            'on a lock that such a thread holds. Start it in `child_setup`, or set start_method = "spawn"'
         )
     return found
 
@@ -277,11 +282,11 @@ class Nursery:
         if self._leave:
             return True
         if self._exits:  # somebody must still be told
-            return self._lonely()
-        return self._retired or self._lonely()
+            return self._alone_s() >= EXITS_KEPT_S
+        return self._retired or self._alone_s() >= LONELY_S
 
-    def _lonely(self) -> bool:
-        return self._alone_since is not None and self._clock.monotonic() - self._alone_since >= LONELY_S
+    def _alone_s(self) -> float:
+        return 0.0 if self._alone_since is None else self._clock.monotonic() - self._alone_since
 
     # Work
 
@@ -290,7 +295,7 @@ class Nursery:
             try:
                 self._fork_one()
             except OSError as error:
-                log.error("cannot fork a child: %s", error)
+                log.error("cannot fork a child: %s", error)  # noqa: TRY400 - the sentence says it
                 if self._channel is not None:
                     self._channel.send(wire.SpawnFailed(count - done, str(error)))
                 return
@@ -310,8 +315,11 @@ class Nursery:
         process.start()
         pidfd = os.pidfd_open(process.pid)
         ticks = processes.start_ticks(process.pid)
-        self._children[pidfd] = _Forked(process, Who(process.pid, -1 if ticks is None else ticks))
+        forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks))
+        self._children[pidfd] = forked
         self._poll.register(pidfd, select.POLLIN)
+        if self._channel is not None:
+            self._channel.send(wire.Spawned(forked.who))
 
     def _kill(self, order: wire.KillOrder) -> None:
         for descriptor, forked in self._children.items():
@@ -358,12 +366,12 @@ def _is_async(definition: tasks.Definition) -> bool:
 
 def _tracker_descriptor() -> set[int]:
     # Bodies use semaphores and pools: multiprocessing would write to whatever took over the number of a closed pipe.
-    descriptor = getattr(resource_tracker._resource_tracker, "_fd", None)  # type: ignore[attr-defined]  # noqa: SLF001
+    descriptor = getattr(resource_tracker._resource_tracker, "_fd", None)  # noqa: SLF001
     return set() if descriptor is None else {descriptor}
 
 
 def _descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}
+    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - as plain as it is needed
 
 
 def _own_children() -> list[int]:

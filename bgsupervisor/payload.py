@@ -527,7 +527,7 @@ class _Misfit:
                 return str(error) == self.sentence
             return False
 
-        index = bisect_left(range(1, len(pairs) + 1), True, key=refused_with)  # noqa: FBT003 - what is looked for
+        index = bisect_left(range(1, len(pairs) + 1), True, key=refused_with)
         mapping.update(pairs)
         return str(pairs[index][0]) if index < len(pairs) else "..."
 

@@ -102,7 +102,9 @@ class Reception:
             signal.signal(number, _note)
 
     def watch_file(self, path: Path) -> None:
-        """Hear of every write to *path* (the -wal file), for writers who cannot ring."""
+        """Hear of every write to *path* (the -wal file), for writers who cannot ring; nothing if it is watched."""
+        if self._watch is not None:
+            return
         with contextlib.suppress(OSError):
             self._watch = FileWatch(path)
             self._selector.register(self._watch, selectors.EVENT_READ, self._hear_file)
@@ -174,7 +176,7 @@ class Reception:
             self._selector.modify(descriptor, events, key.data)
 
     def _accept(self, heard: Heard, mask: int) -> None:
-        del heard, mask
+        del mask
         assert self._control is not None  # noqa: S101 - registered only while it is bound
         for _ in range(ACCEPTS_PER_PASS):
             try:
@@ -194,6 +196,8 @@ class Reception:
                 selectors.EVENT_READ,
                 lambda heard, mask, peer=peer: self._hear_peer(heard, mask, peer),
             )
+            # Its hello may be there already, and its death may be heard in this same pass: the word comes first.
+            self._hear_peer(heard, selectors.EVENT_READ, peer)
 
     def _hear_peer(self, heard: Heard, mask: int, peer: Peer) -> None:
         del mask

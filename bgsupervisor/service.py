@@ -46,7 +46,7 @@ SUPERVISOR_SILENT_S = 45.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Handle:
-    """A requested task: its id, and whether this request created it (False for a live twin with the same unique key)."""
+    """A requested task: its id, and whether this request created it (False: a live twin holds the unique key)."""
 
     id: int
     created: bool = True
@@ -200,7 +200,7 @@ class Service:
         limit: int | None = 100,
     ) -> list[TaskRecord]:
         """Return the tasks that match all that is given, newest first, at most *limit* (None is no limit)."""
-        return self._ledger.list(
+        return self._ledger.find(
             names=None if name is None else [self._resolve(name)[0]],
             key=key,
             statuses=None if status is None else [Status(status)],
@@ -232,7 +232,7 @@ class Service:
             self._clock.sleep(min(left, POLL_S[min(looks, len(POLL_S) - 1)]))
             looks += 1
 
-    def result(self, task: Handle | int) -> Any:
+    def result(self, task: Handle | int) -> Any:  # noqa: ANN401 - whatever the body returned
         """Return what the body returned, as JSON gives it back; never waits.
 
         Raises:
@@ -318,8 +318,8 @@ class Service:
         if module == "__main__" or (configured and not _reaches(configured, module)):
             names = ", ".join(configured) or "none"
             raise TaskNotConfigured(
-                f"{definition.name} is defined in {module}, which no supervisor would load; the configured task modules "
-                f"are: {names}. Move it there, import it there, or add its module to `tasks`"
+                f"{definition.name} is defined in {module}, which no supervisor would load; the configured task "
+                f"modules are: {names}. Move it there, import it there, or add its module to `tasks`"
             )
         self._loadable.add(module)
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
 from bgsupervisor.errors import TaskDefinitionError
@@ -61,7 +62,7 @@ class Context:
         Raises:
             Cancelled: This attempt is to end.
         """
-        if total is None and hasattr(iterable, "__len__"):
+        if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         self.progress(0, total)
         for count, item in enumerate(iterable, start=1):
@@ -196,7 +197,7 @@ class Task:
             Definition(
                 name=name,
                 module=cls.__module__,
-                body=lambda: cls().run,  # type: ignore[no-any-return]
+                body=lambda: cls().run,
                 function=function,
                 takes_self=True,
                 options=_options(name, timeout_s=cls.timeout_s, memory_limit_bytes=cls.memory_limit_bytes),
@@ -256,6 +257,7 @@ class FunctionTask(Generic[P, R]):
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the body here, in this process."""
         return self._function(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bgsupervisor.errors import WireError
-from bgsupervisor.statuses import Reason
+from bgsupervisor.statuses import Reason  # noqa: TC001 - msgspec reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,6 +41,7 @@ __all__ = [
     "Run",
     "Spawn",
     "SpawnFailed",
+    "Spawned",
     "TaskOptions",
     "Who",
 ]
@@ -144,6 +145,12 @@ class Spawn(msgspec.Struct, frozen=True, tag=True):
     count: int
 
 
+class Spawned(msgspec.Struct, frozen=True, tag=True):
+    """A child that was ordered is there; its own hello follows."""
+
+    who: Who
+
+
 class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
     """So many ordered children could not be forked, and why (usually a process limit)."""
 
@@ -224,6 +231,7 @@ Message = (
     | Exited
     | ExitsSeen
     | Spawn
+    | Spawned
     | SpawnFailed
     | Retire
     | KillOrder

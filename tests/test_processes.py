@@ -116,7 +116,9 @@ def test_the_start_ticks_are_those_of_the_process_table(sleeper):
 
 
 def test_a_name_full_of_parentheses_confuses_nobody(start):
-    script = "open('/proc/self/comm', 'w').write('a) Z 1 (b'); print('ready', flush=True); input()"
+    script = (
+        "import time; open('/proc/self/comm', 'w').write('a) Z 1 (b'); print('ready', flush=True); time.sleep(1000)"
+    )
     process = start([sys.executable, "-c", script], ready=True)
     identity = identify(process.pid)
     assert identity.start_ticks == processes.start_ticks(process.pid) > 1
@@ -323,8 +325,8 @@ def test_children_of_any_thread_are_found(start, lookup):
 
 def test_the_usage_of_a_tree_is_the_sum_of_its_processes(start):
     hog = "import time\nhoard = bytearray(b'x') * (40 << 20)\nwhile time.process_time() < 0.2: pass\n"
-    hog += "print('ready', flush=True)\ninput()"
-    process = start(f'{sys.executable} -c "{hog}" < /dev/zero & wait', ready=True)
+    hog += "print('ready', flush=True)\ntime.sleep(1000)"
+    process = start(f'{sys.executable} -c "{hog}" & wait', ready=True)
     other = start("exec sleep 1000")
     used = processes.tree_usage([process.pid, other.pid, 2**22 + 1])
     assert set(used) == {process.pid, other.pid}
@@ -490,6 +492,7 @@ def test_stopping_kills_who_is_left_after_the_grace(start, grace_s):
 
 def test_a_process_that_stands_still_is_killed(sleeper):
     sleeper.send_signal(signal.SIGSTOP)
+    until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED, "SIGSTOP did not stop a sleeper")
     report = processes.stop(identify(sleeper.pid), grace_s=0.05, clock=CLOCK)
     assert report == StopReport(Stopped.KILL, (sleeper.pid,))
 

@@ -1,5 +1,7 @@
 """The first tables: task, interruption, supervisor."""
 
+from typing import Any
+
 # A frozen copy, independent of models.py: what a migration does never changes. Defaults stand in the database so
 # that a row written by hand needs a name and data only.
 
@@ -103,7 +105,7 @@ INDEXES = (
 )
 
 
-def up(migrator, db):  # noqa: ANN001, ANN201 - the runner's own signature
+def up(migrator: Any, db: Any) -> None:  # noqa: ANN401 - the runner has no types
     """Create the tables and their laws."""
     for statement in (TASK, INTERRUPTION, SUPERVISOR, *INDEXES):
         db.execute_sql(statement.format(p=migrator.table_prefix))

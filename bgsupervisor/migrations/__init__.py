@@ -44,7 +44,7 @@ def ensure(store: Store) -> None:
     unknown = [name for name in have if name not in known]
     if unknown and have[-1] > known[-1] and len(unknown) > 1:
         raise SchemaError(
-            f"the tables are of a newer version (migrations {', '.join(unknown)}); upgrade bgsupervisor in this environment"
+            f"the tables are of a newer version (migrations {', '.join(unknown)}); upgrade bgsupervisor here"
         )
     missing = [name for name in known if name not in have]
     if len(missing) > _OLDEST_USABLE:

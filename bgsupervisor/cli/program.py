@@ -1,0 +1,99 @@
+"""The program: its commands, loaded when they are called, and how errors become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+import click
+
+from bgsupervisor import __version__
+from bgsupervisor.cli.session import Session, config_option
+from bgsupervisor.errors import BgSupervisorError
+
+__all__ = ["main", "program", "tell_error"]
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C: 128 and the signal's number."""
+EXIT_PIPE_CLOSED = 141
+"""Whoever read our output has left, as `head` does: 128 and the signal's number."""
+
+_COMMANDS = {
+    "init": "bgsupervisor.cli.init:init",
+    "run": "bgsupervisor.cli.run:run",
+    "ps": "bgsupervisor.cli.ps:ps",
+    "show": "bgsupervisor.cli.show:show",
+    "log": "bgsupervisor.cli.log:log",
+    "request": "bgsupervisor.cli.request:request",
+    "cancel": "bgsupervisor.cli.acting:cancel",
+    "retry": "bgsupervisor.cli.acting:retry",
+    "migrate": "bgsupervisor.cli.migrate:migrate",
+    "check": "bgsupervisor.cli.check:check",
+}
+"""In the order of the help; each is imported when it is called or described."""
+
+
+class _Commands(click.Group):
+    """The commands of `_COMMANDS`; each also takes --config after its own name, where people look for it first."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - the same
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        if all(param.name != "config" for param in command.params):
+            command.params.append(config_option())
+        return command
+
+
+@click.group(cls=_Commands, params=[config_option()], context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bgsupervisor", message="%(prog)s %(version)s")
+@click.pass_context
+def program(ctx: click.Context) -> None:
+    """Background tasks for a web app: request them, supervise them, see what became of them."""
+    ctx.ensure_object(Session)
+
+
+def main() -> NoReturn:
+    """Run the command that the arguments name, and leave with its exit code.
+
+    0 is success, 1 a failure, 2 wrong usage, 3 configuration or schema, 130 Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = program.main(prog_name="bgsupervisor", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        code = EXIT_PIPE_CLOSED
+        _silence_output()
+    except BgSupervisorError as error:
+        code = tell_error(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def tell_error(error: BgSupervisorError) -> int:
+    """Say on stderr what is wrong, in one sentence; return the exit code."""
+    click.echo(f"bgsupervisor: {error}", err=True)
+    return error.exit_code
+
+
+def _silence_output() -> None:
+    """Have the interpreter's last flush go nowhere, since nobody reads any more."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)

@@ -1,0 +1,63 @@
+"""What the commands share: the configuration that was named, and the service on its database."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bgsupervisor.config import load, sqlite_path
+from bgsupervisor.service import Service
+
+if TYPE_CHECKING:
+    from bgsupervisor.config import Config
+
+__all__ = ["Session", "config_option", "pass_session"]
+
+
+@dataclass(slots=True)
+class Session:
+    """One call of the program; reads nothing before it is asked."""
+
+    config_path: Path | None = None
+
+    def config(self, **flags: object) -> Config:
+        """Load the configuration; *flags* win over all else, None is a flag that was not given.
+
+        Raises:
+            ConfigError: There is none, or it is wrong.
+            AccessError: It may not be read.
+        """
+        return load(self.config_path, flags=flags)
+
+    def service(self) -> Service:
+        """Return the service, whose first call creates the database where there is none."""
+        return Service(config=self.config_path)
+
+    def existing_service(self) -> Service | None:
+        """Return the service if there is a database: whoever only looks must create nothing."""
+        service = self.service()
+        return service if sqlite_path(service.config.database).exists() else None
+
+
+pass_session = click.make_pass_decorator(Session, ensure=True)
+
+
+def config_option() -> click.Option:
+    """Return the option --config, for the program and for each command."""
+    return click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        expose_value=False,
+        callback=_remember,
+        help="The configuration file; else BGSUPERVISOR_CONFIG, else the nearest one upwards from here.",
+    )
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:  # noqa: ARG001 - click's
+    session = ctx.ensure_object(Session)
+    if value is not None:
+        session.config_path = value

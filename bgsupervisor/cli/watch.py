@@ -1,0 +1,96 @@
+"""Whether a supervisor is alive, what code it has, and the sentences that listings say about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from bgsupervisor import processes
+from bgsupervisor.cli.text import clean, local
+from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.service import SUPERVISOR_SILENT_S
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bgsupervisor.models import SupervisorRecord
+
+__all__ = ["Watch", "watch"]
+
+LOADING_S = 60.0
+"""A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What rows and the process table tell about supervisors.
+
+    Attributes:
+        alive: Those that live, as far as can be seen.
+        seen_at: When one was last seen; None if there never was one.
+        catalogue: The names of all tasks that the living have loaded; None while that is not known.
+        failures: Module and last line of the error, for each that failed to load.
+    """
+
+    alive: Sequence[SupervisorRecord] = ()
+    seen_at: datetime | None = None
+    catalogue: frozenset[str] | None = None
+    failures: Sequence[tuple[str, str]] = field(default=())
+
+    def lacks(self, name: str) -> bool:
+        """Tell whether living supervisors are known to have no code for a task's name."""
+        return self.catalogue is not None and name not in self.catalogue
+
+    def warnings(self, *, now: datetime) -> list[str]:
+        """Return what whoever looks at tasks should know first."""
+        found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
+        if not self.alive:
+            found.insert(0, self.absence(now=now))
+        return found
+
+    def absence(self, *, now: datetime) -> str:
+        """Return the sentence that says that no supervisor is alive."""
+        since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
+        return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
+
+
+def watch(supervisors: Sequence[SupervisorRecord], *, now: datetime) -> Watch:
+    """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
+    alive = [one for one in supervisors if _lives(one, now=now)]
+    catalogues = [_names(one, now=now) for one in alive]
+    known = [names for names in catalogues if names is not None]
+    return Watch(
+        alive=alive,
+        seen_at=max((one.heartbeat_at for one in supervisors), default=None),
+        catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
+        failures=[failure for one in alive for failure in _failures(one)],
+    )
+
+
+def _lives(one: SupervisorRecord, *, now: datetime) -> bool:
+    if now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S):
+        return False
+    found, handle = processes.look(ProcessIdentity(one.host, one.boot_id, one.pid_ns, one.pid, one.start_ticks))
+    if handle is not None:
+        handle.close()
+    return found is not Verdict.DEAD
+
+
+def _names(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:
+    names = frozenset(json.loads(one.catalogue))
+    is_loading = not names and one.code_error is None and now - one.started_at < timedelta(seconds=LOADING_S)
+    return None if is_loading else names
+
+
+def _failures(one: SupervisorRecord) -> list[tuple[str, str]]:
+    if one.code_error is None:
+        return []
+    return [(clean(failure["module"]), last_line(failure["error"])) for failure in json.loads(one.code_error)]
+
+
+def last_line(trace: str) -> str:
+    """Return the last line of a traceback that says something: the error itself."""
+    lines = [line for line in trace.splitlines() if line.strip()]
+    return clean(lines[-1]).strip() if lines else "no reason is known"

@@ -1,0 +1,167 @@
+"""Cancels, time limits, memory limits and log limits: who is to end, in stages, and with which reason."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from typing import TYPE_CHECKING
+
+from bgsupervisor import logs, processes, wire
+from bgsupervisor.statuses import Reason
+from bgsupervisor.wards import Order, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+    from bgsupervisor.ledger import Attempt
+    from bgsupervisor.nurseries import Nurseries
+    from bgsupervisor.reception import Reception
+    from bgsupervisor.wards import Ward, Wards
+
+__all__ = ["Enforcement"]
+
+log = logging.getLogger("bgsupervisor")
+
+LIMITS_EVERY_S = 0.5
+"""Memory limits and log sizes are looked at so often while something runs."""
+LEAVE_SLACK_S = 5.0
+"""A child whose end is recorded is killed if it is still there grace_s and this long later."""
+KILL_WITHOUT_RECORD_S = 1.0
+"""A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
+
+
+class Enforcement:
+    """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
+
+    def __init__(self, config: Config, wards: Wards, nurseries: Nurseries, ears: Reception, clock: Clock) -> None:
+        self._config = config
+        self._wards = wards
+        self._nurseries = nurseries
+        self._ears = ears
+        self._clock = clock
+        self._limits_at = 0.0
+        self._usage_at = 0.0
+
+    def enforce(self) -> None:
+        """See whose time has come."""
+        now = self._clock.monotonic()
+        running = [ward for ward in self._wards.running() if ward.end is None and ward.dead_since is None]
+        for ward in running:
+            self._enforce_time(ward, now)
+        if running and now >= self._limits_at:
+            self._limits_at = now + LIMITS_EVERY_S
+            self._enforce_sizes(running, now)
+        for ward in self._wards:
+            if ward.leave_by is not None and now >= ward.leave_by and ward.handle is not None:
+                log.warning("PID %d does not leave after its task has ended; killing it", ward.who.pid)
+                processes.signal_tree(ward.handle, signal.SIGKILL)
+                ward.leave_by = now + LEAVE_SLACK_S
+
+    def cancel(self, requests: Iterable[tuple[Attempt, str | None]]) -> None:
+        """Ask the bodies that somebody wants cancelled to end."""
+        by_attempt = self._wards.by_attempt()
+        for attempt, by in requests:
+            ward = by_attempt.get(attempt)
+            if ward is not None and ward.order is None and ward.end is None:
+                self.order(ward, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
+
+    def order(self, ward: Ward, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED) -> None:
+        """Begin to end an attempt, or go to *stage* at once; the first reason stands."""
+        now = self._clock.monotonic()
+        if ward.order is None:
+            ward.order = Order(reason, why, by, now + self._config.grace_s)
+            log.info("task %d (%s) is to end: %s", ward.attempt.id if ward.attempt else 0, ward.name, why)
+        self._ask(ward, ward.order)
+        if stage > ward.order.stage:
+            self._escalate(ward.order, stage, now)
+
+    def next_due_at(self) -> float | None:
+        """Return when `enforce` has something to do next, monotonic; None if nothing is running."""
+        moments = [] if not self._wards.running() else [self._limits_at]
+        for ward in self._wards.running():
+            timeout_s = self._nurseries.options(ward.name).timeout_s
+            if ward.order is None and timeout_s is not None:
+                moments.append(ward.started_mono + timeout_s)
+            elif ward.order is not None and ward.order.stage < Stage.KILL:
+                moments.append(ward.order.next_at)
+        return min(moments, default=None)
+
+    def carry_out(self, ward: Ward, order: Order) -> None:
+        """Send the signal of an order's stage; its reason is in the row."""
+        order.unsent = False
+        if ward.handle is None:
+            return
+        if order.stage is Stage.TERM:
+            log.info("sending SIGTERM to PID %d: %s", ward.who.pid, order.why)
+            ward.handle.send_signal(signal.SIGTERM)
+        else:
+            log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, order.why)
+            processes.signal_tree(ward.handle, signal.SIGKILL)
+
+    def carry_out_unrecorded(self) -> None:
+        """While the database is away, have nurseries send what is overdue; they report the reason with the exit."""
+        now = self._clock.monotonic()
+        for ward in self._wards.running():
+            order, home = ward.order, self._nurseries.get(ward.nursery)
+            if order is None or not order.unsent or now - order.due_since < KILL_WITHOUT_RECORD_S:
+                continue
+            if home is not None and not home.peer.channel.closed:
+                number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
+                self._ears.send(home.peer, wire.KillOrder(ward.who, number, order.reason))
+                order.unsent = False
+
+    def expect_to_leave(self, ward: Ward) -> None:
+        """Have a child killed if it does not leave by itself."""
+        ward.leave_by = self._clock.monotonic() + self._config.grace_s + LEAVE_SLACK_S
+
+    def _enforce_time(self, ward: Ward, now: float) -> None:
+        timeout_s = self._nurseries.options(ward.name).timeout_s
+        if timeout_s is not None and ward.order is None and now - ward.started_mono >= timeout_s:
+            self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
+        if ward.order is not None and now >= ward.order.next_at and ward.order.stage < Stage.KILL:
+            self._ask(ward, ward.order)
+            self._escalate(ward.order, Stage(ward.order.stage + 1), now)
+
+    def _ask(self, ward: Ward, order: Order) -> None:
+        if ward.attempt is not None and ward.peer is not None and ward.connected:
+            cancel = wire.Cancel(id=ward.attempt.id, attempt=ward.attempt.attempt, reason=order.reason, by=order.by)
+            self._ears.send(ward.peer, cancel)
+
+    def _escalate(self, order: Order, stage: Stage, now: float) -> None:
+        order.stage = stage
+        order.next_at = now + self._config.grace_s
+        order.unsent = True
+        order.due_since = now
+
+    def _enforce_sizes(self, running: list[Ward], now: float) -> None:
+        for ward in running:
+            with contextlib.suppress(OSError):
+                logs.bound(self._wards.log_of(ward), self._config.log_max_bytes)
+        sampled = [ward for ward in running if self._nurseries.options(ward.name).memory_limit_bytes is not None]
+        if now >= self._usage_at:
+            self._usage_at = now + self._config.heartbeat_s
+            sampled = running
+        usage = processes.tree_usage([ward.who.pid for ward in sampled]) if sampled else {}
+        for ward in sampled:
+            if ward.who.pid in usage:
+                self._note_usage(ward, usage[ward.who.pid], now)
+                self._enforce_memory(ward, usage[ward.who.pid].rss_bytes)
+
+    def _enforce_memory(self, ward: Ward, rss_bytes: int) -> None:
+        limit = self._nurseries.options(ward.name).memory_limit_bytes
+        if limit is not None and rss_bytes > limit and ward.order is None:
+            # No grace: it would use it to grow.
+            why = f"used {rss_bytes} bytes of memory, past its memory_limit_bytes of {limit}"
+            self.order(ward, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
+
+    def _note_usage(self, ward: Ward, used: processes.Usage, now: float) -> None:
+        if ward.cpu_seen is not None and now > ward.cpu_seen[0]:
+            ward.note.cpu_percent = round(100 * max(0.0, used.cpu_s - ward.cpu_seen[1]) / (now - ward.cpu_seen[0]), 1)
+        ward.cpu_seen = (now, used.cpu_s)
+        ward.peak_rss_bytes = max(used.rss_bytes, ward.peak_rss_bytes)
+        ward.note.cpu_s = round(used.cpu_s, 3)
+        ward.note.rss_bytes = used.rss_bytes
+        ward.note.peak_rss_bytes = ward.peak_rss_bytes

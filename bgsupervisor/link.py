@@ -1,0 +1,228 @@
+"""The child's connection to whichever supervisor there is: dials, redials, listens, beats. Knows no body.
+
+One daemon thread, started before the body, which imports nothing after that. All it knows is plain state under one
+lock, so that a hello can always tell it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from bgsupervisor import wire
+from bgsupervisor.errors import WireError
+from bgsupervisor.statedir import connect
+from bgsupervisor.wire import Channel, Run, Who
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.wire import End
+
+__all__ = ["Link"]
+
+log = logging.getLogger("bgsupervisor")
+
+REDIAL_S = 0.2
+LONELY_S = 10.0
+"""An idle child leaves when no supervisor has come for this long: the next one starts children of its own."""
+PARENT_LOOK_S = 10.0
+
+
+class Link(threading.Thread):
+    """The thread, and what the main thread may ask of it.
+
+    Attributes:
+        orders: What to do next; None is to leave.
+        run_order: The present attempt, from its order until its end is recorded.
+        acknowledged: The end of the present attempt is committed.
+        disconnected: There is no connection; cleared when there is one again.
+        cancel_order: The present attempt is to end, and why.
+        cancel_known: Set when there is a cancel_order.
+        main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
+    """
+
+    def __init__(self, state_dir: Path, who: Who, nursery: Who, *, heartbeat_s: float, clock: Clock) -> None:
+        super().__init__(name="bgsupervisor link", daemon=True)
+        self._heartbeat_s = heartbeat_s
+        self._nursery = nursery
+        self._who = who
+        self._clock = clock
+        self._folder = state_dir
+        self._lock = threading.RLock()
+        self._channel: Channel | None = None
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._parent = os.getppid()
+        self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self.run_order: Run | None = None
+        self.end_report: End | None = None
+        self.acknowledged = threading.Event()
+        self.disconnected = threading.Event()
+        self.cancel_order: wire.Cancel | None = None
+        self.cancel_known = threading.Event()
+        self.main_inside = False
+        self._alone_since: float | None = clock.monotonic()
+        self._last_beat = 0.0
+        self._last_look = clock.monotonic()
+        os.register_at_fork(
+            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._after_fork_in_child
+        )
+
+    # For the main thread
+
+    def report(self, end: End) -> None:
+        """Tell the end of the present attempt, now and in every later hello, until it is acknowledged."""
+        with self._lock:
+            self.end_report = end
+            if self._channel is not None and self.run_order is not None:
+                self._channel.send(wire.Ended(self.run_order.id, self.run_order.attempt, end))
+        self._nudge()
+
+    def become_idle(self) -> None:
+        """Be idle again after the end has been recorded, and say so."""
+        with self._lock:
+            self.run_order = self.end_report = self.cancel_order = None
+            self.acknowledged.clear()
+            self.cancel_known.clear()
+            if self._channel is not None:
+                self._channel.send(self._hello())
+
+    def say(self, message: wire.Message) -> None:
+        """Send what may be lost: nothing is sent to a peer that is away or does not read."""
+        # SIGTERM must not raise in the middle of a frame; whoever set the flag looks for a cancel afterwards.
+        self.main_inside = threading.current_thread() is threading.main_thread()
+        try:
+            with self._lock:
+                if self._channel is not None and self._channel.unsent_bytes < wire.UNRESPONSIVE_BYTES:
+                    self._channel.send(message)
+        finally:
+            self.main_inside = False
+
+    def drop(self) -> None:
+        """Close the connection; the child is leaving."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.flush()
+                self._channel.close()
+                self._channel = None
+
+    # The thread
+
+    def run(self) -> None:
+        """Serve until the process ends."""
+        while True:
+            self._dial()
+            self._serve_once()
+
+    def _serve_once(self) -> None:
+        channel = self._channel
+        timeout_s = self._next_look_s() if channel is not None else REDIAL_S
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        if channel is not None:
+            events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
+            with contextlib.suppress(OSError, ValueError):
+                poll.register(channel, events)
+        poll.poll(timeout_s * 1000)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        if channel is not None:
+            self._exchange(channel)
+        self._look()
+
+    def _exchange(self, channel: Channel) -> None:
+        with self._lock:
+            channel.flush()
+            try:
+                messages = channel.receive()
+            except WireError as error:
+                log.warning("the supervisor speaks another protocol: %s", error)
+                channel.close()
+                messages = []
+            for message in messages:
+                self._take(message)
+            if channel.closed:
+                channel.close()
+                self._channel = None
+                self._alone_since = self._clock.monotonic()
+                self.disconnected.set()
+
+    def _take(self, message: wire.Message) -> None:
+        present = self.run_order
+        if isinstance(message, Run):
+            self.run_order = message
+            self.orders.put(message)
+        elif isinstance(message, wire.Leave):
+            self.orders.put(None)
+        elif present is None or not isinstance(message, wire.Ack | wire.Cancel):
+            return
+        elif (message.id, message.attempt) == (present.id, present.attempt):
+            if isinstance(message, wire.Ack):
+                self.acknowledged.set()
+            else:
+                self.cancel_order = message
+                self.cancel_known.set()
+
+    def _dial(self) -> None:
+        if self._channel is not None:
+            return
+        sock = None
+        try:
+            sock = connect(self._folder, "control.sock", socket.SOCK_STREAM)
+        except OSError:
+            return
+        with self._lock:
+            channel = Channel(sock)
+            channel.send(self._hello())
+            self._channel = channel
+            self._alone_since = None
+            self.disconnected.clear()
+
+    def _hello(self) -> wire.ChildHello:
+        order = self.run_order
+        return wire.ChildHello(
+            version=wire.PROTOCOL_VERSION,
+            who=self._who,
+            nursery=self._nursery,
+            id=None if order is None else order.id,
+            attempt=0 if order is None else order.attempt,
+            end=self.end_report,
+        )
+
+    def _look(self) -> None:
+        now = self._clock.monotonic()
+        order = self.run_order
+        if order is not None and now - self._last_beat >= self._heartbeat_s:
+            self._last_beat = now
+            self.say(wire.Beat(order.id, order.attempt))
+        if order is not None:
+            return
+        if now - self._last_look >= PARENT_LOOK_S:
+            self._last_look = now
+            if os.getppid() != self._parent and self._channel is None:
+                self.orders.put(None)
+        if self._alone_since is not None and now - self._alone_since >= LONELY_S:
+            self.orders.put(None)
+
+    def _next_look_s(self) -> float:
+        if self.run_order is None:
+            return PARENT_LOOK_S
+        return max(0.0, self._last_beat + self._heartbeat_s - self._clock.monotonic())
+
+    def _nudge(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+
+    def _after_fork_in_child(self) -> None:
+        # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.
+        if self._channel is not None:
+            self._channel.forget()
+            self._channel = None
+        self._lock.release()

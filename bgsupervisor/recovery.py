@@ -1,0 +1,127 @@
+"""What the rows say of running tasks, compared with the children that are known: adopt, or find out about."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from bgsupervisor import wire
+from bgsupervisor.ledger import Attempt
+from bgsupervisor.statuses import Reason
+from bgsupervisor.wire import End, Who
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.processes import ProcessIdentity
+    from bgsupervisor.reception import Reception
+    from bgsupervisor.wards import Ward, Wards
+
+__all__ = ["Recovery"]
+
+log = logging.getLogger("bgsupervisor")
+
+
+class Recovery:
+    """Goes through all START rows; what it decides stands in its attributes until it is written.
+
+    Attributes:
+        ends: Attempts that nobody runs any more, and how they ended.
+        unbegun: Attempts that were claimed for a child which says that it began nothing.
+        foreign_slots: Slots held by rows that this supervisor cannot judge.
+        done_once: Every row has been looked at since the start; before that nothing may be admitted.
+    """
+
+    def __init__(self, config: Config, own: ProcessIdentity, wards: Wards, ears: Reception, clock: Clock) -> None:
+        self._config = config
+        self._own = own
+        self._wards = wards
+        self._ears = ears
+        self._clock = clock
+        self.ends: dict[Attempt, End] = {}
+        self.unbegun: set[Attempt] = set()
+        self.foreign_slots: set[int] = set()
+        self.done_once = False
+
+    def compare(self, records: Iterable[TaskRecord]) -> None:
+        """Take in all START rows as they are now."""
+        self.foreign_slots = set()
+        running = set()
+        for record in records:
+            running.add(Attempt(record.id, record.attempt))
+            self._compare_row(record)
+        for ward in self._wards:
+            self._compare_ward(ward, running)
+        self.done_once = True
+
+    def _compare_row(self, record: TaskRecord) -> None:
+        attempt = Attempt(record.id, record.attempt)
+        if record.pid is None or record.start_ticks is None or record.boot_id is None or record.pid_ns is None:
+            self.ends[attempt] = End(reason=Reason.VANISHED, detail="the row names no process; it was written by hand")
+        elif record.boot_id != self._own.boot_id:
+            detail = "the machine was started anew while the task ran (its boot id differs)"
+            self.ends[attempt] = End(reason=Reason.HOST_REBOOTED, detail=detail)
+        elif record.pid_ns != self._own.pid_ns:
+            self._judge_by_lease(record)
+        else:
+            # Whatever host name the row has: a SQLite file has only ever been used on this one.
+            who = Who(record.pid, record.start_ticks)
+            self._adopt(self._wards.meet(self.identity_of(who)), record)
+
+    def identity_of(self, who: Who) -> ProcessIdentity:
+        """Return who a process of this host, boot and PID namespace is."""
+        return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)
+
+    def _adopt(self, ward: Ward, record: TaskRecord) -> None:
+        attempt = Attempt(record.id, record.attempt)
+        if ward.handle is None and ward.dead_since is None:
+            self._wards.look_again(ward)
+        if ward.attempt is not None or (ward.says is not None and ward.says != attempt):
+            return  # known, or its last end is on the way: the next look will tell
+        if ward.says is None and ward.idle:
+            self.unbegun.add(attempt)
+        if ward.says is not None or not ward.idle:
+            log.info(
+                "task %d (%s), attempt %d, is run by PID %d; looking after it",
+                *attempt_of(attempt, record),
+                ward.who.pid,
+            )
+        ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
+        ward.started_mono = self._clock.monotonic() if record.started_mono is None else record.started_mono
+        ward.says = None
+
+    def _compare_ward(self, ward: Ward, running: set[Attempt]) -> None:
+        if ward.attempt is not None and ward.attempt not in running and ward.end is None:
+            ward.become_free()  # the child has recorded its end itself
+        if ward.says is None or ward.says in running:
+            return
+        if ward.end is not None and ward.peer is not None:
+            self._ears.send(ward.peer, wire.Ack(ward.says.id, ward.says.attempt))  # recorded or superseded
+        if ward.end is not None or ward.dead_since is not None:
+            ward.become_free()
+        else:
+            log.warning(
+                "PID %d runs task %d, attempt %d, but the row says otherwise",
+                ward.who.pid,
+                ward.says.id,
+                ward.says.attempt,
+            )
+
+    def _judge_by_lease(self, record: TaskRecord) -> None:
+        """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID."""
+        if record.slot is not None:
+            self.foreign_slots.add(record.slot)
+        seen = record.heartbeat_at or record.started_at
+        silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
+        if silent_s > self._config.lease_s:
+            detail = f"its container (another PID namespace) was silent for over {self._config.lease_s:g} s (lease_s)"
+            self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
+
+
+def attempt_of(attempt: Attempt, record: TaskRecord) -> tuple[int, str, int]:
+    """Return what a line of the log names a running task by."""
+    return attempt.id, record.name, attempt.attempt

@@ -1,0 +1,209 @@
+"""The children that a supervisor looks after, whoever started them; decides nothing, writes no rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+from typing import TYPE_CHECKING
+
+from bgsupervisor import logs, processes
+from bgsupervisor.ledger import Attempt, Note
+from bgsupervisor.oom import OomWatch
+from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.wire import Who
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.ledger import Claim
+    from bgsupervisor.oom import Counters
+    from bgsupervisor.processes import ProcessHandle
+    from bgsupervisor.reception import Peer, Reception
+    from bgsupervisor.statuses import Reason
+    from bgsupervisor.wire import End
+
+__all__ = ["Order", "Stage", "Ward", "Wards"]
+
+
+class Stage(enum.IntEnum):
+    """How far the ending of an attempt had to go."""
+
+    ASKED = 1
+    TERM = 2
+    KILL = 3
+
+
+@dataclasses.dataclass(slots=True)
+class Order:
+    """The decision to end an attempt before its end, carried out in stages.
+
+    Attributes:
+        next_at: When the next stage is due, monotonic.
+        unsent: The signal of this stage waits for its reason to be committed.
+        due_since: Since when it waits, monotonic.
+    """
+
+    reason: Reason
+    why: str
+    by: str | None
+    next_at: float
+    stage: Stage = Stage.ASKED
+    unsent: bool = False
+    due_since: float = 0.0
+
+    def detail(self) -> str:
+        """Return the sentence that is recorded: why, by whom, and how far it had to go."""
+        how = {
+            Stage.ASKED: "the body was asked to end",
+            Stage.TERM: "the body did not end when asked, SIGTERM was sent",
+            Stage.KILL: "SIGKILL was sent",
+        }
+        return f"{self.why}; {how[self.stage]}"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Ward:
+    """A child as the supervisor sees it.
+
+    Attributes:
+        handle: Its pidfd; None where it cannot be held (UNKNOWN), then only its row and its words tell of it.
+        attempt: What it runs, as rows have it.
+        says: What it says that it runs, until the rows have been looked at.
+        run_place: Where its order to run begins in what its channel has written.
+        end: How its attempt ended, until that is recorded.
+        dead_since: When its death was seen, monotonic.
+        note: What is known and not yet written.
+        leave_by: When it is killed if it has not left by itself, monotonic.
+    """
+
+    identity: ProcessIdentity
+    handle: ProcessHandle | None
+    nursery: Who | None = None
+    peer: Peer | None = None
+    attempt: Attempt | None = None
+    name: str = ""
+    slot: int | None = None
+    started_mono: float = 0.0
+    says: Attempt | None = None
+    run_place: int | None = None
+    end: End | None = None
+    dead_since: float | None = None
+    order: Order | None = None
+    note: Note = dataclasses.field(default_factory=Note)
+    oom: Counters | None = None
+    cpu_seen: tuple[float, float] | None = None
+    peak_rss_bytes: int = 0
+    leave_by: float | None = None
+
+    @property
+    def who(self) -> Who:
+        """Its PID and start ticks."""
+        return Who(self.identity.pid, self.identity.start_ticks)
+
+    @property
+    def connected(self) -> bool:
+        """Whether it can be spoken to."""
+        return self.peer is not None and not self.peer.channel.closed
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for an order."""
+        busy = self.attempt is not None or self.says is not None or self.end is not None
+        return self.connected and not busy and self.leave_by is None and self.dead_since is None
+
+    @property
+    def never_told(self) -> bool:
+        """Whether not a byte of its order to run has left, and none will."""
+        if self.run_place is None or self.peer is None or self.connected:
+            return False
+        return self.peer.channel.written_bytes <= self.run_place
+
+    def begin(self, claim: Claim, run_place: int) -> None:
+        """Take up an attempt that was claimed for it."""
+        self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
+        self.started_mono, self.run_place = claim.started_mono, run_place
+
+    def become_free(self) -> None:
+        """Have no attempt any more."""
+        self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
+        self.note = Note()
+        self.peak_rss_bytes = 0
+
+
+class Wards:
+    """All children that are known, by PID and start ticks."""
+
+    def __init__(self, ears: Reception, logs_folder: Path, clock: Clock) -> None:
+        self._ears = ears
+        self._logs = logs_folder
+        self._clock = clock
+        self._all: dict[Who, Ward] = {}
+        self.oom = OomWatch()
+
+    def __iter__(self) -> Iterator[Ward]:
+        return iter(list(self._all.values()))
+
+    def __contains__(self, who: Who) -> bool:
+        return who in self._all
+
+    def get(self, who: Who | None) -> Ward | None:
+        """Return one child, or None."""
+        return None if who is None else self._all.get(who)
+
+    def running(self) -> list[Ward]:
+        """Return those that have an attempt, ended but unrecorded ones included."""
+        return [ward for ward in self._all.values() if ward.attempt is not None]
+
+    def by_attempt(self) -> dict[Attempt, Ward]:
+        """Return those that have an attempt, by it."""
+        return {ward.attempt: ward for ward in self._all.values() if ward.attempt is not None}
+
+    def taken_slots(self) -> set[int]:
+        """Return the slots that stay taken when the ends that are known are recorded."""
+        return {ward.slot for ward in self.running() if ward.slot is not None and ward.end is None}
+
+    def meet(self, identity: ProcessIdentity) -> Ward:
+        """Take charge of a process; one that is not to be found is taken for dead since now."""
+        known = self._all.get(Who(identity.pid, identity.start_ticks))
+        if known is not None:
+            return known
+        ward = Ward(identity, None)
+        self._all[ward.who] = ward
+        self.look_again(ward)
+        return ward
+
+    def look_again(self, ward: Ward) -> None:
+        """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
+        verdict, ward.handle = processes.look(ward.identity)
+        if verdict is Verdict.DEAD:
+            ward.dead_since = self._clock.monotonic()
+        elif ward.handle is not None:
+            self._ears.watch_process(ward.who, ward.handle)
+            ward.oom = self.oom.counters_of(ward.identity.pid)
+
+    def forget(self, ward: Ward) -> None:
+        """Let go of a dead child; its empty log goes with it."""
+        self._ears.unwatch_process(ward.who)
+        if ward.handle is not None:
+            ward.handle.close()
+        if ward.peer is not None:
+            self._ears.let_go(ward.peer)
+        self._all.pop(ward.who, None)
+        with contextlib.suppress(OSError):
+            if self.log_of(ward).stat().st_size == 0:
+                self.log_of(ward).unlink()
+
+    def log_of(self, ward: Ward) -> Path:
+        """Return the log that a child writes while it runs."""
+        return logs.process_log(self._logs, ward.who.pid, ward.who.start_ticks)
+
+    def keep_log(self, ward: Ward, attempt: Attempt, limit_bytes: int) -> None:
+        """Name the log of a dead child after its task; a living child does so itself."""
+        with contextlib.suppress(OSError):
+            path = self.log_of(ward)
+            logs.bound(path, limit_bytes)
+            if path.stat().st_size:
+                path.rename(logs.task_log(self._logs, attempt.id, attempt.attempt))
