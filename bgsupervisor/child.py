@@ -69,12 +69,15 @@ class Birth:
     Attributes:
         kept_descriptors: The application's own, open since its import; all others that are not ours are closed.
         load: The application must be loaded by the child itself (spawn).
+        left_in_order: Shared with the nursery; set when the child leaves with nothing unrecorded, so that nobody
+            needs to be told of its exit.
     """
 
     config: Config
     nursery: Who
     kept_descriptors: frozenset[int]
     load: bool
+    left_in_order: Any
 
 
 def main(birth: Birth) -> NoReturn:
@@ -152,6 +155,7 @@ class Child:
     def __init__(self, birth: Birth, clock: Clock) -> None:
         self._config = birth.config
         self._clock = clock
+        self._left_in_order = birth.left_in_order
         self._pid = os.getpid()
         self._identity = processes.own_identity(processes.host_id(birth.config.host))
         self._logs = StateDir(birth.config.state_dir).logs
@@ -335,6 +339,7 @@ class Child:
 
     def _leave(self) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
+        self._left_in_order.value = 1
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True
         limit.start()

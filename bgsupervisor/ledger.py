@@ -73,7 +73,8 @@ _IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
 _ATTEMPT_COLUMNS = (
     "reason", "detail", "started_at", "started_mono", "ended_at", "heartbeat_at", "ending", "host", "boot_id",
     "pid_ns", "pid", "start_ticks", "slot", "progress_done", "progress_total", "message", "result", "error",
-    "exit_code", "signal", "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at", "cancel_requested_by",
+    "exit_code", "signal", "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at",
+    "cancel_requested_by",
 )  # fmt: skip
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
 

@@ -7,6 +7,7 @@ acknowledged them. It has no threads and no database connection of ours, and it 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -253,7 +254,8 @@ class Nursery:
             os.close(descriptor)
             exited = _exit_of(forked)
             forked.process.close()  # without it every later start gets slower
-            self._exits[forked.who] = exited
+            if not forked.left_in_order.value:
+                self._exits[forked.who] = exited
             self._stray_left = True
             if self._channel is not None:
                 self._channel.send(exited)
@@ -304,18 +306,20 @@ class Nursery:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()  # what is buffered here would be printed again by the child
+        context: Any = multiprocessing.get_context(self._config.start_method)
+        left_in_order = context.RawValue(ctypes.c_byte, 0)
         birth = child.Birth(
             config=self._config,
             nursery=self._who,
             kept_descriptors=self._kept,
             load=self._config.start_method == "spawn",
+            left_in_order=left_in_order,
         )
-        context: Any = multiprocessing.get_context(self._config.start_method)
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
         process.start()
         pidfd = os.pidfd_open(process.pid)
         ticks = processes.start_ticks(process.pid)
-        forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks))
+        forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks), left_in_order)
         self._children[pidfd] = forked
         self._poll.register(pidfd, select.POLLIN)
         if self._channel is not None:
@@ -346,6 +350,7 @@ class Nursery:
 class _Forked:
     process: Any
     who: Who
+    left_in_order: Any
     ordered: Reason | None = None
 
 

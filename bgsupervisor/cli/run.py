@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING
+import traceback
+from typing import TYPE_CHECKING, NoReturn
 
+import click
+
+from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import UnsupportedSystem
-from bgsupervisor.statedir import Lock, StateDir
+from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
+from bgsupervisor.statedir import Lock, StateDir, access_error
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from bgsupervisor.config import Config
 
-__all__ = ["supervise"]
+__all__ = ["run", "supervise"]
 
 STUCK_S = 60.0
 """A supervisor whose lock file was not touched for so long does not turn its loop any more."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+LOG_NAME = "supervisor.log"
+LOG_ROTATED_BYTES = 10 * 1024 * 1024
+"""A log that is larger when a supervisor starts becomes supervisor.log.1, in the place of the one before."""
+
+
+@click.command()
+@click.option("--burst", is_flag=True, help="Leave once nothing runs and nothing is due.")
+@click.option("--slots", type=int, help="How many bodies run at once; wins over the configuration.")
+@pass_session
+def run(session: Session, *, burst: bool, slots: int | None) -> None:
+    """Supervise: start tasks, watch them, record their ends.
+
+    Leaves at once, with success, if a supervisor is there already. Without a terminal it writes what it has to say
+    into logs/supervisor.log of the state directory.
+    """
+    from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
+
+    try:
+        code = supervise(session.config(slots=slots), burst=burst)
+    except BgSupervisorError as error:
+        code = tell_error(error)
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the nursery and its children
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave without multiprocessing's own exit, which would join the nursery, that is meant to live on."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def supervise(config: Config, *, burst: bool) -> int:
@@ -37,20 +81,57 @@ def supervise(config: Config, *, burst: bool) -> int:
     lock.touch()
     from bgsupervisor.supervisor import Supervisor  # noqa: PLC0415 - only the one that supervises pays for it
 
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-    return Supervisor(config, state_dir=state_dir, lock=lock, clock=clock, burst=burst).run()
+    with _own_log(state_dir.logs / LOG_NAME):
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+        return Supervisor(config, state_dir=state_dir, lock=lock, clock=clock, burst=burst).run()
 
 
 def _tell_of_the_other(lock: Lock) -> int:
     age_s = lock.age_s()
     holder = lock.holder()
     if age_s is not None and age_s > STUCK_S:
-        print(  # noqa: T201 - the command line speaks here
+        click.echo(
             f"the supervisor with PID {holder} holds the lock but has shown no sign of life for {age_s:.0f} s; "
             "look at it, and end it if it hangs",
-            file=sys.stderr,
+            err=True,
         )
         return 1
     if sys.stderr.isatty():
-        print(f"a supervisor is already running, PID {holder}", file=sys.stderr)  # noqa: T201
+        click.echo(f"a supervisor is already running, PID {holder}", err=True)
     return 0
+
+
+@contextlib.contextmanager
+def _own_log(path: Path) -> Iterator[None]:
+    """Where there is no terminal, send stdout and stderr to *path*; errors that end it reach the old stderr too."""
+    if sys.stdout.isatty() or sys.stderr.isatty():
+        yield
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    old_stderr = os.dup(2)  # not inherited: nursery and children must not keep cron's pipe open
+    _redirect(path)
+    try:
+        yield
+    except BgSupervisorError as error:
+        logging.getLogger("bgsupervisor").error("%s", error)  # noqa: TRY400 - a sentence, no traceback
+        sys.stderr.flush()
+        os.dup2(old_stderr, 2)
+        raise
+    finally:
+        os.close(old_stderr)
+
+
+def _redirect(path: Path) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > LOG_ROTATED_BYTES:
+                path.rename(path.with_name(f"{path.name}.1"))
+        from bgsupervisor.logs import open_for_append  # noqa: PLC0415 - only the one that supervises pays for it
+
+        log_fd = open_for_append(path)
+    except OSError as error:
+        raise access_error(path, "write", error, "give this user the right, or free some space") from error
+    for number in (1, 2):
+        os.dup2(log_fd, number)
+    os.close(log_fd)

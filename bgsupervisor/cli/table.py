@@ -32,7 +32,7 @@ class Column:
         styles: One rich style per row, "" for none; empty for a column without any.
         right: Whether numbers stand at its right end.
         always: Whether it is shown where all its cells are empty.
-        least: The widths to which it shrinks, step by step, before other columns are dropped.
+        least: The widths to which it shrinks, step by step and from the right, before others are dropped.
         dropped: When it is dropped if nothing else helps, the smallest first; None is never.
         refit: Makes the cells anew for a width, where cutting them off would lose too much.
     """
@@ -72,8 +72,9 @@ def show_table(columns: Sequence[Column]) -> None:
         _print_for_programs(shown)
         return
     widths = _fitted(shown, available)
+    paint = _painter()
     for line in _lines(shown, widths, available):
-        _painter()(line)
+        paint(line)
 
 
 def _print_for_programs(columns: Sequence[Column]) -> None:
@@ -89,7 +90,7 @@ def _fitted(columns: list[Column], available: int) -> list[int]:
     while True:
         widths = [column.natural for column in columns]
         for step in range(max(len(column.least) for column in columns)):
-            for number, column in enumerate(columns):
+            for number, column in reversed(list(enumerate(columns))):
                 excess = sum(widths) + len(widths) - 1 - available
                 if excess > 0 and step < len(column.least):
                     widths[number] = max(min(widths[number], column.least[step]), widths[number] - excess)

@@ -1,0 +1,101 @@
+"""`bgsupervisor cancel` and `retry`: what people ask of tasks that are there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.watch import watch
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.errors import AlreadyLive, NotRetryable, UnknownTask
+from bgsupervisor.statedir import user_name
+from bgsupervisor.statuses import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.service import Service
+
+__all__ = ["cancel", "retry"]
+
+
+@click.command()
+@click.argument("ids", nargs=-1, type=int, required=True, metavar="ID...")
+@click.option("--by", help="Who asks, recorded with it; by default the name of this user.")
+@pass_session
+def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
+    """Ask for the end of tasks.
+
+    A waiting task is INTERRUPTED at once. A running one is asked, then gets SIGTERM, then SIGKILL.
+    """
+    service = _service(session, ids)
+    asked = 0
+
+    def cancel_one(id: int) -> str:
+        nonlocal asked
+        before = service.get(id)
+        after = service.cancel(id, by=by or user_name(os.geteuid()))
+        asked += after.status is Status.START
+        return _told(before, after, service.config.grace_s)
+
+    done = _for_each(ids, cancel_one)
+    now = SystemClock().now()
+    seen = watch(service.ledger.supervisors(), now=now)
+    if asked and not seen.alive:
+        warn(f"{seen.absence(now=now)}, which then asks for the end of what runs")
+    sys.exit(not done)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, type=int, required=True, metavar="ID...")
+@pass_session
+def retry(session: Session, *, ids: tuple[int, ...]) -> None:
+    """Plan INTERRUPTED tasks again, as they were requested."""
+    service = _service(session, ids)
+
+    def retry_one(id: int) -> str:
+        return f"task {id} waits for its attempt {service.retry(id).attempt + 1}"
+
+    done = _for_each(ids, retry_one)
+    now = SystemClock().now()
+    seen = watch(service.ledger.supervisors(), now=now)
+    if done and not seen.alive:
+        warn(seen.absence(now=now))
+    sys.exit(not done)
+
+
+def _service(session: Session, ids: tuple[int, ...]) -> Service:
+    service = session.existing_service()
+    if service is None:
+        raise UnknownTask(ids[0])
+    return service
+
+
+def _for_each(ids: tuple[int, ...], act: Callable[[int], str]) -> bool:
+    """Act on each task, and say what became of it; tell whether all went well."""
+    done = True
+    for id in dict.fromkeys(ids):
+        try:
+            click.echo(act(id))
+        except (UnknownTask, NotRetryable, AlreadyLive) as error:
+            warn(f"bgsupervisor: {error}")
+            done = False
+    return done
+
+
+def _told(before: TaskRecord | None, after: TaskRecord, grace_s: float) -> str:
+    id = after.id
+    if after.status is Status.START:
+        if before is not None and before.cancel_requested_at is not None:
+            by = f" by {before.cancel_requested_by}" if before.cancel_requested_by else ""
+            return f"task {id} had been asked to end already{by}"
+        return f"task {id} is asked to end; after {grace_s:g} s it gets SIGTERM, {grace_s:g} s later SIGKILL"
+    if before is None or before.status is not Status.REQUEST:
+        return f"task {id} had ended {after.status}; nothing changed"
+    return f"task {id} was waiting; it is {after.status} now"

@@ -1,0 +1,205 @@
+"""What each cell of `ps` says about a task."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from bgsupervisor import processes
+from bgsupervisor.cli.table import Column, terminal_columns
+from bgsupervisor.cli.text import age, clean, duration, short_duration, size, width
+from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.statuses import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from bgsupervisor.cli.watch import Watch
+    from bgsupervisor.models import TaskRecord
+
+__all__ = ["Facts", "columns", "percent"]
+
+BAR_COLUMNS = 10
+SMALL_BAR_COLUMNS = 5
+BAR_FROM_COLUMNS = 28
+SMALL_BAR_FROM_COLUMNS = 14
+"""In less room the percentage stands alone."""
+
+_STYLES = {
+    Status.REQUEST: "yellow",
+    Status.START: "green",
+    Status.DONE: "dim",
+    Status.INTERRUPTED: "red",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What must be known beside the rows to tell about them.
+
+    Attributes:
+        now: The moment of the listing.
+        watch: The supervisors.
+        silent_s: A child that has not been heard for so long is unresponsive.
+        positions: Places of the tasks that are due, by id.
+    """
+
+    now: datetime
+    watch: Watch
+    silent_s: float
+    positions: Mapping[int, int]
+
+    def is_unresponsive(self, record: TaskRecord) -> bool:
+        """Tell whether a supervisor listens and has not heard a running child for too long."""
+        return bool(self.watch.alive) and self._silence(record) is not None
+
+    def silence(self, record: TaskRecord) -> str:
+        """Return a word about a running child that was not heard for too long, "" if it was heard."""
+        silent_for = self._silence(record)
+        if silent_for is None:
+            return ""
+        words = duration(silent_for.total_seconds())
+        if self.watch.alive:
+            return f"unresponsive {words}"
+        return "its process is gone" if _is_gone(record) else f"last heard {words} ago"
+
+    def _silence(self, record: TaskRecord) -> timedelta | None:
+        if record.status is not Status.START or record.heartbeat_at is None:
+            return None
+        silent_for = self.now - record.heartbeat_at
+        return silent_for if silent_for > timedelta(seconds=self.silent_s) else None
+
+    def runtime_s(self, record: TaskRecord) -> float | None:
+        """Return how long the attempt has run or ran, None if it has not begun."""
+        if record.started_at is None:
+            return None
+        return ((record.ended_at or self.now) - record.started_at).total_seconds()
+
+
+def _is_gone(record: TaskRecord) -> bool:
+    if None in (record.host, record.boot_id, record.pid_ns, record.pid, record.start_ticks):
+        return False
+    identity = ProcessIdentity(record.host, record.boot_id, record.pid_ns, record.pid, record.start_ticks)  # type: ignore[arg-type]
+    found, handle = processes.look(identity)
+    if handle is not None:
+        handle.close()
+    return found is Verdict.DEAD
+
+
+def columns(records: Sequence[TaskRecord], facts: Facts) -> list[Column]:
+    """Return the columns of `ps`, most of which are shown only where they say something."""
+    running = [record.status is Status.START for record in records]
+    statuses = [_STYLES[record.status] for record in records]
+    runtimes = [facts.runtime_s(record) for record in records]
+    on_terminal = terminal_columns() is not None
+    full = BAR_COLUMNS if on_terminal else 0
+    return [
+        Column("ID", [str(record.id) for record in records], right=True, always=True),
+        Column("TASK", _short_names(records), always=True, least=(18, 12, 8)),
+        Column("KEY", [clean(record.key or "") for record in records], least=(14, 9, 5), dropped=5),
+        Column("STATUS", [record.status.value for record in records], styles=statuses, always=True),
+        Column("REASON", [record.reason or "" for record in records], styles=statuses, dropped=4),
+        Column("PID", _where(running, [record.pid for record in records]), right=True, dropped=3),
+        Column("RUNTIME", ["" if one is None else short_duration(one) for one in runtimes], right=True, dropped=6),
+        Column("CPU", [_cpu(record) for record in records], right=True, dropped=1),
+        Column("MEM", [_memory(record) for record in records], right=True, dropped=2),
+        Column(
+            "PROGRESS",
+            [_progress(record, facts, full) for record in records],
+            styles=[_progress_style(record, facts) for record in records],
+            least=(30, 20, 12),
+            refit=lambda size: [_progress(record, facts, _bar_columns(size)) for record in records],
+            dropped=7,
+        ),
+    ]
+
+
+def _short_names(records: Sequence[TaskRecord]) -> list[str]:
+    """Return the part after the colon where it names only one task among these."""
+    counts = Counter(name.rpartition(":")[2] for name in {record.name for record in records})
+    names = []
+    for record in records:
+        short = record.name.rpartition(":")[2]
+        names.append(clean(short if short and counts[short] == 1 else record.name))
+    return names
+
+
+def _where(wanted: Sequence[bool], values: Sequence[object]) -> list[str]:
+    return [str(value) if is_wanted and value is not None else "" for is_wanted, value in zip(wanted, values, strict=True)]
+
+
+def _cpu(record: TaskRecord) -> str:
+    if record.status is not Status.START or record.cpu_percent is None:
+        return ""
+    return f"{record.cpu_percent:.0f}%"
+
+
+def _memory(record: TaskRecord) -> str:
+    if record.status is not Status.START or record.rss_bytes is None:
+        return ""
+    return size(record.rss_bytes)
+
+
+def _progress(record: TaskRecord, facts: Facts, bar_columns: int) -> str:
+    """Return the last cell: how far it is, or why it waits, or how it ended."""
+    if record.status is Status.REQUEST:
+        return _waiting(record, facts)
+    message = clean(record.message or "")
+    if record.ended:
+        ended = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
+        words = clean(record.detail or "") if record.status is Status.INTERRUPTED else message
+        return f"{ended}: {words}" if words and ended else ended or words
+    notes = [facts.silence(record)]
+    if record.ending is not None:
+        notes.append(f"ending: {record.ending}")
+    elif record.cancel_requested_at is not None:
+        notes.append("cancel requested")
+    noted = ", ".join(note for note in notes if note)
+    return " ".join(part for part in (noted, _advance(record, bar_columns), message) if part)
+
+
+def _waiting(record: TaskRecord, facts: Facts) -> str:
+    if facts.watch.lacks(record.name):
+        return "code missing"
+    if record.run_at > facts.now:
+        return f"due {age(record.run_at, now=facts.now)}"
+    position = facts.positions.get(record.id)
+    return f"position over {len(facts.positions)}" if position is None else f"position {position}"
+
+
+def _advance(record: TaskRecord, bar_columns: int) -> str:
+    """Return bar and percentage, or the count alone where the total is not known."""
+    if record.fraction is None:
+        return "" if record.progress_done is None else f"{record.progress_done:g}"
+    words = f"{percent(record.fraction):3d}%" if bar_columns else f"{percent(record.fraction)}%"
+    return f"{_bar(record.fraction, bar_columns)} {words}" if bar_columns else words
+
+
+def percent(fraction: float) -> int:
+    """Return whole percents; 100 only for what is complete."""
+    return int(fraction * 100)
+
+
+def _bar(fraction: float, bar_columns: int) -> str:
+    halves = int(fraction * bar_columns * 2)
+    done = "━" * (halves // 2) + "╸" * (halves % 2)
+    return done + "─" * (bar_columns - width(done))
+
+
+def _bar_columns(available: int) -> int:
+    if available >= BAR_FROM_COLUMNS:
+        return BAR_COLUMNS
+    return SMALL_BAR_COLUMNS if available >= SMALL_BAR_FROM_COLUMNS else 0
+
+
+def _progress_style(record: TaskRecord, facts: Facts) -> str:
+    if record.status is Status.DONE:
+        return "dim"
+    if record.status is Status.INTERRUPTED:
+        return ""
+    if record.status is Status.REQUEST:
+        return "red" if facts.watch.lacks(record.name) else "yellow"
+    return "red" if facts.silence(record) else "cyan"

@@ -1,0 +1,105 @@
+"""`bgsupervisor ps`: what runs, what waits and what ended last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bgsupervisor.cli import cells
+from bgsupervisor.cli.output import print_json, to_json, warn
+from bgsupervisor.cli.rows import HEAVY, Rows
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.table import show_table
+from bgsupervisor.cli.watch import Watch, watch
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.statuses import Status
+
+if TYPE_CHECKING:
+    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.service import Service
+
+__all__ = ["ps"]
+
+ENDED_SHOWN = 10
+"""So many ended tasks are shown, unless their status, a limit or all were asked for."""
+LIMIT = 100
+LIMIT_ALL = 1000
+LIMIT_MAX = 1_000_000
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, help=f"All tasks, the newest first, at most {LIMIT_ALL}.")
+@click.option(
+    "--status",
+    "statuses",
+    multiple=True,
+    type=click.Choice([status.value for status in Status], case_sensitive=False),
+    help="Only tasks of this status; may be repeated.",
+)
+@click.option("--name", help="Only tasks of this name; the part after the colon is enough.")
+@click.option("--key", help="Only tasks with this key.")
+@click.option("--limit", type=click.IntRange(1, LIMIT_MAX), help=f"At most so many rows; {LIMIT}, with --all {LIMIT_ALL}.")
+@click.option("--json", "as_json", is_flag=True, help="A list of objects; times are in UTC.")
+@pass_session
+def ps(
+    session: Session,
+    *,
+    everything: bool,
+    statuses: tuple[str, ...],
+    name: str | None,
+    key: str | None,
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    """Show what runs, what waits, and what ended last."""
+    service = session.existing_service()
+    if service is None:
+        warn("there are no tasks yet, and no database to hold them; `bgsupervisor run` or the first request creates it")
+        if as_json:
+            print_json([])
+        return
+    now = SystemClock().now()
+    wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
+    rows = Rows(store=service.ledger.store, now=now, statuses=wanted, name=name, key=key)
+    seen = watch(service.ledger.supervisors(), now=now)
+    if everything:
+        records = rows.newest(limit or LIMIT_ALL)
+    else:
+        live = rows.live(limit or LIMIT)
+        ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
+        records = live + rows.ended(ended_limit)
+    facts = cells.Facts(now=now, watch=seen, silent_s=3 * service.config.heartbeat_s, positions=rows.positions())
+    _warn(seen, facts)
+    if as_json:
+        print_json([_object(record, facts, service) for record in records])
+        return
+    _summarize(service, seen, records)
+    if records:
+        show_table(cells.columns(records, facts))
+
+
+def _warn(seen: Watch, facts: cells.Facts) -> None:
+    for sentence in seen.warnings(now=facts.now):
+        warn(sentence)
+
+
+def _summarize(service: Service, seen: Watch, records: list[TaskRecord]) -> None:
+    """Say how many tasks there are; on stderr, so that what a program reads has rows only."""
+    counts = service.counts()
+    slots = sum(one.slots for one in seen.alive)
+    words = [f"{status} {counts[status]:,}" for status in Status]
+    if slots:
+        words[list(Status).index(Status.START)] += f" of {slots} slots"
+    warn(" · ".join(words))
+    live = sum(not record.ended for record in records)
+    if live == LIMIT and counts[Status.REQUEST] + counts[Status.START] > live:
+        warn(f"only {live} of them are shown; --limit shows more")
+    elif not records and sum(counts.values()):
+        warn("no task matches")
+
+
+def _object(record: TaskRecord, facts: cells.Facts, service: Service) -> dict[str, Any]:
+    columns = [column for column in service.ledger.store.tables.Task._meta.sorted_field_names if column not in HEAVY]  # noqa: SLF001 - documented by Peewee
+    shown = {column: to_json(getattr(record, column)) for column in columns}
+    return {**shown, "waiting_for": None, "unresponsive": facts.is_unresponsive(record)}

@@ -1,0 +1,201 @@
+"""What tests share: a small application of their own, real supervisors, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from bgsupervisor import Service, processes
+from bgsupervisor.models import Store
+from bgsupervisor.processes import ProcessIdentity, Verdict
+
+LIMIT_S = 15.0
+
+
+def wait_until(condition, sentence, limit_s=LIMIT_S):
+    """Return the first true value of *condition*; fail with *sentence* if there is none within *limit_s*."""
+    deadline = time.monotonic() + limit_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {limit_s:g} s: {sentence}")
+        time.sleep(0.01)
+    return value
+
+
+class Supervising:
+    """A supervisor that a test has started."""
+
+    def __init__(self, process, output):
+        self.process = process
+        self.output = output
+
+    def stop(self):
+        """Have it leave in order; its children live."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(LIMIT_S)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(LIMIT_S)
+
+    @property
+    def log(self):
+        return self.output.read_text()
+
+
+class App:
+    """A folder with a configuration, a tasks module `appx` and whatever supervises it."""
+
+    def __init__(self, folder, source, **options):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = folder / "bgsupervisor.toml"
+        self.state_dir = folder / ".bgsupervisor"
+        self.configure(**options)
+        self.write(source)
+        self.supervisors = []
+        self._service = None
+
+    def write(self, source, module="appx"):
+        (self.folder / f"{module}.py").write_text(textwrap.dedent(source))
+
+    def configure(self, **options):
+        options = {"tasks": ["appx"], "grace_s": 1.0, "heartbeat_s": 1.0, **options}
+        lines = [f"{key} = {_toml(value)}" for key, value in options.items()]
+        self.config.write_text("\n".join(lines) + "\n")
+
+    @property
+    def service(self):
+        if self._service is None:
+            self._service = Service(config=self.config)
+        return self._service
+
+    def environment(self, **more):
+        names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START")
+        kept = {name: os.environ[name] for name in names if name in os.environ}
+        return {**kept, **more}
+
+    def start(self, *arguments, wait=True, environment=None):
+        """Start `bgsupervisor run` and wait until it has loaded the application."""
+        output = self.folder / f"run-{len(self.supervisors)}.log"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), "run", *arguments],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=self.environment(**(environment or {})),
+            )
+        started = Supervising(process, output)
+        self.supervisors.append(started)
+        if wait:
+            wait_until(
+                lambda: process.poll() is not None or self.supervisor_row(process.pid), "the supervisor has loaded the tasks"
+            )
+            assert process.poll() is None, f"the supervisor left with {process.returncode}: {started.log}"
+        return started
+
+    def supervisor_row(self, pid):
+        with contextlib.suppress(Exception):
+            return next((row for row in self.service.ledger.supervisors() if row.pid == pid), None)
+        return None
+
+    def cli(self, *arguments, **options):
+        """Run one command of the command line and return the finished process, with its texts."""
+        environment = self.environment(**options.pop("environment", {}))
+        return subprocess.run(
+            [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), *arguments],
+            cwd=options.pop("cwd", self.folder),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            **options,
+        )
+
+    def wait(self, handle, limit_s=LIMIT_S):
+        return self.service.wait(handle, timeout_s=limit_s)
+
+    def started(self, handle):
+        """Return the record once the task is running."""
+        return wait_until(
+            lambda: (record := self.service.get(handle)) and record.status == "START" and record, "the task is running"
+        )
+
+    def log_of(self, record):
+        path = self.state_dir / "logs" / f"task-{record.id}-{record.attempt}.log"
+        return wait_until(lambda: path.exists() and path, f"the log {path} is there").read_text(errors="replace")
+
+    def end(self):
+        """End everything that lives under this folder, by identity, and see that nothing is left."""
+        for started in self.supervisors:
+            if started.process.poll() is None:
+                started.process.kill()
+                started.process.wait(LIMIT_S)
+        identities = [*self._nurseries(), *self._children()]
+        for identity in identities:
+            _, handle = processes.look(identity)
+            if handle is not None:
+                with handle:
+                    processes.signal_tree(handle, signal.SIGKILL)
+        for identity in identities:
+            wait_until(lambda one=identity: processes.look(one)[0] is not Verdict.ALIVE, f"{identity} has ended")
+        if self._service is not None:
+            self._service.close()
+
+    def _identity(self, pid, ticks):
+        own = processes.own_identity("test")
+        return ProcessIdentity(own.host, own.boot_id, own.pid_ns, pid, ticks)
+
+    def _nurseries(self):
+        for path in self.state_dir.glob("nursery-*-*"):
+            _, pid, ticks = path.name.split("-")
+            yield self._identity(int(pid), int(ticks))
+
+    def _children(self):
+        if not (self.folder / "bgsupervisor.db").exists():
+            return
+        with contextlib.suppress(Exception):
+            for record in self.service.ledger.starts():
+                yield self._identity(record.pid, record.start_ticks)
+
+
+def _toml(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(one) for one in value) + "]"
+    return repr(value) if isinstance(value, int | float) else '"' + str(value).replace('"', '\\"') + '"'
+
+
+@pytest.fixture
+def make_app(tmp_path):
+    """Make applications; each gets a folder of its own, and is ended after the test."""
+    made = []
+
+    def make(source="", *, name="app", **options):
+        app = App(tmp_path / name, source, **options)
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.end()
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty database with our tables."""
+    store = Store.open(f"sqlite:///{tmp_path}/ledger.db", "bgsupervisor_", busy_timeout_s=2.0)
+    yield store
+    store.close()
