@@ -143,7 +143,9 @@ class AttemptContext(tasks.Context):
         if self.last != known and now - self._sent_at >= PROGRESS_EVERY_S and self.id is not None:
             self._sent_at = now
             done, total, message = self.last
-            self._link.say(wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message))
+            self._link.say_from_body(
+                wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message)
+            )
         order = self._link.cancel_order
         if order is not None:
             raise Cancelled(order.reason, order.by)
@@ -237,7 +239,7 @@ class Child:
         """Say how the attempt ended by what came out of the body."""
         trace = _traceback(error)
         cancelled = _cancelled_in(error)
-        if cancelled is not None:
+        if cancelled is not None and cancelled.reason in set(Reason):
             return End(reason=Reason(cancelled.reason), detail=self._cancel_detail(cancelled), error=trace)
         if isinstance(error, SystemExit):
             code = _exit_code(error)
@@ -289,11 +291,13 @@ class Child:
         link = self._link
         link.report(end)
         deadline = self._clock.monotonic() + ACK_WAIT_S
-        while not link.acknowledged.wait(0.05 if link.disconnected.is_set() else 0.2):
+        link.push(ACK_WAIT_S)
+        while not link.acknowledged.wait(0.05):
             if link.disconnected.is_set() or self._clock.monotonic() >= deadline:
                 self._record(Attempt(order.id, order.attempt), end)
                 break
         self._keep_log(order)
+        self._phase = "idle"
 
     def _record(self, attempt: Attempt, end: End) -> None:
         ledger = self._ledger()
@@ -339,6 +343,7 @@ class Child:
 
     def _leave(self) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
+        self._phase = "ending"
         self._left_in_order.value = 1
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True

@@ -58,7 +58,6 @@ class Link(threading.Thread):
         self._folder = state_dir
         self._lock = threading.RLock()
         self._channel: Channel | None = None
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._parent = os.getppid()
         self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.run_order: Run | None = None
@@ -83,7 +82,20 @@ class Link(threading.Thread):
             self.end_report = end
             if self._channel is not None and self.run_order is not None:
                 self._channel.send(wire.Ended(self.run_order.id, self.run_order.attempt, end))
-        self._nudge()
+                self._forget_if_closed(self._channel)
+
+    def push(self, timeout_s: float) -> None:
+        """Write on what the supervisor has not read yet, for at most *timeout_s*: a large result takes several turns."""
+        channel = self._channel
+        if channel is None or not channel.unsent_bytes:
+            return
+        poll = select.poll()
+        with contextlib.suppress(OSError, ValueError):
+            poll.register(channel, select.POLLOUT)
+            poll.poll(timeout_s * 1000)
+        with self._lock:
+            channel.flush()
+            self._forget_if_closed(channel)
 
     def become_idle(self) -> None:
         """Be idle again after the end has been recorded, and say so."""
@@ -96,12 +108,16 @@ class Link(threading.Thread):
 
     def say(self, message: wire.Message) -> None:
         """Send what may be lost: nothing is sent to a peer that is away or does not read."""
-        # SIGTERM must not raise in the middle of a frame; whoever set the flag looks for a cancel afterwards.
+        with self._lock:
+            if self._channel is not None and self._channel.unsent_bytes < wire.UNRESPONSIVE_BYTES:
+                self._channel.send(message)
+                self._forget_if_closed(self._channel)
+
+    def say_from_body(self, message: wire.Message) -> None:
+        """Send what may be lost, from the thread that SIGTERM interrupts: it must not raise in the middle of a frame."""
         self.main_inside = threading.current_thread() is threading.main_thread()
         try:
-            with self._lock:
-                if self._channel is not None and self._channel.unsent_bytes < wire.UNRESPONSIVE_BYTES:
-                    self._channel.send(message)
+            self.say(message)
         finally:
             self.main_inside = False
 
@@ -125,20 +141,19 @@ class Link(threading.Thread):
         channel = self._channel
         timeout_s = self._next_look_s() if channel is not None else REDIAL_S
         poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
         if channel is not None:
             events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
             with contextlib.suppress(OSError, ValueError):
                 poll.register(channel, events)
         poll.poll(timeout_s * 1000)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
         if channel is not None:
             self._exchange(channel)
         self._look()
 
     def _exchange(self, channel: Channel) -> None:
         with self._lock:
+            if channel is not self._channel:
+                return
             channel.flush()
             try:
                 messages = channel.receive()
@@ -148,11 +163,14 @@ class Link(threading.Thread):
                 messages = []
             for message in messages:
                 self._take(message)
-            if channel.closed:
-                channel.close()
-                self._channel = None
-                self._alone_since = self._clock.monotonic()
-                self.disconnected.set()
+            self._forget_if_closed(channel)
+
+    def _forget_if_closed(self, channel: Channel) -> None:
+        if channel.closed and channel is self._channel:
+            channel.close()
+            self._channel = None
+            self._alone_since = self._clock.monotonic()
+            self.disconnected.set()
 
     def _take(self, message: wire.Message) -> None:
         present = self.run_order
@@ -215,10 +233,6 @@ class Link(threading.Thread):
         if self.run_order is None:
             return PARENT_LOOK_S
         return max(0.0, self._last_beat + self._heartbeat_s - self._clock.monotonic())
-
-    def _nudge(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
 
     def _after_fork_in_child(self) -> None:
         # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.

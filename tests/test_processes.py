@@ -173,6 +173,8 @@ def test_an_unreadable_row_cannot_be_judged(sleeper, request):
 def test_a_table_of_another_namespace_cannot_judge(sleeper, request):
     identity = identify(sleeper.pid)
     table = request.getfixturevalue("other_table")
+    (table / str(sleeper.pid)).symlink_to(f"/proc/{sleeper.pid}")
+    assert processes.verdict(identity) is Verdict.ALIVE
     (table / "self").unlink()
     (table / "self").symlink_to(f"/proc/{os.getpid()}")
     assert processes.verdict(identity) is Verdict.UNKNOWN
@@ -396,7 +398,7 @@ def test_other_signals_reach_the_whole_tree_once(start):
     assert process.wait() == -signal.SIGTERM
 
 
-def test_that_nobody_was_left_behind_costs_nothing():
+def test_that_nobody_was_left_behind_costs_nothing(lookup):
     work = lambda: processes.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)  # noqa: E731 - measured below
     assert as_subreaper(lambda: [work(), best_of(50, work) < 0.0001]) == [0, True]
 
@@ -462,6 +464,15 @@ def test_who_is_no_descendant_is_left_alone(start, sleeper, lookup):
     assert sleeper.poll() is None
     assert processes.end_descendants(sleeper.pid, grace_s=10, clock=CLOCK) == 0
     assert processes.end_descendants(2**22 + 1, grace_s=10, clock=CLOCK) == 0
+
+
+def test_a_pid_that_was_reused_since_the_look_is_not_held(sleeper):
+    row = processes._read_row(sleeper.pid)
+    with processes._Tree(os.getpid(), os.pidfd_open(os.getpid()), spare_root=True) as tree:
+        assert not tree._hold(row._replace(start_ticks=1))
+        assert tree.pids == []
+        assert tree._hold(row)
+        assert tree.pids == [sleeper.pid]
 
 
 def test_stopping_the_dead_is_reported(sleeper):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -49,7 +48,7 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
     seen = watch(service.ledger.supervisors(), now=now)
     if asked and not seen.alive:
         warn(f"{seen.absence(now=now)}, which then asks for the end of what runs")
-    sys.exit(not done)
+    raise click.exceptions.Exit(not done)
 
 
 @click.command()
@@ -67,7 +66,7 @@ def retry(session: Session, *, ids: tuple[int, ...]) -> None:
     seen = watch(service.ledger.supervisors(), now=now)
     if done and not seen.alive:
         warn(seen.absence(now=now))
-    sys.exit(not done)
+    raise click.exceptions.Exit(not done)
 
 
 def _service(session: Session, ids: tuple[int, ...]) -> Service:

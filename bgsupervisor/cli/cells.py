@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import processes
 from bgsupervisor.cli.table import Column, terminal_columns
 from bgsupervisor.cli.text import age, clean, duration, short_duration, size, width
+from bgsupervisor.cli.watch import Watch, watch
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.statuses import Status
 
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from bgsupervisor.cli.watch import Watch
+    from bgsupervisor.clock import Clock
     from bgsupervisor.models import TaskRecord
+    from bgsupervisor.service import Service
 
 __all__ = ["Facts", "columns", "percent"]
 
+SILENT_BEATS = 3
+"""A child that misses so many heartbeats is unresponsive."""
 BAR_COLUMNS = 10
 SMALL_BAR_COLUMNS = 5
 BAR_FROM_COLUMNS = 28
@@ -42,19 +47,43 @@ class Facts:
 
     Attributes:
         now: The moment of the listing.
+        monotonic: The same on the monotonic clock, of the boot *boot_id*.
+        boot_id: This boot; None where the system does not tell.
         watch: The supervisors.
         silent_s: A child that has not been heard for so long is unresponsive.
         positions: Places of the tasks that are due, by id.
     """
 
     now: datetime
+    monotonic: float
+    boot_id: str | None
     watch: Watch
     silent_s: float
     positions: Mapping[int, int]
 
+    @classmethod
+    def gather(cls, service: Service, *, positions: Mapping[int, int], clock: Clock) -> Facts:
+        """Look at clocks and supervisors."""
+        now = clock.now()
+        boot_id = None
+        with contextlib.suppress(OSError):
+            boot_id = processes.boot_id()
+        return cls(
+            now=now,
+            monotonic=clock.monotonic(),
+            boot_id=boot_id,
+            watch=watch(service.ledger.supervisors(), now=now),
+            silent_s=SILENT_BEATS * service.config.heartbeat_s,
+            positions=positions,
+        )
+
     def is_unresponsive(self, record: TaskRecord) -> bool:
         """Tell whether a supervisor listens and has not heard a running child for too long."""
         return bool(self.watch.alive) and self._silence(record) is not None
+
+    def derived(self, record: TaskRecord) -> dict[str, Any]:
+        """Return what JSON tells beside the columns."""
+        return {"waiting_for": None, "unresponsive": self.is_unresponsive(record)}
 
     def silence(self, record: TaskRecord) -> str:
         """Return a word about a running child that was not heard for too long, "" if it was heard."""
@@ -76,6 +105,8 @@ class Facts:
         """Return how long the attempt has run or ran, None if it has not begun."""
         if record.started_at is None:
             return None
+        if record.started_mono is not None and not record.ended and record.boot_id == self.boot_id:
+            return self.monotonic - record.started_mono  # right also after the clock was set
         return ((record.ended_at or self.now) - record.started_at).total_seconds()
 
 
@@ -128,7 +159,9 @@ def _short_names(records: Sequence[TaskRecord]) -> list[str]:
 
 
 def _where(wanted: Sequence[bool], values: Sequence[object]) -> list[str]:
-    return [str(value) if is_wanted and value is not None else "" for is_wanted, value in zip(wanted, values, strict=True)]
+    return [
+        str(value) if is_wanted and value is not None else "" for is_wanted, value in zip(wanted, values, strict=True)
+    ]
 
 
 def _cpu(record: TaskRecord) -> str:

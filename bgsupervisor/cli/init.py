@@ -24,5 +24,7 @@ def init() -> None:
         raise ConfigError(f"{path.absolute()} exists already and was left alone; edit it, or move it away") from None
     except OSError as error:
         raise access_error(path.absolute(), "create", error, "choose another folder") from error
-    click.echo(f"wrote {path.absolute()}; name the modules of your tasks in it, and see that `bgsupervisor check` finds them")
+    click.echo(
+        f"wrote {path.absolute()}; name the modules of your tasks in it, and see that `bgsupervisor check` finds them"
+    )
     click.echo("then start `bgsupervisor run`, and look at your tasks with `bgsupervisor ps`")

@@ -18,8 +18,8 @@ __all__ = ["main", "program", "tell_error"]
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 and the signal's number."""
-EXIT_PIPE_CLOSED = 141
-"""Whoever read our output has left, as `head` does: 128 and the signal's number."""
+EXIT_PIPE_CLOSED = 1
+"""Whoever read our output has left, as `head` does; click leaves so too where it is the first to notice."""
 
 _COMMANDS = {
     "init": "bgsupervisor.cli.init:init",

@@ -8,14 +8,14 @@ import click
 
 from bgsupervisor.cli import cells
 from bgsupervisor.cli.output import print_json, to_json, warn
-from bgsupervisor.cli.rows import HEAVY, Rows
+from bgsupervisor.cli.rows import HEAVY, Rows, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.table import show_table
-from bgsupervisor.cli.watch import Watch, watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
+    from bgsupervisor.cli.watch import Watch
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
@@ -39,7 +39,9 @@ LIMIT_MAX = 1_000_000
 )
 @click.option("--name", help="Only tasks of this name; the part after the colon is enough.")
 @click.option("--key", help="Only tasks with this key.")
-@click.option("--limit", type=click.IntRange(1, LIMIT_MAX), help=f"At most so many rows; {LIMIT}, with --all {LIMIT_ALL}.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIMIT_MAX), help=f"At most so many rows; {LIMIT}, with --all {LIMIT_ALL}."
+)
 @click.option("--json", "as_json", is_flag=True, help="A list of objects; times are in UTC.")
 @pass_session
 def ps(
@@ -59,29 +61,24 @@ def ps(
         if as_json:
             print_json([])
         return
-    now = SystemClock().now()
+    clock = SystemClock()
     wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
-    rows = Rows(store=service.ledger.store, now=now, statuses=wanted, name=name, key=key)
-    seen = watch(service.ledger.supervisors(), now=now)
+    rows = Rows(store=service.ledger.store, now=clock.now(), statuses=wanted, name=name, key=key)
     if everything:
         records = rows.newest(limit or LIMIT_ALL)
     else:
         live = rows.live(limit or LIMIT)
         ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
         records = live + rows.ended(ended_limit)
-    facts = cells.Facts(now=now, watch=seen, silent_s=3 * service.config.heartbeat_s, positions=rows.positions())
-    _warn(seen, facts)
+    facts = cells.Facts.gather(service, positions=rows.positions(), clock=clock)
+    for sentence in facts.watch.warnings(now=facts.now):
+        warn(sentence)
     if as_json:
         print_json([_object(record, facts, service) for record in records])
         return
-    _summarize(service, seen, records)
+    _summarize(service, facts.watch, records)
     if records:
         show_table(cells.columns(records, facts))
-
-
-def _warn(seen: Watch, facts: cells.Facts) -> None:
-    for sentence in seen.warnings(now=facts.now):
-        warn(sentence)
 
 
 def _summarize(service: Service, seen: Watch, records: list[TaskRecord]) -> None:
@@ -95,11 +92,10 @@ def _summarize(service: Service, seen: Watch, records: list[TaskRecord]) -> None
     live = sum(not record.ended for record in records)
     if live == LIMIT and counts[Status.REQUEST] + counts[Status.START] > live:
         warn(f"only {live} of them are shown; --limit shows more")
-    elif not records and sum(counts.values()):
+    elif not records and any(counts.values()):
         warn("no task matches")
 
 
 def _object(record: TaskRecord, facts: cells.Facts, service: Service) -> dict[str, Any]:
-    columns = [column for column in service.ledger.store.tables.Task._meta.sorted_field_names if column not in HEAVY]  # noqa: SLF001 - documented by Peewee
-    shown = {column: to_json(getattr(record, column)) for column in columns}
-    return {**shown, "waiting_for": None, "unresponsive": facts.is_unresponsive(record)}
+    shown = {name: to_json(value) for name, value in columns_of(record, service).items() if name not in HEAVY}
+    return {**shown, **facts.derived(record)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import json
 import sys
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ WAIT_S = 3600.0
 @pass_session
 def request(
     session: Session,
+    /,
     *,
     name: str,
     data: str | None,
@@ -59,9 +61,11 @@ def request(
     wait: bool,
     timeout_s: float,
     as_json: bool,
-    **options: Any,
+    **options: Any,  # noqa: ANN401 - key, priority and delay_s, which click has checked
 ) -> None:
-    """Request the task NAME, as "myapp.tasks:ImportInvoices"; JSON is an object of its body's arguments.
+    """Request a task.
+
+    NAME is as "myapp.tasks:ImportInvoices"; JSON is an object of its body's arguments.
 
     With - the JSON comes from stdin, where other users of this machine cannot see it.
     """
@@ -72,7 +76,7 @@ def request(
     run_at = None if at is None else _moment(at)
     _load_signature(name, service.config)
     handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
-    _tell(handle, name, service, quietly=wait and not as_json, as_json=as_json and not wait)
+    _tell(handle, name, service, quietly=wait, as_json=as_json and not wait)
     if wait:
         _wait(handle, service, timeout_s)
 
@@ -87,8 +91,18 @@ def _decoded(text: str | None, config: Config) -> Any:  # noqa: ANN401 - JSON; t
     try:
         return msgspec.json.decode(text.encode())
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        told = str(error).removeprefix("JSON is malformed: ")
-        raise click.UsageError(f"the data is not JSON: {told}; it must be an object as '{{\"ids\": [1, 2]}}'") from None
+        raise click.UsageError(
+            f"the data is not JSON: {_fault(text, error)}; it must be an object as '{{\"ids\": [1, 2]}}'"
+        ) from None
+
+
+def _fault(text: str, error: Exception) -> str:
+    """Return what is wrong with *text* and where, without a piece of it, which may be secret."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as found:
+        return f"{found.msg}, line {found.lineno}, column {found.colno}"
+    return str(error).removeprefix("JSON is malformed: ")  # the standard library accepts more, as NaN
 
 
 def _moment(text: str) -> datetime:

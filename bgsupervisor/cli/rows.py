@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from bgsupervisor.models import Store
+    from bgsupervisor.service import Service
 
-__all__ = ["HEAVY", "Rows"]
+__all__ = ["HEAVY", "Rows", "columns_of"]
 
 HEAVY = ("data", "result", "error")
 """The columns that listings leave out."""
@@ -28,6 +29,12 @@ NAMES_MAX = 1000
 # Literals: SQLite uses a partial index only where it can see that the query implies the index's condition.
 _IS_START = peewee.SQL("\"status\" = 'START'")
 _IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
+
+
+def columns_of(record: TaskRecord, service: Service) -> dict[str, Any]:
+    """Return a task's columns, in the order of the table."""
+    meta = service.ledger.store.tables.Task._meta  # noqa: SLF001 - Peewee's documented place for fields
+    return {name: getattr(record, name) for name in meta.sorted_field_names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +77,13 @@ class Rows:
 
     def positions(self) -> dict[int, int]:
         """Return the place of the tasks that are due, 1 is next; of all tasks, whatever these rows are limited to."""
-        task, found = self._task, []
+        task = self._task
+        found: list[int] = []
         with self.store.connected():
             for priority in self._priorities():
-                query = task.select(task.id).where(_IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now))
+                query = task.select(task.id).where(
+                    _IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now)
+                )
                 query = query.order_by(task.run_at, task.id).limit(POSITIONS_MAX - len(found))
                 found += [id for (id,) in query.tuples()]
                 if len(found) >= POSITIONS_MAX:

@@ -117,7 +117,9 @@ def _lines(columns: Sequence[Column], widths: Sequence[int], available: int | No
     return lines
 
 
-def _line(texts: list[tuple[str, str]], columns: Sequence[Column], widths: Sequence[int], available: int | None) -> _Line:
+def _line(
+    texts: list[tuple[str, str]], columns: Sequence[Column], widths: Sequence[int], available: int | None
+) -> _Line:
     line: _Line = []
     left = available
     for number, ((text, style), column, size) in enumerate(zip(texts, columns, widths, strict=True)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["age", "clean", "cut", "duration", "local", "padded", "size", "short_duration", "width"]
+__all__ = ["age", "clean", "cut", "duration", "local", "padded", "short_duration", "size", "width"]
 
 ELLIPSIS = "…"
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
@@ -80,8 +80,10 @@ def duration(seconds: float) -> str:
 
 
 def short_duration(seconds: float) -> str:
-    """Return a duration in at most 7 characters without a blank: 2.1s, 34s, 12m05s, 3h12m, 5d03h."""
+    """Return a duration in at most 7 characters without a blank: 120ms, 2.1s, 34s, 12m05s, 3h12m, 5d03h."""
     seconds = max(0.0, seconds)
+    if seconds < 1:
+        return f"{int(seconds * 1000)}ms"
     if seconds < _TENTHS_BELOW:
         return f"{seconds:.1f}s"
     whole = int(seconds)

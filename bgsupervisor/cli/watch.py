@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.models import SupervisorRecord
 
-__all__ = ["Watch", "watch"]
+__all__ = ["Watch", "last_line", "watch"]
 
 LOADING_S = 60.0
 """A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""

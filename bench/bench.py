@@ -1,0 +1,259 @@
+"""What bgsupervisor costs and how fast it is, measured in one run; where it can, as a ratio to something that everybody has.
+
+    python bench/bench.py                 all figures
+    python bench/bench.py start pickup    only these
+    python bench/bench.py noop --tasks 5000
+
+Every figure comes with its goal. Nothing here is a test: it prints what it finds, and exits 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from bgsupervisor import Service, Status
+
+APP = """
+import os, time
+from bgsupervisor import task
+
+@task
+def noop():
+    pass
+
+@task
+def sleep_one():
+    time.sleep(1)
+
+@task
+def first_line() -> float:
+    return time.monotonic()
+
+@task
+def for_ever():
+    time.sleep(600)
+"""
+LIMIT_S = 900
+
+
+class Bench:
+    """One application folder with a supervisor of its own."""
+
+    def __init__(self, folder: Path, **options: object) -> None:
+        self.folder = folder
+        folder.mkdir()
+        lines = ['tasks = ["benchapp"]', *(f"{key} = {value!r}" for key, value in options.items())]
+        self.config = folder / "bgsupervisor.toml"
+        self.config.write_text("\n".join(lines) + "\n")
+        (folder / "benchapp.py").write_text(APP)
+        self.service = Service(config=self.config)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command line of a bgsupervisor command."""
+        return [str(Path(sys.executable).parent / "bgsupervisor"), "--config", str(self.config), *arguments]
+
+    def start(self) -> None:
+        """Start the supervisor and wait until a task has run."""
+        log = (self.folder / "run.log").open("wb")
+        self.process = subprocess.Popen(self.command("run"), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.service.wait(self.service.request("benchapp:noop"), timeout_s=30)
+
+    def tree(self) -> list[psutil.Process]:
+        """Return the supervisor and all that it started."""
+        assert self.process is not None
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def stop(self) -> None:
+        """End the supervisor and everything below it."""
+        if self.process is None:
+            return
+        tree = self.tree() if self.process.poll() is None else []
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(30)
+        _, alive = psutil.wait_procs(tree, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.service.close()
+
+
+def say(what: str, found: str, goal: str) -> None:
+    """Print one figure."""
+    print(f"{what:<52} {found:<34} goal: {goal}", flush=True)
+
+
+def ms(seconds: float) -> str:
+    """Return a time for people."""
+    return f"{seconds * 1000:.1f} ms"
+
+
+def measure_start(bench: Bench) -> None:
+    """`ps` on 100 rows and `run` beside a living supervisor, in pairs with the imports they cannot do without."""
+    bench.service.request_many("benchapp:noop", [{}] * 100)
+    bench.start()
+    while bench.service.counts()[Status.REQUEST]:
+        time.sleep(0.1)
+    baseline = [sys.executable, "-c", "import click, peewee"]
+    for name, command in (("ps on 100 rows", ["ps", "--all"]), ("run beside a living supervisor", ["run"])):
+        pairs = [(timed(baseline), timed(bench.command(*command))) for _ in range(15)]
+        base, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(one / two for two, one in pairs)
+        say(f"{name} / import click, peewee", f"{ratio:.2f}  ({ms(ours)} / {ms(base)})", "at most 3")
+
+
+def timed(command: list[str]) -> float:
+    """Return how long a command takes."""
+    began = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def measure_sixteen(bench: Bench) -> None:
+    """16 bodies of one second, requested one by one."""
+    bench.start()
+    totals = []
+    for _ in range(5):
+        began = time.monotonic()
+        handles = [bench.service.request("benchapp:sleep_one") for _ in range(16)]
+        for handle in handles:
+            bench.service.wait(handle, timeout_s=30)
+        totals.append(time.monotonic() - began)
+    found = f"{statistics.median(totals):.3f} s  (worst {max(totals):.3f} s)"
+    say("16 bodies of 1 s, until all have ended", found, "1.2 s")
+
+
+def measure_death(bench: Bench) -> None:
+    """From SIGKILL of a child to INTERRUPTED in the row, seen by another process's polling."""
+    bench.start()
+    times = []
+    for _ in range(40):
+        handle = bench.service.request("benchapp:for_ever")
+        while (record := bench.service.get(handle)).status is not Status.START:
+            time.sleep(0.002)
+        time.sleep(0.02)
+        began = time.monotonic()
+        os.kill(record.pid, signal.SIGKILL)
+        while not bench.service.ledger.get(handle.id).ended:
+            time.sleep(0.001)
+        times.append(time.monotonic() - began)
+    say("child killed -> INTERRUPTED", f"{ms(statistics.median(times))}  (max {ms(max(times))})", "median 50 ms, max 1 s")
+
+
+def measure_pickup(bench: Bench) -> None:
+    """From the return of request() to the first line of the body, one task at a time; beside a bare durable INSERT."""
+    bench.start()
+    pickups, requests = [], []
+    for _ in range(200):
+        began = time.monotonic()
+        handle = bench.service.request("benchapp:first_line")
+        committed = time.monotonic()
+        requests.append(committed - began)
+        bench.service.wait(handle, timeout_s=30)
+        pickups.append(bench.service.result(handle) - committed)
+        time.sleep(0.02)  # the next spare child is forked meanwhile: a warm pickup
+    found = f"{ms(statistics.median(pickups))}  (p90 {ms(sorted(pickups)[180])}, max {ms(max(pickups))})"
+    say("commit of the request -> first line of the body", found, "median 10 ms")
+    say("request()", f"{ms(statistics.median(requests))}", "one durable commit")
+
+
+def measure_noop(bench: Bench, tasks: int) -> None:
+    """Many no-op tasks in a row: does anything grow?"""
+    bench.start()
+    assert bench.process is not None
+    block = max(tasks // 12, 1)
+    print(f"{'tasks':>8} {'tasks/s':>8} {'start ms':>9}   supervisor RSS/fds   nursery RSS/fds")
+    done = 0
+    while done < tasks:
+        began = time.monotonic()
+        handles = bench.service.request_many("benchapp:noop", [{}] * block)
+        last = handles[-1]
+        while not bench.service.ledger.get(last.id).ended or bench.service.counts()[Status.REQUEST]:
+            time.sleep(0.05)
+        took, done = time.monotonic() - began, done + block
+        alone = statistics.median(alone_ms(bench) for _ in range(9))
+        sizes = [f"{size(process):>9} {process.num_fds():>4}" for process in (bench.tree()[0], nursery_of(bench))]
+        print(f"{done:>8} {block / took:>8.0f} {alone:>9.1f}   {'       '.join(sizes)}", flush=True)
+    say(f"{tasks} no-op tasks, one process each", "see above", "memory, descriptors, start time flat")
+
+
+def alone_ms(bench: Bench) -> float:
+    """Return one pickup in ms."""
+    handle = bench.service.request("benchapp:first_line")
+    committed = time.monotonic()
+    bench.service.wait(handle, timeout_s=30)
+    time.sleep(0.02)
+    return (bench.service.result(handle) - committed) * 1000
+
+
+def nursery_of(bench: Bench) -> psutil.Process:
+    """Return the nursery."""
+    (path,) = (bench.folder / ".bgsupervisor").glob("nursery-*")
+    return psutil.Process(int(path.name.split("-")[1]))
+
+
+def size(process: psutil.Process) -> str:
+    """Return resident memory for people."""
+    return f"{process.memory_info().rss / 2**20:.1f} MiB"
+
+
+def measure_idle(bench: Bench) -> None:
+    """A minute with nothing to do: CPU of the whole tree, and its memory with shared pages counted once."""
+    bench.start()
+    time.sleep(2)
+    tree = bench.tree()
+    before = {process.pid: sum(process.cpu_times()[:2]) for process in tree}
+    time.sleep(60)
+    used = sum(sum(process.cpu_times()[:2]) - before[process.pid] for process in tree if process.is_running())
+    pss = sum(process.memory_full_info().pss for process in tree)
+    say("idle for 60 s, CPU of the whole tree", f"{used:.2f} s", "under 0.3 s")
+    say("summed PSS of the tree, 2 spares included", f"{pss / 2**20:.1f} MiB in {len(tree)} processes", "reported")
+
+
+FIGURES = {
+    "start": measure_start,
+    "sixteen": measure_sixteen,
+    "death": measure_death,
+    "pickup": measure_pickup,
+    "idle": measure_idle,
+    "noop": measure_noop,
+}
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", help=", ".join(FIGURES))
+    parser.add_argument("--tasks", type=int, default=60_000, help="how many no-op tasks (60,000)")
+    options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it doubles every start-up
+    folder = Path(tempfile.mkdtemp(prefix="bgsupervisor-bench-"))
+    try:
+        for name in options.figures or FIGURES:
+            bench = Bench(folder / name)
+            try:
+                if name == "noop":
+                    measure_noop(bench, options.tasks)
+                else:
+                    FIGURES[name](bench)  # type: ignore[operator]
+            finally:
+                bench.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`bgsupervisor check`: the configuration, where each value came from, and whether the task modules load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from bgsupervisor.cli.loading import load_apart
+from bgsupervisor.cli.output import print_json, warn
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.text import clean
+
+if TYPE_CHECKING:
+    from bgsupervisor.cli.loading import Answer
+    from bgsupervisor.config import Config
+
+__all__ = ["check"]
+
+LOAD_LIMIT_S = 120.0
+TRACE_LINES = 8
+"""So much of a traceback is shown: its end."""
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One object.")
+@pass_session
+def check(session: Session, *, as_json: bool) -> None:
+    """Show the configuration, load the modules.
+
+    Each value is followed by where it came from. The modules are loaded in a process of its own, as the nursery
+    would. Leaves with 1 if one fails, or none is named.
+    """
+    config = session.config()
+    if not as_json:
+        _print_configuration(config)
+    answer = load_apart(config, limit_s=LOAD_LIMIT_S)
+    if as_json:
+        print_json(_object(config, answer))
+    else:
+        _print_tasks(answer)
+    for warning in answer.warnings:
+        warn(f"warning: {warning}")
+    if not config.tasks:
+        warn("no task modules are configured; name them in `tasks`")
+    for failure in () if as_json else answer.failures:
+        _tell_failure(failure.module, failure.error)
+    raise click.exceptions.Exit(bool(answer.failures) or not config.tasks)
+
+
+def _print_configuration(config: Config) -> None:
+    rows = [(name, _written(value), origin) for name, value, origin in config.describe()]
+    names = max(len(name) for name, _, _ in rows)
+    for name, value, origin in rows:
+        click.echo(f"{name:<{names}} = {value}  ({origin})")
+
+
+def _print_tasks(answer: Answer) -> None:
+    click.echo(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
+    for name, options in sorted(answer.tasks.items()):
+        told = ", ".join(f"{key} {value:g}" for key, value in msgspec.to_builtins(options).items())
+        click.echo(clean(f"  {name}{f'  ({told})' if told else ''}"))
+
+
+def _tell_failure(module: str, error: str) -> None:
+    warn(f"\n{module} failed to load:".strip())
+    lines = error.rstrip().splitlines()
+    for line in lines[-TRACE_LINES:]:
+        click.echo(f"  {clean(line)}", err=True)
+
+
+def _written(value: Any) -> str:  # noqa: ANN401 - options are of several kinds
+    return clean(msgspec.json.encode(value).decode())
+
+
+def _object(config: Config, answer: Answer) -> dict[str, Any]:
+    return {
+        "config": {name: {"value": value, "origin": origin} for name, value, origin in config.describe()},
+        **msgspec.to_builtins(answer),
+    }

@@ -1,0 +1,189 @@
+"""`bgsupervisor show`: everything that is known of one task."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from bgsupervisor import logs, payload
+from bgsupervisor.cli.cells import Facts, percent
+from bgsupervisor.cli.log import log_path
+from bgsupervisor.cli.output import print_json, to_json, warn
+from bgsupervisor.cli.rows import columns_of
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.text import age, clean, duration, local, size
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.errors import DataInvalid, UnknownTask
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+
+    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.service import Service
+
+__all__ = ["show"]
+
+LOG_LINES = 20
+LABEL_COLUMNS = 18
+_SECRET_NAME = re.compile(r"passw(or)?d|secret|token|authorization|api_?key", re.IGNORECASE)
+"""The application's own list of secrets is in its code, which this command does not import."""
+_SPECIAL = {"data", "result", "error", "detail", "progress_done", "progress_total", "message", "status", "reason"}
+
+
+@click.command()
+@click.argument("id", type=int)
+@click.option("--json", "as_json", is_flag=True, help="One object; times are in UTC.")
+@pass_session
+def show(session: Session, *, id: int, as_json: bool) -> None:
+    """Show everything about one task.
+
+    Values of data whose names look like secrets (password, secret, token, authorization, api_key) are masked.
+    """
+    service = session.existing_service()
+    record = None if service is None else service.get(id)
+    if service is None or record is None:
+        raise UnknownTask(id)
+    facts = Facts.gather(service, positions={}, clock=SystemClock())
+    interruptions = service.ledger.interruptions(id)
+    path = log_path(service, record, record.attempt)
+    tail: list[str] | None = []
+    if path is not None:
+        try:
+            tail = logs.tail(path, lines=LOG_LINES)
+        except OSError:
+            tail = None
+    if as_json:
+        data, _ = _masked(record.data)
+        columns = {name: to_json(value) for name, value in columns_of(record, service).items()}
+        print_json(
+            {
+                **columns,
+                "data": data,
+                "result": _parsed(record.result),
+                **facts.derived(record),
+                "position": record.position,
+                "interruptions": [{key: to_json(value) for key, value in one.items()} for one in interruptions],
+                "log": None if path is None else str(path),
+                "log_tail": tail,
+            }
+        )
+        return
+    for sentence in facts.watch.warnings(now=facts.now) if not record.ended else ():
+        warn(sentence)
+    for label, text in _facts(record, service, facts):
+        _print_fact(label, text)
+    _print_block("error", record.error)
+    _print_interruptions(interruptions, facts.now)
+    if path is not None:
+        _print_fact("log", str(path))
+        if tail is None:
+            warn(f"this user cannot read {path}")
+        _print_block(f"last {LOG_LINES} lines of the log", None if tail is None else "\n".join(tail))
+
+
+def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple[str, str]]:
+    """Yield what is known, one short text each; first what people look for first."""
+    yield "status", f"{record.status}{f' / {record.reason}' if record.reason else ''}"
+    if record.detail:
+        yield "detail", record.detail
+    if record.position is not None:
+        yield "position", _why_it_waits(record, facts)
+    if facts.silence(record):
+        yield "heard", facts.silence(record)
+    told = _progress(record)
+    if told:
+        yield "progress", told
+    data, is_masked = _masked(record.data)
+    yield "data", _written(data) + (" (masked)" if is_masked else "")
+    if record.result is not None:
+        yield "result", _written(_parsed(record.result))
+    runtime_s = facts.runtime_s(record)
+    if runtime_s is not None:
+        yield "runtime", duration(runtime_s) if runtime_s >= 1 else f"{runtime_s:.3f} s"
+    for name, value in columns_of(record, service).items():
+        if value is not None and name not in _SPECIAL:
+            yield name, _readable(name, value, facts.now)
+
+
+def _why_it_waits(record: TaskRecord, facts: Facts) -> str:
+    if facts.watch.lacks(record.name):
+        return "no supervisor has code for it; see `bgsupervisor check`"
+    if record.run_at > facts.now:
+        return f"due {age(record.run_at, now=facts.now)}"
+    return str(record.position)
+
+
+def _progress(record: TaskRecord) -> str:
+    parts = []
+    if record.fraction is not None and record.progress_done is not None:
+        parts.append(f"{percent(record.fraction)}%")
+    if record.progress_done is not None:
+        of = "" if record.progress_total is None else f" of {record.progress_total:g}"
+        parts.append(f"({record.progress_done:g}{of})")
+    return " ".join([*parts, record.message or ""]).strip()
+
+
+def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a column's value
+    if name.endswith("_at"):
+        return f"{local(value, now=now)} ({age(value, now=now)})"
+    if name.endswith("_bytes"):
+        return f"{size(value)} ({value:,} bytes)"
+    if name.endswith("_percent"):
+        return f"{value:.0f}%"
+    if name == "cpu_s":
+        return f"{value:.2f} s"
+    return str(value)
+
+
+def _masked(text: str) -> tuple[Any, bool]:
+    """Return data as JSON values, and whether something in it was masked; text that is no JSON as it is."""
+    data = _parsed(text)
+    if not isinstance(data, dict):
+        return data, False
+    names = {name for name in _names(data) if _SECRET_NAME.search(name)}
+    return payload.mask(data, names), bool(names)
+
+
+def _names(value: object) -> Iterable[str]:
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            yield from one
+            waiting.extend(one.values())
+        elif isinstance(one, list):
+            waiting.extend(one)
+
+
+def _parsed(text: str | None) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return payload.decode_value(text)
+    except DataInvalid:
+        return text  # written around the API
+
+
+def _written(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _print_fact(label: str, text: str) -> None:
+    click.echo(f"{label:<{LABEL_COLUMNS}} {clean(text)}")
+
+
+def _print_block(title: str, text: str | None) -> None:
+    if text:
+        click.echo(f"\n{title}:")
+        for line in text.splitlines():
+            click.echo(f"  {clean(line)}")
+
+
+def _print_interruptions(interruptions: list[dict[str, Any]], now: datetime) -> None:
+    if interruptions:
+        click.echo("\ninterrupted attempts:")
+    for one in interruptions:
+        when = f"{local(one['ended_at'], now=now)} ({age(one['ended_at'], now=now)})"
+        click.echo(clean(f"  {one['attempt']}  {when}  {one['reason']}: {one['detail'] or ''}"))
