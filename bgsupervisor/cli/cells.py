@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import processes
-from bgsupervisor.cli.table import Column, terminal_columns
+from bgsupervisor.cli.table import DROPPED, Column, terminal_columns
 from bgsupervisor.cli.text import age, clean, duration, short_duration, size, width
 from bgsupervisor.cli.watch import Watch, watch
 from bgsupervisor.processes import ProcessIdentity, Verdict
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Facts", "columns", "percent"]
+__all__ = ["NARROWING", "Facts", "columns", "percent"]
 
 SILENT_BEATS = 3
 """A child that misses so many heartbeats is unresponsive."""
@@ -32,6 +32,26 @@ SMALL_BAR_COLUMNS = 5
 BAR_FROM_COLUMNS = 28
 SMALL_BAR_FROM_COLUMNS = 14
 """In less room the percentage stands alone."""
+
+NARROWING = (
+    ("PROGRESS", 36),
+    ("REASON", DROPPED),  # the last column tells it then
+    ("PROGRESS", 24),
+    ("TASK", 14),
+    ("KEY", 10),
+    ("PROGRESS", 18),
+    ("TASK", 10),
+    ("KEY", 7),
+    ("CPU", DROPPED),
+    ("MEM", DROPPED),
+    ("PID", DROPPED),
+    ("PROGRESS", 12),
+    ("KEY", DROPPED),
+    ("TIME", DROPPED),
+    ("TASK", 6),
+    ("PROGRESS", DROPPED),
+)
+"""What gives way on a narrow terminal."""
 
 _STYLES = {
     Status.REQUEST: "yellow",
@@ -129,21 +149,21 @@ def columns(records: Sequence[TaskRecord], facts: Facts) -> list[Column]:
     full = BAR_COLUMNS if on_terminal else 0
     return [
         Column("ID", [str(record.id) for record in records], right=True, always=True),
-        Column("TASK", _short_names(records), always=True, least=(18, 12, 8)),
-        Column("KEY", [clean(record.key or "") for record in records], least=(14, 9, 5), dropped=5),
+        Column("TASK", _short_names(records), always=True),
+        Column("KEY", [clean(record.key or "") for record in records]),
         Column("STATUS", [record.status.value for record in records], styles=statuses, always=True),
-        Column("REASON", [record.reason or "" for record in records], styles=statuses, dropped=4),
-        Column("PID", _where(running, [record.pid for record in records]), right=True, dropped=3),
-        Column("RUNTIME", ["" if one is None else short_duration(one) for one in runtimes], right=True, dropped=6),
-        Column("CPU", [_cpu(record) for record in records], right=True, dropped=1),
-        Column("MEM", [_memory(record) for record in records], right=True, dropped=2),
+        Column("REASON", [record.reason or "" for record in records], styles=statuses),
+        Column("PID", _where(running, [record.pid for record in records]), right=True),
+        Column("TIME", ["" if one is None else short_duration(one) for one in runtimes], right=True),
+        Column("CPU", [_cpu(record) for record in records], right=True),
+        Column("MEM", [_memory(record) for record in records], right=True),
         Column(
             "PROGRESS",
             [_progress(record, facts, full) for record in records],
             styles=[_progress_style(record, facts) for record in records],
-            least=(30, 20, 12),
-            refit=lambda size: [_progress(record, facts, _bar_columns(size)) for record in records],
-            dropped=7,
+            refit=lambda size, titles: [
+                _progress(record, facts, _bar_columns(size), with_reason="REASON" not in titles) for record in records
+            ],
         ),
     ]
 
@@ -176,15 +196,17 @@ def _memory(record: TaskRecord) -> str:
     return size(record.rss_bytes)
 
 
-def _progress(record: TaskRecord, facts: Facts, bar_columns: int) -> str:
+def _progress(record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason: bool = False) -> str:
     """Return the last cell: how far it is, or why it waits, or how it ended."""
     if record.status is Status.REQUEST:
         return _waiting(record, facts)
     message = clean(record.message or "")
     if record.ended:
         ended = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
+        reason = record.reason if with_reason and record.reason else ""
+        told = f"{reason} {ended}".strip()
         words = clean(record.detail or "") if record.status is Status.INTERRUPTED else message
-        return f"{ended}: {words}" if words and ended else ended or words
+        return f"{told}: {words}" if words and told else told or words
     notes = [facts.silence(record)]
     if record.ending is not None:
         notes.append(f"ending: {record.ending}")

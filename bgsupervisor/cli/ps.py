@@ -78,7 +78,7 @@ def ps(
         return
     _summarize(service, facts.watch, records)
     if records:
-        show_table(cells.columns(records, facts))
+        show_table(cells.columns(records, facts), narrowing=cells.NARROWING)
 
 
 def _summarize(service: Service, seen: Watch, records: list[TaskRecord]) -> None:

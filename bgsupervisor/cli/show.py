@@ -31,7 +31,19 @@ LOG_LINES = 20
 LABEL_COLUMNS = 18
 _SECRET_NAME = re.compile(r"passw(or)?d|secret|token|authorization|api_?key", re.IGNORECASE)
 """The application's own list of secrets is in its code, which this command does not import."""
-_SPECIAL = {"data", "result", "error", "detail", "progress_done", "progress_total", "message", "status", "reason"}
+_SPECIAL = {
+    "id",
+    "name",
+    "data",
+    "result",
+    "error",
+    "detail",
+    "progress_done",
+    "progress_total",
+    "message",
+    "status",
+    "reason",
+}
 
 
 @click.command()
@@ -87,6 +99,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
 
 def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple[str, str]]:
     """Yield what is known, one short text each; first what people look for first."""
+    yield "task", f"{record.id}, {record.name}"
     yield "status", f"{record.status}{f' / {record.reason}' if record.reason else ''}"
     if record.detail:
         yield "detail", record.detail

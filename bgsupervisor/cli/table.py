@@ -11,30 +11,31 @@ from typing import TYPE_CHECKING
 from bgsupervisor.cli.text import cut, padded, width
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-__all__ = ["Column", "show_table", "terminal_columns"]
+__all__ = ["DROPPED", "Column", "show_table", "terminal_columns"]
 
 FALLBACK_COLUMNS = 80
 EMPTY = "-"
 """What an empty cell holds in a pipe, so that programs can count fields."""
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 """What a blank inside a cell becomes in a pipe, but in the last column."""
+DROPPED = 0
+"""The width of a column that is left out."""
 
 
 @dataclass(slots=True)
 class Column:
-    """A column and how it gives way when the terminal is narrow.
+    """A column of a table.
 
     Attributes:
-        title: Its header.
+        title: Its header, no other column's.
         cells: One text per row.
         styles: One rich style per row, "" for none; empty for a column without any.
         right: Whether numbers stand at its right end.
         always: Whether it is shown where all its cells are empty.
-        least: The widths to which it shrinks, step by step and from the right, before others are dropped.
-        dropped: When it is dropped if nothing else helps, the smallest first; None is never.
-        refit: Makes the cells anew for a width, where cutting them off would lose too much.
+        refit: Makes the cells anew for a width and the titles of all columns that are shown, where cutting them
+            off would lose too much.
     """
 
     title: str
@@ -42,9 +43,7 @@ class Column:
     styles: list[str] = field(default_factory=list)
     right: bool = False
     always: bool = False
-    least: tuple[int, ...] = ()
-    dropped: int | None = None
-    refit: Callable[[int], list[str]] | None = None
+    refit: Callable[[int, Collection[str]], list[str]] | None = None
 
     @property
     def says_something(self) -> bool:
@@ -64,16 +63,22 @@ def terminal_columns() -> int | None:
     return max(1, shutil.get_terminal_size((FALLBACK_COLUMNS, 24)).columns)
 
 
-def show_table(columns: Sequence[Column]) -> None:
-    """Print a table: for people on a terminal, for programs (one blank between columns, no empty cell) in a pipe."""
+def show_table(columns: Sequence[Column], *, narrowing: Sequence[tuple[str, int]]) -> None:
+    """Print a table: for people on a terminal, for programs (one blank between columns, no empty cell) in a pipe.
+
+    Args:
+        columns: Those that say nothing are left out.
+        narrowing: What gives way on a terminal that is too narrow, one after the other until the table fits: the
+            title of a column, and the width to which it may shrink (DROPPED leaves it out).
+    """
     shown = [column for column in columns if column.says_something]
     available = terminal_columns()
     if available is None:
         _print_for_programs(shown)
         return
-    widths = _fitted(shown, available)
+    widths = _fitted(shown, narrowing, available)
     paint = _painter()
-    for line in _lines(shown, widths, available):
+    for line in _lines([column for column in shown if widths[column.title] != DROPPED], widths, available):
         paint(line)
 
 
@@ -81,34 +86,41 @@ def _print_for_programs(columns: Sequence[Column]) -> None:
     for column in columns[:-1]:
         column.cells = [cell.replace(" ", NO_BREAK_SPACE) or EMPTY for cell in column.cells]
     columns[-1].cells = [cell or EMPTY for cell in columns[-1].cells]
-    for line in _lines(columns, [column.natural for column in columns], None):
+    for line in _lines(columns, {column.title: column.natural for column in columns}, None):
         _print_plain(line)
 
 
-def _fitted(columns: list[Column], available: int) -> list[int]:
-    """Return the columns' widths, together with single blanks at most *available*; drops columns from the list."""
-    while True:
-        widths = [column.natural for column in columns]
-        for step in range(max(len(column.least) for column in columns)):
-            for number, column in reversed(list(enumerate(columns))):
-                excess = sum(widths) + len(widths) - 1 - available
-                if excess > 0 and step < len(column.least):
-                    widths[number] = max(min(widths[number], column.least[step]), widths[number] - excess)
-        droppable = [column for column in columns if column.dropped is not None]
-        if sum(widths) + len(widths) - 1 <= available or not droppable:
-            return widths
-        columns.remove(min(droppable, key=lambda column: column.dropped or 0))
+def _fitted(columns: Sequence[Column], narrowing: Sequence[tuple[str, int]], available: int) -> dict[str, int]:
+    """Return the columns' widths, which fit together with single blanks between them, if the narrowing suffices."""
+    natural = {column.title: column.natural for column in columns}
+    widths = dict(natural)
+    for title, least in narrowing:
+        excess = _excess(widths, available)
+        if excess <= 0:
+            break
+        if title in widths and least < widths[title]:
+            widths[title] = max(least, widths[title] - excess) if least != DROPPED else DROPPED
+    for title in reversed([title for title, size in widths.items() if DROPPED != size < natural[title]]):
+        spare = -_excess(widths, available)
+        widths[title] += max(0, min(spare, natural[title] - widths[title]))
+    return widths
+
+
+def _excess(widths: dict[str, int], available: int) -> int:
+    shown = [size for size in widths.values() if size != DROPPED]
+    return sum(shown) + len(shown) - 1 - available
 
 
 _Line = list[tuple[str, str]]
 
 
-def _lines(columns: Sequence[Column], widths: Sequence[int], available: int | None) -> list[_Line]:
+def _lines(columns: Sequence[Column], widths: dict[str, int], available: int | None) -> list[_Line]:
+    titles = [column.title for column in columns]
     cells = [
-        column.refit(size) if column.refit and size < column.natural else column.cells
-        for column, size in zip(columns, widths, strict=True)
+        column.refit(widths[column.title], titles) if column.refit and available is not None else column.cells
+        for column in columns
     ]
-    lines = [_line([(column.title, "bold") for column in columns], columns, widths, available)]
+    lines = [_line([(title, "bold") for title in titles], columns, widths, available)]
     for row in range(len(cells[0])):
         texts = [
             (cells[number][row], column.styles[row] if column.styles else "") for number, column in enumerate(columns)
@@ -118,13 +130,13 @@ def _lines(columns: Sequence[Column], widths: Sequence[int], available: int | No
 
 
 def _line(
-    texts: list[tuple[str, str]], columns: Sequence[Column], widths: Sequence[int], available: int | None
+    texts: list[tuple[str, str]], columns: Sequence[Column], widths: dict[str, int], available: int | None
 ) -> _Line:
     line: _Line = []
     left = available
-    for number, ((text, style), column, size) in enumerate(zip(texts, columns, widths, strict=True)):
-        fitted = padded(cut(text, size), size, right=column.right)
-        fitted = f"{' ' * (number > 0)}{fitted}"
+    for number, ((text, style), column) in enumerate(zip(texts, columns, strict=True)):
+        size = widths[column.title]
+        fitted = f"{' ' * (number > 0)}{padded(cut(text, size), size, right=column.right)}"
         if left is not None:
             fitted = cut(fitted, left)
             left -= width(fitted)

@@ -1,0 +1,24 @@
+"""What the pages say is what the code does."""
+
+import re
+from pathlib import Path
+
+from bgsupervisor.ledger import TRANSITIONS
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_transition_table_of_the_architecture_page_is_the_ledgers():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("| event | from | to | by |")[1].split("\n\n")[0]
+    told = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()[2:]]
+    known = [(one.event, ", ".join(one.sources) or "-", str(one.target), one.by) for one in TRANSITIONS]
+
+    assert known == told
+
+
+def test_every_module_has_its_room_on_the_architecture_page():
+    rooms = (ROOT / "docs" / "architecture.md").read_text().split("## The rooms")[1].split("## Files")[0]
+    modules = {path.name for path in (ROOT / "bgsupervisor").glob("*.py")} - {"__main__.py"}
+
+    assert modules - set(re.findall(r"\w+\.py", rooms)) == set()
