@@ -24,7 +24,17 @@ from bgsupervisor.statedir import access_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["OPTIONS", "Config", "Option", "apply_env_file", "env_file_values", "load", "sqlite_path", "template"]
+__all__ = [
+    "OPTIONS",
+    "Config",
+    "Option",
+    "apply_env_file",
+    "env_file_values",
+    "load",
+    "sqlite_path",
+    "take_notify_socket",
+    "template",
+]
 
 FILE_NAME = "bgsupervisor.toml"
 PROJECT_FILE_NAME = "pyproject.toml"
@@ -88,6 +98,12 @@ def _size(value: object) -> int:
     return int(match[1]) * {None: 1, "KiB": KIB, "MiB": MIB, "GiB": GIB}[match[2]]
 
 
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _path(value: object) -> Path:
     return Path(_text(_NOT_EMPTY)(os.fspath(value) if isinstance(value, os.PathLike) else value))
 
@@ -104,6 +120,7 @@ class _Kind(NamedTuple):
     parse: Callable[[str], object] = str
 
 
+_SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
 _NOT_EMPTY = r"[^\0]+"
 _MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 
@@ -120,6 +137,8 @@ _KINDS = {
     "paths": _Kind("a list of paths", _texts(_NOT_EMPTY), _split),
     "count": _Kind("a whole number", _count, int),
     "seconds": _Kind("a number of seconds", _number, float),
+    "ending": _Kind('"leave", "drain" or "kill"', _text("leave|drain|kill")),
+    "switch": _Kind("true or false", _switch, _SWITCHES.__getitem__),
     "bytes": _Kind('a size such as 1048576 or "1 MiB"', _size),
 }
 
@@ -178,6 +197,8 @@ class Option:
         return self._literal(self.default if self.example is None else self.example)
 
     def _literal(self, value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
         if isinstance(value, tuple):
             return "[" + ", ".join(f'"{item}"' for item in value) + "]"
         written = self._written(value)
@@ -274,6 +295,14 @@ class Config:
     )
     start_method: Literal["fork", "spawn"] = _option(
         "method", "fork", "How children start; spawn is slower, and right where imports leave threads behind."
+    )
+    auto_reload: bool = _option(
+        "switch", True, "Whether a `run` from cron that finds changed code has the living supervisor load it."
+    )
+    on_term: Literal["leave", "drain", "kill"] = _option(
+        "ending",
+        "leave",
+        "What SIGTERM to the supervisor means: leave the tasks running, wait for them, or end them.",
     )
     env_file: Path | None = _option(  # noqa: RUF009 - it returns a dataclass field
         "path", None, "A file of KEY=VALUE lines, read into the environment before your code.", example=".env"
@@ -398,7 +427,7 @@ def _checked(option: Option, source: _Source, key: str) -> object:
     value = source.values[key]
     kind = _KINDS[option.type]
     if source.is_text and isinstance(value, str):
-        with suppress(ValueError):
+        with suppress(ValueError, KeyError):
             value = kind.parse(value.strip())
     with suppress(ValueError, TypeError, OverflowError):
         checked: Any = kind.check(value)
@@ -588,6 +617,13 @@ def env_file_values(config: Config) -> dict[str, str]:
         AccessError: This user may not read it.
     """
     return _parse_env(config.env_file) if config.env_file else {}
+
+
+def take_notify_socket() -> str | None:
+    """Take the service manager's socket out of the environment, where bodies would inherit it; None without one."""
+    for name in ("WATCHDOG_PID", "WATCHDOG_USEC"):
+        os.environ.pop(name, None)
+    return os.environ.pop("NOTIFY_SOCKET", None) or None
 
 
 def apply_env_file(config: Config) -> None:

@@ -37,7 +37,7 @@ class Enforcement:
     """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
 
     def __init__(self, config: Config, wards: Wards, nurseries: Nurseries, ears: Reception, clock: Clock) -> None:
-        self._config = config
+        self.config = config
         self._wards = wards
         self._nurseries = nurseries
         self._ears = ears
@@ -72,7 +72,7 @@ class Enforcement:
         """Begin to end an attempt, or go to *stage* at once; the first reason stands."""
         now = self._clock.monotonic()
         if ward.order is None:
-            ward.order = Order(reason, why, by, now + self._config.grace_s)
+            ward.order = Order(reason, why, by, now + self.config.grace_s)
             log.info("task %d (%s) is to end: %s", ward.attempt.id if ward.attempt else 0, ward.name, why)
         self._ask(ward, ward.order)
         if stage > ward.order.stage:
@@ -115,7 +115,7 @@ class Enforcement:
 
     def expect_to_leave(self, ward: Ward) -> None:
         """Have a child killed if it does not leave by itself."""
-        ward.leave_by = self._clock.monotonic() + self._config.grace_s + LEAVE_SLACK_S
+        ward.leave_by = self._clock.monotonic() + self.config.grace_s + LEAVE_SLACK_S
 
     def _enforce_time(self, ward: Ward, now: float) -> None:
         timeout_s = self._nurseries.options(ward.name).timeout_s
@@ -132,17 +132,17 @@ class Enforcement:
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage
-        order.next_at = now + self._config.grace_s
+        order.next_at = now + self.config.grace_s
         order.unsent = True
         order.due_since = now
 
     def _enforce_sizes(self, running: list[Ward], now: float) -> None:
         for ward in running:
             with contextlib.suppress(OSError):
-                logs.bound(self._wards.log_of(ward), self._config.log_max_bytes)
+                logs.bound(self._wards.log_of(ward), self.config.log_max_bytes)
         sampled = [ward for ward in running if self._nurseries.options(ward.name).memory_limit_bytes is not None]
         if now >= self._usage_at:
-            self._usage_at = now + self._config.heartbeat_s
+            self._usage_at = now + self.config.heartbeat_s
             sampled = running
         usage = processes.tree_usage([ward.who.pid for ward in sampled]) if sampled else {}
         for ward in sampled:

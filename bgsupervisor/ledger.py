@@ -42,6 +42,9 @@ __all__ = [
 
 log = logging.getLogger("bgsupervisor")
 
+ID_MAX = 2**63 - 1
+"""The largest number that a row can have; SQLite takes no larger one even to look for."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transition:
@@ -292,15 +295,15 @@ class Ledger:
         for attempt, end in batch.ends.items():
             if guard(lambda a=attempt, e=end: self._end(a, e), f"the end of task {attempt.id}"):  # type: ignore[misc]
                 outcome.ended.add(attempt)
-            elif guard is not _no_guard:
-                self._end(attempt, _unwritable(end))
+            elif guard is not _no_guard and self._end(attempt, _unwritable(end)):
+                outcome.ended.add(attempt)
         for attempt in batch.unclaims:
             if self._unclaim(attempt):
                 outcome.unclaimed.add(attempt)
-        for ending in batch.endings.values():
+        for attempt, ending in batch.endings.items():
             values = {"ending": ending.reason, "detail": ending.detail}
-            if self._where(ending.attempt, (Status.START,), values):
-                outcome.endings.add(ending.attempt)
+            if guard(lambda a=attempt, v=values: self._where(a, (Status.START,), v), f"an ending of task {attempt.id}"):  # type: ignore[misc]
+                outcome.endings.add(attempt)
         for attempt, note in batch.notes.items():
             guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
         for claim in batch.claims:
@@ -437,6 +440,8 @@ class Ledger:
 
     def get(self, id: int) -> TaskRecord | None:
         """Return a task, or None if there is no such row."""
+        if not 0 < id <= ID_MAX:
+            return None
         records = self._records(self._task.id == id, limit=1)
         return records[0] if records else None
 

@@ -85,7 +85,7 @@ class Link(threading.Thread):
                 self._forget_if_closed(self._channel)
 
     def push(self, timeout_s: float) -> None:
-        """Write on what the supervisor has not read yet, for at most *timeout_s*: a large result takes several turns."""
+        """Write on what the supervisor has not read yet, at most *timeout_s*: a large result takes several turns."""
         channel = self._channel
         if channel is None or not channel.unsent_bytes:
             return
@@ -114,7 +114,7 @@ class Link(threading.Thread):
                 self._forget_if_closed(self._channel)
 
     def say_from_body(self, message: wire.Message) -> None:
-        """Send what may be lost, from the thread that SIGTERM interrupts: it must not raise in the middle of a frame."""
+        """Send what may be lost, from the thread that SIGTERM interrupts: never in the middle of a frame."""
         self.main_inside = threading.current_thread() is threading.main_thread()
         try:
             self.say(message)

@@ -1,4 +1,4 @@
-"""The nurseries that a supervisor knows: it starts one, replaces it when it dies, and retires those it found."""
+"""The nurseries that a supervisor knows: it starts them, puts new code in the place of old, and retires the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import nursery, processes, wire
 from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.stamp import code_stamp, write_stamp
 from bgsupervisor.wire import TaskOptions, Who
 
 if TYPE_CHECKING:
@@ -54,24 +55,46 @@ class Home:
         return self.ordered + len(self.expected)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class _Started:
+    """A nursery process of ours; *callers* wait for what becomes of it."""
+
+    process: SpawnProcess
+    who: Who
+    handle: ProcessHandle | None
+    force: bool
+    callers: list[Peer]
+
+
 class Nurseries:
-    """All nurseries of one state directory; one of them is `ours`, started by this supervisor."""
+    """All nurseries of one state directory.
+
+    One of them is `ours`: it starts new children. A candidate is loading, and takes its place if it loads what the
+    present one has loaded.
+
+    Attributes:
+        our_who: The one that starts new children.
+        one_died: A nursery of ours died and may have left its children to this process.
+        rejected: What failed to load in the last candidate that was not let in.
+    """
 
     def __init__(
         self, config: Config, state_dir: StateDir, own: ProcessIdentity, ears: Reception, clock: Clock
     ) -> None:
-        self._config = config
+        self.config = config
+        self._state_dir = state_dir
         self._own = own
         self._ears = ears
         self._clock = clock
         self._homes: dict[Who, Home] = {}
-        self._process: SpawnProcess | None = None
-        self._handle: ProcessHandle | None = None
+        self._started: dict[Who, _Started] = {}
+        self._candidate: _Started | None = None
         self._deaths = 0
         self._start_at = 0.0
         self.our_who: Who | None = None
         self.one_died = False
-        self._awaited = self._find_living(state_dir)
+        self.rejected: list[wire.LoadFailure] = []
+        self._awaited = self._find_living()
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
 
     # What the supervisor asks
@@ -90,28 +113,39 @@ class Nurseries:
         homes = sorted(self._homes.values(), key=lambda home: home.hello.who != self.our_who)
         return next((home.hello.catalogue[name] for home in homes if name in home.hello.catalogue), TaskOptions())
 
+    def failures(self) -> list[wire.LoadFailure]:
+        """Return what failed to load, in our nursery and in the last that was not let in."""
+        home = self.ours()
+        return [*([] if home is None else home.hello.failures), *self.rejected]
+
     def awaited(self) -> bool:
         """Whether a living nursery may still tell of deaths that nobody else has seen."""
         return bool(self._awaited) and self._clock.monotonic() < self._awaited_until
 
-    def dies_again_and_again(self) -> bool:
+    def die_again_and_again(self) -> bool:
         """Whether no nursery has come up in a row of tries."""
         return self._deaths > len(RESTART_S)
 
     # What is heard of them
 
     def take_hello(self, peer: Peer, hello: wire.NurseryHello) -> bool:
-        """Get to know a nursery; return whether it is ours. Others are retired."""
+        """Get to know a nursery; return whether it is ours from now on. All others are retired."""
         self._homes[hello.who] = Home(hello, peer)
         self._awaited.discard(hello.who)
         for warning in hello.warnings:
             log.warning("%s", warning)
-        if hello.who != self.our_who:
+        if hello.who == self.our_who:
+            return True
+        candidate = self._candidate
+        if candidate is None or candidate.who != hello.who:
             self._ears.send(peer, wire.Retire())
             return False
-        self._deaths = 0
-        failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
-        log.info("loaded %d tasks%s", len(hello.catalogue), failed)
+        self._candidate = None
+        missing = self._missing(hello)
+        if missing and not candidate.force:
+            self._turn_down(candidate, peer, hello, missing)
+            return False
+        self._let_in(candidate, hello)
         return True
 
     def take_spawned(self, peer: Peer, message: wire.Spawned) -> None:
@@ -133,44 +167,45 @@ class Nurseries:
         for home in self._homes.values():
             home.expected.discard(child)
 
-    def died(self, who: Who) -> bool:
+    def died(self, who: Who) -> None:
         """Note a death; if it was our nursery, another is started after a pause, and its children are ours to reap."""
-        if who != self.our_who or self._process is None:
-            return False
-        self._process.join(0.5)
-        log.error("the nursery died with exit code %s; its running bodies go on", self._process.exitcode)
+        started = self._started.pop(who, None)
+        if started is None:
+            return
+        started.process.join(0.5)
+        exit_code = started.process.exitcode
         with contextlib.suppress(ValueError):
-            self._process.close()
-        if self._handle is not None:
-            self._handle.close()
+            started.process.close()
+        if started.handle is not None:
+            started.handle.close()
         self._homes.pop(who, None)
-        self._process = self._handle = self.our_who = None
-        self._start_at = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
-        self._deaths += 1
-        self.one_died = True
-        return True
+        self.one_died = self.one_died or exit_code != 0
+        if started is self._candidate:
+            self._candidate = None
+            self._answer(started, done=False, detail=f"the new nursery died with exit code {exit_code} while loading")
+        if who == self.our_who or self.our_who is None:
+            log.error("the nursery died with exit code %s; running bodies go on", exit_code)
+            self.our_who = None
+            self._start_at = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
+            self._deaths += 1
 
     # What is done with them
 
     def start_if_missing(self) -> None:
         """Start a nursery if there is none and its time has come."""
-        if self._process is not None or self._clock.monotonic() < self._start_at:
-            return
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(
-            target=nursery.main, args=(self._config,), daemon=False, name="bgsupervisor nursery"
-        )
-        self._process.start()
-        pid = self._process.pid or 0
-        self.our_who = Who(pid, processes.start_ticks(pid) or -1)
-        identity = self._identity_of(self.our_who)
-        _, self._handle = processes.look(identity)
-        if self._handle is not None:
-            self._ears.watch_process(self.our_who, self._handle)
+        if self.our_who is None and self._candidate is None and self._clock.monotonic() >= self._start_at:
+            self._start(force=True, callers=[])
 
     def start_due_at(self) -> float | None:
         """Return when a missing nursery is to be started, monotonic."""
-        return self._start_at if self._process is None else None
+        return self._start_at if self.our_who is None and self._candidate is None else None
+
+    def reload(self, *, force: bool, caller: Peer | None) -> None:
+        """Start a nursery with the code as it is now; it takes over when it has loaded. The callers are answered."""
+        callers = [] if caller is None else [caller]
+        if self._candidate is not None:  # it may have read half of the new code
+            callers += self._candidate.callers
+        self._start(force=force or self.our_who is None, callers=callers)
 
     def spawn(self, count: int) -> None:
         """Order children of our nursery."""
@@ -189,16 +224,68 @@ class Nurseries:
         """Kill what a dead task left when its nursery was dead too: it was reparented to this process."""
         if not self.one_died:
             return
-        ours = {self._process.pid or 0} if self._process is not None else set()
-        for pid in nursery.strays_of_this_process({*known, *ours}):
+        for pid in nursery.strays_of_this_process({*known, *(who.pid for who in self._started)}):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # our own unreaped child: its PID is not reused
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 
-    def _find_living(self, state_dir: StateDir) -> set[Who]:
+    # Within
+
+    def _start(self, *, force: bool, callers: list[Peer]) -> None:
+        with contextlib.suppress(OSError):
+            write_stamp(self._state_dir.stamp, code_stamp(self.config))  # before it loads: a later change shows
+        process = multiprocessing.get_context("spawn").Process(
+            target=nursery.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
+        )
+        process.start()
+        pid = process.pid or 0
+        who = Who(pid, processes.start_ticks(pid) or -1)
+        _, handle = processes.look(self._identity_of(who))
+        if handle is not None:
+            self._ears.watch_process(who, handle)
+        self._candidate = self._started[who] = _Started(process, who, handle, force, callers)
+
+    def _missing(self, hello: wire.NurseryHello) -> list[wire.LoadFailure]:
+        """Return what the present nursery has loaded and this one could not."""
+        home = self.ours()
+        if home is None:
+            return []
+        known = {failure.module for failure in home.hello.failures}
+        return [failure for failure in hello.failures if failure.module not in known]
+
+    def _let_in(self, candidate: _Started, hello: wire.NurseryHello) -> None:
+        old = self.ours()
+        if old is not None:
+            self._ears.send(old.peer, wire.Retire())
+        self.our_who = hello.who
+        self._deaths = 0
+        self.rejected = []
+        failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
+        detail = f"loaded {len(hello.catalogue)} tasks{failed}"
+        log.info("%s", detail)
+        self._answer(candidate, done=True, detail=detail)
+
+    def _turn_down(
+        self, candidate: _Started, peer: Peer, hello: wire.NurseryHello, missing: list[wire.LoadFailure]
+    ) -> None:
+        self.rejected = missing
+        names = ", ".join(failure.module for failure in missing)
+        last = missing[0].error.strip().splitlines()[-1:]
+        detail = f"{names} failed to load ({''.join(last)}); the code that works stays in force"
+        log.error("%s", detail)
+        self._ears.send(peer, wire.Leave())
+        del self._homes[hello.who]
+        self._answer(candidate, done=False, detail=detail)
+
+    def _answer(self, started: _Started, *, done: bool, detail: str) -> None:
+        for caller in started.callers:
+            if not caller.channel.closed:
+                self._ears.send(caller, wire.Reloaded(done, detail))
+
+    def _find_living(self) -> set[Who]:
         found = set()
-        for path in state_dir.path.glob("nursery-*-*"):
+        for path in self._state_dir.path.glob("nursery-*-*"):
             _, pid, ticks = path.name.split("-", 2)
             if not (pid.isdigit() and ticks.isdigit()):
                 continue

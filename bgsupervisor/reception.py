@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
 from bgsupervisor.statedir import StateDir, bind, open_dir
-from bgsupervisor.wire import PROTOCOL_VERSION, Channel, ChildHello, Message, NurseryHello, Who
+from bgsupervisor.wire import PROTOCOL_VERSION, CallerHello, Channel, ChildHello, Message, NurseryHello, Who
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,7 +216,7 @@ class Reception:
 
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""
-        if not isinstance(message, ChildHello | NurseryHello):
+        if not isinstance(message, ChildHello | NurseryHello | CallerHello):
             if peer.who is None:
                 raise WireError("it did not say hello first")
             return

@@ -37,7 +37,7 @@ class Recovery:
     """
 
     def __init__(self, config: Config, own: ProcessIdentity, wards: Wards, ears: Reception, clock: Clock) -> None:
-        self._config = config
+        self.config = config
         self._own = own
         self._wards = wards
         self._ears = ears
@@ -117,8 +117,8 @@ class Recovery:
             self.foreign_slots.add(record.slot)
         seen = record.heartbeat_at or record.started_at
         silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
-        if silent_s > self._config.lease_s:
-            detail = f"its container (another PID namespace) was silent for over {self._config.lease_s:g} s (lease_s)"
+        if silent_s > self.config.lease_s:
+            detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Lock", "StateDir", "access_error", "bind", "connect", "open_dir", "send_datagram", "user_name"]
+__all__ = ["Lock", "StateDir", "StopMark", "access_error", "bind", "connect", "open_dir", "send_datagram", "user_name"]
 
 DIRECTORY_MODE = 0o750
 LOCK_MODE = 0o640
@@ -59,6 +59,16 @@ class StateDir:
     def logs(self) -> Path:
         """Return the folder of the logs."""
         return self.path / "logs"
+
+    @property
+    def stop_mark(self) -> Path:
+        """Return the file that says that nobody is to supervise; see `StopMark`."""
+        return self.path / "stopped"
+
+    @property
+    def stamp(self) -> Path:
+        """Return the file with the stamp of the code that was last loaded."""
+        return self.path / "code.stamp"
 
     def nursery_path(self, pid: int, ticks: int) -> Path:
         """Return the file by which a new supervisor learns of a living nursery."""
@@ -99,6 +109,45 @@ class StateDir:
                 user=user,
                 right="write",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class StopMark:
+    """Somebody wants no supervisor here: while it stands, a living one goes and `run` leaves at once.
+
+    Attributes:
+        mode: What becomes of running tasks: "leave" them running, "drain" (wait for them) or "kill".
+        by: Who asked.
+        at: When, as ISO text in UTC.
+    """
+
+    mode: str
+    by: str
+    at: str
+
+    @classmethod
+    def read(cls, path: Path) -> StopMark | None:
+        """Return the mark that stands, None where there is none; an unreadable one counts as "leave"."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(mode=str(found["mode"]), by=str(found["by"]), at=str(found["at"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError):
+            return cls(mode="leave", by="somebody", at="an unknown time")
+
+    def write(self, path: Path) -> None:
+        """Set the mark, in one step.
+
+        Raises:
+            AccessError: The folder cannot be written.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps({"mode": self.mode, "by": self.by, "at": self.at}) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise access_error(path, "write", error, "stop as the folder's owner") from error
 
 
 class Lock:

@@ -8,6 +8,7 @@ or the row; so it does not matter which supervisor started them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -18,23 +19,26 @@ import msgspec
 
 from bgsupervisor import deaths, processes, wire
 from bgsupervisor.enforcement import Enforcement
-from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
+from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
 from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
+from bgsupervisor.statedir import StopMark
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wards import Stage, Wards
 from bgsupervisor.wire import Exited, Who
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Due, Outcome
+    from bgsupervisor.notify import Notifier
     from bgsupervisor.reception import Heard, Peer
     from bgsupervisor.statedir import Lock, StateDir
     from bgsupervisor.wards import Ward
@@ -67,19 +71,34 @@ class Supervisor:
         config: The configuration.
         state_dir: Exists, and belongs to this user.
         lock: Held.
+        notifier: Tells the service manager.
         clock: Tells the time.
         burst: Leave when nothing is due and nothing runs.
+        reread: Loads the configuration anew, for a reload.
 
     Raises:
         DatabaseError, AccessError, SchemaError: The database cannot be opened.
     """
 
-    def __init__(self, config: Config, *, state_dir: StateDir, lock: Lock, clock: Clock, burst: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        state_dir: StateDir,
+        lock: Lock,
+        notifier: Notifier,
+        clock: Clock,
+        reread: Callable[[], Config],
+        burst: bool = False,
+    ) -> None:
         set_child_subreaper()
         self._config = config
         self._clock = clock
         self._lock = lock
+        self._notifier = notifier
+        self._reread = reread
         self._burst = burst
+        self._state_dir = state_dir
         self._own = processes.own_identity(processes.host_id(config.host))
         self._store = Store.open(
             config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s, checkpointer=True
@@ -102,7 +121,8 @@ class Supervisor:
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
         self._put_offs = 0
         self._interrupts = 0
-        self._draining = False
+        self._draining: str | None = None
+        self._stop_mode = ""
         self._leaving: str | None = None
         self._exit_code = 0
 
@@ -111,7 +131,9 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until told to leave; return the exit code. The caller leaves by os._exit."""
         self._ears.listen_to_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
-        log.info("supervising %s with %d slots, PID %d", self._config.database, self._config.slots, os.getpid())
+        status = f"supervising {self._config.database} with {self._config.slots} slots, PID {os.getpid()}"
+        log.info("%s", status)
+        self._notifier.ready(status)
         while self._leaving is None:
             self.tick()
         self._leave()
@@ -138,6 +160,7 @@ class Supervisor:
             self._take_signal(number)
         if heard.rung:
             self._look = True
+            self._heed_stop_mark()
         if heard.database_touched:
             self._look_if_changed()
         return heard
@@ -151,6 +174,8 @@ class Supervisor:
         elif isinstance(message, Exited):
             self._exits[message.who] = message
             self._nurseries.met(message.who)
+        elif isinstance(message, wire.Reload):
+            self._reload(force=message.force, caller=peer)
         elif isinstance(message, wire.Spawned):
             self._nurseries.take_spawned(peer, message)
         elif isinstance(message, wire.SpawnFailed):
@@ -182,7 +207,8 @@ class Supervisor:
         self._exits.update({exited.who: exited for exited in hello.exits})
         if self._nurseries.take_hello(peer, hello):
             self._look = True
-            self._beat_at = 0.0
+            self._send_away_unneeded()
+        self._beat_at = 0.0
 
     def _take_end(self, ward: Ward, message: wire.Ended) -> None:
         attempt = Attempt(message.id, message.attempt)
@@ -201,10 +227,12 @@ class Supervisor:
             ward.note.message = message.message
 
     def _take_signal(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGHUP):
-            self._leaving = f"{signal.Signals(number).name} came"
+        if number == signal.SIGTERM:
+            self._stop(self._config.on_term if self._draining is None else "leave", "SIGTERM came")
+        elif number == signal.SIGHUP:
+            self._reload(force=False, caller=None)
         elif number == signal.SIGINT:
-            self._draining = True
+            self._draining = self._draining or "Ctrl-C was pressed"
             self._interrupts += 1
             self._take_interrupt(self._wards.running())
 
@@ -218,6 +246,46 @@ class Supervisor:
             for ward in running:
                 why = "the supervisor was told to stop and kill (Ctrl-C)"
                 self._enforcement.order(ward, Reason.STOPPED, why, stage=stage)
+
+    def _stop(self, mode: str, why: str) -> None:
+        """Leave now and let bodies live ("leave"), or admit nothing more, and wait for them or end them."""
+        if mode == "leave":
+            self._leaving = why
+            return
+        self._draining = why
+        if mode == "kill":
+            for ward in self._wards.running():
+                if ward.end is None:
+                    self._enforcement.order(ward, Reason.STOPPED, f"the supervisor was told to stop and kill ({why})")
+        log.info("%s: admitting nothing more, %d running", why, len(self._wards.running()))
+
+    def _heed_stop_mark(self) -> None:
+        """Do what `bgsupervisor stop` asks for, and take it back when `bgsupervisor start` has lifted the mark."""
+        mark = StopMark.read(self._state_dir.stop_mark)
+        if mark is None and self._stop_mode:
+            self._stop_mode, self._draining, self._look = "", None, True
+            log.info("the stop was lifted, going on")
+        elif mark is not None and mark.mode != self._stop_mode:
+            self._stop_mode = mark.mode
+            self._stop(mark.mode, f"stopped by {mark.by}")
+
+    def _reload(self, *, force: bool, caller: Peer | None) -> None:
+        """Load configuration and code anew; whatever fails, what works stays in force."""
+        try:
+            fresh = self._reread()
+        except (ConfigError, AccessError) as error:
+            log.error("not reloaded: %s", error)  # noqa: TRY400 - the sentence says it
+            if caller is not None:
+                self._ears.send(caller, wire.Reloaded(False, str(error)))
+            return
+        fixed = {key: getattr(self._config, key) for key in ("database", "table_prefix", "state_dir", "host")}
+        changed = [key for key, value in fixed.items() if getattr(fresh, key) != value]
+        if changed:
+            log.warning("%s changed in the configuration; that takes a new start, not a reload", ", ".join(changed))
+        self._config = dataclasses.replace(fresh, **fixed)
+        for part in (self._recovery, self._enforcement, self._nurseries):
+            part.config = self._config
+        self._nurseries.reload(force=force, caller=caller)
 
     def _look_if_changed(self) -> None:
         """Look at the rows if another connection has committed since; our own commits do not count."""
@@ -296,7 +364,7 @@ class Supervisor:
     def _admit(self) -> list[tuple[Claim, Ward]]:
         """Pair due tasks with idle children and free slots, and order the children that are missing."""
         now, home = self._clock.monotonic(), self._nurseries.ours()
-        if home is None or self._draining or not self._recovery.done_once or now < self._put_off_until:
+        if home is None or self._draining is not None or not self._recovery.done_once or now < self._put_off_until:
             return []
         free = self._free_slots()
         due: list[Due] = []
@@ -426,7 +494,7 @@ class Supervisor:
     def _own_record(self) -> SupervisorRecord:
         home = self._nurseries.ours()
         catalogue = {} if home is None else home.hello.catalogue
-        failures = [] if home is None else home.hello.failures
+        failures = self._nurseries.failures()
         return SupervisorRecord(
             host=self._own.host,
             boot_id=self._own.boot_id,
@@ -473,12 +541,14 @@ class Supervisor:
     def _look_after_itself(self) -> None:
         """Start a missing nursery; once a second see that lock, sockets and database are still ours."""
         now = self._clock.monotonic()
-        if not self._draining:
+        if self._draining is None:
             self._nurseries.start_if_missing()
         self._leave_if_done()
         if now < self._net_at:
             return
         self._net_at = now + NET_S
+        self._notifier.alive()
+        self._heed_stop_mark()
         with contextlib.suppress(OSError):
             self._lock.touch()
         self._check_files()
@@ -501,9 +571,9 @@ class Supervisor:
     def _leave_if_done(self) -> None:
         if self._wards.running() or self._leaving is not None:
             return
-        if self._draining:
-            self._leaving = "nothing runs any more"
-        elif self._burst and self._nurseries.dies_again_and_again():
+        if self._draining is not None:
+            self._leaving = f"{self._draining}, and nothing runs any more"
+        elif self._burst and self._nurseries.die_again_and_again():
             self._leaving, self._exit_code = "the nursery dies again and again", 1
         elif self._burst and self._nurseries.ours() is not None and not (self._look or self._backlog):
             self._leaving = "nothing is due"
@@ -520,6 +590,7 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Go without taking anybody along: bodies live on, idle children and an empty nursery are sent away."""
+        self._notifier.stopping(f"leaving: {self._leaving}")
         log.info("leaving: %s; %d running", self._leaving, len(self._wards.running()))
         for ward in self._wards:
             if ward.idle and ward.peer is not None:

@@ -24,6 +24,7 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Ack",
     "Beat",
+    "CallerHello",
     "Cancel",
     "Channel",
     "ChildHello",
@@ -37,6 +38,8 @@ __all__ = [
     "Message",
     "NurseryHello",
     "Progress",
+    "Reload",
+    "Reloaded",
     "Retire",
     "Run",
     "Spawn",
@@ -221,6 +224,26 @@ class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     by: str | None = None
 
 
+class CallerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The first word of a command, such as `bgsupervisor reload`."""
+
+    version: int
+    who: Who
+
+
+class Reload(msgspec.Struct, frozen=True, tag=True):
+    """Load the configuration and the code anew; with *force* even if less loads than before."""
+
+    force: bool
+
+
+class Reloaded(msgspec.Struct, frozen=True, tag=True):
+    """What a reload came to; *done* is false when the old code stays in force."""
+
+    done: bool
+    detail: str
+
+
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """An idle child, or a nursery without children, is no longer needed."""
 
@@ -241,6 +264,9 @@ Message = (
     | Ended
     | Ack
     | Cancel
+    | CallerHello
+    | Reload
+    | Reloaded
     | Leave
 )
 

@@ -48,7 +48,9 @@ class Supervising:
 
     @property
     def log(self):
-        return self.output.read_text()
+        """What it said, before and after it took up its own log file."""
+        own = self.output.parent / ".bgsupervisor" / "logs" / "supervisor.log"
+        return self.output.read_text() + (own.read_text() if own.exists() else "")
 
 
 class App:

@@ -202,11 +202,7 @@ def _progress(record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason
         return _waiting(record, facts)
     message = clean(record.message or "")
     if record.ended:
-        ended = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
-        reason = record.reason if with_reason and record.reason else ""
-        told = f"{reason} {ended}".strip()
-        words = clean(record.detail or "") if record.status is Status.INTERRUPTED else message
-        return f"{told}: {words}" if words and told else told or words
+        return _ended(record, facts, message, with_reason=with_reason)
     notes = [facts.silence(record)]
     if record.ending is not None:
         notes.append(f"ending: {record.ending}")
@@ -214,6 +210,15 @@ def _progress(record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason
         notes.append("cancel requested")
     noted = ", ".join(note for note in notes if note)
     return " ".join(part for part in (noted, _advance(record, bar_columns), message) if part)
+
+
+def _ended(record: TaskRecord, facts: Facts, message: str, *, with_reason: bool) -> str:
+    """Return when and how it ended; the reason is worth more than the time where there is no room for both."""
+    told = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
+    if with_reason and record.reason is not None:
+        told = str(record.reason)
+    words = clean(record.detail or "") if record.status is Status.INTERRUPTED else message
+    return ": ".join(part for part in (told, words) if part)
 
 
 def _waiting(record: TaskRecord, facts: Facts) -> str:

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from bgsupervisor.clock import SystemClock
 from bgsupervisor.wire import LoadFailure, TaskOptions
 
 if TYPE_CHECKING:
+    from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
 
 __all__ = ["Answer", "load_apart", "main"]
+
+
+POLL_S = 0.02
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -45,11 +50,10 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
             stdout=answered,
             start_new_session=True,
         )
-        told = "the process that loads it ended with exit code {{}} before it could tell"
+        in_time = False
         try:
-            process.communicate(pickle.dumps(config), timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            told = f"it was not loaded within {limit_s:g} s"
+            _hand_over(process, config)
+            in_time = _ended_in_time(process, limit_s, SystemClock())
         finally:
             _end(process)
         answered.seek(0)
@@ -57,11 +61,30 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
     try:
         return msgspec.json.decode(text, type=Answer)
     except msgspec.DecodeError:
-        return Answer({}, [LoadFailure(", ".join(config.tasks), told.format(process.returncode))], [])
+        told = f"the process that loads it ended with exit code {process.returncode} before it could tell"
+        if not in_time:
+            told = f"it was not loaded within {limit_s:g} s"
+        return Answer({}, [LoadFailure(", ".join(config.tasks), told)], [])
+
+
+def _hand_over(process: subprocess.Popen[bytes], config: Config) -> None:
+    assert process.stdin is not None  # noqa: S101 - it was asked for
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(pickle.dumps(config))
+
+
+def _ended_in_time(process: subprocess.Popen[bytes], limit_s: float, clock: Clock) -> bool:
+    """Wait without reaping: the number of the process, and of its group, stays its own until `_end`."""
+    deadline = clock.monotonic() + limit_s
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if clock.monotonic() >= deadline:
+            return False
+        clock.sleep(POLL_S)
+    return True
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process, and what the application started in its session; not reaped yet, its number is its own."""
+    """Kill the process, and what the application started in its session; then reap it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -30,6 +30,9 @@ _COMMANDS = {
     "request": "bgsupervisor.cli.request:request",
     "cancel": "bgsupervisor.cli.acting:cancel",
     "retry": "bgsupervisor.cli.acting:retry",
+    "stop": "bgsupervisor.cli.stopping:stop",
+    "start": "bgsupervisor.cli.stopping:start",
+    "reload": "bgsupervisor.cli.stopping:reload",
     "migrate": "bgsupervisor.cli.migrate:migrate",
     "check": "bgsupervisor.cli.check:check",
 }

@@ -11,21 +11,30 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from bgsupervisor.cli.calling import ask_to_reload
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.config import take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
-from bgsupervisor.statedir import Lock, StateDir, access_error
+from bgsupervisor.notify import Notifier
+from bgsupervisor.stamp import code_stamp, read_stamp
+from bgsupervisor.statedir import Lock, StateDir, StopMark, access_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
 
 __all__ = ["run", "supervise"]
 
 STUCK_S = 60.0
 """A supervisor whose lock file was not touched for so long does not turn its loop any more."""
+LOCK_LOOK_S = 1.0
+"""Under a service manager the lock is tried so often while another supervisor holds it."""
+STOPPED_EXIT = 100
+"""What a service manager sees when nobody is to supervise, so that it does not try again; the unit names it."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 LOG_NAME = "supervisor.log"
 LOG_ROTATED_BYTES = 10 * 1024 * 1024
@@ -45,7 +54,7 @@ def run(session: Session, *, burst: bool, slots: int | None) -> None:
     from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
 
     try:
-        code = supervise(session.config(slots=slots), burst=burst)
+        code = supervise(lambda: session.config(slots=slots), burst=burst)
     except BgSupervisorError as error:
         code = tell_error(error)
     except KeyboardInterrupt:
@@ -64,29 +73,61 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def supervise(config: Config, *, burst: bool) -> int:
-    """Supervise until told to leave; return the exit code. The caller must leave by os._exit."""
+def supervise(load: Callable[[], Config], *, burst: bool) -> int:
+    """Supervise until told to leave; return the exit code. The caller must leave by os._exit.
+
+    Args:
+        load: Loads the configuration; called again for each reload.
+        burst: Leave when nothing is due and nothing runs.
+    """
     if not sys.platform.startswith("linux"):
         raise UnsupportedSystem(
             f"supervising needs Linux (pidfd, the process table, child subreapers); this is {sys.platform}. "
             "Importing tasks, requesting them and calling bodies directly work here"
         )
-    clock = SystemClock()
+    notifier = Notifier(take_notify_socket())  # out of the environment: bodies must not speak to the service manager
+    config, clock = load(), SystemClock()
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
     lock = Lock(state_dir.lock, clock)
-    if not lock.acquire():
-        return _tell_of_the_other(lock)
+    mark = StopMark.read(state_dir.stop_mark)
+    if mark is None and not lock.acquire():
+        if not notifier.listened_to:
+            return _leave_it_to_the_other(lock, config, state_dir)
+        mark = _wait_for_lock(lock, state_dir, notifier, clock)
+    if mark is not None:
+        return _tell_of_the_stop(mark, notifier)
     lock.touch()
     from bgsupervisor.supervisor import Supervisor  # noqa: PLC0415 - only the one that supervises pays for it
 
     with _own_log(state_dir.logs / LOG_NAME):
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
-        return Supervisor(config, state_dir=state_dir, lock=lock, clock=clock, burst=burst).run()
+        supervisor = Supervisor(
+            config, state_dir=state_dir, lock=lock, notifier=notifier, clock=clock, reread=load, burst=burst
+        )
+        return supervisor.run()
 
 
-def _tell_of_the_other(lock: Lock) -> int:
+def _wait_for_lock(lock: Lock, state_dir: StateDir, notifier: Notifier, clock: Clock) -> StopMark | None:
+    """Under a service manager, stand by until the other supervisor (cron's) has gone; return a stop mark if set."""
+    notifier.ready(f"standing by: another supervisor is running, PID {lock.holder()}")
+    while True:
+        notifier.alive()
+        clock.sleep(LOCK_LOOK_S)
+        mark = StopMark.read(state_dir.stop_mark)
+        if mark is not None or lock.acquire():
+            return mark
+
+
+def _tell_of_the_stop(mark: StopMark, notifier: Notifier) -> int:
+    if sys.stderr.isatty():
+        click.echo(f"stopped by {mark.by} at {mark.at}; `bgsupervisor start` lifts that", err=True)
+    return STOPPED_EXIT if notifier.listened_to else 0
+
+
+def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> int:
+    """Leave, but have the living supervisor load code that a deploy has changed, and say if it hangs."""
     age_s = lock.age_s()
     holder = lock.holder()
     if age_s is not None and age_s > STUCK_S:
@@ -96,6 +137,9 @@ def _tell_of_the_other(lock: Lock) -> int:
             err=True,
         )
         return 1
+    if config.auto_reload and read_stamp(state_dir.stamp) not in (None, code_stamp(config)):
+        with contextlib.suppress(OSError):
+            ask_to_reload(state_dir, force=False).close()
     if sys.stderr.isatty():
         click.echo(f"a supervisor is already running, PID {holder}", err=True)
     return 0

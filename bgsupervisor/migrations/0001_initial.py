@@ -6,7 +6,13 @@ from typing import Any
 # that a row written by hand needs a name and data only.
 
 NOW = "(strftime('%Y-%m-%d %H:%M:%f000+00:00', 'now'))"
-IS_TIME = "GLOB '[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9][ T][0-9][0-9]:[0-9][0-9]:[0-9][0-9]*'"
+
+
+def is_time(column: str) -> str:
+    """Return the condition that a text is a time of the calendar in UTC, written so that texts sort as times do."""
+    return f"""datetime(substr("{column}", 1, 19), '+0 days') IS substr("{column}", 1, 19)
+        AND replace(substr("{column}", 20), '+00:00', '') NOT GLOB '*[^.0-9]*'"""
+
 
 TASK = f"""
 CREATE TABLE "{{p}}task" (
@@ -21,9 +27,9 @@ CREATE TABLE "{{p}}task" (
     "key" TEXT,
     "unique_key" TEXT,
     "serial" TEXT,
-    "run_at" TEXT NOT NULL DEFAULT {NOW} CHECK ("run_at" {IS_TIME}),
+    "run_at" TEXT NOT NULL DEFAULT {NOW} CHECK ({is_time("run_at")}),
     "expires_at" TEXT,
-    "requested_at" TEXT NOT NULL DEFAULT {NOW} CHECK ("requested_at" {IS_TIME}),
+    "requested_at" TEXT NOT NULL DEFAULT {NOW} CHECK ({is_time("requested_at")}),
     "started_at" TEXT,
     "started_mono" REAL,
     "ended_at" TEXT,
