@@ -139,6 +139,7 @@ _KINDS = {
     "seconds": _Kind("a number of seconds", _number, float),
     "ending": _Kind('"leave", "drain" or "kill"', _text("leave|drain|kill")),
     "switch": _Kind("true or false", _switch, _SWITCHES.__getitem__),
+    "days": _Kind("a number of days", _number, float),
     "bytes": _Kind('a size such as 1048576 or "1 MiB"', _size),
 }
 
@@ -170,8 +171,8 @@ class Option:
 
     @property
     def unit(self) -> str:
-        """Return "seconds", "bytes" or "" where the value has no unit."""
-        return self.type if self.type in {"seconds", "bytes"} else ""
+        """Return "seconds", "days", "bytes" or "" where the value has no unit."""
+        return self.type if self.type in {"seconds", "days", "bytes"} else ""
 
     @property
     def variable(self) -> str:
@@ -283,6 +284,9 @@ class Config:
         "How long a task that is to end may take, before SIGTERM and again before SIGKILL.",
         minimum=0,
         maximum=86400,
+    )
+    keep_days: float = _option(
+        "days", 14.0, "How long ended tasks and their logs are kept; 0 keeps them for ever.", minimum=0, maximum=36500
     )
     data_max_bytes: int = _option(
         "bytes", MIB, "The largest data or result of a task, encoded.", minimum=KIB, maximum=64 * MIB

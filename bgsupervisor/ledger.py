@@ -415,6 +415,35 @@ class Ledger:
             ended_at=record.ended_at,
         ).execute()
 
+    # What becomes of old rows
+
+    def prune(
+        self, *, before: datetime, statuses: Collection[Status], names: Collection[str] | None, limit: int
+    ) -> list[Attempt]:
+        """Delete at most *limit* ended tasks that ended before a moment, the oldest first; return them.
+
+        A task that is live, or whose parent's row is gone, is no obstacle and is never touched itself.
+        """
+        with self.store.writing():
+            query = self._old(before=before, statuses=statuses, names=names).order_by(self._task.ended_at).limit(limit)
+            found = [Attempt(id, attempt) for id, attempt in list(query.tuples())]
+            ids = [attempt.id for attempt in found]
+            self._interruption.delete().where(self._interruption.task_id.in_(ids)).execute()
+            self._task.delete().where(self._task.id.in_(ids)).execute()
+            return found
+
+    def count_old(self, *, before: datetime, statuses: Collection[Status], names: Collection[str] | None) -> int:
+        """Return how many tasks `prune` would delete in all."""
+        with self.store.connected():
+            return int(self._old(before=before, statuses=statuses, names=names).count())
+
+    def _old(self, *, before: datetime, statuses: Collection[Status], names: Collection[str] | None) -> Any:  # noqa: ANN401 - a Peewee query
+        task = self._task
+        ended = [str(status) for status in statuses if status.ended]
+        query = task.select(task.id, task.attempt)
+        query = query.where(task.ended_at.is_null(False) & (task.ended_at < before) & task.status.in_(ended))
+        return query if names is None else query.where(task.name.in_([str(name) for name in names]))
+
     # The compare-and-set itself
 
     def _move(self, event: str, attempt: Attempt, values: dict[str, Any]) -> bool:
@@ -532,13 +561,18 @@ class Ledger:
 
     def next_due_at(self) -> datetime | None:
         """Return the moment at which the next task that is planned for later becomes due, or None."""
-        task, now = self._task, self._clock.now()
+        return self._first_run_at(self._task.run_at > self._clock.now())
+
+    def oldest_due_at(self) -> datetime | None:
+        """Return since when the task that has waited longest could have started, or None if none waits."""
+        return self._first_run_at(self._task.run_at <= self._clock.now())
+
+    def _first_run_at(self, condition: peewee.Node) -> datetime | None:
+        task = self._task
         moments = []
         with self.store.connected():
             for priority in self._priorities():
-                query = task.select(task.run_at).where(
-                    _IS_REQUEST & (task.priority == priority) & (task.run_at > now),
-                )
+                query = task.select(task.run_at).where(_IS_REQUEST & (task.priority == priority) & condition)
                 moments += [moment for (moment,) in query.order_by(task.run_at).limit(1).tuples()]
         return min((moment for moment in moments if moment is not None), default=None)
 

@@ -40,6 +40,10 @@ PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
 POLL_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 """How often `wait` looks: soon at first, then each last value."""
+UNSUPERVISED_WARN_S = 180.0
+"""`request` warns when no supervisor has been seen for so long: cron would have started one by then."""
+UNSUPERVISED_LOOK_S = 60.0
+"""It looks, and warns, at most so often."""
 SUPERVISOR_SILENT_S = 45.0
 """Three missed beats: no supervisor is alive."""
 
@@ -90,6 +94,7 @@ class Service:
         self._ledger = Ledger(store, self._clock)
         self._state_dir = StateDir(self._config.state_dir)
         self._loadable: set[str] = set()
+        self._unsupervised_look_at = 0.0
 
     # Requests
 
@@ -167,6 +172,7 @@ class Service:
             return []
         found = self._ledger.request_many(requests)
         self._store.database.after_commit(self._ring)
+        self._warn_if_unsupervised()
         return [Handle(id, created) for id, created in found]
 
     # Asking
@@ -327,6 +333,20 @@ class Service:
         seen = [one.heartbeat_at for one in self._ledger.supervisors()]
         last = max(seen, default=record.requested_at)
         return last if self._clock.now() - last > timedelta(seconds=SUPERVISOR_SILENT_S) else None
+
+    def _warn_if_unsupervised(self) -> None:
+        now = self._clock.monotonic()
+        if now < self._unsupervised_look_at:
+            return
+        self._unsupervised_look_at = now + UNSUPERVISED_LOOK_S
+        seen = max((one.heartbeat_at for one in self._ledger.supervisors()), default=None)
+        since = self._ledger.oldest_due_at() if seen is None else seen
+        if since is not None and (self._clock.now() - since).total_seconds() > UNSUPERVISED_WARN_S:
+            log.warning(
+                "tasks are requested, but no supervisor has been seen since %s; see that cron or systemd runs "
+                "`bgsupervisor run` for this configuration",
+                "ever" if seen is None else seen.isoformat(timespec="seconds"),
+            )
 
     def _ring(self) -> None:
         send_datagram(self._state_dir.wake)

@@ -20,6 +20,7 @@ import msgspec
 from bgsupervisor import deaths, processes, wire
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
+from bgsupervisor.housekeeping import Housekeeping
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, SupervisorRecord
@@ -112,6 +113,7 @@ class Supervisor:
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
         self._recovery = Recovery(config, self._own, self._wards, self._ears, clock)
         self._enforcement = Enforcement(config, self._wards, self._nurseries, self._ears, clock)
+        self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._data_version = -1
@@ -555,6 +557,7 @@ class Supervisor:
         self._look_if_changed()
         self._nurseries.sweep_inherited(ward.who.pid for ward in self._wards)
         self._send_away_unneeded()
+        self._housekeeping.keep(self._config.keep_days)
 
     def _check_files(self) -> None:
         if not self._lock.is_intact():

@@ -33,6 +33,7 @@ _COMMANDS = {
     "stop": "bgsupervisor.cli.stopping:stop",
     "start": "bgsupervisor.cli.stopping:start",
     "reload": "bgsupervisor.cli.stopping:reload",
+    "prune": "bgsupervisor.cli.prune:prune",
     "migrate": "bgsupervisor.cli.migrate:migrate",
     "check": "bgsupervisor.cli.check:check",
 }

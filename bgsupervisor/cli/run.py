@@ -37,8 +37,6 @@ STOPPED_EXIT = 100
 """What a service manager sees when nobody is to supervise, so that it does not try again; the unit names it."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 LOG_NAME = "supervisor.log"
-LOG_ROTATED_BYTES = 10 * 1024 * 1024
-"""A log that is larger when a supervisor starts becomes supervisor.log.1, in the place of the one before."""
 
 
 @click.command()
@@ -168,9 +166,6 @@ def _own_log(path: Path) -> Iterator[None]:
 
 def _redirect(path: Path) -> None:
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size > LOG_ROTATED_BYTES:
-                path.rename(path.with_name(f"{path.name}.1"))
         from bgsupervisor.logs import open_for_append  # noqa: PLC0415 - only the one that supervises pays for it
 
         log_fd = open_for_append(path)

@@ -130,8 +130,8 @@ class Demo:
         say(f"{len(self.groups)} background tasks index {what}: {files:,} files, {size_mib:.1f} MiB.", "bold")
         say("Besides, one task is killed from outside, and one raises an error. Watch what becomes of each.")
         say(
-            f"(Each file is parsed {self.passes} times and the fastest counts; that makes it last "
-            f"about {self.expected_s + 5:.0f} s, so that there is something to watch.)"
+            f"(Each file is parsed {self.passes} times and the fastest counts, so that there is something to watch: "
+            f"about {self.expected_s + 5:.0f} s. A name as a..b means the small packages from a to b.)"
         )
         self._start()
         broken, victim = self._request()
@@ -235,7 +235,7 @@ class Demo:
             say(line(name, result, result["digest"][:16]))
         say(line("TOTAL", total, ""), "bold")
         if broken := sum(result["broken"] for _, result in rows):
-            say(f"({broken} files are meant not to be parsable by this Python; their lines and bytes are counted.)")
+            say(f"({broken} of the files cannot be parsed by this Python; only their lines and bytes are counted.)")
 
     def _check(self, broken: Handle, victim: Handle) -> None:
         """Compare all ends with what they should be, and what was indexed with what is there."""

@@ -1,0 +1,59 @@
+"""`bgsupervisor prune`: delete ended tasks and their logs now."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import click
+
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.housekeeping import prune as prune_rows
+from bgsupervisor.statedir import StateDir
+from bgsupervisor.statuses import Status
+
+__all__ = ["prune"]
+
+ENDED = (Status.DONE, Status.INTERRUPTED)
+
+
+@click.command()
+@click.option(
+    "--older-than-days",
+    type=click.FloatRange(min=0, max=36500),
+    help="Ended longer ago than this; by default keep_days.",
+)
+@click.option(
+    "--status", "statuses", multiple=True, type=click.Choice(ENDED, case_sensitive=False), help="Only this status."
+)
+@click.option("--name", "names", multiple=True, help="Only tasks of this name.")
+@click.option("--dry-run", is_flag=True, help="Only say how many.")
+@pass_session
+def prune(
+    session: Session,
+    *,
+    older_than_days: float | None,
+    statuses: tuple[Status, ...],
+    names: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Delete ended tasks with their logs, in small transactions; live tasks are never touched.
+
+    The supervisor does this by itself for tasks that ended more than keep_days ago.
+    """
+    service = session.existing_service()
+    if service is None:
+        click.echo("there are no tasks")
+        return
+    days = service.config.keep_days if older_than_days is None else older_than_days
+    if older_than_days is None and days == 0:
+        raise click.UsageError("keep_days is 0, which keeps all; say --older-than-days")
+    before = SystemClock().now() - timedelta(days=days)
+    for status in statuses or ENDED:
+        wanted = {"before": before, "statuses": [Status(status)], "names": names or None}
+        count = service.ledger.count_old(**wanted)  # type: ignore[arg-type]
+        if not dry_run:
+            count, folder = 0, StateDir(service.config.state_dir).logs
+            while pruned := prune_rows(service.ledger, folder, **wanted):  # type: ignore[arg-type]
+                count += pruned
+        click.echo(f"{Status(status)}: {count} task(s) {'would be deleted' if dry_run else 'deleted'}")

@@ -1,0 +1,114 @@
+"""What must not grow for ever: rows and logs of ended tasks, and the supervisor's own log. Decides no task's end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from bgsupervisor import logs, processes
+from bgsupervisor.errors import AccessError, DatabaseError
+from bgsupervisor.statuses import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from datetime import datetime
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.ledger import Ledger
+    from bgsupervisor.statedir import StateDir
+
+__all__ = ["LOG_ROTATED_BYTES", "Housekeeping", "prune", "rotate"]
+
+log = logging.getLogger("bgsupervisor")
+
+PRUNE_EVERY_S = 600.0
+"""A supervisor looks for old rows so often; while it finds some, once a second."""
+PRUNE_ROWS = 200
+"""Rows deleted in one transaction: some milliseconds, so that nobody waits for the lock."""
+SWEEP_EVERY_S = 3600.0
+"""Logs that no row tells of any more are looked for so often."""
+LOG_ROTATED_BYTES = 10 * 1024 * 1024
+"""A supervisor.log that is larger becomes supervisor.log.1, in the place of the one before."""
+
+
+def prune(
+    ledger: Ledger,
+    logs_folder: Path,
+    *,
+    before: datetime,
+    statuses: Collection[Status],
+    names: Collection[str] | None = None,
+) -> int:
+    """Delete at most PRUNE_ROWS ended tasks that ended before a moment, in one transaction; return how many.
+
+    Their logs go after the commit. Raises what the ledger raises.
+    """
+    pruned = ledger.prune(before=before, statuses=statuses, names=names, limit=PRUNE_ROWS)
+    for attempt in pruned:
+        for number in range(1, attempt.attempt + 1):
+            with contextlib.suppress(OSError):
+                logs.task_log(logs_folder, attempt.id, number).unlink()
+    return len(pruned)
+
+
+def rotate(path: Path) -> None:
+    """Move a large log's text to PATH.1 and empty it; its writers append on. Lines of that moment may be lost."""
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > LOG_ROTATED_BYTES:
+            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+            with path.open("r+b") as file:
+                file.truncate(0)
+
+
+class Housekeeping:
+    """The supervisor's share: a little at a time, once a second."""
+
+    def __init__(self, ledger: Ledger, state_dir: StateDir, clock: Clock) -> None:
+        self._ledger = ledger
+        self._state_dir = state_dir
+        self._clock = clock
+        self._prune_at = clock.monotonic()
+        self._sweep_at = clock.monotonic()
+
+    def keep(self, keep_days: float) -> None:
+        """Do what is due: delete rows and logs older than *keep_days* (0 keeps all), rotate our own log."""
+        now = self._clock.monotonic()
+        rotate(self._state_dir.logs / "supervisor.log")
+        if keep_days == 0:
+            return
+        before = self._clock.now() - timedelta(days=keep_days)
+        if now >= self._prune_at:
+            self._prune_at = now + PRUNE_EVERY_S
+            self._prune(before)
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_EVERY_S
+            self._sweep(before.timestamp())
+
+    def _prune(self, before: datetime) -> None:
+        ended = (Status.DONE, Status.INTERRUPTED)
+        try:
+            count = prune(self._ledger, self._state_dir.logs, before=before, statuses=ended)
+        except (DatabaseError, AccessError) as error:
+            log.warning("old tasks are not deleted yet: %s", error)
+            return
+        if count == PRUNE_ROWS:
+            self._prune_at = 0.0  # there are more
+        if count:
+            log.info("deleted %d tasks that ended before %s", count, before.isoformat(timespec="seconds"))
+
+    def _sweep(self, before: float) -> None:
+        """Delete logs that have not been written for as long, such as those of rows that somebody else deleted."""
+        for path in self._state_dir.logs.glob("*-*-*.log"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < before and not _is_written(path):
+                    path.unlink()
+
+
+def _is_written(path: Path) -> bool:
+    """Whether the child that writes this log is alive, however long it has been silent."""
+    kind, pid, ticks = path.stem.split("-", 2)
+    return kind == "process" and pid.isdigit() and str(processes.start_ticks(int(pid))) == ticks
