@@ -48,7 +48,7 @@ class Enforcement:
     def enforce(self) -> None:
         """See whose time has come."""
         now = self._clock.monotonic()
-        running = [ward for ward in self._wards.running() if ward.end is None and ward.dead_since is None]
+        running = self._endable()
         for ward in running:
             self._enforce_time(ward, now)
         if running and now >= self._limits_at:
@@ -74,14 +74,15 @@ class Enforcement:
         if ward.order is None:
             ward.order = Order(reason, why, by, now + self.config.grace_s)
             log.info("task %d (%s) is to end: %s", ward.attempt.id if ward.attempt else 0, ward.name, why)
-        self._ask(ward, ward.order)
+        self.ask(ward, ward.order)
         if stage > ward.order.stage:
             self._escalate(ward.order, stage, now)
 
     def next_due_at(self) -> float | None:
         """Return when `enforce` has something to do next, monotonic; None if nothing is running."""
-        moments = [] if not self._wards.running() else [self._limits_at]
-        for ward in self._wards.running():
+        running = self._endable()
+        moments = [self._limits_at] if running else []
+        for ward in running:
             timeout_s = self._nurseries.options(ward.name).timeout_s
             if ward.order is None and timeout_s is not None:
                 moments.append(ward.started_mono + timeout_s)
@@ -117,18 +118,23 @@ class Enforcement:
         """Have a child killed if it does not leave by itself."""
         ward.leave_by = self._clock.monotonic() + self.config.grace_s + LEAVE_SLACK_S
 
+    def ask(self, ward: Ward, order: Order) -> None:
+        """Tell the body that it is to end; one whose child is away is told when it comes back."""
+        if ward.attempt is not None and ward.peer is not None and ward.connected:
+            cancel = wire.Cancel(id=ward.attempt.id, attempt=ward.attempt.attempt, reason=order.reason, by=order.by)
+            self._ears.send(ward.peer, cancel)
+
+    def _endable(self) -> list[Ward]:
+        """Return those that limits and orders still apply to; who is dead or has reported only waits to be written."""
+        return [ward for ward in self._wards.running() if ward.end is None and ward.dead_since is None]
+
     def _enforce_time(self, ward: Ward, now: float) -> None:
         timeout_s = self._nurseries.options(ward.name).timeout_s
         if timeout_s is not None and ward.order is None and now - ward.started_mono >= timeout_s:
             self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
         if ward.order is not None and now >= ward.order.next_at and ward.order.stage < Stage.KILL:
-            self._ask(ward, ward.order)
+            self.ask(ward, ward.order)
             self._escalate(ward.order, Stage(ward.order.stage + 1), now)
-
-    def _ask(self, ward: Ward, order: Order) -> None:
-        if ward.attempt is not None and ward.peer is not None and ward.connected:
-            cancel = wire.Cancel(id=ward.attempt.id, attempt=ward.attempt.attempt, reason=order.reason, by=order.by)
-            self._ears.send(ward.peer, cancel)
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage

@@ -113,13 +113,13 @@ class Recovery:
 
     def _judge_by_lease(self, record: TaskRecord) -> None:
         """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID."""
-        if record.slot is not None:
-            self.foreign_slots.add(record.slot)
         seen = record.heartbeat_at or record.started_at
         silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
         if silent_s > self.config.lease_s:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
+        elif record.slot is not None:
+            self.foreign_slots.add(record.slot)
 
 
 def attempt_of(attempt: Attempt, record: TaskRecord) -> tuple[int, str, int]:

@@ -202,6 +202,8 @@ class Supervisor:
         if ward.attempt != said:
             ward.says = said
             self._recover_at = 0.0
+        elif ward.order is not None:
+            self._enforcement.ask(ward, ward.order)  # it may not have heard it before it dialled
         if hello.end is not None:
             ward.end = hello.end
 
@@ -366,7 +368,7 @@ class Supervisor:
     def _admit(self) -> list[tuple[Claim, Ward]]:
         """Pair due tasks with idle children and free slots, and order the children that are missing."""
         now, home = self._clock.monotonic(), self._nurseries.ours()
-        if home is None or self._draining is not None or not self._recovery.done_once or now < self._put_off_until:
+        if home is None or not self._may_admit() or now < self._put_off_until:
             return []
         free = self._free_slots()
         due: list[Due] = []
@@ -386,6 +388,9 @@ class Supervisor:
         self._nurseries.spawn(wanted + self._config.spares - len(idle) - home.coming)
         pairs = zip(due, idle, free, strict=False)
         return [(Claim(task, ward.identity, slot, now), ward) for task, ward, slot in pairs]
+
+    def _may_admit(self) -> bool:
+        return self._draining is None and self._recovery.done_once and self._nurseries.ours() is not None
 
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
@@ -517,14 +522,15 @@ class Supervisor:
         """Return for how long nothing can become due, at most NET_S."""
         now = self._clock.monotonic()
         moments = [self._net_at, self._enforcement.next_due_at(), self._nurseries.start_due_at()]
-        if self._next_due_at is not None:
-            moments.append(now + (self._next_due_at - self._clock.now()).total_seconds())
+        if self._next_due_at is not None and self._may_admit():
+            next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
+            moments.append(max(next_due_at, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
     def _write_due_at(self) -> float | None:
         """Return when what is decided and not written is to be written, monotonic."""
-        if self._recovery.ends or self._recovery.unbegun or (self._look and self._nurseries.ours() is not None):
+        if self._recovery.ends or self._recovery.unbegun or (self._look and self._may_admit()):
             return self._put_off_until
         moments = []
         for ward in self._wards.running():

@@ -298,8 +298,7 @@ def _fill(app):
     _set(
         app,
         wide,
-        **running,
-        pid=4194304,
+        **{**running, "pid": 4194304},
         rss_bytes=2**40,
         progress_done=1,
         progress_total=10,
