@@ -193,7 +193,7 @@ def test_foreign_text_cannot_steer_the_terminal_nor_break_a_line(app):
     _set(
         app,
         handle,
-        status="START",
+        **RUNNING,
         started_at=_ago(1),
         heartbeat_at=_ago(0),
         message="one\r\n\x1b]0;title\x07two\u202ethree",

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from bgsupervisor import Reason
+from bgsupervisor.config import OPTIONS
 from bgsupervisor.ledger import TRANSITIONS
 
 ROOT = Path(__file__).parent.parent
@@ -22,3 +24,23 @@ def test_every_module_has_its_room_on_the_architecture_page():
     modules = {path.name for path in (ROOT / "bgsupervisor").glob("*.py")} - {"__main__.py"}
 
     assert modules - set(re.findall(r"\w+\.py", rooms)) == set()
+
+
+def readme_rows(head):
+    table = (ROOT / "README.md").read_text().split(head)[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_readme_has_every_option_with_unit_default_and_meaning():
+    known = [
+        [f"`{one.name}`", f"`{one.default_text}`" if one.default_text else "", one.unit, one.help] for one in OPTIONS
+    ]
+
+    assert known == readme_rows("| key | default | unit | |")
+
+
+def test_the_readme_names_every_reason_that_can_come_about():
+    later = {Reason.DEADLOCKED, Reason.DEPENDENCY, Reason.EXPIRED}  # no task waits for another yet, none expires
+    told = {row[0].strip("`") for row in readme_rows("| Reason | When | For example |")}
+
+    assert told == {str(reason) for reason in Reason if reason not in later}

@@ -127,7 +127,8 @@ class Demo:
         """Tell the story once; raises DemoFailed where it goes another way."""
         size_mib = sum(group.size_bytes for group in self.groups) / 2**20
         files = sum(group.files for group in self.groups)
-        say(f"{len(self.groups)} background tasks index {what}: {files:,} files, {size_mib:.1f} MiB.", "bold")
+        tasks = "1 background task indexes" if len(self.groups) == 1 else f"{len(self.groups)} background tasks index"
+        say(f"{tasks} {what}: {files:,} files, {size_mib:.1f} MiB.", "bold")
         say("Besides, one task is killed from outside, and one raises an error. Watch what becomes of each.")
         say(
             f"(Each file is parsed {self.passes} times and the fastest counts, so that there is something to watch: "
