@@ -99,6 +99,7 @@ def _become_child(birth: Birth) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - multiprocessing's own was closed just now
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
@@ -174,17 +175,19 @@ class Child:
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
         self._link.start()
+        last = None
         for _ in range(self._config.reuse):
             order = self._link.orders.get()
             if order is None:
                 self._give_back_unbegun()
                 break
+            last = order
             end = self._perform(order)
             self._report(order, end)
             if end.reason is not None or not self._reusable():
                 break
             self._link.become_idle()
-        self._leave()
+        self._leave(last)
 
     # One attempt
 
@@ -259,6 +262,9 @@ class Child:
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if os.getpid() != self._pid:
+            _die_of(number)  # a process that the body forked has our handler; nobody but its owner ends it
+            return
         if self._phase in ("encoding", "ending"):
             return  # the body has ended, its end is on the way
         if self._phase == "body" and self._link.cancel_known.wait(KNOWN_WAIT_S):
@@ -268,8 +274,7 @@ class Child:
                 return
             if order is not None:
                 raise Cancelled(order.reason, order.by)
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(self._pid, number)
+        _die_of(number)
 
     def _open_log(self) -> None:
         _flush_streams()
@@ -320,6 +325,7 @@ class Child:
 
     def _keep_log(self, order: Run) -> None:
         with contextlib.suppress(OSError):
+            logs.bound(self._log_path, self._config.log_max_bytes)
             if self._log_path.stat().st_size:
                 self._log_path.rename(logs.task_log(self._logs, order.id, order.attempt))
 
@@ -341,7 +347,7 @@ class Child:
             return True
         return False
 
-    def _leave(self) -> NoReturn:
+    def _leave(self, last: Run | None) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
         self._phase = "ending"
         self._left_in_order.value = 1
@@ -351,11 +357,18 @@ class Child:
         with contextlib.suppress(BaseException):
             atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
         _flush_streams()
+        if last is not None:
+            self._keep_log(last)  # it may have got its first line just now
         self._link.drop()
         with contextlib.suppress(OSError):
             if self._log_path.stat().st_size == 0:
                 self._log_path.unlink()
         os._exit(0)
+
+
+def _die_of(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def call_by_path(path: str) -> object:

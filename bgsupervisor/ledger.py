@@ -284,8 +284,6 @@ class Ledger:
             with self.store.writing():
                 return self._apply(batch, guard=_no_guard)
         except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
-            if is_passing(error):
-                raise self.store.explain(error) if isinstance(error, peewee.PeeweeException) else error from error
             log.warning("a batch could not be written (%s); writing it row by row", error)
             with self.store.writing():
                 return self._apply(batch, guard=self._guarded)
@@ -293,9 +291,10 @@ class Ledger:
     def _apply(self, batch: Batch, *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
         outcome = Outcome()
         for attempt, end in batch.ends.items():
-            if guard(lambda a=attempt, e=end: self._end(a, e), f"the end of task {attempt.id}"):  # type: ignore[misc]
-                outcome.ended.add(attempt)
-            elif guard is not _no_guard and self._end(attempt, _unwritable(end)):
+            ended = guard(lambda a=attempt, e=end: self._end(a, e), f"the end of task {attempt.id}")  # type: ignore[misc]
+            if not ended and guard is not _no_guard:
+                ended = self._end(attempt, _unwritable(end))
+            if ended:
                 outcome.ended.add(attempt)
         for attempt in batch.unclaims:
             if self._unclaim(attempt):

@@ -7,6 +7,7 @@ lock, so that a hello can always tell it anew.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import queue
@@ -193,7 +194,7 @@ class Link(threading.Thread):
             return
         sock = None
         try:
-            sock = connect(self._folder, "control.sock", socket.SOCK_STREAM)
+            sock = _above_standard(connect(self._folder, "control.sock", socket.SOCK_STREAM))
         except OSError:
             return
         with self._lock:
@@ -240,3 +241,11 @@ class Link(threading.Thread):
             self._channel.forget()
             self._channel = None
         self._lock.release()
+
+
+def _above_standard(sock: socket.socket) -> socket.socket:
+    """Keep clear of descriptors 0 to 2: a body may have closed them, and what it prints must not reach a supervisor."""
+    if sock.fileno() > 2:  # noqa: PLR2004 - standard descriptors
+        return sock
+    with sock:
+        return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))

@@ -44,6 +44,10 @@ _PASSING_CODES = {
 }
 
 
+_OF_ONE_ROW = (peewee.IntegrityError, peewee.DataError, peewee.InterfaceError, peewee.ProgrammingError)
+"""What is wrong with a row's values, not with the database."""
+
+
 class UtcField(peewee.DateTimeField):
     """An aware datetime; in SQLite text that sorts: YYYY-MM-DD HH:MM:SS.ffffff+00:00."""
 
@@ -274,7 +278,7 @@ def is_passing(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def translated(store: Store) -> Iterator[None]:
-    """Turn Peewee's errors of a database that is away into one clear sentence.
+    """Turn Peewee's errors of a database that is away into one clear sentence; those of a single row pass.
 
     Raises:
         DatabaseError: Locked, full, damaged or away; says which, and what to do.
@@ -282,7 +286,7 @@ def translated(store: Store) -> Iterator[None]:
     """
     try:
         yield
-    except peewee.IntegrityError:
+    except _OF_ONE_ROW:
         raise
     except peewee.PeeweeException as error:
         raise store.explain(error) from error
@@ -316,7 +320,7 @@ class Store:
         self._pid = os.getpid()
         self._threads = threading.local()
         self._fork_lock = threading.Lock()
-        self._schema_checked = False
+        self._schema_checked = self._durability_checked = False
 
     @classmethod
     def open(cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False) -> Store:
@@ -357,9 +361,11 @@ class Store:
         self._forget_after_fork()
         with translated(self):
             opened_here = self.database.is_closed()
-            if opened_here:
-                self._connect()
             try:
+                if opened_here:
+                    self._connect()
+                if not self._schema_checked:
+                    self._check_schema()
                 yield
             finally:
                 if opened_here and not self.owned and not self.database.is_closed():
@@ -368,7 +374,8 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Have a connection and a transaction that may write; inside the caller's own it joins that one."""
-        with self.connected(), self.database.atomic("IMMEDIATE") if self.owned else self.database.atomic():
+        # A deferred transaction that reads first may not write after another's commit, however long it would wait.
+        with self.connected(), self.database.atomic("IMMEDIATE"):
             yield
 
     def close(self) -> None:
@@ -438,22 +445,25 @@ class Store:
         return None
 
     def _connect(self) -> None:
-        from bgsupervisor import migrations  # noqa: PLC0415 - migrations imports this module
-
         if self.owned and self.path is not None:
             _create_file(self.path)
         self.database.connect(reuse_if_open=True)
         if self.owned:
             self._threads.connection = _ThreadConnection(self.database)
-        if not self._schema_checked:
-            if not self.owned:
-                self._warn_of_weak_durability()
-            migrations.ensure(self)
-            self._schema_checked = True
+
+    def _check_schema(self) -> None:
+        from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
+
+        if not self.owned:
+            self._warn_of_weak_durability()
+        migrations.ensure(self)
+        # Tables that were made inside a transaction of the caller go with it if it is rolled back.
+        self._schema_checked = not self.database.in_transaction()
 
     def _warn_of_weak_durability(self) -> None:
-        if not isinstance(self.database, peewee.SqliteDatabase):
+        if self._durability_checked or not isinstance(self.database, peewee.SqliteDatabase):
             return
+        self._durability_checked = True
         journal = self.database.execute_sql("PRAGMA journal_mode").fetchone()[0]
         synchronous = self.database.execute_sql("PRAGMA synchronous").fetchone()[0]
         if journal in ("off", "memory") or synchronous < 2:  # noqa: PLR2004 - 2 is FULL

@@ -73,6 +73,7 @@ class Reception:
         self._signals, self._signal_write = socket.socketpair()
         for end in (self._signals, self._signal_write):
             end.setblocking(False)
+        self._listens_to_signals = False
         self._selector.register(self._signals, selectors.EVENT_READ, self._hear_signals)
         self.bind()
 
@@ -98,6 +99,7 @@ class Reception:
     def listen_to_signals(self, numbers: tuple[int, ...]) -> None:
         """Have these signals end the rest and be heard; nothing else happens in the handler."""
         signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
+        self._listens_to_signals = True
         for number in numbers:
             signal.signal(number, _note)
 
@@ -161,10 +163,12 @@ class Reception:
         for peer in list(self._peers.values()):
             peer.channel.flush()
             peer.channel.close()
-        for sock in (self._control, self._wake):
-            if sock is not None:
-                sock.close()
-        self._selector.close()
+        if self._listens_to_signals:
+            signal.set_wakeup_fd(-1)  # else a late signal would write into whatever takes over the number
+        for one in (self._control, self._wake, self._watch, self._signals, self._signal_write, self._selector):
+            if one is not None:
+                one.close()
+        os.close(self._dir_fd)
 
     def _want(self, peer: Peer) -> None:
         if peer.channel.closed:

@@ -5,10 +5,11 @@ A Service opens nothing before its first call, may be shared by threads, and ope
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,16 @@ import peewee
 from bgsupervisor import payload, tasks
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import load
-from bgsupervisor.errors import Interrupted, NotEnded, RequestRefused, TaskNotConfigured, UnknownTask, WaitTimeout
+from bgsupervisor.errors import (
+    BgSupervisorError,
+    ConfigError,
+    Interrupted,
+    NotEnded,
+    RequestRefused,
+    TaskNotConfigured,
+    UnknownTask,
+    WaitTimeout,
+)
 from bgsupervisor.ledger import Ledger, Request
 from bgsupervisor.models import Store
 from bgsupervisor.statedir import StateDir, send_datagram
@@ -82,8 +92,7 @@ class Service:
     ) -> None:
         self._clock = clock or SystemClock()
         if isinstance(database, peewee.Database):
-            name = str(database.database)
-            self._config = load(config, database=f"sqlite:///{Path(name).absolute()}" if name != ":memory:" else name)
+            self._config = load(config, database=_url_of(database))
             store = Store.share(database, self._config.table_prefix)
         else:
             self._config = load(config, database=database)
@@ -172,7 +181,8 @@ class Service:
             return []
         found = self._ledger.request_many(requests)
         self._store.database.after_commit(self._ring)
-        self._warn_if_unsupervised()
+        with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
+            self._warn_if_unsupervised()
         return [Handle(id, created) for id, created in found]
 
     # Asking
@@ -268,7 +278,7 @@ class Service:
         Raises:
             UnknownTask: There is no such task.
         """
-        record = self._ledger.cancel(int(task), by=by)
+        record = self._ledger.cancel(int(task), by=_checked_text("by", by or None))
         self._store.database.after_commit(self._ring)
         return record
 
@@ -373,7 +383,10 @@ class _Options:
                     f"run_at {self.run_at.isoformat()} has no time zone, so the moment is not known; "
                     "give an aware datetime, as datetime.now(timezone.utc)"
                 )
-            return self.run_at
+            try:
+                return self.run_at.astimezone(UTC)
+            except OverflowError:
+                raise RequestRefused(f"run_at {self.run_at.isoformat()} lies beyond the calendar") from None
         if self.delay_s is None:
             return None
         if isinstance(self.delay_s, bool) or not isinstance(self.delay_s, int | float) or not self.delay_s >= 0:
@@ -398,6 +411,15 @@ class _Options:
         if self.unique is True:
             return self.checked_key() or ""
         return _checked_text("unique", self.unique)
+
+
+def _url_of(database: peewee.Database) -> str:
+    if not isinstance(database, peewee.SqliteDatabase):
+        raise ConfigError(f"the database is a {type(database).__name__}; only peewee.SqliteDatabase is supported")
+    if database.deferred:
+        raise ConfigError("the Peewee database names no file yet; call its init() first, then make the Service")
+    name = str(database.database)
+    return f"sqlite:///{name if ':memory:' in name else Path(name).absolute()}"
 
 
 def _checked_text(what: str, text: str | None) -> str | None:

@@ -142,6 +142,15 @@ def _define(definition: Definition) -> Definition:
     return definition
 
 
+def _name(own: object, qualified: str) -> str:
+    """Return the task's name: its own one, or the qualified name of what defines it."""
+    if own is None:
+        return qualified
+    if not isinstance(own, str) or not own.strip():
+        raise TaskDefinitionError(f"{qualified}: name is {own!r}; it must be a text")
+    return own
+
+
 def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object) -> TaskOptions:
     if timeout_s is not None and (
         isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S
@@ -184,15 +193,12 @@ class Task:
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Record the class, unless it is a base of others that has no `run` of its own or inherited."""
         super().__init_subclass__(**kwargs)
-        function = getattr(cls, "run", None)
+        function = inspect.getattr_static(cls, "run", None)
         if function is None:
             return
         if not inspect.isfunction(function):
             raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__}: run must be a plain method")
-        own_name = cls.__dict__.get("name")
-        name = own_name if own_name is not None else f"{cls.__module__}:{cls.__qualname__}"
-        if not isinstance(name, str) or not name:
-            raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__}: name is {name!r}; it must be a text")
+        name = _name(cls.__dict__.get("name"), f"{cls.__module__}:{cls.__qualname__}")
         cls.__definition = _define(
             Definition(
                 name=name,
@@ -296,7 +302,7 @@ def task(
     def decorate(function: Callable[..., Any]) -> FunctionTask[..., Any]:
         if not inspect.isfunction(function):
             raise TaskDefinitionError(f"@task is for functions, not for {function!r}; subclass Task instead")
-        own = name if name is not None else f"{function.__module__}:{function.__qualname__}"
+        own = _name(name, f"{function.__module__}:{function.__qualname__}")
         definition = Definition(
             name=own,
             module=function.__module__,

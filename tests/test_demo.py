@@ -32,16 +32,19 @@ class Demo:
         (self.source / "half_done.py").write_text("def broken(:\n")
         self.work = folder / "work"
         self.mark = uuid.uuid4().hex
+        self.started = []
 
     def start(self, *, path=None):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(DEMO), "--work", str(self.work), str(path or self.source)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, MARK: self.mark, "BGSUPERVISOR_DATABASE": "sqlite:////nowhere/of/the/shell.db"},
+            env={**os.environ, MARK: self.mark, "BGSUPERVISOR_STATE_DIR": "/nowhere/of/the/shell"},
         )
+        self.started.append(process)
+        return process
 
     def left(self):
         found = []
@@ -60,6 +63,8 @@ def demo(tmp_path):
     yield demo
     for process in demo.left():
         process.kill()
+    for process in demo.started:
+        process.communicate(timeout=LIMIT_S)
 
 
 def test_demo_shows_the_three_endings_and_leaves_nothing_running(demo):

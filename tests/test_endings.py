@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
 import signal
 import sqlite3
 import subprocess
@@ -267,6 +265,15 @@ def is_gone(pid):
         return True
 
 
+@contextlib.contextmanager
+def living(folder, **options):
+    app = Endings(folder, **options)
+    try:
+        yield app
+    finally:
+        app.end()
+
+
 @pytest.fixture
 def make_endings(tmp_path):
     made = []
@@ -285,10 +292,9 @@ def make_endings(tmp_path):
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    app = Endings(tmp_path_factory.mktemp("endings"), spares=4)
-    app.start()
-    yield app
-    app.end()
+    with living(tmp_path_factory.mktemp("endings"), spares=4) as app:
+        app.start()
+        yield app
 
 
 OWN_ENDS = {
@@ -316,7 +322,7 @@ def own_ends(app):
     return {what: app.wait(handle) for what, handle in handles.items()}
 
 
-def test_a_body_that_raises_is_RAISED_with_its_traceback(app, own_ends):
+def test_a_body_that_raises_is_raised_with_its_traceback(app, own_ends):
     record = own_ends["raises"]
     app.assert_interrupted(
         record, "RAISED", detail="LookupError: no such invoice", error="raise LookupError(text)\nLookupError: no such"
@@ -328,25 +334,25 @@ def test_a_body_that_raises_is_RAISED_with_its_traceback(app, own_ends):
     ("call", "code", "said"),
     [("sys.exit()", 0, "SystemExit"), ("sys.exit(3)", 3, "SystemExit: 3"), ("sys.exit('text')", 1, "out of paper")],
 )
-def test_sys_exit_is_EXITED_with_its_code_also_zero(app, own_ends, call, code, said):
+def test_sys_exit_is_exited_with_its_code_also_zero(app, own_ends, call, code, said):
     detail = f"the body called sys.exit with code {code}"
     app.assert_interrupted(own_ends[call], "EXITED", exit_code=code, detail=detail, error=said)
 
 
 @pytest.mark.parametrize("code", [0, 7])
-def test_os_exit_is_EXITED_with_its_code_also_zero(app, own_ends, code):
+def test_os_exit_is_exited_with_its_code_also_zero(app, own_ends, code):
     detail = f"the process exited with code {code} before it reported an end"
     app.assert_interrupted(own_ends[f"os._exit({code})"], "EXITED", exit_code=code, detail=detail)
 
 
 @pytest.mark.parametrize(("body", "number"), [("segfaults", signal.SIGSEGV), ("aborts", signal.SIGABRT)])
-def test_a_crash_in_c_code_is_SIGNALLED_with_the_name_of_the_signal(app, own_ends, body, number):
+def test_a_crash_in_c_code_is_signalled_with_the_name_of_the_signal(app, own_ends, body, number):
     detail = f"killed by {number.name} ({number.value}), which bgsupervisor did not send"
     app.assert_interrupted(own_ends[body], "SIGNALLED", signal=number, detail=detail)
 
 
 @pytest.mark.parametrize("body", ["eats", "eats by another"])
-def test_memory_past_its_limit_is_OUT_OF_MEMORY_also_that_of_another_process(app, own_ends, body):
+def test_memory_past_its_limit_is_out_of_memory_also_that_of_another_process(app, own_ends, body):
     record = own_ends[body]
     words = (f"past its memory_limit_bytes of {150 << 20}", "SIGKILL was sent")
     app.assert_interrupted(record, "OUT_OF_MEMORY", signal=signal.SIGKILL, detail=words)
@@ -357,7 +363,7 @@ def test_memory_past_its_limit_is_OUT_OF_MEMORY_also_that_of_another_process(app
         wait_until(lambda: is_gone(eater), "the process that the body had started is gone too")
 
 
-def test_a_cooperative_body_past_its_limit_is_TIMED_OUT_at_the_next_track(app, own_ends):
+def test_a_cooperative_body_past_its_limit_is_timed_out_at_the_next_track(app, own_ends):
     record = own_ends["counts too long"]
     words = ("timeout_s", "the body ended when it was asked")
     app.assert_interrupted(record, "TIMED_OUT", detail=words, error="Cancelled")
@@ -365,13 +371,13 @@ def test_a_cooperative_body_past_its_limit_is_TIMED_OUT_at_the_next_track(app, o
     assert 0.3 < (record.ended_at - record.started_at).total_seconds() < 1.0
 
 
-def test_a_body_in_a_blocking_call_is_TIMED_OUT_by_SIGTERM_and_its_finally_blocks_run(app, own_ends):
+def test_a_body_in_a_blocking_call_is_timed_out_by_sigterm_and_its_finally_blocks_run(app, own_ends):
     record = own_ends["sleeps too long"]
     app.assert_interrupted(record, "TIMED_OUT", detail=("timeout_s of 0.4", "SIGTERM was sent"), error="Cancelled")
     assert app.log_of(record) == "finally\n"
 
 
-def test_a_body_that_ignores_SIGTERM_is_TIMED_OUT_by_SIGKILL_and_the_detail_tells_so(app, own_ends):
+def test_a_body_that_ignores_sigterm_is_timed_out_by_sigkill_and_the_detail_tells_so(app, own_ends):
     words = ("ran past its timeout_s of 0.4 s", "SIGKILL was sent")
     app.assert_interrupted(own_ends["ignores its limit"], "TIMED_OUT", signal=signal.SIGKILL, detail=words)
 
@@ -399,7 +405,7 @@ def cancelled(app):
     return {body: app.wait(handle) for body, handle in handles.items()}
 
 
-def test_a_cooperative_body_is_CANCELLED_when_it_is_asked(app, cancelled):
+def test_a_cooperative_body_is_cancelled_when_it_is_asked(app, cancelled):
     record = cancelled["counts"]
     words = ("cancelled by jana", "the body ended when it was asked")
     app.assert_interrupted(record, "CANCELLED", detail=words, error="Cancelled")
@@ -408,19 +414,19 @@ def test_a_cooperative_body_is_CANCELLED_when_it_is_asked(app, cancelled):
     assert app.log_of(record) == "finally\n"
 
 
-def test_a_blocked_body_is_CANCELLED_by_SIGTERM_and_its_finally_blocks_run(app, cancelled):
+def test_a_blocked_body_is_cancelled_by_sigterm_and_its_finally_blocks_run(app, cancelled):
     record = cancelled["sleeps_tidily"]
     words = ("cancelled by jana", "SIGTERM was sent")
     app.assert_interrupted(record, "CANCELLED", detail=words, error="Cancelled")
     assert app.log_of(record) == "finally\n"
 
 
-def test_a_body_that_fails_while_it_cleans_up_is_CANCELLED_all_the_same(app, cancelled):
+def test_a_body_that_fails_while_it_cleans_up_is_cancelled_all_the_same(app, cancelled):
     record = cancelled["fails_while_it_cleans_up"]
     app.assert_interrupted(record, "CANCELLED", detail="cancelled by jana", error="OSError: cannot clean up")
 
 
-def test_a_body_that_ignores_SIGTERM_is_CANCELLED_by_SIGKILL_and_the_detail_tells_so(app, cancelled):
+def test_a_body_that_ignores_sigterm_is_cancelled_by_sigkill_and_the_detail_tells_so(app, cancelled):
     record = cancelled["ignores_sigterm"]
     words = ("cancelled by jana", "SIGKILL was sent")
     app.assert_interrupted(record, "CANCELLED", signal=signal.SIGKILL, detail=words)
@@ -430,7 +436,7 @@ def test_a_body_that_ignores_SIGTERM_is_CANCELLED_by_SIGKILL_and_the_detail_tell
 @pytest.mark.parametrize(
     ("body", "value"), [("returns_all_the_same", "all done"), ("swallows_and_returns", "swallowed")]
 )
-def test_a_body_that_returns_though_it_was_cancelled_is_DONE(app, cancelled, body, value):
+def test_a_body_that_returns_though_it_was_cancelled_is_done(app, cancelled, body, value):
     app.assert_done(cancelled[body], value)
     assert cancelled[body].cancel_requested_by == "jana"
 
@@ -443,7 +449,7 @@ def test_a_cancel_of_an_ended_task_changes_nothing(app, own_ends):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_body_killed_from_outside_is_SIGNALLED_within_a_second(app, number):
+def test_a_body_killed_from_outside_is_signalled_within_a_second(app, number):
     handle = app.request("sleeps_tidily")
     record, _ = app.ready(handle)
     killed_at = time.monotonic()
@@ -454,7 +460,7 @@ def test_a_body_killed_from_outside_is_SIGNALLED_within_a_second(app, number):
     app.assert_interrupted(record, "SIGNALLED", signal=number, detail=detail)
 
 
-def test_a_body_killed_from_outside_after_it_was_asked_to_end_is_SIGNALLED(make_endings):
+def test_a_body_killed_from_outside_after_it_was_asked_to_end_is_signalled(make_endings):
     app = make_endings(grace_s=30.0)
     app.start()
     handle = app.request("sleeps")
@@ -478,7 +484,7 @@ def test_a_daemon_of_a_body_that_was_killed_is_gone_too(app):
 # ---- without a supervisor ----
 
 
-def test_a_waiting_task_is_CANCELLED_at_once_without_a_supervisor(make_endings):
+def test_a_waiting_task_is_cancelled_at_once_without_a_supervisor(make_endings):
     app = make_endings()
     handle = app.request("returns")
     record = app.service.cancel(handle, by="jana")
@@ -496,9 +502,18 @@ def test_a_waiting_task_is_CANCELLED_at_once_without_a_supervisor(make_endings):
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
     """START rows of all kinds, as another boot, another container or a hand may leave them, and one supervisor."""
-    app = Endings(tmp_path_factory.mktemp("foreign"), spares=0, slots=7)
+    with (
+        living(tmp_path_factory.mktemp("foreign"), spares=0, slots=7) as app,
+        subprocess.Popen(["sleep", "600"]) as bystander,
+    ):
+        try:
+            yield app, judged_foreign_rows(app, bystander), bystander
+        finally:
+            bystander.kill()
+
+
+def judged_foreign_rows(app, bystander):
     own = processes.own_identity("this-host")
-    bystander = subprocess.Popen(["sleep", "600"])
     ticks = processes.start_ticks(bystander.pid)
     now, past = "2999-01-01 00:00:00.000000+00:00", "2001-01-01 00:00:00.000000+00:00"
     common = {"status": "START", "attempt": 1, "host": "this-host", "started_at": past}
@@ -521,10 +536,7 @@ def foreign(tmp_path_factory):
     records = {what: app.wait(handle) for what, handle in handles.items() if what != "beating"}
     app.took_s = time.monotonic() - started_at
     app.beating = handles["beating"]
-    yield app, records, bystander
-    bystander.kill()
-    bystander.wait()
-    app.end()
+    return records
 
 
 def test_dead_rows_are_judged_within_two_seconds_of_the_start(foreign):
@@ -575,7 +587,11 @@ def test_a_row_of_another_container_that_still_beats_is_left_alone_and_keeps_its
 @pytest.fixture(scope="module")
 def orphaned(tmp_path_factory):
     """Tasks of all kinds whose supervisor is SIGKILLed while they run, and what becomes of them."""
-    app = Endings(tmp_path_factory.mktemp("orphaned"), spares=0, grace_s=1.5)
+    with living(tmp_path_factory.mktemp("orphaned"), spares=0, grace_s=1.5) as app:
+        yield app, *fates_of_orphans(app)
+
+
+def fates_of_orphans(app):
     first = app.start()
     done = app.wait(app.request("returns", value=5))
     bodies = {
@@ -609,7 +625,6 @@ def orphaned(tmp_path_factory):
     app.start(wait=False)
     records = {what: app.wait(handles[what]) for what in ("returns", "exits", "killed", "daemon")}
     app.took_s = time.monotonic() - started_at
-    app.judged_at = time.monotonic()
     records["cancelled meanwhile"] = app.wait(handles["cancelled meanwhile"])
     app.service.cancel(handles["cancelled later"], by="otto")
     os.kill(running["killed later"].pid, signal.SIGKILL)
@@ -621,8 +636,7 @@ def orphaned(tmp_path_factory):
         app.open_gate(handles[what])
     records |= {what: app.wait(handle) for what, handle in handles.items() if what not in records}
     records["done"] = done
-    yield app, records, running
-    app.end()
+    return records, running
 
 
 def test_what_ended_while_no_supervisor_lived_is_told_within_two_seconds_of_the_next_start(orphaned):
@@ -630,13 +644,13 @@ def test_what_ended_while_no_supervisor_lived_is_told_within_two_seconds_of_the_
     assert app.took_s < 2.0
 
 
-def test_a_task_that_was_DONE_stays_so_whoever_is_killed_afterwards(orphaned):
+def test_a_task_that_was_done_stays_so_whoever_is_killed_afterwards(orphaned):
     app, records, _ = orphaned
     assert app.service.get(records["done"].id) == records["done"]
     app.assert_done(records["done"], 5)
 
 
-def test_a_body_that_returns_while_no_supervisor_lives_is_DONE_recorded_by_its_child(orphaned):
+def test_a_body_that_returns_while_no_supervisor_lives_is_done_recorded_by_its_child(orphaned):
     app, records, _ = orphaned
     app.assert_done(app.alone["returns"], 6)
     assert records["returns"] == app.alone["returns"]
@@ -699,7 +713,7 @@ def test_the_next_supervisor_starts_new_tasks_beside_those_that_it_adopted(orpha
     app.assert_done(records["new"], 3)
 
 
-def test_SIGTERM_to_the_supervisor_leaves_its_children_alive(make_endings):
+def test_sigterm_to_the_supervisor_leaves_its_children_alive(make_endings):
     app = make_endings()
     supervisor = app.start()
     handle = app.request("ends_at_the_gate", value=4)
@@ -711,7 +725,7 @@ def test_SIGTERM_to_the_supervisor_leaves_its_children_alive(make_endings):
     app.assert_done(app.wait(handle), 4)
 
 
-def test_SIGINT_twice_ends_what_runs_as_STOPPED_and_the_supervisor_leaves(make_endings):
+def test_sigint_twice_ends_what_runs_as_stopped_and_the_supervisor_leaves(make_endings):
     app = make_endings()
     supervisor = app.start()
     handles = [app.request(body) for body in ("sleeps_tidily", "ignores_sigterm", "counts")]
@@ -740,13 +754,58 @@ def test_of_two_supervisors_started_at_once_one_stays_and_the_other_leaves_in_si
     [one] = [one for one in both if one not in other]
     assert one.process.poll() is None
     assert [left.process.returncode for left in other] == [0]
-    assert [left.log for left in other] == [""]
+    assert [left.output.read_text() for left in other] == [""]
+
+
+# ---- a supervisor that waits does not spin ----
+
+
+def assert_it_rests(supervisor):
+    """See that it uses next to no CPU time over a while; a loop that does not rest uses nearly all of it."""
+    process = psutil.Process(supervisor.process.pid)
+    began, used = time.monotonic(), sum(process.cpu_times()[:2])
+    wait_until(lambda: time.monotonic() - began > 0.6, "some time passes")
+    assert sum(process.cpu_times()[:2]) - used < 0.2 * (time.monotonic() - began)
+
+
+def test_a_supervisor_rests_while_it_waits_for_its_last_bodies_though_other_tasks_are_due(make_endings):
+    app = make_endings()
+    supervisor = app.start()
+    handle = app.request("ends_at_the_gate")
+    app.ready(handle)
+    app.service.request("appx:returns", delay_s=0.2)
+    log = app.state_dir / "logs" / "supervisor.log"
+    supervisor.process.send_signal(signal.SIGINT)
+    wait_until(lambda: "still running: " in log.read_text(), "the supervisor names what still runs")
+    app.request("returns")
+    assert_it_rests(supervisor)
+    app.open_gate(handle)
+    assert supervisor.process.wait(10) == 0
+    app.assert_done(app.service.get(handle), 0)
+
+
+def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_afterwards(make_endings):
+    app = make_endings()
+    supervisor = app.start()
+    handles = [app.request("ends_at_the_gate", value=2), app.request("sleeps")]
+    _, killed = [app.ready(handle)[0] for handle in handles]
+    database = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)
+    with contextlib.closing(database):
+        database.execute("BEGIN IMMEDIATE")
+        app.open_gate(handles[0])
+        os.kill(killed.pid, signal.SIGKILL)
+        wait_until(lambda: is_gone(killed.pid), "the child is gone")
+        assert_it_rests(supervisor)
+        assert {app.service.get(handle).status for handle in handles} == {"START"}
+        database.execute("ROLLBACK")
+    app.assert_done(app.wait(handles[0]), 2)
+    app.assert_interrupted(app.wait(handles[1]), "SIGNALLED", signal=signal.SIGKILL)
 
 
 # ---- everybody dies ----
 
 
-def test_when_all_are_killed_at_once_the_next_supervisor_says_VANISHED_within_two_seconds(make_endings):
+def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_two_seconds(make_endings):
     app = make_endings()
     supervisor = app.start()
     done = app.wait(app.request("returns", value=2))
@@ -894,7 +953,7 @@ def has_thread_at_rest(process):
     return False
 
 
-def test_a_stopped_child_that_is_killed_with_its_order_unread_is_SIGNALLED(make_endings):
+def test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled(make_endings):
     app = make_endings(spares=1, slots=1)
     app.start()
     [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
@@ -981,7 +1040,7 @@ def crowded(small_cgroup, tmp_path):
             os.kill(int(pid), signal.SIGKILL)
 
 
-def test_the_kernels_OOM_killer_is_told_from_a_plain_SIGKILL_in_the_same_cgroup(crowded):
+def test_the_kernels_oom_killer_is_told_from_a_plain_sigkill_in_the_same_cgroup(crowded):
     handles = [crowded.request("eats_all"), crowded.request("sleeps"), crowded.request("ends_at_the_gate", value=2)]
     eater, plain, _ = [crowded.ready(handle)[0] for handle in handles]
     crowded.open_gate(handles[0])
