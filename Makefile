@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo shop test test-slow test-browser lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
@@ -17,11 +17,19 @@ help:
 demo: $(STAMP)  ## index the standard library in the background, half a minute to watch; DEMO=folder for another one
 	@$(BIN)/python examples/index/demo.py $(if $(DEMO),"$(DEMO)")
 
-test: $(STAMP)  ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+shop: $(STAMP)  ## open the example shop in which a browser watches its imports; PORT=8000
+	@$(BIN)/python -c 'import flask' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[shop]'
+	@$(BIN)/python examples/shop/serve.py $(if $(PORT),--port "$(PORT)")
+
+test: $(STAMP)  ## run the tests, but for the slow ones and the browser's
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be there (Debian: apt-get install chromium)
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check

@@ -223,7 +223,9 @@ class Child:
         definition = None
         try:
             definition = _resolve(order.name)
-            data = payload.decode_data(order.data, definition.signature, name=order.name, secret=definition.secret)
+            data = payload.decode_data(
+                order.data, definition.signature, name=order.name, secret=definition.options.secret
+            )
             if self._config.child_setup:
                 call_by_path(self._config.child_setup)
             self._default_logging()

@@ -34,6 +34,7 @@ __all__ = [
     "sqlite_path",
     "take_notify_socket",
     "template",
+    "working_folder",
 ]
 
 FILE_NAME = "bgsupervisor.toml"
@@ -501,13 +502,18 @@ def _locate(named: Path | str | None, cwd: Path | None, environ: Mapping[str, st
     if named and Path(named).is_absolute():
         file = Path(os.path.normpath(named))
         return file, file.parent
-    start = Path(os.path.normpath(cwd.absolute())) if cwd else _working_folder(environ)
+    start = Path(os.path.normpath(cwd.absolute())) if cwd else working_folder(environ)
     found = _absolute(named, start) if named else _search(start)
     return found, found.parent if found else start
 
 
-def _working_folder(environ: Mapping[str, str]) -> Path:
-    """Return the working folder, by the name that the shell knows it under where that is true."""
+def working_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the working folder, by the name that the shell knows it under where that is true.
+
+    Raises:
+        ConfigError: It is gone or cannot be read.
+    """
+    environ = os.environ if environ is None else environ
     named = Path(os.path.normpath(environ.get("PWD", "")))
     with suppress(OSError):
         if named.is_absolute() and named.samefile("."):

@@ -497,13 +497,6 @@ class Ledger:
             conditions.append(task.status.in_([str(status) for status in statuses]))
         return self._records(*conditions, limit=limit)
 
-    def last_ended(self, limit: int) -> list[TaskRecord]:
-        """Return the tasks that ended last, the latest first."""
-        task = self._task
-        query = task.select().where(task.ended_at.is_null(False)).order_by(task.ended_at.desc()).limit(limit)
-        with self.store.connected():
-            return [TaskRecord.from_row(row) for row in list(query.dicts())]
-
     def interruptions(self, id: int) -> list[dict[str, Any]]:
         """Return the interrupted attempts of a task, oldest first."""
         row = self._interruption
@@ -520,6 +513,24 @@ class Ledger:
         with self.store.connected():
             found = dict(query.tuples())
         return {status: int(found.get(status.value, 0)) for status in Status}
+
+    def live_counts(self) -> dict[Status, int]:
+        """Return how many tasks wait and run; from partial indexes, whatever has ended."""
+        count = self._task.select(peewee.fn.COUNT(self._task.id))
+        with self.store.connected():
+            return {
+                Status.REQUEST: int(count.where(_IS_REQUEST).scalar()),
+                Status.START: int(count.where(_IS_START).scalar()),
+            }
+
+    def ended_counts(self, since: datetime) -> dict[Status, int]:
+        """Return how many tasks have ended since a moment, DONE and INTERRUPTED, zeros included."""
+        task = self._task
+        query = task.select(task.status, peewee.fn.COUNT(task.id)).group_by(task.status)
+        query = query.where(task.ended_at.is_null(False) & (task.ended_at >= since))
+        with self.store.connected():
+            found = dict(query.tuples())
+        return {status: int(found.get(status.value, 0)) for status in (Status.DONE, Status.INTERRUPTED)}
 
     def starts(self) -> list[TaskRecord]:
         """Return all running tasks, in order of their ids."""

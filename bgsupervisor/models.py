@@ -271,9 +271,18 @@ class SupervisorRecord:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same write may succeed later: the database is locked, full, read-only or away."""
+    error = _first(error)
     cause = error.__cause__ or error.__context__ or error
     code = getattr(cause, "sqlite_errorcode", None)
     return code is not None and (code & 0xFF) in _PASSING_CODES
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what went wrong, not the rollback that failed after it: with a full disk SQLite has rolled back itself."""
+    told = ("no transaction is active", "no such savepoint")
+    while error.__context__ is not None and any(text in str(error) for text in told):
+        error = error.__context__
+    return error
 
 
 @contextlib.contextmanager
@@ -395,15 +404,19 @@ class Store:
             self.database.timeout = seconds
 
     def inode(self) -> int | None:
-        """Return the inode of the database file as its path has it now; 0 if it is gone, None if nobody can tell."""
+        """Return the inode of the database file as its path has it now; None if nobody can tell.
+
+        0 if it is gone, or empty: it has been truncated, for a database that was opened is not.
+        """
         if self.path is None:
             return None
         try:
-            return self.path.stat().st_ino
+            found = self.path.stat()
         except FileNotFoundError:
             return 0
         except OSError:
             return None
+        return found.st_ino if found.st_size else 0
 
     def wal_path(self) -> Path | None:
         """Return the -wal file's path, where there is one."""
@@ -411,7 +424,7 @@ class Store:
 
     def explain(self, error: peewee.PeeweeException) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
-        text = str(error)
+        text = str(_first(error))
         access = self._missing_right()
         if access is not None:
             return access
@@ -435,13 +448,21 @@ class Store:
 
         user = user_name(os.geteuid()) if hasattr(os, "geteuid") else "this user"
         folder = self.path.parent
-        if not folder.is_dir():
-            message = f"the folder {folder} of the database does not exist; create it, or set `database` elsewhere"
-            return AccessError(message, path=str(folder), user=user, right="create")
-        for path, what in ((folder, "folder"), (self.path, "database file")):
-            if path.exists() and not os.access(path, os.W_OK):
-                message = f"the {what} {path} cannot be written by user {user}; SQLite needs the right to write there"
-                return AccessError(message, path=str(path), user=user, right="write")
+        try:
+            if not folder.is_dir():
+                message = f"the folder {folder} of the database does not exist; create it, or set `database` elsewhere"
+                return AccessError(message, path=str(folder), user=user, right="create")
+            if hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY:
+                message = f"the file system of {folder} is mounted read-only; SQLite needs to write there"
+                return AccessError(message, path=str(folder), user=user, right="write")
+            for path, what in ((folder, "folder"), (self.path, "database file")):
+                if path.exists() and not os.access(path, os.W_OK):
+                    need = "SQLite needs the right to write there"
+                    message = f"the {what} {path} cannot be written by user {user}; {need}"
+                    return AccessError(message, path=str(path), user=user, right="write")
+        except PermissionError:
+            message = f"user {user} may not enter the folders that lead to {self.path}; give the right to"
+            return AccessError(message, path=str(self.path), user=user, right="read")
         return None
 
     def _connect(self) -> None:

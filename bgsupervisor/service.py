@@ -168,7 +168,7 @@ class Service:
                     signature=None if definition is None else definition.signature,
                     limit_bytes=self._config.data_max_bytes,
                     name=name,
-                    secret=() if definition is None else definition.secret,
+                    secret=() if definition is None else definition.options.secret,
                 ),
                 run_at=run_at,
                 priority=options.checked_priority(),

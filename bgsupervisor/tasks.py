@@ -98,8 +98,7 @@ class Definition:
         name: What rows call it.
         module: Where it is defined.
         body: The function to call with the data's keys as keywords, made anew for each attempt.
-        options: What the supervisor must know.
-        secret: Keys of the data that are masked wherever data is shown.
+        options: What the supervisor must know, and which keys of the data are masked wherever data is shown.
     """
 
     name: str
@@ -108,7 +107,6 @@ class Definition:
     function: Callable[..., Any]
     takes_self: bool
     options: TaskOptions
-    secret: tuple[str, ...]
 
     @functools.cached_property
     def signature(self) -> Signature:
@@ -151,7 +149,7 @@ def _name(own: object, qualified: str) -> str:
     return own
 
 
-def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object) -> TaskOptions:
+def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object, secret: object) -> TaskOptions:
     if timeout_s is not None and (
         isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S
     ):
@@ -162,7 +160,11 @@ def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object) -> Ta
         raise TaskDefinitionError(
             f"{owner}: memory_limit_bytes is {memory_limit_bytes!r}; it must be a whole number of bytes above 0"
         )
-    return TaskOptions(timeout_s=None if timeout_s is None else float(timeout_s), memory_limit_bytes=memory_limit_bytes)
+    return TaskOptions(
+        timeout_s=None if timeout_s is None else float(timeout_s),
+        memory_limit_bytes=memory_limit_bytes,
+        secret=_secret(owner, secret),
+    )
 
 
 def _secret(owner: str, secret: object) -> tuple[str, ...]:
@@ -206,8 +208,9 @@ class Task:
                 body=lambda: cls().run,
                 function=function,
                 takes_self=True,
-                options=_options(name, timeout_s=cls.timeout_s, memory_limit_bytes=cls.memory_limit_bytes),
-                secret=_secret(name, cls.secret),
+                options=_options(
+                    name, timeout_s=cls.timeout_s, memory_limit_bytes=cls.memory_limit_bytes, secret=cls.secret
+                ),
             )
         )
 
@@ -309,8 +312,7 @@ def task(
             body=lambda: function,
             function=function,
             takes_self=False,
-            options=_options(own, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes),
-            secret=_secret(own, secret),
+            options=_options(own, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes, secret=secret),
         )
         return FunctionTask(function, _define(definition))
 

@@ -91,6 +91,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     timeout_s: float | None = None
     memory_limit_bytes: int | None = None
+    secret: tuple[str, ...] = ()
 
 
 class LoadFailure(msgspec.Struct, frozen=True):

@@ -209,7 +209,7 @@ def test_counts_and_warnings_are_no_part_of_the_rows(app):
     _fill(app)
     done = app.cli("ps")
 
-    assert "REQUEST 2 · START 2 · DONE 1 · INTERRUPTED 1" in done.stderr
+    assert "REQUEST 2 · START 2; in 24 h DONE 1 · INTERRUPTED 1" in done.stderr
     assert "·" not in done.stdout
 
 

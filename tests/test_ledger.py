@@ -748,12 +748,51 @@ def test_counts_have_every_status(ledger):
     assert ledger.counts("x:y") == {"REQUEST": 1, "START": 0, "DONE": 0, "INTERRUPTED": 0}
 
 
-def test_the_last_that_ended_come_first(ledger, clock):
-    attempts = [started(ledger) for _ in range(3)]
-    for attempt in (attempts[1], attempts[0], attempts[2]):
-        clock.sleep(1)
-        ledger.end(attempt, End(result="1"))
-    assert [record.id for record in ledger.last_ended(2)] == [attempts[2].id, attempts[0].id]
+def test_live_tasks_and_those_that_ended_lately_are_counted(ledger, clock):
+    task_in(ledger, Status.DONE)
+    clock.sleep(60)
+    since = clock.now()
+    for status in (Status.DONE, Status.INTERRUPTED, Status.INTERRUPTED, Status.START, Status.REQUEST):
+        task_in(ledger, status)
+    assert ledger.live_counts() == {"REQUEST": 1, "START": 1}
+    assert ledger.ended_counts(since) == {"DONE": 1, "INTERRUPTED": 2}
+
+
+def test_who_has_waited_longest_is_known(ledger, clock):
+    assert ledger.oldest_due_at() is None
+    long_ago = clock.now() - timedelta(hours=3)
+    request(ledger, run_at=long_ago, priority=-5)
+    request(ledger, priority=5)
+    request(ledger, run_at=clock.now() + timedelta(hours=1))
+    assert ledger.oldest_due_at() == long_ago
+
+
+# ---- old rows ----
+
+
+def test_pruning_takes_the_oldest_ended_tasks_and_what_is_kept_of_their_interruptions(ledger, raw, clock):
+    done, interrupted = task_in(ledger, Status.DONE), task_in(ledger, Status.INTERRUPTED)
+    live = [task_in(ledger, Status.REQUEST), task_in(ledger, Status.START)]
+    other = task_in(ledger, Status.DONE, name="x:y")
+    clock.sleep(60)
+    before = clock.now()
+    young = task_in(ledger, Status.DONE)
+    asked = {"before": before, "statuses": list(Status), "names": ["a:b"]}
+    assert ledger.count_old(**asked) == 2
+    assert ledger.prune(**asked, limit=1) == [done]
+    assert ledger.prune(before=before, statuses=[Status.DONE], names=["a:b"], limit=9) == []
+    assert ledger.interruptions(interrupted.id) != []
+    assert ledger.prune(**asked, limit=9) == [interrupted]
+    assert ledger.interruptions(interrupted.id) == []
+    assert ledger.prune(before=before, statuses=[Status.DONE], names=None, limit=9) == [other]
+    assert [row["id"] for row in rows(raw)] == [*(attempt.id for attempt in live), young.id]
+
+
+def test_a_number_is_never_given_twice_even_if_the_newest_was_pruned(ledger, clock):
+    attempt = task_in(ledger, Status.DONE)
+    clock.sleep(1)
+    assert ledger.prune(before=clock.now(), statuses=[Status.DONE], names=None, limit=9) == [attempt]
+    assert request(ledger) == attempt.id + 1
 
 
 # ---- what it costs ----
@@ -780,13 +819,19 @@ def recorded(database):
         (lambda ledger: ledger.position(ledger.find(statuses=[Status.REQUEST], limit=1)[0]), "bgsupervisor_task_due"),
         (lambda ledger: ledger.starts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.cancel_requests(), "bgsupervisor_task_start"),
-        (lambda ledger: ledger.last_ended(10), "bgsupervisor_task_ended"),
+        (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_due"),
+        (lambda ledger: ledger.live_counts(), "bgsupervisor_task_start"),
+        (lambda ledger: ledger.ended_counts(START_OF_TIME + timedelta(days=300)), "bgsupervisor_task_ended"),
+        (
+            lambda ledger: ledger.prune(before=START_OF_TIME, statuses=[Status.DONE], names=None, limit=10),
+            "bgsupervisor_task_ended",
+        ),
         (lambda ledger: ledger.newest("a:b"), "bgsupervisor_task_name"),
         (lambda ledger: ledger.find(key="k", limit=10), "bgsupervisor_task_key"),
         (lambda ledger: ledger.request(Request(name="a:b", data="{}", unique_key="k")), "bgsupervisor_task_unique"),
         (lambda ledger: ledger.interruptions(1), "bgsupervisor_interruption_task"),
     ],
-    ids="due next_due_at position starts cancel_requests last_ended newest key unique interruptions".split(),
+    ids="due next position starts cancels oldest live ended prune newest key unique interruptions".split(),
 )
 def test_no_question_walks_through_all_rows(ledger, store, raw, ask, index):
     raw.executemany(

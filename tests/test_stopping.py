@@ -301,3 +301,22 @@ def test_a_supervisor_that_hangs_makes_run_say_so_and_fail(app):
     os.kill(supervising.process.pid, signal.SIGCONT)
     assert told.returncode == 1
     assert f"PID {supervising.process.pid}" in told.stderr
+
+
+def test_a_declared_secret_is_masked_by_show_though_its_class_is_not_imported_there(make_app):
+    app = make_app("from bgsupervisor import task\n@task(secret=('iban',))\ndef pay(iban: str, amount: int): pass\n")
+    app.start()
+    handle = app.service.request("appx:pay", {"iban": "DE00 1234", "amount": 5})
+    app.wait(handle)
+
+    told = app.cli("show", str(handle.id))
+
+    assert "DE00" not in told.stdout + app.cli("show", str(handle.id), "--json").stdout
+    assert '"amount": 5' in told.stdout
+
+
+def test_ps_says_who_stopped(app):
+    app.cli("stop")
+
+    app.service.request("appx:hello")
+    assert "`bgsupervisor start` lifts that" in app.cli("ps").stderr

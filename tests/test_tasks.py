@@ -55,8 +55,7 @@ def test_a_class_is_known_by_module_and_qualified_name():
     definition = Import.definition()
     here = "test_a_class_is_known_by_module_and_qualified_name.<locals>.Import"
     assert (definition.name, definition.module) == (f"test_tasks:{here}", "test_tasks")
-    assert definition.options == TaskOptions(timeout_s=600.0, memory_limit_bytes=2**30)
-    assert definition.secret == ("password",)
+    assert definition.options == TaskOptions(timeout_s=600.0, memory_limit_bytes=2**30, secret=("password",))
     assert definition.body()(ids=[1, 2]) == 2
     assert definition_of(Import) is definition_of(definition.name) is definitions()[definition.name] is definition
 
@@ -82,7 +81,7 @@ def test_a_function_is_a_task_and_stays_a_function():
     assert list(inspect.signature(send_mail).parameters) == ["to", "subject", "token"]
     assert repr(send_mail) == "<task send>"
     definition = send_mail.definition()
-    assert (definition.name, definition.options.timeout_s, definition.secret) == ("send", 5.0, ("token",))
+    assert (definition.name, definition.options.timeout_s, definition.options.secret) == ("send", 5.0, ("token",))
     assert definition_of(send_mail) is definition
     assert definition.body()(to="petr") == "petr: "
 

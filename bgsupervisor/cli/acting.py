@@ -45,7 +45,7 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 
     done = _for_each(ids, cancel_one)
     now = SystemClock().now()
-    seen = watch(service.ledger.supervisors(), now=now)
+    seen = watch(service, now=now)
     if asked and not seen.alive:
         warn(f"{seen.absence(now=now)}, which then asks for the end of what runs")
     raise click.exceptions.Exit(not done)
@@ -63,7 +63,7 @@ def retry(session: Session, *, ids: tuple[int, ...]) -> None:
 
     done = _for_each(ids, retry_one)
     now = SystemClock().now()
-    seen = watch(service.ledger.supervisors(), now=now)
+    seen = watch(service, now=now)
     if done and not seen.alive:
         warn(seen.absence(now=now))
     raise click.exceptions.Exit(not done)

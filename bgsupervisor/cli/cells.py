@@ -92,7 +92,7 @@ class Facts:
             now=now,
             monotonic=clock.monotonic(),
             boot_id=boot_id,
-            watch=watch(service.ledger.supervisors(), now=now),
+            watch=watch(service, now=now),
             silent_s=SILENT_BEATS * service.config.heartbeat_s,
             positions=positions,
         )

@@ -36,6 +36,8 @@ _COMMANDS = {
     "prune": "bgsupervisor.cli.prune:prune",
     "migrate": "bgsupervisor.cli.migrate:migrate",
     "check": "bgsupervisor.cli.check:check",
+    "cron": "bgsupervisor.cli.cron:cron",
+    "systemd": "bgsupervisor.cli.systemd:systemd",
 }
 """In the order of the help; each is imported when it is called or described."""
 

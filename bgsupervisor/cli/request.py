@@ -148,7 +148,7 @@ def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json
             told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
         click.echo(told, err=quietly)
     now = SystemClock().now()
-    seen = watch(service.ledger.supervisors(), now=now)
+    seen = watch(service, now=now)
     if not seen.alive:
         warn(seen.absence(now=now))
     elif seen.lacks(name):

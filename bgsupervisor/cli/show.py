@@ -53,7 +53,8 @@ _SPECIAL = {
 def show(session: Session, *, id: int, as_json: bool) -> None:
     """Show everything about one task.
 
-    Values of data whose names look like secrets (password, secret, token, authorization, api_key) are masked.
+    Values of data that the task's class declares as secret are masked, and those whose names look like secrets
+    (password, secret, token, authorization, api_key).
     """
     service = session.existing_service()
     record = None if service is None else service.get(id)
@@ -69,7 +70,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         except OSError:
             tail = None
     if as_json:
-        data, _ = _masked(record.data)
+        data, _ = _masked(record, facts)
         columns = {name: to_json(value) for name, value in columns_of(record, service).items()}
         print_json(
             {
@@ -110,7 +111,7 @@ def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple
     told = _progress(record)
     if told:
         yield "progress", told
-    data, is_masked = _masked(record.data)
+    data, is_masked = _masked(record, facts)
     yield "data", _written(data) + (" (masked)" if is_masked else "")
     if record.result is not None:
         yield "result", _written(_parsed(record.result))
@@ -152,12 +153,13 @@ def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a 
     return str(value)
 
 
-def _masked(text: str) -> tuple[Any, bool]:
+def _masked(record: TaskRecord, facts: Facts) -> tuple[Any, bool]:
     """Return data as JSON values, and whether something in it was masked; text that is no JSON as it is."""
-    data = _parsed(text)
+    data = _parsed(record.data)
+    declared = facts.watch.secrets.get(record.name, ())
     if not isinstance(data, dict):
         return data, False
-    names = {name for name in _names(data) if _SECRET_NAME.search(name)}
+    names = {name for name in _names(data) if name in declared or _SECRET_NAME.search(name)}
     return payload.mask(data, names), bool(names)
 
 

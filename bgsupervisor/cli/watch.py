@@ -11,11 +11,13 @@ from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.service import SUPERVISOR_SILENT_S
+from bgsupervisor.statedir import StateDir, StopMark
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from bgsupervisor.models import SupervisorRecord
+    from bgsupervisor.service import Service
 
 __all__ = ["Watch", "last_line", "watch"]
 
@@ -32,12 +34,16 @@ class Watch:
         seen_at: When one was last seen; None if there never was one.
         catalogue: The names of all tasks that the living have loaded; None while that is not known.
         failures: Module and last line of the error, for each that failed to load.
+        secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
+        stopped: Who wants no supervisor here, and since when.
     """
 
     alive: Sequence[SupervisorRecord] = ()
     seen_at: datetime | None = None
     catalogue: frozenset[str] | None = None
     failures: Sequence[tuple[str, str]] = field(default=())
+    secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
+    stopped: StopMark | None = None
 
     def lacks(self, name: str) -> bool:
         """Tell whether living supervisors are known to have no code for a task's name."""
@@ -52,12 +58,15 @@ class Watch:
 
     def absence(self, *, now: datetime) -> str:
         """Return the sentence that says that no supervisor is alive."""
+        if self.stopped is not None:
+            return f"stopped by {self.stopped.by} at {self.stopped.at}; `bgsupervisor start` lifts that"
         since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
         return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
 
 
-def watch(supervisors: Sequence[SupervisorRecord], *, now: datetime) -> Watch:
+def watch(service: Service, *, now: datetime) -> Watch:
     """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
+    supervisors = service.ledger.supervisors()
     alive = [one for one in supervisors if _lives(one, now=now)]
     catalogues = [_names(one, now=now) for one in alive]
     known = [names for names in catalogues if names is not None]
@@ -66,6 +75,8 @@ def watch(supervisors: Sequence[SupervisorRecord], *, now: datetime) -> Watch:
         seen_at=max((one.heartbeat_at for one in supervisors), default=None),
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
         failures=[failure for one in alive for failure in _failures(one)],
+        secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
+        stopped=StopMark.read(StateDir(service.config.state_dir).stop_mark),
     )
 
 
@@ -82,6 +93,10 @@ def _names(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:
     names = frozenset(json.loads(one.catalogue))
     is_loading = not names and one.code_error is None and now - one.started_at < timedelta(seconds=LOADING_S)
     return None if is_loading else names
+
+
+def _secrets(one: SupervisorRecord) -> list[tuple[str, list[str]]]:
+    return [(name, options.get("secret", [])) for name, options in json.loads(one.catalogue).items()]
 
 
 def _failures(one: SupervisorRecord) -> list[tuple[str, str]]:

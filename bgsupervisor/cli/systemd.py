@@ -1,0 +1,69 @@
+"""`bgsupervisor systemd`: the unit by which systemd keeps a supervisor alive."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from bgsupervisor.cli.entries import UNIT, Installation, check_user, fill, replace_file, unit_quoted, user_option
+from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.statedir import access_error, user_name
+
+__all__ = ["systemd"]
+
+SYSTEM_FOLDER = Path("/etc/systemd/system")
+USER_FOLDER = Path("~/.config/systemd/user")
+NAME = "bgsupervisor.service"
+
+
+@click.command()
+@click.option("--install", is_flag=True, help="Write it, as root into /etc/systemd/system, else for your own manager.")
+@user_option("Who supervises; else the state directory's owner.")
+@pass_session
+def systemd(session: Session, *, install: bool, user: str | None) -> None:
+    """Print, or install, the unit by which systemd keeps a supervisor alive.
+
+    Whoever is not root installs a unit of their own, in ~/.config/systemd/user. The commands to type next are told,
+    not run.
+    """
+    found = Installation.of(session.config())
+    if not install:
+        click.echo(fill(UNIT, found, user or found.owner, unit_quoted), nl=False)
+    elif os.geteuid() == 0:
+        _install(SYSTEM_FOLDER, found, user or found.owner)
+    elif user:
+        raise click.UsageError("only root can install a unit with a --user; leave it out to install one of your own")
+    else:
+        _install_own(USER_FOLDER.expanduser(), found)
+
+
+def _install(folder: Path, found: Installation, user: str) -> None:
+    check_user(user)
+    _write(folder, fill(UNIT, found, user, unit_quoted), found)
+    click.echo(f"it supervises as {user}. Type next:\n  systemctl daemon-reload\n  systemctl enable --now bgsupervisor")
+
+
+def _install_own(folder: Path, found: Installation) -> None:
+    user = user_name(os.geteuid())
+    _write(folder, _of_own_manager(fill(UNIT, found, user, unit_quoted)), found)
+    click.echo(
+        f"it supervises as {user}, also while {user} is not logged in. Type next:\n"
+        f"  loginctl enable-linger {user}\n  systemctl --user daemon-reload\n  systemctl --user enable --now bgsupervisor"
+    )
+
+
+def _write(folder: Path, text: str, found: Installation) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / NAME, text, found)
+    except OSError as error:
+        raise access_error(folder / NAME, "write", error, "print the unit without --install") from error
+    click.echo(f"wrote {folder / NAME}")
+
+
+def _of_own_manager(unit: str) -> str:
+    """Return a unit for a user's own manager, which runs as that user and has another target."""
+    lines = unit.replace("WantedBy=multi-user.target", "WantedBy=default.target").splitlines()
+    return "".join(f"{line}\n" for line in lines if not line.startswith(("User=", "# Whoever owns")))
