@@ -312,7 +312,7 @@ def test_a_declared_secret_is_masked_by_show_though_its_class_is_not_imported_th
     told = app.cli("show", str(handle.id))
 
     assert "DE00" not in told.stdout + app.cli("show", str(handle.id), "--json").stdout
-    assert '"amount": 5' in told.stdout
+    assert '"amount":5' in told.stdout
 
 
 def test_ps_says_who_stopped(app):
