@@ -8,21 +8,20 @@ STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shop test test-slow test-browser lint bench clean
+.PHONY: help demo shop test test-slow test-browser test-cron lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
 
 demo: $(STAMP)  ## index the standard library in the background, half a minute to watch; DEMO=folder for another one
 	@$(BIN)/python examples/index/demo.py $(if $(DEMO),"$(DEMO)")
 
 shop: $(STAMP)  ## open the example shop in which a browser watches its imports; PORT=8000
-	@$(BIN)/python -c 'import flask' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[shop]'
 	@$(BIN)/python examples/shop/serve.py $(if $(PORT),--port "$(PORT)")
 
-test: $(STAMP)  ## run the tests, but for the slow ones and the browser's
-	$(BIN)/python -m pytest -m "not slow and not browser"
+test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's
+	$(BIN)/python -m pytest -m "not slow and not browser and not cron"
 
 test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
@@ -30,6 +29,9 @@ test-slow: $(STAMP)  ## run the slow tests
 test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be there (Debian: apt-get install chromium)
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+test-cron: $(STAMP)  ## run the tests with the machine's own cron daemon, as root (Debian: apt-get install cron)
+	$(BIN)/python -m pytest -m cron
 
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check

@@ -174,9 +174,10 @@ class Child:
         """Take orders until told to leave; never returns."""
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
+        self._leave_sigterm_to_forks()
         self._link.start()
         last = None
-        for _ in range(self._config.reuse):
+        for more in reversed(range(self._config.reuse)):
             order = self._link.orders.get()
             if order is None:
                 self._give_back_unbegun()
@@ -184,8 +185,8 @@ class Child:
             last = order
             end = self._perform(order)
             self._report(order, end)
-            if end.reason is not None or not self._reusable():
-                break
+            if end.reason is not None or not more or not self._reusable():
+                break  # who will not take another order must not say that it is idle
             self._link.become_idle()
         self._leave(last)
 
@@ -253,7 +254,8 @@ class Child:
             )
         if isinstance(error, (DataInvalid, DataTooLarge)):
             return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
-        text = "".join(traceback.format_exception_only(error)).strip()
+        lines = traceback.format_exception_only(error)
+        text = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines).strip()  # before it come file and line
         return End(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
 
     def _cancel_detail(self, cancelled: Cancelled) -> str:
@@ -264,9 +266,6 @@ class Child:
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if os.getpid() != self._pid:
-            _die_of(number)  # a process that the body forked has our handler; nobody but its owner ends it
-            return
         if self._phase in ("encoding", "ending"):
             return  # the body has ended, its end is on the way
         if self._phase == "body" and self._link.cancel_known.wait(KNOWN_WAIT_S):
@@ -276,7 +275,28 @@ class Child:
                 return
             if order is not None:
                 raise Cancelled(order.reason, order.by)
-        _die_of(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    def _leave_sigterm_to_forks(self) -> None:
+        """Give what the body forks the default SIGTERM in place of ours: multiprocessing ends its processes with it.
+
+        It is held back during the fork, for Python forgets a signal that a new process gets before it is ready.
+        """
+        held = threading.local()
+
+        def hold() -> None:
+            held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+        def let_go() -> None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
+
+        def be_another() -> None:
+            if signal.getsignal(signal.SIGTERM) == self._on_term:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            let_go()
+
+        os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=be_another)
 
     def _open_log(self) -> None:
         _flush_streams()
@@ -340,7 +360,7 @@ class Child:
 
     def _reusable(self) -> bool:
         """Whether nothing of the last body is left that the next one could trip over."""
-        if threading.active_count() > 2 or self._config.reuse == 1:  # noqa: PLR2004 - the main thread and the link
+        if threading.active_count() > 2:  # noqa: PLR2004 - the main thread and the link
             return False
         with contextlib.suppress(OSError):
             os.chdir(self._home[0])
@@ -366,11 +386,6 @@ class Child:
             if self._log_path.stat().st_size == 0:
                 self._log_path.unlink()
         os._exit(0)
-
-
-def _die_of(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def call_by_path(path: str) -> object:

@@ -69,6 +69,7 @@ class Link(threading.Thread):
         self.cancel_known = threading.Event()
         self.main_inside = False
         self._alone_since: float | None = clock.monotonic()
+        self._leaving = False
         self._last_beat = 0.0
         self._last_look = clock.monotonic()
         os.register_at_fork(
@@ -190,7 +191,7 @@ class Link(threading.Thread):
                 self.cancel_known.set()
 
     def _dial(self) -> None:
-        if self._channel is not None:
+        if self._channel is not None or self._leaving:
             return
         sock = None
         try:
@@ -226,9 +227,13 @@ class Link(threading.Thread):
         if now - self._last_look >= PARENT_LOOK_S:
             self._last_look = now
             if os.getppid() != self._parent and self._channel is None:
-                self.orders.put(None)
+                self._leave_alone()
         if self._alone_since is not None and now - self._alone_since >= LONELY_S:
-            self.orders.put(None)
+            self._leave_alone()
+
+    def _leave_alone(self) -> None:
+        self._leaving = True  # a supervisor that comes now must not be told that we are idle
+        self.orders.put(None)
 
     def _next_look_s(self) -> float:
         if self.run_order is None:

@@ -39,12 +39,16 @@ def task_log(logs: Path, id: int, attempt: int) -> Path:
 
 
 def find(logs: Path, *, id: int, attempt: int, pid: int | None, start_ticks: int | None) -> Path | None:
-    """Return the log of an attempt, ended or running, None if there is none."""
+    """Return the log of an attempt, ended or running, None if there is none.
+
+    Raises:
+        PermissionError: This user may not enter the folder.
+    """
     candidates = [task_log(logs, id, attempt)]
     if pid is not None and start_ticks is not None:
         candidates.append(process_log(logs, pid, start_ticks))
         candidates.append(candidates[0])  # it may have been renamed between the two looks
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if _is_there(path)), None)
 
 
 def open_for_append(path: Path) -> int:
@@ -224,6 +228,14 @@ def _next_data(fd: int, position: int) -> int:
         if error.errno != errno.ENXIO:
             raise
         return os.fstat(fd).st_size  # nothing but a hole up to the end
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _open_if_there(path: Path | None) -> int | None:

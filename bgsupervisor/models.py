@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
+from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import sqlite_path
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
@@ -32,10 +33,12 @@ DATABASE_MODE = 0o660
 """Rights of a database file that we create: a web user and a deploy user share it through their group."""
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
+WAL_RETRY_S = 0.01
 
 # SQLite's primary result codes after which the same write can succeed later.
+LOCKED = 5
 _PASSING_CODES = {
-    5: "locked",
+    LOCKED: "locked",
     6: "locked",
     8: "read-only",
     10: "failing to read or write",
@@ -271,10 +274,13 @@ class SupervisorRecord:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same write may succeed later: the database is locked, full, read-only or away."""
-    error = _first(error)
-    cause = error.__cause__ or error.__context__ or error
-    code = getattr(cause, "sqlite_errorcode", None)
-    return code is not None and (code & 0xFF) in _PASSING_CODES
+    return _sqlite_code(_first(error)) in _PASSING_CODES
+
+
+def _sqlite_code(error: BaseException) -> int | None:
+    """Return SQLite's primary result code of an error of Peewee's or of its own."""
+    code: int | None = getattr(error.__cause__ or error.__context__ or error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF
 
 
 def _first(error: BaseException) -> BaseException:
@@ -468,9 +474,24 @@ class Store:
     def _connect(self) -> None:
         if self.owned and self.path is not None:
             _create_file(self.path)
-        self.database.connect(reuse_if_open=True)
-        if self.owned:
+            self._connect_in_wal_mode()
             self._threads.connection = _ThreadConnection(self.database)
+        else:
+            self.database.connect(reuse_if_open=True)
+
+    def _connect_in_wal_mode(self) -> None:
+        """Connect; where others turn the new file into WAL mode just now, SQLite does not wait for them by itself."""
+        clock = SystemClock()
+        deadline = clock.monotonic() + getattr(self.database, "timeout", 0.0)
+        while True:
+            try:
+                self.database.connect(reuse_if_open=True)
+            except peewee.OperationalError as error:
+                if _sqlite_code(error) != LOCKED or clock.monotonic() >= deadline:
+                    raise
+            else:
+                return
+            clock.sleep(WAL_RETRY_S)
 
     def _check_schema(self) -> None:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it

@@ -25,9 +25,11 @@ __all__ = ["Lock", "StateDir", "StopMark", "access_error", "bind", "connect", "o
 
 DIRECTORY_MODE = 0o750
 LOCK_MODE = 0o640
+MARK_MODE = 0o640
 LOCK_TRIES = 5
 """How often `Lock.acquire` starts again because the file was replaced while it was being locked."""
-LOCK_READ_BYTES = 1024
+LOCK_READ_BYTES = 16384
+TAKE_OVER_LOOK_S = 0.05
 LISTEN_BACKLOG = 1024
 """More than all children of the largest configuration, so that none is refused when all dial at once."""
 SHORT_ADDRESS_BYTES = 100
@@ -90,8 +92,10 @@ class StateDir:
             except OSError as error:
                 raise access_error(folder, "create", error, "see that its parent exists and is writable") from error
 
-    def check_owner(self) -> None:
+    def check_owner(self, act: str = "supervise") -> None:
         """Refuse every user but the folder's owner, root too: files of two owners would lock both out.
+
+        *act* is the verb for what was refused.
 
         Raises:
             AccessError: Another user owns the folder, or it is not there.
@@ -103,7 +107,7 @@ class StateDir:
         if owner_uid != os.geteuid():
             user, owner = user_name(os.geteuid()), user_name(owner_uid)
             raise AccessError(
-                f"{self.path} belongs to user {owner}, but this is user {user}; supervise as {owner}, "
+                f"{self.path} belongs to user {owner}, but this is user {user}; {act} as {owner}, "
                 f"or name another state_dir",
                 path=str(self.path),
                 user=user,
@@ -127,13 +131,18 @@ class StopMark:
 
     @classmethod
     def read(cls, path: Path) -> StopMark | None:
-        """Return the mark that stands, None where there is none; an unreadable one counts as "leave"."""
+        """Return the mark that stands, None where there is none; an unreadable one counts as "leave".
+
+        Whoever may not enter the folder, and so may not supervise either, sees none.
+        """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(mode=str(found["mode"]), by=str(found["by"]), at=str(found["at"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError):
+            if not os.access(path.parent, os.X_OK):
+                return None
             return cls(mode="leave", by="somebody", at="an unknown time")
 
     def write(self, path: Path) -> None:
@@ -145,6 +154,7 @@ class StopMark:
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps({"mode": self.mode, "by": self.by, "at": self.at}) + "\n", encoding="utf-8")
+            temporary.chmod(MARK_MODE)
             temporary.replace(path)
         except OSError as error:
             raise access_error(path, "write", error, "stop as the folder's owner") from error
@@ -159,11 +169,13 @@ class Lock:
     Args:
         path: The lock file, made 0640 where it is missing.
         clock: Tells the age of the file.
+        program: Which installation this process is of, noted for others to compare.
     """
 
-    def __init__(self, path: Path, clock: Clock | None = None) -> None:
+    def __init__(self, path: Path, clock: Clock | None = None, *, program: str = "") -> None:
         self._path = path
         self._clock = clock or SystemClock()
+        self._program = program
         self._fd: int | None = None
 
     def acquire(self) -> bool:
@@ -182,6 +194,48 @@ class Lock:
                 return True
             self.close()
         return False
+
+    def take_over(self, *, wait_s: float) -> bool:
+        """Take the lock from a living holder: put another file in the place of the locked one, and have it leave.
+
+        The holder sees that its file was replaced, and leaves its tasks alone. Returns False where a third one was
+        faster, and this process must leave.
+
+        Raises:
+            AccessError: The folder is not writable.
+
+        Blocks until the holder has left, at most *wait_s*: one that hangs is not waited for.
+        """
+        import fcntl  # noqa: PLC0415 - absent on Windows, where this module must import
+
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            old_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, LOCK_MODE)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(self._fd, LOCK_MODE)
+                self._note_holder(self._fd)
+                temporary.replace(self._path)
+                self._wait_for(old_fd, wait_s)
+            finally:
+                os.close(old_fd)
+        except OSError as error:
+            raise access_error(self._path, "write", error, "supervise as the folder's owner") from error
+        if self.is_intact():
+            return True
+        self.close()
+        return False
+
+    def _wait_for(self, fd: int, wait_s: float) -> None:
+        import fcntl  # noqa: PLC0415 - absent on Windows, where this module must import
+
+        deadline = self._clock.monotonic() + wait_s
+        while self._clock.monotonic() < deadline:
+            with suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            self._clock.sleep(TAKE_OVER_LOOK_S)
 
     def _open_locked(self) -> int | None:
         """Return a descriptor that holds the lock, None where another process has it."""
@@ -203,7 +257,7 @@ class Lock:
     def _note_holder(self, fd: int) -> None:
         with suppress(OSError):  # a full disk must not keep anybody from supervising
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"pid": os.getpid()}).encode() + b"\n", 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "program": self._program}).encode() + b"\n", 0)
 
     def touch(self) -> None:
         """Set the file's time to now, the sign that the holder's loop turns; nothing where the lock is not held.
@@ -244,12 +298,20 @@ class Lock:
 
         For people to read: it is the present holder's only while `acquire` returns False, and it may be reused.
         """
+        pid = self._noted("pid")
+        return pid if isinstance(pid, int) else None
+
+    def is_of_another_program(self) -> bool:
+        """Whether the last holder noted another program than this process's; False where it noted none."""
+        program = self._noted("program")
+        return isinstance(program, str) and bool(program) and program != self._program
+
+    def _noted(self, fact: str) -> object:
         try:
             with self._path.open("rb") as file:
-                pid = json.loads(file.read(LOCK_READ_BYTES))["pid"]
+                return json.loads(file.read(LOCK_READ_BYTES))[fact]
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        return pid if isinstance(pid, int) else None
 
     def close(self) -> None:
         """Give the lock back; the file stays. Nothing where it is not held."""

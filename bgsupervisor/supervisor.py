@@ -180,6 +180,8 @@ class Supervisor:
             self._reload(force=message.force, caller=peer)
         elif isinstance(message, wire.Spawned):
             self._nurseries.take_spawned(peer, message)
+            if message.who in self._wards:
+                self._nurseries.met(message.who)  # its own hello came first, by another socket
         elif isinstance(message, wire.SpawnFailed):
             self._nurseries.take_spawn_failure(peer, message)
             self._put_off_until = self._clock.monotonic() + PUT_OFF_S[-1]

@@ -100,6 +100,15 @@ def leaves_a_daemon():
     return daemon()
 
 @task
+def leaves_a_daemon_and_lingers():
+    gate = FOLDER / f"gate-{current().id}"
+    def linger():
+        while not gate.exists():
+            time.sleep(0.01)
+    atexit.register(linger)
+    return daemon()
+
+@task
 def becomes_a_daemon():
     if os.fork():
         os._exit(0)
@@ -556,6 +565,15 @@ def test_a_process_that_a_body_left_is_gone_when_its_task_has_ended(app, ends, w
     assert is_gone(app.service.result(record.id))
 
 
+def test_a_daemon_is_gone_before_its_task_is_done_not_only_when_the_child_has_left(tmp_path):
+    with living(tmp_path / "lingering", spares=1, grace_s=20.0) as app:
+        record = app.run("leaves_a_daemon_and_lingers")
+        assert record.status == "DONE"
+        assert is_gone(app.service.result(record.id))
+        assert not has_left(record)
+        (app.folder / f"gate-{record.id}").touch()
+
+
 def test_a_left_process_that_obeys_sigterm_costs_no_grace(app, ends):
     for what in ("process", "program"):
         assert (ends[what].ended_at - ends[what].started_at).total_seconds() < 1.5, what
@@ -893,6 +911,15 @@ def test_a_child_runs_as_many_tasks_as_it_may_and_the_next_one_another(reusing):
     assert pids[5] != first.pid
     for number, record in enumerate(records[1:]):
         reusing.assert_done(record, number)
+
+
+def test_a_child_that_leaves_after_its_last_task_is_given_no_other(reusing):
+    handles = reusing.service.request_many("appx:returns", [{"value": number} for number in range(31)])
+    records = [reusing.wait(handle) for handle in handles]
+    for number, record in enumerate(records):
+        reusing.assert_done(record, number)
+    pids = [record.pid for record in records]
+    assert max(pids.count(pid) for pid in pids) == 5
 
 
 def test_each_task_of_a_reused_child_has_a_log_of_its_own(reusing):

@@ -287,6 +287,30 @@ def make_endings(tmp_path):
         app.end()
 
 
+# ---- what takes seconds is begun before the first test ----
+
+
+@pytest.fixture(scope="module", autouse=True)
+def abandoned(tmp_path_factory):
+    """Nursery and idle child without a supervisor, and a row that claims that the child runs a task."""
+    with living(tmp_path_factory.mktemp("abandoned"), spares=1) as app:
+        supervisor = app.start()
+        nursery = app.nursery_pid()
+        [idle] = wait_until(lambda: app.children(nursery), "the spare child is there")
+        supervisor.kill()
+        yield app, nursery, idle, claimed_for(app, idle)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def claimed_in_vain(tmp_path_factory):
+    """A living supervisor, and a row which claims that its idle child runs a task."""
+    with living(tmp_path_factory.mktemp("claimed"), spares=1) as app:
+        app.start()
+        [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
+        wait_until(lambda: has_dialled(idle), "the spare child has dialled")
+        yield app, claimed_for(app, idle)
+
+
 # ---- one supervisor, all kinds of ends at once ----
 
 
@@ -931,11 +955,7 @@ def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(m
     app = make_endings(spares=1, slots=1)
     supervisor = app.start()
     [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
-    app.assert_done(app.wait(app.request("returns")), 1)
-    [idle] = wait_until(
-        lambda: [one for one in app.children(app.nursery_pid()) if one.pid != idle.pid], "another spare child is there"
-    )
-    wait_until(lambda: has_thread_at_rest(idle), "the spare child has dialled")
+    wait_until(lambda: has_dialled(idle), "the spare child has dialled")
     os.kill(idle.pid, signal.SIGSTOP)
     handle = app.request("returns", value=4)
     record = app.started(handle)
@@ -946,7 +966,7 @@ def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(m
     assert app.service.get(handle).pid == record.pid == idle.pid
 
 
-def has_thread_at_rest(process):
+def has_dialled(process):
     """Whether a child's link thread exists and holds its connection."""
     with contextlib.suppress(psutil.Error):
         return process.num_threads() == 2 and any(one.type == 1 for one in process.net_connections("unix"))
@@ -957,7 +977,7 @@ def test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled(make_
     app = make_endings(spares=1, slots=1)
     app.start()
     [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
-    wait_until(lambda: has_thread_at_rest(idle), "the spare child has dialled")
+    wait_until(lambda: has_dialled(idle), "the spare child has dialled")
     os.kill(idle.pid, signal.SIGSTOP)
     handle = app.request("returns")
     record = app.started(handle)
@@ -966,13 +986,8 @@ def test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled(make_
     app.assert_interrupted(app.wait(handle), "SIGNALLED", signal=signal.SIGKILL)
 
 
-def test_children_and_nursery_leave_when_no_supervisor_comes_and_give_back_what_they_never_began(make_endings):
-    app = make_endings(spares=1)
-    supervisor = app.start()
-    nursery = app.nursery_pid()
-    [idle] = wait_until(lambda: app.children(nursery), "the spare child is there")
-    supervisor.kill()
-    handle = claimed_for(app, idle)
+def test_children_and_nursery_leave_when_no_supervisor_comes_and_give_back_what_they_never_began(abandoned):
+    app, nursery, idle, handle = abandoned
     record = wait_until(
         lambda: (record := app.service.get(handle)).status == "REQUEST" and record,
         "the idle child has given back what it never began",
@@ -981,6 +996,11 @@ def test_children_and_nursery_leave_when_no_supervisor_comes_and_give_back_what_
     wait_until(lambda: is_gone(idle.pid), "the idle child has left")
     wait_until(lambda: is_gone(nursery), "the nursery has left")
     assert list(app.state_dir.glob("nursery-*")) == []
+
+
+def test_a_task_claimed_for_an_idle_child_that_never_heard_of_it_is_started_anew(claimed_in_vain):
+    app, handle = claimed_in_vain
+    app.assert_done(app.wait(handle), 7, attempt=2)
 
 
 # ---- the kernel's OOM killer ----

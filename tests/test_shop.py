@@ -62,7 +62,8 @@ class Shop(App):
             )
         self._servers.append(process)
         found = wait_until(
-            lambda: process.poll() is not None or re.search(said, output.read_text()), "the web server tells its address"
+            lambda: process.poll() is not None or re.search(said, output.read_text()),
+            "the web server tells its address",
         )
         assert process.poll() is None, output.read_text()
         self.url = found[1]

@@ -1,4 +1,4 @@
-"""The entries that keep a supervisor alive, for cron and systemd: the shipped templates, filled in with this installation.
+"""The entries that keep a supervisor alive: the shipped templates of cron and systemd, filled in.
 
 Paths go in as they were named, never resolved, so that a `current` link to the newest release stays one.
 """

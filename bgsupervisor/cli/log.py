@@ -39,9 +39,10 @@ def log(session: Session, *, id: int, follow: bool, attempt: int | None) -> None
     wanted = attempt or _last_attempt(record, follow=follow)
     if follow and record.status is Status.REQUEST and wanted > record.attempt:
         warn(f"task {id} has not begun yet; waiting for it")
-    path = log_path(service, record, wanted)
-    pieces = _followed(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
+    path = None
     try:
+        path = log_path(service, record, wanted)
+        pieces = _followed(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
         if not _print(pieces):
             of_attempt = "" if attempt is None else f" in attempt {attempt}"
             warn(f"task {id} has printed nothing{of_attempt}")
@@ -55,7 +56,7 @@ def _last_attempt(record: TaskRecord, *, follow: bool) -> int:
 
 
 def log_path(service: Service, record: TaskRecord, attempt: int) -> Path | None:
-    """Return the log of an attempt, None if it has none."""
+    """Return the log of an attempt, None if it has none. Raises PermissionError where this user may not look."""
     is_last = attempt == record.attempt
     return logs.find(
         StateDir(service.config.state_dir).logs,

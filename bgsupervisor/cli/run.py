@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from bgsupervisor import __version__
 from bgsupervisor.cli.calling import ask_to_reload
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
@@ -33,6 +34,10 @@ STUCK_S = 60.0
 """A supervisor whose lock file was not touched for so long does not turn its loop any more."""
 LOCK_LOOK_S = 1.0
 """Under a service manager the lock is tried so often while another supervisor holds it."""
+TAKE_OVER_S = 5.0
+"""A supervisor of another installation leaves within a second; one that hangs is not waited for any longer."""
+PROGRAM = f"{sys.prefix} {__version__}"
+"""Which installation this is: a supervisor of another virtualenv or version cannot load what this one has."""
 STOPPED_EXIT = 100
 """What a service manager sees when nobody is to supervise, so that it does not try again; the unit names it."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -88,12 +93,13 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
-    lock = Lock(state_dir.lock, clock)
+    lock = Lock(state_dir.lock, clock, program=PROGRAM)
     mark = StopMark.read(state_dir.stop_mark)
     if mark is None and not lock.acquire():
-        if not notifier.listened_to:
+        if notifier.listened_to:
+            mark = _wait_for_lock(lock, state_dir, notifier, clock)
+        elif not _takes_over(lock, config):
             return _leave_it_to_the_other(lock, config, state_dir)
-        mark = _wait_for_lock(lock, state_dir, notifier, clock)
     if mark is not None:
         return _tell_of_the_stop(mark, notifier)
     lock.touch()
@@ -122,6 +128,14 @@ def _tell_of_the_stop(mark: StopMark, notifier: Notifier) -> int:
     if sys.stderr.isatty():
         click.echo(f"stopped by {mark.by} at {mark.at}; `bgsupervisor start` lifts that", err=True)
     return STOPPED_EXIT if notifier.listened_to else 0
+
+
+def _takes_over(lock: Lock, config: Config) -> bool:
+    """Take the place of a living supervisor of another virtualenv or version, whose tasks live on."""
+    age_s = lock.age_s()
+    if not config.auto_reload or age_s is None or age_s > STUCK_S or not lock.is_of_another_program():
+        return False
+    return lock.take_over(wait_s=TAKE_OVER_S)
 
 
 def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> int:

@@ -17,10 +17,12 @@ from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local, size
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DataInvalid, UnknownTask
+from bgsupervisor.statedir import StateDir
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
+    from pathlib import Path
 
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
@@ -62,13 +64,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         raise UnknownTask(id)
     facts = Facts.gather(service, positions={}, clock=SystemClock())
     interruptions = service.ledger.interruptions(id)
-    path = log_path(service, record, record.attempt)
-    tail: list[str] | None = []
-    if path is not None:
-        try:
-            tail = logs.tail(path, lines=LOG_LINES)
-        except OSError:
-            tail = None
+    path, tail = _log(service, record)
     if as_json:
         data, _ = _masked(record, facts)
         columns = {name: to_json(value) for name, value in columns_of(record, service).items()}
@@ -96,6 +92,19 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         if tail is None:
             warn(f"this user cannot read {path}")
         _print_block(f"last {LOG_LINES} lines of the log", None if tail is None else "\n".join(tail))
+
+
+def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] | None]:
+    """Return where the log is, and its last lines; None for what there is not, or this user may not see."""
+    folder = StateDir(service.config.state_dir).logs
+    try:
+        path = log_path(service, record, record.attempt)
+    except PermissionError:
+        return folder, None
+    try:
+        return path, [] if path is None else logs.tail(path, lines=LOG_LINES)
+    except OSError:
+        return path, None
 
 
 def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple[str, str]]:

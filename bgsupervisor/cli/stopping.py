@@ -41,6 +41,7 @@ def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None
     config, clock = session.config(), SystemClock()
     state_dir = StateDir(config.state_dir)
     state_dir.create()
+    state_dir.check_owner("stop")
     mark = StopMark(mode, by=user_name(os.geteuid()), at=clock.now().isoformat(timespec="seconds"))
     mark.write(state_dir.stop_mark)
     send_datagram(state_dir.wake)
@@ -63,6 +64,7 @@ def start(session: Session) -> None:
     if mark is None:
         click.echo("nothing was stopped")
         return
+    state_dir.check_owner("start")
     state_dir.stop_mark.unlink(missing_ok=True)
     send_datagram(state_dir.wake)  # one that still drains goes on
     click.echo(
@@ -80,8 +82,11 @@ def reload(session: Session, *, force: bool) -> None:
     Code that fails to load does not replace code that works.
     """
     clock = SystemClock()
+    state_dir = StateDir(session.config().state_dir)
+    if state_dir.path.exists():
+        state_dir.check_owner("reload")
     try:
-        channel = ask_to_reload(StateDir(session.config().state_dir), force=force)
+        channel = ask_to_reload(state_dir, force=force)
     except (FileNotFoundError, ConnectionRefusedError):
         click.echo("no supervisor is running; the next one loads the code as it then is")
         return

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import click
 
 from bgsupervisor.cli.entries import UNIT, Installation, check_user, fill, replace_file, unit_quoted, user_option
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.errors import ConfigError
 from bgsupervisor.statedir import access_error, user_name
 
 __all__ = ["systemd"]
@@ -16,6 +18,7 @@ __all__ = ["systemd"]
 SYSTEM_FOLDER = Path("/etc/systemd/system")
 USER_FOLDER = Path("~/.config/systemd/user")
 NAME = "bgsupervisor.service"
+_REFUSED = re.compile(r"""["'\\$]""")
 
 
 @click.command()
@@ -29,6 +32,8 @@ def systemd(session: Session, *, install: bool, user: str | None) -> None:
     not run.
     """
     found = Installation.of(session.config())
+    if _REFUSED.search(found.command[0]):
+        raise ConfigError(f"systemd starts no program with quotes, backslashes or $ in its path: {found.command[0]}")
     if not install:
         click.echo(fill(UNIT, found, user or found.owner, unit_quoted), nl=False)
     elif os.geteuid() == 0:
@@ -50,7 +55,8 @@ def _install_own(folder: Path, found: Installation) -> None:
     _write(folder, _of_own_manager(fill(UNIT, found, user, unit_quoted)), found)
     click.echo(
         f"it supervises as {user}, also while {user} is not logged in. Type next:\n"
-        f"  loginctl enable-linger {user}\n  systemctl --user daemon-reload\n  systemctl --user enable --now bgsupervisor"
+        f"  loginctl enable-linger {user}\n  systemctl --user daemon-reload\n"
+        "  systemctl --user enable --now bgsupervisor"
     )
 
 

@@ -1,0 +1,424 @@
+"""A database that cannot be used: by this user, at this moment, or any more; and nothing that is lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from as_user import NOBODY, as_nobody, needs_root, open_folder
+from conftest import wait_until
+from playhouse import migrations as _loaded_for_nobody  # noqa: F401 - another user may be unable to read it
+
+import bgsupervisor
+from bgsupervisor import Service, Status, migrations
+from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
+from bgsupervisor.models import Store
+from bgsupervisor.statuses import Reason
+
+SOURCE = str(Path(bgsupervisor.__file__).parents[1])
+APP = """
+import pathlib, time
+from bgsupervisor import task
+
+def wait_for(name):
+    while not pathlib.Path(name).exists():
+        time.sleep(0.01)
+
+@task
+def until(name: str, size: int = 1) -> str:
+    wait_for(name)
+    return "r" * size
+
+@task
+def quick() -> int:
+    return 1
+"""
+
+
+def service_on(path):
+    return Service(f"sqlite:///{path}")
+
+
+def refused(path):
+    """Return the error of a request in the database *path*."""
+    service = service_on(path)
+    with pytest.raises((AccessError, DatabaseError)) as caught:
+        service.request("a:b")
+    service.close()
+    return caught.value
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A database with many rows and nobody who has it open."""
+    path = tmp_path / "filled.db"
+    service = service_on(path)
+    service.request_many("a:b", [{"x": "y" * 500}] * 300)
+    service.close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB that can be filled and made read-only."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+# ---- rights ----
+
+
+def test_a_missing_folder_is_named_and_not_made(tmp_path):
+    error = refused(tmp_path / "missing" / "tasks.db")
+    assert isinstance(error, AccessError)
+    assert str(error).startswith(f"the folder {tmp_path}/missing of the database does not exist; create it")
+    assert (error.path, error.right) == (f"{tmp_path}/missing", "create")
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_root
+def test_a_folder_that_the_user_may_not_write_is_named_with_the_user():
+    with open_folder() as folder:
+        said = as_nobody(lambda: service_on(folder / "tasks.db").request("a:b"))
+        assert said.startswith(f"AccessError: the folder {folder} cannot be written by user nobody")
+        assert list(folder.iterdir()) == []
+
+
+@needs_root
+def test_a_database_file_that_the_user_may_not_write_is_named_with_the_user():
+    with open_folder() as folder:
+        path = folder / "tasks.db"
+        service = service_on(path)
+        service.request("a:b")
+        service.close()
+        folder.chmod(0o777)
+        path.chmod(0o644)
+        said = as_nobody(lambda: service_on(path).request("a:b"))
+        assert said.startswith(f"AccessError: the database file {path} cannot be written by user nobody")
+
+
+@needs_root
+def test_a_folder_that_the_user_may_not_enter_is_told():
+    with open_folder() as folder:
+        path = folder / "inner" / "tasks.db"
+        path.parent.mkdir()
+        folder.chmod(0o700)
+        said = as_nobody(lambda: service_on(path).request("a:b"))
+        assert said.startswith(f"AccessError: user nobody may not enter the folders that lead to {path}")
+
+
+@needs_root
+def test_two_users_of_one_group_share_a_database_whatever_the_umask():
+    with open_folder() as folder:
+        os.chown(folder, 0, NOBODY)
+        folder.chmod(0o2770)
+        before = os.umask(0o077)
+        try:
+            service = service_on(folder / "tasks.db")
+            service.request("a:b")
+        finally:
+            os.umask(before)
+        assert as_nobody(lambda: service_on(folder / "tasks.db").request("a:b").id) == "2"
+        assert service.counts()[Status.REQUEST] == 2
+        service.close()
+
+
+@needs_root
+def test_a_state_directory_of_another_user_is_refused_and_named(make_app):
+    app = make_app(APP)
+    app.state_dir.mkdir()
+    os.chown(app.state_dir, NOBODY, NOBODY)
+    found = app.cli("run")
+    assert found.returncode == 1
+    assert f"{app.state_dir} belongs to user nobody, but this is user root" in found.stderr
+
+
+def test_a_state_directory_that_cannot_be_made_is_told(make_app):
+    app = make_app(APP, state_dir="missing/state")
+    found = app.cli("run")
+    assert found.returncode == 1
+    assert f"cannot create {app.folder}/missing/state" in found.stderr
+
+
+def test_a_supervisor_without_a_folder_for_its_database_leaves_with_a_sentence(make_app):
+    app = make_app(APP, database="sqlite:///missing/tasks.db", state_dir="state")
+    found = app.cli("run")
+    assert found.returncode == 1
+    assert f"the folder {app.folder}/missing of the database does not exist" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_read_only_file_system_is_named(small_disk):
+    path = small_disk / "tasks.db"
+    service = service_on(path)
+    service.request("a:b")
+    service.close()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    error = refused(path)
+    assert str(error) == f"the file system of {small_disk} is mounted read-only; SQLite needs to write there"
+
+
+# ---- damage ----
+
+
+def test_a_file_that_is_no_database_is_told_and_left_alone(tmp_path):
+    path = tmp_path / "notes.db"
+    path.write_bytes(b"These are my notes.\n" * 500)
+    assert "is damaged (file is not a database); restore it from a backup" in str(refused(path))
+    assert path.read_bytes() == b"These are my notes.\n" * 500
+
+
+def test_overwritten_pages_are_told_and_not_hidden(filled):
+    damaged = bytearray(filled.read_bytes())
+    damaged[4096 : 4096 * 30] = os.urandom(4096 * 29)
+    filled.write_bytes(damaged)
+    assert "is damaged" in str(refused(filled))
+    service = service_on(filled)
+    with pytest.raises(DatabaseError, match="is damaged .* restore it from a backup"):
+        service.list(limit=None)
+    service.close()
+
+
+def test_a_supervisor_does_not_start_on_a_damaged_database(make_app):
+    app = make_app(APP)
+    (app.folder / "bgsupervisor.db").write_bytes(b"x" * 9000)
+    found = app.cli("run")
+    assert found.returncode == 1
+    assert "is damaged" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_database_that_was_emptied_gets_its_tables_anew(filled):
+    os.truncate(filled, 0)
+    service = service_on(filled)
+    assert service.list() == []
+    assert service.request("a:b").id == 1
+    service.close()
+
+
+@pytest.mark.parametrize("loss", ["deleted", "replaced", "emptied"])
+def test_a_supervisor_leaves_when_its_database_is_no_longer_the_one_it_opened(make_app, loss):
+    app = make_app(APP)
+    started = app.start()
+    path = app.folder / "bgsupervisor.db"
+    app.service.close()
+    if loss == "deleted":
+        path.unlink()
+    elif loss == "replaced":
+        new = app.folder / "restored.db"
+        new.write_bytes(b"another file")
+        new.rename(path)
+    else:
+        os.truncate(path, 0)
+    assert wait_until(lambda: started.process.poll() is not None, "the supervisor has left")
+    assert started.process.returncode == 0
+    assert "the database file was replaced; the next supervisor opens the new one" in started.log
+
+
+# ---- full ----
+
+
+def fill(folder):
+    """Leave no byte on the disk, and return the file that takes its place."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (65536, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size) == size:
+                    pass
+    return ballast
+
+
+def test_a_full_disk_refuses_requests_with_a_clear_error_and_heals(small_disk):
+    path = small_disk / "tasks.db"
+    service = service_on(path)
+    kept = service.request("a:b").id
+    ballast = fill(small_disk)
+    with pytest.raises(DatabaseError, match="cannot be written, the disk is full; free some space and try again"):
+        service.request("a:b", {"x": "y" * 500_000})
+    assert [record.id for record in service.list()] == [kept]
+    assert service.counts()[Status.REQUEST] == 1
+    ballast.unlink()
+    assert service.request("a:b", {"x": "y" * 500_000}).id == kept + 1
+    service.close()
+
+
+def test_the_end_of_a_task_outlasts_a_full_disk(make_app, small_disk):
+    app = make_app(APP, database=f"sqlite:///{small_disk}/tasks.db", state_dir="state", busy_timeout_s=1.0)
+    app.state_dir = app.folder / "state"
+    started = app.start()
+    handle = app.service.request("appx:until", {"name": "end", "size": 300_000})
+    app.started(handle)
+    ballast = fill(small_disk)
+    with pytest.raises(DatabaseError, match="the disk is full"):
+        app.service.request("appx:quick", {"x": "y" * 500_000})
+    (app.folder / "end").touch()
+    log = app.state_dir / "logs" / "supervisor.log"
+    wait_until(lambda: "the disk is full" in log.read_text(), "the supervisor has met the full disk")
+    assert app.service.status(handle) is Status.START
+    ballast.unlink()
+    assert app.wait(handle).status is Status.DONE
+    assert app.service.result(handle) == "r" * 300_000
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+    assert started.process.poll() is None
+
+
+# ---- locked ----
+
+
+def test_the_end_of_a_task_outlasts_a_lock(make_app):
+    app = make_app(APP)
+    started = app.start()
+    handle = app.service.request("appx:until", {"name": "end"})
+    app.started(handle)
+    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
+    other.execute("BEGIN IMMEDIATE")
+    (app.folder / "end").touch()
+    wait_until(lambda: "is locked by another writer" in started.log, "the supervisor has met the lock")
+    assert app.service.status(handle) is Status.START
+    other.execute("COMMIT")
+    other.close()
+    record = app.wait(handle)
+    assert (record.status, app.service.result(handle)) == (Status.DONE, "r")
+
+
+def test_a_child_that_dies_while_the_database_is_locked_gets_its_true_reason_afterwards(make_app):
+    app = make_app(APP)
+    started = app.start()
+    record = app.started(app.service.request("appx:until", {"name": "never"}))
+    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
+    other.execute("BEGIN IMMEDIATE")
+    os.kill(record.pid, 9)
+    wait_until(lambda: "is locked by another writer" in started.log, "the supervisor has met the lock")
+    other.execute("COMMIT")
+    other.close()
+    record = app.wait(record.id)
+    assert (record.reason, record.signal) == (Reason.SIGNALLED, 9)
+
+
+# ---- the schema ----
+
+
+def set_history(path, *names):
+    connection = sqlite3.connect(path)
+    connection.execute("DELETE FROM bgsupervisor_schema_migration")
+    connection.executemany(
+        "INSERT INTO bgsupervisor_schema_migration (name, applied) VALUES (?, '2030-01-01')", [(name,) for name in names]
+    )
+    connection.commit()
+    connection.close()
+
+
+def test_a_schema_that_is_one_newer_is_usable_and_one_that_is_two_newer_is_not(filled):
+    set_history(filled, *migrations.available(), "0900_next")
+    assert service_on(filled).counts()[Status.REQUEST] == 300
+    set_history(filled, *migrations.available(), "0900_next", "0901_after")
+    service = service_on(filled)
+    for _ in range(2):  # a second call is refused as the first one was
+        with pytest.raises(SchemaError, match=r"of a newer version \(migrations 0900_next, 0901_after\)"):
+            service.request("a:b")
+    assert SchemaError("").exit_code == 3
+    service.close()
+
+
+def test_a_schema_that_is_one_older_is_usable_and_one_that_is_two_older_is_not(filled, monkeypatch):
+    known = migrations.available()
+    monkeypatch.setattr(migrations, "available", lambda: [*known, "0900_next"])
+    assert service_on(filled).counts()[Status.REQUEST] == 300
+    monkeypatch.setattr(migrations, "available", lambda: [*known, "0900_next", "0901_after"])
+    service = service_on(filled)
+    with pytest.raises(SchemaError, match=r"lack the migrations 0900_next, 0901_after; run `bgsupervisor migrate`"):
+        service.counts()
+    service.close()
+
+
+def test_a_supervisor_on_a_newer_schema_leaves_with_3(make_app):
+    app = make_app(APP)
+    app.service.counts()
+    app.service.close()
+    set_history(app.folder / "bgsupervisor.db", *migrations.available(), "0900_next", "0901_after")
+    for command in (["run"], ["ps"]):
+        found = app.cli(*command)
+        assert found.returncode == 3, found.stderr
+        assert "the tables are of a newer version" in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+def test_tables_that_lost_a_column_are_told_with_the_command_to_type(filled):
+    connection = sqlite3.connect(filled)
+    connection.execute("ALTER TABLE bgsupervisor_task DROP COLUMN message")
+    connection.close()
+    service = service_on(filled)
+    with pytest.raises(DatabaseError, match="lacks tables or columns of this version .* run `bgsupervisor migrate`"):
+        service.list()
+    service.close()
+
+
+def test_migrating_twice_does_nothing_the_second_time(tmp_path):
+    store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
+    with store.connected():
+        assert migrations.applied(store) == migrations.available()
+        assert migrations.migrate(store) == []
+    store.close()
+
+
+CREATOR = """
+import sys
+from bgsupervisor import Service
+service = Service(sys.argv[1])
+import bgsupervisor.migrations, playhouse.migrations
+print("ready", flush=True)
+input()
+print(service.request("a:b").id, flush=True)
+service.close()
+"""
+
+
+def test_ten_processes_that_create_the_tables_at_once_all_succeed(tmp_path):
+    creators = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATOR, f"sqlite:///{tmp_path}/tasks.db"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": SOURCE},
+            text=True,
+        )
+        for _ in range(10)
+    ]
+    for creator in creators:
+        assert creator.stdout.readline() == "ready\n"
+    for creator in creators:
+        creator.stdin.write("\n")
+        creator.stdin.flush()
+    said = [creator.communicate(timeout=40)[0] for creator in creators]
+    assert [creator.returncode for creator in creators] == [0] * 10
+    assert sorted(map(int, said)) == list(range(1, 11))
+
+
+def test_ten_threads_that_create_the_tables_at_once_all_succeed(tmp_path):
+    for turn in range(5):
+        services = [service_on(tmp_path / f"{turn}.db") for _ in range(10)]
+
+        def work(service):
+            id = service.request("a:b").id
+            service.close()
+            return id
+
+        with ThreadPoolExecutor(10) as pool:
+            assert sorted(pool.map(work, services)) == list(range(1, 11))

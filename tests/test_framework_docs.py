@@ -1,0 +1,338 @@
+"""docs/frameworks.md is run: files as they stand, commands as they are given, tasks by a real supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LIMIT_S, App, wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+
+PAGE = Path(__file__).parent.parent / "docs" / "frameworks.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# (\S+\.\w+|\.env)\n")
+SHARED = "The same everywhere"
+
+
+def sections():
+    """Return the code blocks of the page by section, each as (language, text)."""
+    parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    return {title: BLOCK.findall(text) for title, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def files_of(section):
+    """Return the files of a section by name: the blocks whose first line names one."""
+    return {found[1]: text for _, text in sections()[section] if (found := FILE_NAME.match(text))}
+
+
+def commands_of(section):
+    """Return the commands of a section, each with the output that the page shows."""
+    told = "\n".join(text for language, text in sections()[section] if language == "console")
+    return [tuple(part.strip("\n").partition("\n")[::2]) for part in re.split(r"^\$ ", told, flags=re.MULTILINE)[1:]]
+
+
+class Following(App):
+    """An application of what the page says, and nothing else."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        self.folder = folder
+        self.config = folder / "bgsupervisor.toml"
+        self.state_dir = folder / ".bgsupervisor"
+        self.supervisors = []
+        self._service = None
+        self._servers = []
+
+    def write_files(self, *titles):
+        for title in titles:
+            for name, text in files_of(title).items():
+                path = self.folder / name
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text)
+
+    def shell(self, command, environment=None):
+        """Run a command of the page in the application's folder; this Python's programs are found first."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return subprocess.run(
+            ["sh", "-c", command],
+            cwd=self.folder,
+            env=self.environment(PATH=path, **(environment or {})),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S * 2,
+            check=False,
+        )
+
+    def python(self, text, **environment):
+        """Run a program in the application's folder, any warning an error; return what it printed as JSON."""
+        (self.folder / "asking.py").write_text(text)
+        done = self.shell(f"{shlex.quote(sys.executable)} -W error asking.py", environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def serve(self, arguments, said):
+        """Start a web server and return the address that it tells."""
+        output = self.folder / f"serve-{len(self._servers)}.log"
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=self.environment(PYTHONUNBUFFERED="1"),
+            )
+        self._servers.append(process)
+        found = wait_until(
+            lambda: process.poll() is not None or re.search(said, output.read_text()), "the server tells"
+        )
+        assert process.poll() is None, output.read_text()
+        return found[1]
+
+    def end(self):
+        for server in self._servers:
+            server.kill()
+            server.wait(LIMIT_S)
+        super().end()
+
+
+@pytest.fixture
+def app(tmp_path):
+    app = Following(tmp_path / "app")
+    yield app
+    app.end()
+
+
+def test_every_code_block_of_the_page_is_a_file_or_a_command_of_a_section_that_is_run():
+    for title, blocks in sections().items():
+        assert title in {SHARED, "A plain script", "Cron", "Flask", "Django", "FastAPI"}
+        for language, text in blocks:
+            assert FILE_NAME.match(text) or language in {"console", "crontab"}, f"nobody runs this of {title}: {text}"
+    assert sum(len(blocks) for blocks in sections().values()) == PAGE.read_text().count("```") // 2
+
+
+def test_the_files_for_everybody_pass_check(app):
+    app.write_files(SHARED)
+
+    check, run = (command for command, _ in commands_of(SHARED))
+
+    done = app.shell(check)
+    assert (done.returncode, "tasks:MakeReport" in done.stdout) == (0, True), done.stdout + done.stderr
+    assert run == "bgsupervisor run"
+
+
+def test_the_script_prints_what_the_page_shows(app):
+    app.write_files(SHARED, "A plain script")
+    app.start()
+
+    ((command, output),) = commands_of("A plain script")
+
+    done = app.shell(command)
+    assert done.stdout.strip() == output.strip(), done.stderr
+    assert (app.folder / "report-2026.txt").read_text().startswith("2026-01\n2026-02\n")
+
+
+def test_a_task_of_the_script_itself_is_refused_as_the_page_says(app):
+    app.write_files(SHARED)
+    refused = app.shell(
+        f"""{shlex.quote(sys.executable)} -c '
+from bgsupervisor import Service, task
+@task
+def here() -> None: ...
+Service().request(here)'"""
+    )
+
+    assert refused.returncode == 1
+    assert "TaskNotConfigured" in refused.stderr
+
+
+def test_the_commands_for_cron_request_and_wait_as_the_page_says(app):
+    app.write_files(SHARED)
+    app.start()
+
+    (plain, _), (waiting, _) = commands_of("Cron")
+
+    assert app.shell(plain).returncode == 0
+    done = app.shell(waiting)
+    assert (done.returncode, done.stdout) == (0, '"report-2026.txt"\n'), done.stderr
+    assert [app.wait(record.id).status for record in app.service.list()] == ["DONE", "DONE"]
+
+
+def _cron_command():
+    ((_, entry),) = [block for block in sections()["Cron"] if block[0] == "crontab"]
+    command = entry.strip().split(maxsplit=5)[5]
+    assert command.startswith("cd /srv/app && bin/")
+    return command.removeprefix("cd /srv/app && bin/")
+
+
+def test_the_crontab_entry_is_silent_when_all_is_well(app):
+    app.write_files(SHARED)
+    app.start()
+
+    done = app.shell(_cron_command())
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [record.status for record in app.service.list()] == ["DONE"]
+
+
+def test_the_crontab_entry_says_what_went_wrong(app):
+    app.write_files(SHARED)
+    (app.folder / "report-2026.txt").mkdir()
+    app.start()
+
+    done = app.shell(_cron_command())
+
+    assert "RAISED" in done.stdout
+    assert "IsADirectoryError" in done.stdout
+
+
+def test_flask_requests_looks_and_cancels(app):
+    pytest.importorskip("flask", reason="Flask is not installed; the extra `dev` has it")
+    httpx = pytest.importorskip("httpx", reason="httpx is not installed; the extra `dev` has it")
+    app.write_files(SHARED, "Flask")
+    url = app.serve(["-m", "flask", "--app", "app", "run", "--port", "0"], r"Running on (\S+)")
+
+    with httpx.Client(base_url=url, timeout=LIMIT_S) as browser:
+        first, second = browser.post("/reports/2026"), browser.post("/reports/2026")
+        assert (first.status_code, second.json()) == (202, first.json())
+        id = first.json()["id"]
+        assert browser.get(f"/reports/{id}").json()["status"] == "REQUEST"
+        assert browser.get("/reports/999").status_code == 404
+        assert browser.post(f"/reports/{id}/cancel").json()["reason"] == "CANCELLED"
+        app.start()
+        later = browser.post("/reports/2027").json()["id"]
+        wait_until(lambda: browser.get(f"/reports/{later}").json()["status"] == "DONE", "the report is made")
+        app.service.request("tasks:MakeReport", {"year": 1}, key="another")
+        assert browser.get(f"/reports/{later + 1}").status_code == 404
+
+
+@pytest.fixture
+def django_app(app):
+    """A project as Django's own commands make it, with the page's files."""
+    pytest.importorskip("django", reason="Django is not installed; the extra `dev` has it")
+    for command in ("-m django startproject mysite .", "manage.py startapp orders"):
+        done = app.shell(f"{shlex.quote(sys.executable)} {command}")
+        assert done.returncode == 0, done.stderr
+    settings = app.folder / "mysite" / "settings.py"
+    settings.write_text(settings.read_text().replace("INSTALLED_APPS = [", 'INSTALLED_APPS = [\n    "orders",'))
+    app.write_files("Django")
+    for command in ("makemigrations", "migrate"):
+        done = app.shell(f"{shlex.quote(sys.executable)} manage.py {command} orders")
+        assert done.returncode == 0, done.stderr
+    return app
+
+
+DJANGO = """
+import json, django
+django.setup()
+from django.db import transaction
+from django.test import Client, RequestFactory
+from orders import views
+from orders.models import Order
+"""
+SETTINGS = {"DJANGO_SETTINGS_MODULE": "mysite.settings"}
+
+
+def test_django_requests_after_the_commit_and_the_body_finds_the_order(django_app):
+    assert django_app.shell("bgsupervisor check").returncode == 0
+    django_app.start()
+
+    told = django_app.python(
+        DJANGO
+        + """
+created = views.create(RequestFactory().post("/orders", {"customer": "Ada"}))
+order = json.loads(created.content)["order"]
+task = views.service.list(key=f"order-{order}")[0]
+record = views.service.wait(task.id, timeout_s=15)
+looked = json.loads(views.look(RequestFactory().get("/"), order).content)
+print(json.dumps({"looked": looked["status"], "result": views.service.result(task.id),
+                  "invoiced": Order.objects.get(pk=order).invoiced}))
+""",
+        **SETTINGS,
+    )
+
+    assert told == {"looked": "DONE", "result": "invoice for Ada", "invoiced": True}
+
+
+def test_django_leaves_no_task_of_a_transaction_that_was_rolled_back(django_app):
+    told = django_app.python(
+        DJANGO
+        + """
+try:
+    with transaction.atomic():
+        views.create(RequestFactory().post("/orders", {"customer": "Ada"}))
+        raise RuntimeError
+except RuntimeError:
+    pass
+print(json.dumps([Order.objects.count(), len(views.service.list())]))
+""",
+        **SETTINGS,
+    )
+
+    assert told == [0, 0]
+
+
+def test_django_in_one_file_with_our_tables_locks_out_a_request_inside_its_transaction(django_app):
+    told = django_app.python(
+        DJANGO
+        + """
+from bgsupervisor import DatabaseError, Service
+from orders.tasks import SendInvoice
+service = Service("sqlite:///db.sqlite3")
+service.counts()
+with transaction.atomic():
+    order = Order.objects.create(customer="Ada")
+    try:
+        service.request(SendInvoice, {"order_id": order.pk})
+    except DatabaseError as error:
+        print(json.dumps(str(error)))
+""",
+        **SETTINGS,
+        BGSUPERVISOR_BUSY_TIMEOUT_S="0.2",
+    )
+
+    assert "locked by another writer" in told
+
+
+def test_django_without_its_settings_is_told_by_check(django_app):
+    (django_app.folder / ".env").write_text("")
+
+    done = django_app.shell("bgsupervisor check")
+
+    assert done.returncode == 1
+    assert "settings are not configured" in done.stdout + done.stderr
+
+
+def test_fastapi_requests_and_looks(app):
+    pytest.importorskip("fastapi", reason="FastAPI is not installed; the extra `dev` has it")
+    pytest.importorskip("httpx", reason="httpx is not installed; the extra `dev` has it")
+    app.write_files(SHARED, "FastAPI")
+    app.start()
+
+    told = app.python(
+        """
+import asyncio, json
+import httpx
+from main import app, service
+
+async def ask():
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as browser:
+        started = await browser.post("/reports/2026")
+        id = started.json()["id"]
+        await asyncio.to_thread(service.wait, id, timeout_s=15)
+        looked, unknown = await browser.get(f"/reports/{id}"), await browser.get("/reports/999")
+        return [started.status_code, looked.json()["status"], unknown.status_code]
+
+print(json.dumps(asyncio.run(ask())))
+"""
+    )
+
+    assert told == [202, "DONE", 404]
