@@ -53,6 +53,8 @@ BUSY_TIMEOUT_S = 0.1
 """How long one pass may wait for another writer of the database before it is put off."""
 NET_S = 1.0
 """Without a bell the loop looks at least so often: at the database's version, its own files and its clocks."""
+TOUCHED_LOOKS_S = (0.002, 0.01, 0.05, 0.2)
+"""After a write to the -wal file its commit becomes visible so much later, when the disk has it."""
 RECOVER_EVERY_S = 5.0
 """Every START row is looked at so often, whatever was heard of it."""
 EXAMINE_EVERY_S = 0.02
@@ -117,6 +119,7 @@ class Supervisor:
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._data_version = -1
+        self._touched_looks_at: list[float] = []
         self._last_complaint = ""
         self._look, self._backlog = True, False
         self._next_due_at: datetime | None = None
@@ -163,7 +166,11 @@ class Supervisor:
         if heard.rung:
             self._look = True
             self._heed_stop_mark()
+        now = self._clock.monotonic()
         if heard.database_touched:
+            self._touched_looks_at = [now, *(now + later_s for later_s in TOUCHED_LOOKS_S)]
+        if self._touched_looks_at and now >= self._touched_looks_at[0]:
+            del self._touched_looks_at[0]
             self._look_if_changed()
         return heard
 
@@ -527,7 +534,7 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
-        moments += [self._write_due_at(), self._examine_due_at(now)]
+        moments += [self._write_due_at(), self._examine_due_at(now), *self._touched_looks_at[:1]]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
     def _write_due_at(self) -> float | None:

@@ -49,7 +49,7 @@ def config_option() -> click.Option:
     """Return the option --config, for the program and for each command."""
     return click.Option(
         ["--config"],
-        type=click.Path(path_type=Path),
+        type=click.Path(path_type=Path, readable=False),  # loading it says better who may not read it
         metavar="PATH",
         expose_value=False,
         callback=_remember,
