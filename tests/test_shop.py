@@ -80,6 +80,7 @@ class Shop(App):
         started = [
             found
             for server in self._servers
+            if server.poll() is None
             for pid in processes.descendants(server.pid)
             if (found := processes.identity_of(pid, "test"))
         ]

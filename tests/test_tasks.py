@@ -77,7 +77,11 @@ def test_a_function_is_a_task_and_stays_a_function():
 
     assert isinstance(send_mail, FunctionTask)
     assert send_mail("jana", subject="Hello") == "jana: Hello"
-    assert (send_mail.__name__, send_mail.__doc__, send_mail.__module__) == ("send_mail", "Send one mail.", "test_tasks")
+    assert (send_mail.__name__, send_mail.__doc__, send_mail.__module__) == (
+        "send_mail",
+        "Send one mail.",
+        "test_tasks",
+    )
     assert list(inspect.signature(send_mail).parameters) == ["to", "subject", "token"]
     assert repr(send_mail) == "<task send>"
     definition = send_mail.definition()
@@ -174,13 +178,13 @@ def test_a_module_that_is_loaded_again_defines_its_tasks_again():
 def test_an_option_of_a_wrong_kind_is_told_where_it_is_defined(option, value, says):
     known = definitions()
     with pytest.raises(TaskDefinitionError, match=says):
-        type("Wrong", (Task,), {option: value, "run": lambda self: None})
+        type("Wrong", (Task,), {option: value, "run": lambda _: None})
     with pytest.raises(TaskDefinitionError, match=says):
         task(**{option: value})(lambda: None)
     assert definitions() == known
 
 
-@pytest.mark.parametrize("run", [5, "run", staticmethod(lambda ids: ids), classmethod(lambda cls: 1), property(len)])
+@pytest.mark.parametrize("run", [5, "run", staticmethod(lambda ids: ids), classmethod(lambda _: 1), property(len)])
 def test_a_body_must_be_a_plain_method(run):
     with pytest.raises(TaskDefinitionError, match="Wrong: run must be a plain method"):
         type("Wrong", (Task,), {"run": run})
@@ -188,7 +192,7 @@ def test_a_body_must_be_a_plain_method(run):
 
 @pytest.mark.parametrize("what", [len, "text", Task, type])
 def test_only_functions_are_decorated(what):
-    with pytest.raises(TaskDefinitionError, match="@task is for functions.*subclass Task instead"):
+    with pytest.raises(TaskDefinitionError, match=r"@task is for functions.*subclass Task instead"):
         task(what)
 
 
@@ -285,7 +289,7 @@ def test_an_async_body_can_be_awaited_directly():
 
 # ---- what a type checker says ----
 
-USER_CODE = '''
+USER_CODE = """
 from datetime import datetime, timezone
 
 from bgsupervisor import Interrupted, NotEnded, Service, Status, Task, TaskRecord, current, task
@@ -333,7 +337,7 @@ def view(service: Service) -> str | None:
     except (Interrupted, NotEnded) as error:
         return str(error) + text * length
     return found.message if found and sent and status and record.ended else None
-'''
+"""
 
 WRONG_CALLS = {
     "send_mail(5, 'x')": "arg-type",

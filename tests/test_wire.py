@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -498,7 +499,7 @@ def test_who_takes_the_names_over_is_noticed(reception, state_dir):
 
 def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
     def held():
-        return sorted(os.listdir("/proc/self/fd"))
+        return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
     before = held()
     reception = Reception(state_dir)
