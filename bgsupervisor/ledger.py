@@ -573,9 +573,10 @@ class Ledger:
         """Return the moment at which the next task that is planned for later becomes due, or None."""
         return self._first_run_at(self._task.run_at > self._clock.now())
 
-    def oldest_due_at(self) -> datetime | None:
-        """Return since when the task that has waited longest could have started, or None if none waits."""
-        return self._first_run_at(self._task.run_at <= self._clock.now())
+    def oldest_due_at(self, names: Collection[str] | None = None) -> datetime | None:
+        """Return since when the task (of *names*) that has waited longest could have started; None if none waits."""
+        is_due = self._task.run_at <= self._clock.now()
+        return self._first_run_at(is_due if names is None else is_due & self._task.name.in_(list(names)))
 
     def _first_run_at(self, condition: peewee.Node) -> datetime | None:
         task = self._task

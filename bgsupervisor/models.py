@@ -154,6 +154,7 @@ class Tables:
             version = peewee.TextField()
             catalogue = peewee.TextField()
             code_error = peewee.TextField(null=True)
+            left_at = UtcField(null=True)
 
         self.Task: Any = Task
         self.Interruption: Any = Interruption
@@ -248,7 +249,10 @@ class TaskRecord:
             "reason": None if self.reason is None else str(self.reason),
             "ended": self.ended,
             "fraction": self.fraction,
-            "message": self.message,
+            "message": None if self.status is Status.DONE else self.message,
+            "requested_at": self.requested_at.isoformat(),
+            "started_at": None if self.started_at is None else self.started_at.isoformat(),
+            "ended_at": None if self.ended_at is None else self.ended_at.isoformat(),
             "cancel_requested": self.cancel_requested_at is not None,
             "position": self.position,
             "no_supervisor_since": None if since is None else since.isoformat(),
@@ -257,7 +261,10 @@ class TaskRecord:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorRecord:
-    """The supervisor that was last seen on a host; `catalogue` and `code_error` are JSON text."""
+    """The supervisor that was last seen on a host; `catalogue` and `code_error` are JSON text.
+
+    `left_at` is set by one that leaves in order; after a kill only the silence tells.
+    """
 
     host: str
     boot_id: str
@@ -270,6 +277,7 @@ class SupervisorRecord:
     version: str
     catalogue: str
     code_error: str | None
+    left_at: datetime | None = None
 
 
 def is_passing(error: BaseException) -> bool:

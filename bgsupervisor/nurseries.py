@@ -262,7 +262,8 @@ class Nurseries:
         self._deaths = 0
         self.rejected = []
         failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
-        detail = f"loaded {len(hello.catalogue)} tasks{failed}"
+        count = len(hello.catalogue)
+        detail = f"loaded {count} task{'' if count == 1 else 's'}{failed}"
         log.info("%s", detail)
         self._answer(candidate, done=True, detail=detail)
 

@@ -195,10 +195,20 @@ class Service:
             record = self._ledger.newest(self._resolve(task)[0], key=key)
         return None if record is None else record.status
 
-    def get(self, task: Handle | int) -> TaskRecord | None:
-        """Return all that is known of a task now, or None if it never existed or was pruned."""
+    def get(self, task: Handle | int, *, name: TaskLike | None = None, key: str | None = None) -> TaskRecord | None:
+        """Return all that is known of a task now, or None if it never existed or was pruned.
+
+        Args:
+            task: Which.
+            name: It must be of this class, else None: for an id that came from a browser.
+            key: It must have been requested with this key, else None: the check that it is this user's task.
+        """
         record = self._ledger.get(int(task))
-        if record is None or record.ended:
+        if record is None or (name is not None and record.name != self._resolve(name)[0]):
+            return None
+        if key is not None and record.key != key:
+            return None
+        if record.ended:
             return record
         waiting = record.status is Status.REQUEST
         return dataclasses.replace(
@@ -340,8 +350,10 @@ class Service:
         self._loadable.add(module)
 
     def _no_supervisor_since(self, record: TaskRecord) -> datetime | None:
-        seen = [one.heartbeat_at for one in self._ledger.supervisors()]
-        last = max(seen, default=record.requested_at)
+        supervisors = self._ledger.supervisors()
+        last = max((one.left_at or one.heartbeat_at for one in supervisors), default=record.requested_at)
+        if supervisors and all(one.left_at is not None for one in supervisors):
+            return last
         return last if self._clock.now() - last > timedelta(seconds=SUPERVISOR_SILENT_S) else None
 
     def _warn_if_unsupervised(self) -> None:

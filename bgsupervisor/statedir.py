@@ -90,7 +90,8 @@ class StateDir:
                 if not folder.is_dir():
                     raise access_error(folder, "create", error, "move the file of that name away") from error
             except OSError as error:
-                raise access_error(folder, "create", error, "see that its parent exists and is writable") from error
+                hint = f"the folder {folder.parent}, where database and state are to be, must exist and be writable"
+                raise access_error(folder, "create", error, hint) from error
 
     def check_owner(self, act: str = "supervise") -> None:
         """Refuse every user but the folder's owner, root too: files of two owners would lock both out.

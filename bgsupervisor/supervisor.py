@@ -614,9 +614,12 @@ class Supervisor:
             if ward.idle and ward.peer is not None:
                 self._ears.send(ward.peer, wire.Leave())
         self._nurseries.tell_all(wire.Retire())
-        self._ears.close()
         with contextlib.suppress(BgSupervisorError, OSError):
+            if self._nurseries.ours() is not None:
+                gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())
+                self._ledger.apply(Batch(supervisor=gone))
             self._store.close()
+        self._ears.close()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

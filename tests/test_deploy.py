@@ -1,8 +1,12 @@
 """The entries for cron and systemd, and supervisors that live by them."""
 
+import contextlib
+import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +14,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
 from click.testing import CliRunner
@@ -461,8 +466,28 @@ class Cron:
                 start_new_session=True,
             )
         self.started.append(Supervising(process, output))
-        self.app.supervisors.append(self.started[-1])
         return self.started[-1]
+
+    def end(self):
+        """Kill shells and supervisors; a shell may wait for its supervisor, or have become it."""
+        for one in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait(LIMIT_S)
+
+
+@pytest.fixture
+def cron_of():
+    """Make a stand-in of cron for an application; what it started is killed before the application is ended."""
+    made = []
+
+    def make(app):
+        made.append(Cron(app))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
 
 
 def running(started):
@@ -476,8 +501,8 @@ def done(app, name="appx:hello", **data):
     return app.service.result(handle)
 
 
-def test_a_supervisor_lives_by_the_printed_line(odd_app):
-    cron = Cron(odd_app)
+def test_a_supervisor_lives_by_the_printed_line(odd_app, cron_of):
+    cron = cron_of(odd_app)
     first = cron.minute()
 
     assert done(odd_app) == "old"
@@ -490,8 +515,8 @@ def test_a_supervisor_lives_by_the_printed_line(odd_app):
     assert "supervising" in (odd_app.state_dir / "logs" / "supervisor.log").read_text()
 
 
-def test_of_five_runs_in_the_same_second_one_stays(app):
-    cron = Cron(app)
+def test_of_five_runs_in_the_same_second_one_stays(app, cron_of):
+    cron = cron_of(app)
     for _ in range(5):
         cron.minute()
 
@@ -502,8 +527,8 @@ def test_of_five_runs_in_the_same_second_one_stays(app):
     assert [one.output.read_text() for one in cron.started] == [""] * 5
 
 
-def test_what_keeps_run_from_supervising_reaches_crons_mail(app):
-    cron = Cron(app)
+def test_what_keeps_run_from_supervising_reaches_crons_mail(app, cron_of):
+    cron = cron_of(app)
     app.configure(slots=-1)
 
     told = cron.minute()
@@ -517,7 +542,6 @@ def test_what_keeps_run_from_supervising_reaches_crons_mail(app):
 def test_a_hundred_runs_beside_a_supervisor_leave_nothing(app):
     supervising = app.start()
     done(app)
-    wait_until(lambda: len(files(app)) == len(files(app)), "the folder is at rest")
     before, processes = files(app), sessions()
     began = time.monotonic()
 
@@ -537,8 +561,6 @@ def files(app):
 
 def sessions():
     """Return the processes that this one has started, and theirs."""
-    import psutil
-
     return sorted(one.pid for one in psutil.Process().children(recursive=True))
 
 
@@ -570,13 +592,11 @@ class Releases(App):
 def releases(tmp_path):
     made = Releases(tmp_path / "srv")
     yield made
-    for one in made.supervisors:
-        one.kill()
     made.end()
 
 
-def test_a_run_after_the_link_was_switched_has_new_tasks_run_on_the_new_release(releases):
-    cron = Cron(releases)
+def test_a_run_after_the_link_was_switched_has_new_tasks_run_on_the_new_release(releases, cron_of):
+    cron = cron_of(releases)
     first = cron.minute()
     assert done(releases) == "old"
     slow = releases.service.request("appx:Slow", {"seconds": 2})
@@ -594,9 +614,46 @@ def test_a_run_after_the_link_was_switched_has_new_tasks_run_on_the_new_release(
     assert not list((releases.root / "releases").rglob("*.db*"))
 
 
-def test_the_configuration_is_the_same_from_everywhere(releases):
-    import json
+def test_the_release_recipe_of_the_page_brings_new_code_into_force(releases):
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    recipe = page.split("With cron:")[1].split("```")[1].removeprefix("console\n")
+    releases.start()
+    shutil.copytree(releases.folder, releases.root / "releases" / "8", ignore=shutil.ignore_patterns("__pycache__"))
+    (releases.root / "releases" / "8" / "appx.py").write_text(NEW)
+    script = Path(sys.executable).with_name("bgsupervisor")
 
+    said = []
+    for line in recipe.strip().splitlines():
+        command = line.removeprefix("$ ").replace("/srv/myapp/venv/bin/bgsupervisor", str(script))
+        command = command.replace("/srv/myapp", str(releases.root))
+        told = subprocess.run(["sh", "-ec", command], capture_output=True, text=True, check=False)
+        assert told.returncode == 0, told.stderr
+        said.append(told.stdout)
+
+    assert said == ["", "reloaded: loaded 3 tasks\n", "nothing to do: the tables are this version's\n"]
+    assert done(releases) == "new"
+
+
+def test_every_command_and_option_of_the_page_exists():
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    context = program.make_context("bgsupervisor", [], resilient_parsing=True)
+    calls = re.findall(r"bgsupervisor (?!-)([a-z]+)((?: --[a-z-]+(?: (?![a-z]*`)[\w/.]+)?)*)", page)
+
+    known = [(name, program.get_command(context, name), re.findall("--[a-z-]+", options)) for name, options in calls]
+
+    assert len(known) > 15
+    assert [name for name, command, _ in known if command is None] == []
+    unknown = [
+        (name, option)
+        for name, command, options in known
+        if command is not None
+        for option in options
+        if option not in {opt for param in command.params for opt in param.opts}
+    ]
+    assert unknown == []
+
+
+def test_the_configuration_is_the_same_from_everywhere(releases):
     deeper = releases.current / "a" / "b"
     deeper.mkdir(parents=True)
     check = [sys.executable, "-m", "bgsupervisor", "check", "--json"]

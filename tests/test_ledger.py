@@ -531,6 +531,45 @@ def test_a_locked_database_is_told_and_nothing_is_written(ledger, store, raw):
     assert len(outcome.claimed) == 1
 
 
+@pytest.mark.parametrize("rolls_back_itself", [False, True])
+def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invents_nothing(
+    ledger, store, raw, monkeypatch, rolls_back_itself
+):
+    ending, waiting = started(ledger), request(ledger)
+    before = rows(raw)
+    calls = []
+
+    def claim_on_a_full_disk(claim):
+        calls.append(claim)
+        if len(calls) == 1:
+            raise peewee.IntegrityError("the first pass is spoiled")
+        if rolls_back_itself:  # as SQLite does when it has no space left
+            store.database.connection().execute("ROLLBACK")
+        full = sqlite3.OperationalError("database or disk is full")
+        full.sqlite_errorcode = 13
+        try:
+            raise full
+        except sqlite3.OperationalError:
+            raise peewee.OperationalError(full, str(full))  # noqa: B904 - as Peewee does it
+
+    monkeypatch.setattr(ledger, "_claim", claim_on_a_full_disk)
+    batch = Batch(ends={ending: End(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=900)])
+    with pytest.raises(DatabaseError, match="the disk is full"):
+        ledger.apply(batch)
+    assert len(calls) == 2
+    assert rows(raw) == before
+    monkeypatch.undo()
+    outcome = ledger.apply(batch)
+    assert (outcome.ended, len(outcome.claimed)) == ({ending}, 1)
+
+
+def test_an_empty_note_writes_nothing(ledger, raw):
+    attempt = started(ledger)
+    before = rows(raw)
+    ledger.apply(Batch(notes={attempt: Note()}))
+    assert rows(raw) == before
+
+
 def test_an_empty_batch_has_nothing_to_write():
     assert not Batch()
     assert Batch(unclaims={Attempt(1, 1)})
@@ -937,14 +976,16 @@ def test_of_two_supervisors_that_end_one_attempt_only_one_is_believed(ledger, st
 # ---- any order of events ----
 
 
+_databases = itertools.count()
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Two connections do what they like; a plain dictionary says what must have become of it."""
 
     def __init__(self):
         super().__init__()
-        self.stores = [
-            Store.open(f"sqlite:///{self.folder}/{id(self)}.db", "bgsupervisor_", busy_timeout_s=5.0) for _ in range(2)
-        ]
+        url = f"sqlite:///{self.folder}/{next(_databases)}.db"
+        self.stores = [Store.open(url, "bgsupervisor_", busy_timeout_s=5.0) for _ in range(2)]
         for store in self.stores:
             with store.connected():
                 store.database.execute_sql("PRAGMA synchronous=OFF")  # no power cut is tried here

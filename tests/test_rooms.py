@@ -19,7 +19,7 @@ SOURCE = str(PACKAGE.parent)
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"supervisor"},
+    {"supervisor", "doctor"},
     {"__init__"},
     {"service"},
     {"nurseries", "recovery", "enforcement", "deaths", "housekeeping"},

@@ -41,7 +41,7 @@ from bgsupervisor.errors import (
     WaitTimeout,
 )
 from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Note
-from bgsupervisor.models import TaskRecord
+from bgsupervisor.models import SupervisorRecord, TaskRecord
 from bgsupervisor.processes import ProcessIdentity
 from bgsupervisor.statedir import StateDir, bind, open_dir
 from bgsupervisor.statuses import Reason
@@ -437,6 +437,16 @@ def test_a_result_that_is_not_there_says_why(service):
     assert (caught.value.id, caught.value.reason, caught.value.detail) == (1, Reason.SIGNALLED, "killed by SIGKILL")
 
 
+def test_an_id_that_came_from_a_browser_can_be_held_to_its_class_and_key(service):
+    handle = service.request(Add, {"a": 1}, key="jana")
+    assert service.get(handle, name=Add, key="jana") == service.get(handle)
+    assert service.get(handle, name="test_service:Add") is not None
+    assert service.get(handle, name=Other) is None
+    assert service.get(handle, key="petr") is None
+    end(service, handle, result="1")
+    assert service.get(handle, name=Other) is service.get(handle, key="petr") is None
+
+
 # ---- acting ----
 
 
@@ -506,9 +516,13 @@ def test_what_a_browser_may_see_holds_nothing_secret(service):
     handle = service.request(Add, {"a": 1, "password": "hunter2"}, key="secret-key", unique="secret-unique")
     attempt = begin(service, handle)
     service.ledger.apply(Batch(notes={attempt: Note(progress_done=1.0, progress_total=2.0, message="half")}))
-    assert service.get(handle).public() == {
+    record = service.get(handle)
+    assert record.public() == {
         "id": 1,
         "status": "START",
+        "requested_at": record.requested_at.isoformat(),
+        "started_at": record.started_at.isoformat(),
+        "ended_at": None,
         "reason": None,
         "ended": False,
         "fraction": 0.5,
@@ -535,6 +549,24 @@ def test_a_waiting_task_knows_its_place_and_how_long_nobody_has_supervised(servi
     record = service.get(second)
     assert record.no_supervisor_since == old
     assert record.public()["no_supervisor_since"] == old.isoformat()
+    record = SupervisorRecord(
+        host="here",
+        boot_id="boot",
+        pid_ns=1,
+        pid=1,
+        start_ticks=1,
+        slots=1,
+        version="1",
+        catalogue="{}",
+        code_error=None,
+        started_at=old,
+        heartbeat_at=datetime.now(UTC),
+    )
+    service.ledger.apply(Batch(supervisor=record))
+    assert service.get(second).no_supervisor_since is None
+    left_at = datetime.now(UTC)
+    service.ledger.apply(Batch(supervisor=dataclasses.replace(record, left_at=left_at)))
+    assert service.get(second).no_supervisor_since == left_at  # it has said so itself: nobody needs to wait
     end(service, second, result="1")
     assert service.get(second).position is service.get(second).no_supervisor_since is None
 
@@ -825,6 +857,39 @@ def test_a_request_that_was_recorded_never_says_otherwise(service, monkeypatch):
 
     monkeypatch.setattr(service.ledger, "supervisors", away)
     assert service.request(Other) == Handle(1)
+
+
+def test_a_request_warns_once_a_minute_when_nobody_supervises(database, caplog):
+    now = datetime.now(UTC)
+
+    class Clock:
+        passed_s = 1000.0
+
+        def now(self):
+            return now + timedelta(seconds=self.passed_s)
+
+        def monotonic(self):
+            return self.passed_s
+
+    clock = Clock()
+    service = Service(f"sqlite:///{database}", clock=clock)
+
+    def warnings():
+        service.request(Other)
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    assert warnings() == []  # this one has only just been requested
+    clock.passed_s += 59
+    assert warnings() == []
+    clock.passed_s += 200
+    (warning,) = warnings()
+    assert "no supervisor has been seen" in warning
+    assert warnings() == []
+    clock.passed_s += 60
+    assert len(warnings()) == 1
+    service.close()
 
 
 # ---- with a real supervisor ----

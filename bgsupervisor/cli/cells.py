@@ -200,24 +200,23 @@ def _progress(record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason
     """Return the last cell: how far it is, or why it waits, or how it ended."""
     if record.status is Status.REQUEST:
         return _waiting(record, facts)
-    message = clean(record.message or "")
     if record.ended:
-        return _ended(record, facts, message, with_reason=with_reason)
+        return _ended(record, facts, with_reason=with_reason)
     notes = [facts.silence(record)]
     if record.ending is not None:
         notes.append(f"ending: {record.ending}")
     elif record.cancel_requested_at is not None:
         notes.append("cancel requested")
     noted = ", ".join(note for note in notes if note)
-    return " ".join(part for part in (noted, _advance(record, bar_columns), message) if part)
+    return " ".join(part for part in (noted, _advance(record, bar_columns), clean(record.message or "")) if part)
 
 
-def _ended(record: TaskRecord, facts: Facts, message: str, *, with_reason: bool) -> str:
+def _ended(record: TaskRecord, facts: Facts, *, with_reason: bool) -> str:
     """Return when and how it ended; the reason is worth more than the time where there is no room for both."""
     told = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
     if with_reason and record.reason is not None:
         told = str(record.reason)
-    words = clean(record.detail or "") if record.status is Status.INTERRUPTED else message
+    words = clean(record.detail or "") if record.status is Status.INTERRUPTED else ""
     return ": ".join(part for part in (told, words) if part)
 
 

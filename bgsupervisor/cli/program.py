@@ -35,7 +35,9 @@ _COMMANDS = {
     "reload": "bgsupervisor.cli.stopping:reload",
     "prune": "bgsupervisor.cli.prune:prune",
     "migrate": "bgsupervisor.cli.migrate:migrate",
+    "health": "bgsupervisor.cli.health:health",
     "check": "bgsupervisor.cli.check:check",
+    "doctor": "bgsupervisor.cli.doctor:doctor",
     "cron": "bgsupervisor.cli.cron:cron",
     "systemd": "bgsupervisor.cli.systemd:systemd",
 }

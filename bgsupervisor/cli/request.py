@@ -146,7 +146,8 @@ def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json
         told = f"requested task {handle.id} ({name})"
         if not handle.created:
             told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
-        click.echo(told, err=quietly)
+        if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
+            click.echo(told, err=quietly)
     now = SystemClock().now()
     seen = watch(service, now=now)
     if not seen.alive:

@@ -72,7 +72,7 @@ def watch(service: Service, *, now: datetime) -> Watch:
     known = [names for names in catalogues if names is not None]
     return Watch(
         alive=alive,
-        seen_at=max((one.heartbeat_at for one in supervisors), default=None),
+        seen_at=max((one.left_at or one.heartbeat_at for one in supervisors), default=None),
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
         failures=[failure for one in alive for failure in _failures(one)],
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
@@ -81,7 +81,7 @@ def watch(service: Service, *, now: datetime) -> Watch:
 
 
 def _lives(one: SupervisorRecord, *, now: datetime) -> bool:
-    if now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S):
+    if one.left_at is not None or now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S):
         return False
     found, handle = processes.look(ProcessIdentity(one.host, one.boot_id, one.pid_ns, one.pid, one.start_ticks))
     if handle is not None:

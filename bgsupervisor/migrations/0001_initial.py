@@ -91,7 +91,8 @@ CREATE TABLE "{p}supervisor" (
     "slots" INTEGER NOT NULL,
     "version" TEXT NOT NULL,
     "catalogue" TEXT NOT NULL,
-    "code_error" TEXT
+    "code_error" TEXT,
+    "left_at" TEXT
 )
 """
 

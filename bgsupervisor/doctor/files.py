@@ -1,0 +1,172 @@
+"""Checks of where database and state directory lie: rights, file system, room, and whether a deploy replaces them."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import TYPE_CHECKING
+
+from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.statedir import user_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from bgsupervisor.doctor.findings import Scene, Told
+
+__all__ = ["deploy_folder", "file_system", "free_space", "rights", "state_directory"]
+
+SPACE_MIN_BYTES = 100 * 1024 * 1024
+"""With less, the next large import may be the last; running tasks could not record their ends."""
+GROUP_RIGHTS = stat.S_IRGRP | stat.S_IWGRP
+
+NETWORK = re.compile(
+    r"(nfs\d?|cifs|smb\w*|ncpfs|afs|9p|ceph|lustre|gpfs|beegfs|ocfs2|gfs2|glusterfs|vboxsf|prl_fs|davfs"
+    r"|fuse\.(sshfs|s3fs|gcsfuse|rclone|glusterfs\w*|ceph\w*|mergerfs|davfs\w*|vmhgfs\S*|goofys|juicefs|moosefs|mfs\w*))"
+)
+"""File systems on which several machines' locks and shared memory do not work as SQLite's WAL needs them."""
+PASSING = {
+    "overlay": "is the container's own and goes with it; put the database on a volume",
+    "tmpfs": "is in memory and gone after a reboot, tasks and all",
+    "ramfs": "is in memory and gone after a reboot, tasks and all",
+}
+RELEASE_LINKS = {"current", "live", "latest", "release", "active", "deployed"}
+RELEASE_FOLDERS = {"releases", "versions", "deploys", "deployments"}
+RELEASE = re.compile(r"v?\d.*|[0-9a-f]{7,40}")
+"""How a release's own folder is called: by its time, number or commit."""
+
+
+def rights(scene: Scene) -> Iterator[Told]:
+    """See that this user can write the database, and that its group can where the folder is the group's."""
+    path = scene.database
+    folder, user = path.parent, user_name(os.geteuid())
+    if not folder.is_dir():
+        yield wrong(f"the folder {folder} of the database does not exist; create it, or set `database` elsewhere")
+        return
+    files = [one for one in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))) if one.exists()]
+    for one in (folder, *files):
+        if not os.access(one, os.W_OK):
+            yield wrong(f"{one} cannot be written by user {user}, and SQLite needs that; {_mode(one)}")
+            return
+    state = folder.stat()
+    if not state.st_mode & stat.S_IWGRP:
+        yield ok(f"{folder} is for user {user_name(state.st_uid)} alone; {_mode(folder)}")
+        return
+    for one in files:
+        found = one.stat()
+        if found.st_mode & GROUP_RIGHTS != GROUP_RIGHTS or found.st_gid != state.st_gid:
+            group = _group(state.st_gid)
+            yield wrong(f"group {group} may write {folder} but not {one}; chgrp {group} and chmod 660 it; {_mode(one)}")
+            return
+    if not state.st_mode & stat.S_ISGID:
+        yield note(
+            f"{folder} is its group's to write, but not setgid: new files get their maker's own group; chmod g+s it"
+        )
+    else:
+        yield ok(f"group {_group(state.st_gid)} shares {folder}; {_mode(folder)}")
+
+
+def state_directory(scene: Scene) -> Iterator[Told]:
+    """See that this user may supervise here."""
+    path = scene.config.state_dir
+    user = user_name(os.geteuid())
+    if not path.exists():
+        if os.access(path.parent, os.W_OK | os.X_OK):
+            yield ok(f"{path} is not there yet; the first `bgsupervisor run` makes it")
+        else:
+            yield wrong(f"{path} is not there and user {user} cannot make it; create it, owned by who supervises")
+        return
+    owner = user_name(path.stat().st_uid)
+    if path.stat().st_uid == os.geteuid():
+        yield ok(f"{path} is {owner}'s; {_mode(path)}")
+    elif scene.alive:
+        yield note(f"{path} is {owner}'s, who supervises; this is user {user}, whom `run` and `stop` refuse")
+    else:
+        yield wrong(f"{path} is {owner}'s and this is user {user}, whom `run` refuses; supervise as {owner}")
+
+
+def deploy_folder(scene: Scene) -> Iterator[Told]:
+    """See that a deploy does not leave the tasks behind in the old release's folder."""
+    for what, path in (("the database", scene.database), ("the state directory", scene.config.state_dir)):
+        release = _release_of(path)
+        if release is not None:
+            yield wrong(
+                f"{what} {path} lies in {release}, which the next deploy replaces: its tasks would be left behind; "
+                "name a path beside the releases"
+            )
+            return
+    yield ok(f"{scene.database} and the state directory lie outside of what a deploy replaces")
+
+
+def file_system(scene: Scene) -> Iterator[Told]:
+    """See that database and state directory are on a file system of this machine."""
+    for what, path in (("the database", scene.database), ("the state directory", scene.config.state_dir)):
+        kind = _kind(path, scene.machine.proc)
+        if kind is None:
+            yield note(f"nobody can tell on which file system {path} is; it must not be one of the network")
+        elif NETWORK.fullmatch(kind):
+            yield wrong(f"{what} {path} is on {kind}; it must not be on a network file system, SQLite would lose rows")
+        elif kind in PASSING:
+            yield note(f"{what} {path} is on {kind}, which {PASSING[kind]}")
+        elif kind.startswith("fuse"):
+            yield note(f"{what} {path} is on {kind}; see that it is no network file system")
+        else:
+            yield ok(f"{what} is on {kind}")
+
+
+def free_space(scene: Scene) -> Iterator[Told]:
+    """See that there is room for the ends of tasks."""
+    folders = {_existing(path).stat().st_dev: _existing(path) for path in (scene.config.state_dir, scene.database)}
+    for folder in folders.values():
+        state = os.statvfs(folder)
+        free = state.f_bavail * state.f_frsize
+        told = f"{free // 1024**2:,} MiB are free for {folder}"
+        if free < SPACE_MIN_BYTES:
+            yield wrong(f"{told}; free some, or `bgsupervisor prune`: on a full disk no end can be recorded")
+        else:
+            yield ok(told)
+
+
+def _existing(path: Path) -> Path:
+    """Return the folder that *path* is in, or will be."""
+    return next((one for one in path.parents if one.is_dir()), path.parent)
+
+
+def _release_of(path: Path) -> Path | None:
+    """Return the release's folder, or the link to it, that holds *path* once all links are followed."""
+    real = path.resolve()
+    for folder in reversed(real.parents):
+        if folder.parent.name in RELEASE_FOLDERS and RELEASE.fullmatch(folder.name):
+            return folder
+    for folder in reversed(path.parents):
+        if folder.is_symlink() and folder.name in RELEASE_LINKS and real.is_relative_to(folder.resolve()):
+            return folder
+    return None
+
+
+def _kind(path: Path, proc: Path) -> str | None:
+    """Return the type of the file system of *path*, None if it is not told."""
+    real = path.resolve()
+    found, length = None, -1
+    for line in (proc / "self" / "mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        mounted = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4])
+        if real.is_relative_to(mounted) and len(mounted) >= length:  # a later mount covers an earlier one
+            found, length = rest.split()[0], len(mounted)
+    return found
+
+
+def _mode(path: Path) -> str:
+    state = path.stat()
+    return f"it is {user_name(state.st_uid)}:{_group(state.st_gid)} {stat.S_IMODE(state.st_mode):04o}"
+
+
+def _group(gid: int) -> str:
+    import grp  # noqa: PLC0415 - absent on Windows
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

@@ -1,0 +1,116 @@
+"""What a check looks at and what it tells."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bgsupervisor.clock import Clock, SystemClock
+from bgsupervisor.config import sqlite_path
+from bgsupervisor.oom import INITIAL_PID_NAMESPACE
+from bgsupervisor.statedir import StateDir
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from bgsupervisor.config import Config
+
+__all__ = ["Check", "Finding", "Grade", "Machine", "Scene", "Told", "note", "ok", "wrong"]
+
+
+class Grade(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    NOTE = "note"
+    """Worth knowing; nothing that breaks a promise by itself."""
+    WRONG = "WRONG"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of `bgsupervisor doctor`: which check, how bad, and a sentence that says what to do."""
+
+    check: str
+    grade: Grade
+    told: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Where the machine is looked at; tests name folders of their own.
+
+    Attributes:
+        proc: The process table.
+        cgroup_root: Where the cgroups are mounted.
+        unit_folders: Where units of systemd stand: the system's, and this user's own.
+        cron_files: Files, and folders of files, in cron's format with a user.
+        crontab: The program that shows a user's crontab.
+        initial_pid_namespace: Its inode; a process in another one is in a container.
+        sqlite_version: Of the library that this Python uses.
+        clock: Tells the time.
+    """
+
+    proc: Path = Path("/proc")
+    cgroup_root: Path = Path("/sys/fs/cgroup")
+    unit_folders: Sequence[Path] = field(
+        default_factory=lambda: (Path("/etc/systemd/system"), Path("~/.config/systemd/user").expanduser())
+    )
+    cron_files: Sequence[Path] = (Path("/etc/crontab"), Path("/etc/cron.d"))
+    crontab: str = "crontab"
+    initial_pid_namespace: int = INITIAL_PID_NAMESPACE
+    sqlite_version: tuple[int, ...] = sqlite3.sqlite_version_info
+    clock: Clock = field(default_factory=SystemClock)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """What is looked at.
+
+    Attributes:
+        config: The configuration.
+        machine: The machine.
+        alive: Whether a supervisor is.
+        seen_at: When one was last seen; None if there never was one.
+        moments: Times that rows tell, none of which can lie in the future, and what they are.
+    """
+
+    config: Config
+    machine: Machine
+    alive: bool = False
+    seen_at: datetime | None = None
+    moments: Sequence[tuple[str, datetime]] = ()
+
+    @property
+    def database(self) -> Path:
+        """Return the database file."""
+        return sqlite_path(self.config.database)
+
+    @property
+    def state_dir(self) -> StateDir:
+        """Return the state directory."""
+        return StateDir(self.config.state_dir)
+
+
+Told = tuple[Grade, str]
+Check = Callable[[Scene], Iterator[Told]]
+
+
+def ok(told: str) -> Told:
+    """Nothing is to be done."""
+    return Grade.OK, told
+
+
+def note(told: str) -> Told:
+    """Something is worth knowing."""
+    return Grade.NOTE, told
+
+
+def wrong(told: str) -> Told:
+    """Something must be done; *told* says what."""
+    return Grade.WRONG, told

@@ -1,0 +1,82 @@
+"""Checks of what the kernel lets the supervisor and its tasks have together: memory and processes."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.doctor.keepers import PROCESSES_PER_SLOT, lock_holder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bgsupervisor.doctor.findings import Machine, Scene, Told
+
+__all__ = ["memory", "processes"]
+
+UNLIMITED_BYTES = 1 << 60
+"""The first version of cgroups writes its largest page count where there is no limit."""
+
+
+def memory(scene: Scene) -> Iterator[Told]:
+    """Tell the limit beyond which the kernel kills."""
+    limit, whose = _limit(scene, "memory", "memory.limit_in_bytes", "memory.max")
+    if limit is None or limit >= UNLIMITED_BYTES:
+        yield ok(f"{whose} cgroup has no limit of memory")
+        return
+    share = limit // scene.config.slots
+    yield note(
+        f"{whose} cgroup may use {limit // 1024**2:,} MiB, {share // 1024**2:,} MiB for each of {scene.config.slots} "
+        "slots; beyond it the kernel kills a process"
+    )
+
+
+def processes(scene: Scene) -> Iterator[Told]:
+    """See that as many processes may be as all slots need."""
+    limit, whose = _limit(scene, "pids", "pids.max", "pids.max")
+    needed = scene.config.slots * PROCESSES_PER_SLOT
+    if limit is None:
+        yield ok(f"{whose} cgroup has no limit of processes")
+    elif limit < needed:
+        yield wrong(
+            f"{whose} cgroup may have {limit} processes and threads, and {scene.config.slots} slots need {needed}; "
+            "raise TasksMax of the unit (or --pids-limit), or lower `slots`"
+        )
+    else:
+        yield ok(f"{whose} cgroup may have {limit:,} processes and threads")
+
+
+def _limit(scene: Scene, controller: str, old_name: str, new_name: str) -> tuple[int | None, str]:
+    """Return the lowest limit on the way up from the supervisor's cgroup, else this process's, and whose it is."""
+    machine = scene.machine
+    holder = lock_holder(scene)
+    whose = "this process's" if holder is None else "the supervisor's"
+    found = [
+        limit
+        for file in _files(machine, str(holder or "self"), controller, old_name, new_name)
+        if (limit := _read(file)) is not None
+    ]
+    return min(found, default=None), whose
+
+
+def _files(machine: Machine, pid: str, controller: str, old_name: str, new_name: str) -> Iterator[Path]:
+    lines = (machine.proc / pid / "cgroup").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        folder = Path(path.strip("/"))
+        if controller in controllers.split(","):
+            root, name = machine.cgroup_root / controller, old_name
+        elif not controllers:
+            root, name = machine.cgroup_root, new_name
+        else:
+            continue
+        # A container often sees its own cgroup at the root, whatever its path is outside.
+        yield from (root / one / name for one in (folder, *folder.parents))
+
+
+def _read(file: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(file.read_text(encoding="ascii"))  # "max" is no limit
+    return None
