@@ -1,30 +1,36 @@
 """Background tasks for a web app, a database and a machine; `Service` requests them, `Task` and `task` define them."""
 
-from bgsupervisor.errors import (
-    AccessError,
-    AlreadyLive,
-    BgSupervisorError,
-    Cancelled,
-    ConfigError,
-    DatabaseError,
-    DataInvalid,
-    DataTooLarge,
-    Interrupted,
-    NotEnded,
-    NotInTask,
-    NotRetryable,
-    RequestRefused,
-    SchemaError,
-    TaskDefinitionError,
-    TaskNotConfigured,
-    UnknownTask,
-    UnsupportedSystem,
-    WaitTimeout,
-)
-from bgsupervisor.models import TaskRecord
-from bgsupervisor.service import Handle, Service
-from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.tasks import Task, current, task
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bgsupervisor.errors import (
+        AccessError,
+        AlreadyLive,
+        BgSupervisorError,
+        Cancelled,
+        ConfigError,
+        DatabaseError,
+        DataInvalid,
+        DataTooLarge,
+        Interrupted,
+        NotEnded,
+        NotInTask,
+        NotRetryable,
+        RequestRefused,
+        SchemaError,
+        TaskDefinitionError,
+        TaskNotConfigured,
+        UnknownTask,
+        UnsupportedSystem,
+        WaitTimeout,
+    )
+    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.service import Handle, Service
+    from bgsupervisor.statuses import Reason, Status
+    from bgsupervisor.tasks import Task, current, task
 
 __version__ = "0.1.0"
 
@@ -57,3 +63,24 @@ __all__ = [
     "current",
     "task",
 ]
+
+_ROOMS = {
+    **dict.fromkeys(("Handle", "Service"), "service"),
+    **dict.fromkeys(("Reason", "Status"), "statuses"),
+    **dict.fromkeys(("Task", "current", "task"), "tasks"),
+    "TaskRecord": "models",
+}
+"""Where a name lives, if not in errors."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first asked for: a `run` beside a living supervisor needs none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -128,12 +128,8 @@ def _look(service: Service, scene: Scene, *, now: datetime) -> tuple[Finding, Sc
     live = service.ledger.live_counts()
     running, supervisors = service.ledger.starts(), service.ledger.supervisors()
     moments = [(f"the request of task {one.id}", one.requested_at) for one in service.list(limit=NEWEST)]
-    moments += [
-        (f"the heartbeat of task {one.id}", one.heartbeat_at) for one in service.ledger.starts() if one.heartbeat_at
-    ]
-    moments += [
-        (f"the heartbeat of the supervisor on {one.host}", one.heartbeat_at) for one in service.ledger.supervisors()
-    ]
+    moments += [(f"the heartbeat of task {one.id}", one.heartbeat_at) for one in running if one.heartbeat_at]
+    moments += [(f"the heartbeat of the supervisor on {one.host}", one.heartbeat_at) for one in supervisors]
     told = f"{sqlite_path(scene.config.database)}: {live[Status.REQUEST]:,} wait, {live[Status.START]:,} run"
     known = Scene(
         config=scene.config, machine=scene.machine, alive=bool(seen.alive), seen_at=seen.seen_at, moments=moments

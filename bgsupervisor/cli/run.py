@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from bgsupervisor import __version__
-from bgsupervisor.cli.calling import ask_to_reload
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import take_notify_socket
@@ -151,6 +150,8 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> i
         )
         return 1
     if config.auto_reload and read_stamp(state_dir.stamp) not in (None, code_stamp(config)):
+        from bgsupervisor.cli.calling import ask_to_reload  # noqa: PLC0415 - after a deploy only
+
         with contextlib.suppress(OSError):
             ask_to_reload(state_dir, force=False).close()
     if sys.stderr.isatty():

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.config import load, sqlite_path
-from bgsupervisor.service import Service
 
 if TYPE_CHECKING:
     from bgsupervisor.config import Config
+    from bgsupervisor.service import Service
 
 __all__ = ["Session", "config_option", "pass_session"]
 
@@ -34,6 +34,8 @@ class Session:
 
     def service(self) -> Service:
         """Return the service, whose first call creates the database where there is none."""
+        from bgsupervisor.service import Service  # noqa: PLC0415 - `run` beside a living supervisor does without
+
         return Service(config=self.config_path)
 
     def existing_service(self) -> Service | None:
