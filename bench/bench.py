@@ -1,4 +1,4 @@
-"""What bgsupervisor costs and how fast it is, measured in one run; where it can, as a ratio to something that everybody has.
+"""What bgsupervisor costs and how fast it is, in one run; where it can, as a ratio to something that everybody has.
 
     python bench/bench.py                 all figures
     python bench/bench.py start pickup    only these
@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from bgsupervisor import Service, Status
+from bgsupervisor import Handle, Service, Status
 
 APP = """
 import os, time
@@ -118,7 +119,7 @@ def measure_start(bench: Bench) -> None:
 def timed(command: list[str]) -> float:
     """Return how long a command takes."""
     began = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(command, capture_output=True, check=True, stdin=subprocess.DEVNULL)
     return time.perf_counter() - began
 
 
@@ -150,7 +151,8 @@ def measure_death(bench: Bench) -> None:
         while not bench.service.ledger.get(handle.id).ended:
             time.sleep(0.001)
         times.append(time.monotonic() - began)
-    say("child killed -> INTERRUPTED", f"{ms(statistics.median(times))}  (max {ms(max(times))})", "median 50 ms, max 1 s")
+    found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
+    say("child killed -> INTERRUPTED", found, "median 50 ms, max 1 s")
 
 
 def measure_pickup(bench: Bench) -> None:
@@ -223,11 +225,49 @@ def measure_idle(bench: Bench) -> None:
     say("summed PSS of the tree, 2 spares included", f"{pss / 2**20:.1f} MiB in {len(tree)} processes", "reported")
 
 
+def measure_reload(bench: Bench) -> None:
+    """A deploy under 16 running tasks: when does new code run, and is any task lost?"""
+    bench.start()
+    code = bench.folder / "benchapp.py"
+    times, lost = [], 0
+    for number in range(5):
+        running = [bench.service.request("benchapp:sleep_one") for _ in range(16)]
+        while bench.service.counts()[Status.START] < len(running):
+            time.sleep(0.005)
+        code.write_text(f"{APP}\n@task\ndef release_{number}():\n    pass\n")
+        began = time.monotonic()
+        subprocess.run(bench.command("reload"), capture_output=True, check=True, stdin=subprocess.DEVNULL)
+        bench.service.wait(bench.service.request(f"benchapp:release_{number}", priority=1), timeout_s=30)
+        times.append(time.monotonic() - began)
+        lost += sum(bench.service.wait(handle, timeout_s=30).status is not Status.DONE for handle in running)
+    found = f"{statistics.median(times):.2f} s  (max {max(times):.2f} s), {lost} tasks lost"
+    say("reload under 16 running tasks -> new code runs", found, "2 s, 0 lost")
+
+
+def measure_unrung(bench: Bench) -> None:
+    """From a commit by somebody who cannot ring, such as hand-written SQL, to the first line of the body."""
+    bench.start()
+    times = []
+    for _ in range(30):
+        with sqlite3.connect(bench.folder / "bgsupervisor.db", timeout=10) as connection:
+            cursor = connection.execute("INSERT INTO bgsupervisor_task (name) VALUES ('benchapp:first_line')")
+        committed = time.monotonic()
+        connection.close()
+        handle = Handle(cursor.lastrowid)
+        bench.service.wait(handle, timeout_s=30)
+        times.append(bench.service.result(handle) - committed)
+        time.sleep(0.1)
+    found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
+    say("commit without a ring -> first line of the body", found, "1.5 s")
+
+
 FIGURES = {
     "start": measure_start,
     "sixteen": measure_sixteen,
     "death": measure_death,
     "pickup": measure_pickup,
+    "reload": measure_reload,
+    "unrung": measure_unrung,
     "idle": measure_idle,
     "noop": measure_noop,
 }

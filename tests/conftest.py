@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
@@ -101,7 +100,8 @@ class App:
         self.supervisors.append(started)
         if wait:
             wait_until(
-                lambda: process.poll() is not None or self.supervisor_row(process.pid), "the supervisor has loaded the tasks"
+                lambda: process.poll() is not None or self.supervisor_row(process.pid),
+                "the supervisor has loaded the tasks",
             )
             assert process.poll() is None, f"the supervisor left with {process.returncode}: {started.log}"
         return started

@@ -6,6 +6,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -125,7 +127,7 @@ def test_create_refuses_a_file_in_its_place(tmp_path):
 
 
 def test_create_without_a_parent_names_path_user_and_right(tmp_path):
-    with pytest.raises(AccessError, match="No such file or directory; the folder .*absent, where") as caught:
+    with pytest.raises(AccessError, match=r"No such file or directory; the folder .*absent, where") as caught:
         StateDir(tmp_path / "absent" / "state").create()
     facts = caught.value
     assert (facts.path, facts.right) == (str(tmp_path / "absent" / "state"), "create")
@@ -212,9 +214,9 @@ def test_a_holder_that_is_killed_frees_the_lock_although_its_program_lives(lock,
 
 
 def test_the_next_holder_replaces_a_longer_note(lock, tmp_path):
-    (tmp_path / "supervisor.lock").write_text('{"pid": 123456789012345678}\n')
+    (tmp_path / "supervisor.lock").write_text('{"pid": 123456789012345678, "program": "of a long name"}\n')
     lock.acquire()
-    assert (tmp_path / "supervisor.lock").read_text() == f'{{"pid": {os.getpid()}}}\n'
+    assert (tmp_path / "supervisor.lock").read_text() == f'{{"pid": {os.getpid()}, "program": ""}}\n'
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", "7", "{}", '{"pid": "x"}', "\0\0"])
@@ -234,6 +236,56 @@ def test_the_lock_is_intact_until_its_file_is_removed_or_replaced(lock, tmp_path
     assert not lock.is_intact()
     (tmp_path / "moved").replace(tmp_path / "supervisor.lock")
     assert lock.is_intact()
+
+
+def test_a_lock_taken_over_is_no_longer_its_holders(lock, tmp_path):
+    path = tmp_path / "supervisor.lock"
+    lock.acquire()
+    other = Lock(path, program="other")
+
+    assert other.take_over(wait_s=0)
+
+    assert not lock.is_intact()
+    assert other.is_intact()
+    assert not Lock(path).acquire()
+    assert [one.name for one in tmp_path.iterdir()] == ["supervisor.lock"]
+    other.close()
+
+
+def test_whoever_takes_over_waits_until_the_holder_has_left(lock, tmp_path):
+    lock.acquire()
+    leaving = threading.Timer(0.3, lock.close)
+    leaving.start()
+    other = Lock(tmp_path / "supervisor.lock")
+    began = time.monotonic()
+
+    assert other.take_over(wait_s=READY_S)
+
+    assert 0.2 < time.monotonic() - began < READY_S
+    leaving.join()
+    other.close()
+
+
+def test_of_two_that_take_over_at_once_the_later_stays(lock, tmp_path, monkeypatch):
+    path = tmp_path / "supervisor.lock"
+    lock.acquire()
+    earlier, later = Lock(path), Lock(path)
+    monkeypatch.setattr(earlier, "_wait_for", lambda *_: later.take_over(wait_s=0))
+
+    assert not earlier.take_over(wait_s=0)
+
+    assert later.is_intact()
+    assert not earlier.is_intact()
+    later.close()
+
+
+@pytest.mark.parametrize(("noted", "is_other"), [("", False), ("ours", False), ("theirs", True)])
+def test_another_program_is_one_that_was_noted_and_differs(lock, tmp_path, noted, is_other):
+    path = tmp_path / "supervisor.lock"
+    holder = Lock(path, program=noted)
+    holder.acquire()
+    assert Lock(path, program="ours").is_of_another_program() == is_other
+    holder.close()
 
 
 def test_a_file_replaced_while_it_was_being_locked_is_locked_again(lock, tmp_path, monkeypatch):
