@@ -18,21 +18,20 @@ import resource
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
 from bgsupervisor import logs, payload, processes, tasks, wire
+from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError, DataInvalid, DataTooLarge
+from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError
 from bgsupervisor.ledger import Attempt, Ledger
 from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store
 from bgsupervisor.statedir import StateDir
-from bgsupervisor.statuses import Reason
 from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
@@ -54,8 +53,6 @@ PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 LEFTOVER_GRACE_S = 2.0
 """What a body left running gets SIGTERM, and SIGKILL after this long."""
-ERROR_CHARS = 64 * 1024
-"""A longer traceback keeps its beginning and its end."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """For an application that configures no logging."""
 KNOWN_WAIT_S = 0.2
@@ -242,27 +239,8 @@ class Child:
             return self._end_of(error)
 
     def _end_of(self, error: BaseException) -> End:
-        """Say how the attempt ended by what came out of the body."""
-        trace = _traceback(error)
-        cancelled = _cancelled_in(error)
-        if cancelled is not None and cancelled.reason in set(Reason):
-            return End(reason=Reason(cancelled.reason), detail=self._cancel_detail(cancelled), error=trace)
-        if isinstance(error, SystemExit):
-            code = _exit_code(error)
-            return End(
-                reason=Reason.EXITED, detail=f"the body called sys.exit with code {code}", exit_code=code, error=trace
-            )
-        if isinstance(error, (DataInvalid, DataTooLarge)):
-            return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
-        lines = traceback.format_exception_only(error)
-        text = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines).strip()  # before it come file and line
-        return End(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
-
-    def _cancel_detail(self, cancelled: Cancelled) -> str:
-        why = {"CANCELLED": "cancelled", "TIMED_OUT": "ran past its timeout_s", "STOPPED": "the supervisor was stopped"}
-        by = f" by {cancelled.by}" if cancelled.by else ""
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
-        return f"{why.get(cancelled.reason, str(cancelled.reason))}{by}; {how}"
+        return end_of(error, how=how)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -397,41 +375,11 @@ def call_by_path(path: str) -> object:
     return found()
 
 
-def storable(text: str) -> str:
-    """Return *text* with what no database stores (lone surrogates, NUL) written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
-
-
 def _resolve(name: str) -> tasks.Definition:
     definition = tasks.definition_of(name)
     if definition is None:
         raise BgSupervisorError(f"the task {name!r} is not loaded in this process")
     return definition
-
-
-def _traceback(error: BaseException) -> str:
-    text = storable("".join(traceback.format_exception(error)))
-    if len(text) <= ERROR_CHARS:
-        return text
-    half = ERROR_CHARS // 2
-    return f"{text[:half]}\n... {len(text) - ERROR_CHARS} characters left out ...\n{text[-half:]}"
-
-
-def _cancelled_in(error: BaseException | None) -> Cancelled | None:
-    """Find the Cancelled that an exception came of: a finally block may have raised another on the way."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, Cancelled):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _exit_code(error: SystemExit) -> int:
-    if error.code is None:
-        return 0
-    return error.code & 0xFF if isinstance(error.code, int) else 1
 
 
 def _own_usage() -> float:

@@ -59,7 +59,11 @@ def rotate(path: Path) -> None:
     """Move a large log's text to PATH.1 and empty it; its writers append on. Lines of that moment may be lost."""
     with contextlib.suppress(OSError):
         if path.stat().st_size > LOG_ROTATED_BYTES:
-            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+            kept = path.with_name(f"{path.name}.1")
+            try:
+                shutil.copyfile(path, kept)
+            except OSError:
+                kept.unlink(missing_ok=True)  # a full disk: room for the ends of tasks is worth more than old lines
             with path.open("r+b") as file:
                 file.truncate(0)
 
@@ -103,12 +107,15 @@ class Housekeeping:
     def _sweep(self, before: float) -> None:
         """Delete logs that have not been written for as long, such as those of rows that somebody else deleted."""
         for path in self._state_dir.logs.glob("*-*-*.log"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < before and not _is_written(path):
+            with contextlib.suppress(OSError, DatabaseError, AccessError):
+                if path.stat().st_mtime < before and not self._is_needed(path):
                     path.unlink()
 
-
-def _is_written(path: Path) -> bool:
-    """Whether the child that writes this log is alive, however long it has been silent."""
-    kind, pid, ticks = path.stem.split("-", 2)
-    return kind == "process" and pid.isdigit() and str(processes.start_ticks(int(pid))) == ticks
+    def _is_needed(self, path: Path) -> bool:
+        """Whether the child that writes this log is alive, or its task's row is there, however long it was silent."""
+        kind, number, rest = path.stem.split("-", 2)
+        if not number.isdigit():
+            return False
+        if kind == "task":
+            return self._ledger.get(int(number)) is not None
+        return kind == "process" and str(processes.start_ticks(int(number))) == rest

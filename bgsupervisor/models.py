@@ -346,7 +346,9 @@ class Store:
         self._schema_checked = self._durability_checked = False
 
     @classmethod
-    def open(cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False) -> Store:
+    def open(
+        cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False, durable: bool = True
+    ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
         Args:
@@ -354,11 +356,12 @@ class Store:
             prefix: Of all tables and indexes.
             busy_timeout_s: How long a call may wait for another writer.
             checkpointer: True in the one process that writes checkpoints, the supervisor.
+            durable: False waits for no disk, for tests: what is committed need not survive the machine.
         """
         path = sqlite_path(url)
         pragmas = {
             "journal_mode": "wal",
-            "synchronous": "full",  # an acknowledged request survives a power cut
+            "synchronous": "full" if durable else "off",  # an acknowledged request survives a power cut
             "wal_autocheckpoint": 1000 if checkpointer else AUTOCHECKPOINT_PAGES,
         }
         database = peewee.SqliteDatabase(

@@ -26,6 +26,7 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bgsupervisor import child, processes, tasks, wire
+from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
@@ -116,7 +117,7 @@ def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
-        trace = child.storable("".join(traceback.format_exception(error)))
+        trace = storable("".join(traceback.format_exception(error)))
         log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())  # noqa: TRY400 - the trace goes to `check`
         return LoadFailure(name, trace[-8000:])
     return None

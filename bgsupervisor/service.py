@@ -34,7 +34,7 @@ from bgsupervisor.statedir import StateDir, send_datagram
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
@@ -69,6 +69,41 @@ class Handle:
         return self.id
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class Origin:
+    """What a Service was made with."""
+
+    database: str | peewee.Database | None
+    config: str | Path | None
+    clock: Clock | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backing:
+    """What a Service works with; the bell that it rings is the one of the configuration's state directory."""
+
+    config: Config
+    ledger: Ledger
+    clock: Clock
+
+    @classmethod
+    def of(cls, origin: Origin) -> Backing:
+        """Do what the arguments say; opens nothing yet."""
+        clock, database = origin.clock or SystemClock(), origin.database
+        if isinstance(database, peewee.Database):
+            config = load(origin.config, database=_url_of(database))
+            store = Store.share(database, config.table_prefix)
+        else:
+            config = load(origin.config, database=database)
+            store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
+        return cls(config, Ledger(store, clock), clock)
+
+
+redirect: Callable[[Origin], Backing] | None = None
+"""The seam for tests: while it is set every Service, also one made before, works with what it returns and touches
+neither database nor supervisor of its own. `bgsupervisor.testing` sets it; nothing else may."""
+
+
 class Service:
     """Requests tasks and tells about them.
 
@@ -90,18 +125,9 @@ class Service:
         config: str | Path | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._clock = clock or SystemClock()
-        if isinstance(database, peewee.Database):
-            self._config = load(config, database=_url_of(database))
-            store = Store.share(database, self._config.table_prefix)
-        else:
-            self._config = load(config, database=database)
-            store = Store.open(
-                self._config.database, self._config.table_prefix, busy_timeout_s=self._config.busy_timeout_s
-            )
-        self._store = store
-        self._ledger = Ledger(store, self._clock)
-        self._state_dir = StateDir(self._config.state_dir)
+        self._origin = Origin(database, config, clock)
+        self._own: Backing | None = None
+        _ = self._backing  # a configuration that is missing or wrong is told here
         self._loadable: set[str] = set()
         self._unsupervised_look_at = 0.0
 
@@ -314,12 +340,36 @@ class Service:
     @property
     def config(self) -> Config:
         """The configuration in force."""
-        return self._config
+        return self._backing.config
 
     @property
     def ledger(self) -> Ledger:
         """The rows, for the command line."""
-        return self._ledger
+        return self._backing.ledger
+
+    @property
+    def _backing(self) -> Backing:
+        if redirect is not None:
+            return redirect(self._origin)
+        if self._own is None:
+            self._own = Backing.of(self._origin)
+        return self._own
+
+    @property
+    def _config(self) -> Config:
+        return self._backing.config
+
+    @property
+    def _ledger(self) -> Ledger:
+        return self._backing.ledger
+
+    @property
+    def _store(self) -> Store:
+        return self._backing.ledger.store
+
+    @property
+    def _clock(self) -> Clock:
+        return self._backing.clock
 
     def _known(self, task: Handle | int) -> TaskRecord:
         record = self._ledger.get(int(task))
@@ -371,7 +421,7 @@ class Service:
             )
 
     def _ring(self) -> None:
-        send_datagram(self._state_dir.wake)
+        send_datagram(StateDir(self._config.state_dir).wake)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,11 +83,11 @@ def current() -> Context:
 def entered(context: Context) -> Iterator[None]:
     """Make *context* the current one of this process while a body runs."""
     global _context  # noqa: PLW0603 - a child runs one body at a time, and its threads must see it too
-    _context = context
+    before, _context = _context, context
     try:
         yield
     finally:
-        _context = _outside
+        _context = before
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import peewee
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
 from conftest import wait_until
@@ -414,6 +415,29 @@ def test_ten_processes_that_create_the_tables_at_once_all_succeed(tmp_path):
     said = [creator.communicate(timeout=40)[0] for creator in creators]
     assert [creator.returncode for creator in creators] == [0] * 10
     assert sorted(map(int, said)) == list(range(1, 11))
+
+
+def test_a_new_database_that_others_turn_into_wal_mode_just_now_is_waited_for(tmp_path, monkeypatch):
+    store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
+    connect, tries = store.database.connect, []
+
+    def locked_twice(**options):
+        tries.append(options)
+        if len(tries) > 2:
+            return connect(**options)
+        locked = sqlite3.OperationalError("database is locked")
+        locked.sqlite_errorcode = 5
+        raise peewee.OperationalError(locked, str(locked)) from locked
+
+    monkeypatch.setattr(store.database, "connect", locked_twice)
+    with store.connected():
+        assert len(tries) == 3
+    store.close()
+    store.set_busy_timeout(0)
+    tries.clear()
+    with pytest.raises(DatabaseError, match="is locked"), store.connected():
+        pass
+    assert len(tries) == 1
 
 
 def test_ten_threads_that_create_the_tables_at_once_all_succeed(tmp_path):

@@ -490,6 +490,23 @@ def test_an_end_that_cannot_be_stored_is_an_interruption_and_the_others_are_kept
     assert ledger.get(good.id).status is Status.DONE
 
 
+def test_an_end_of_which_only_a_part_could_be_written_is_not_half_there(ledger, monkeypatch):
+    remember, attempt = ledger._remember_interruption, started(ledger)
+
+    def fail_once_per_pass(attempt):
+        if ledger.get(attempt.id).signal == 9:
+            raise peewee.IntegrityError("the second of two statements")
+        remember(attempt)
+
+    monkeypatch.setattr(ledger, "_remember_interruption", fail_once_per_pass)
+    end = End(reason=Reason.SIGNALLED, signal=9, cpu_s=5.0)
+    monkeypatch.setattr(ledger_module, "_unwritable", lambda _: End(reason=Reason.RAISED, detail="not storable"))
+    assert ledger.end(attempt, end)
+    record = ledger.get(attempt.id)
+    assert (record.reason, record.signal, record.cpu_s, record.tries) == (Reason.RAISED, None, None, 1)
+    assert [kept["reason"] for kept in ledger.interruptions(attempt.id)] == ["RAISED"]
+
+
 def test_an_end_that_came_too_late_is_not_rewritten_when_another_row_spoils_the_batch(ledger):
     done, spoiled = task_in(ledger, Status.DONE), started(ledger)
     before = ledger.get(done.id)

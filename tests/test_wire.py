@@ -186,6 +186,17 @@ def test_one_look_takes_a_bounded_amount_and_all_of_a_dead_peer_is_read_in_sever
     assert channel.closed
 
 
+def test_a_peer_that_says_much_does_not_keep_the_others_waiting(pair, monkeypatch):
+    monkeypatch.setattr(wire, "RECEIVE_BYTES", 65536)
+    channel, theirs = pair
+    sent = frame(Progress(id=1, attempt=1, done=None, total=None, message="x" * 9_000))
+    for _ in range(15):
+        theirs.sendall(sent)
+    first = channel.receive()
+    assert 0 < len(first) < 15
+    assert len(first) + len(channel.receive()) + len(channel.receive()) == 15
+
+
 def test_reading_all_of_a_silent_peer_ends(pair):
     channel, theirs = pair
     theirs.send(frame(Beat(1, 1)))
@@ -229,6 +240,27 @@ def test_a_file_that_took_over_the_number_of_a_connection_is_never_written_to(pa
     channel.close()
     assert stolen.read_bytes() == b"the body's own words"
     os.close(number)  # closing the channel has left the file alone
+
+
+def test_a_socket_that_took_over_the_number_of_a_connection_is_never_spoken_to(pair):
+    channel, _ = pair
+    number = channel.fileno()
+    body, peer = socket.socketpair()
+    os.dup2(body.fileno(), number)
+    peer.send(b"not for us")
+    assert channel.receive() == []
+    assert channel.closed
+    channel.closed = False
+    channel.send(Beat(1, 1))
+    assert channel.closed
+    channel.close()
+    peer.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        peer.recv(1)
+    assert body.recv(100) == b"not for us"
+    for one in (body, peer):
+        one.close()
+    os.close(number)
 
 
 def test_a_descriptor_that_was_closed_under_the_channel_is_no_disaster(pair):

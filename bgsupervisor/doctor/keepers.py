@@ -205,9 +205,9 @@ def _settings(path: Path) -> dict[str, str]:
             text = line.strip()
             if text.startswith("["):
                 section = text
-            elif section == "[Service]" and not text.startswith(("#", ";")) and "=" in text:
+            elif section == "[Service]" and "=" in text:
                 key, _, value = text.partition("=")
-                settings[key.strip()] = value.strip()
+                settings[key.strip()] = value.strip()  # a comment's key begins with # and is nobody's
     return settings
 
 

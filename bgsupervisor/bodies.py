@@ -1,0 +1,64 @@
+"""How an attempt ended, told by what came out of its body; knows no process, no table and no connection."""
+
+from __future__ import annotations
+
+import traceback
+
+from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge
+from bgsupervisor.statuses import Reason
+from bgsupervisor.wire import End
+
+__all__ = ["end_of", "storable"]
+
+ERROR_CHARS = 64 * 1024
+"""A longer traceback keeps its beginning and its end."""
+_WHY = {"CANCELLED": "cancelled", "TIMED_OUT": "ran past its timeout_s", "STOPPED": "the supervisor was stopped"}
+
+
+def end_of(error: BaseException, *, how: str) -> End:
+    """Say how an attempt ended whose body let *error* out; *how* says by what a cancelled one was brought to it."""
+    trace = _traceback(error)
+    cancelled = _cancelled_in(error)
+    if cancelled is not None and cancelled.reason in set(Reason):
+        why = _WHY.get(cancelled.reason, str(cancelled.reason))
+        by = f" by {cancelled.by}" if cancelled.by else ""
+        return End(reason=Reason(cancelled.reason), detail=f"{why}{by}; {how}", error=trace)
+    if isinstance(error, SystemExit):
+        code = _exit_code(error)
+        return End(
+            reason=Reason.EXITED, detail=f"the body called sys.exit with code {code}", exit_code=code, error=trace
+        )
+    if isinstance(error, (DataInvalid, DataTooLarge)):
+        return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return End(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
+
+
+def storable(text: str) -> str:
+    """Return *text* with what no database stores (lone surrogates, NUL) written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+
+
+def _traceback(error: BaseException) -> str:
+    text = storable("".join(traceback.format_exception(error)))
+    if len(text) <= ERROR_CHARS:
+        return text
+    half = ERROR_CHARS // 2
+    return f"{text[:half]}\n... {len(text) - ERROR_CHARS} characters left out ...\n{text[-half:]}"
+
+
+def _cancelled_in(error: BaseException | None) -> Cancelled | None:
+    """Find the Cancelled that an exception came of: a finally block may have raised another on the way."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, Cancelled):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _exit_code(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    return error.code & 0xFF if isinstance(error.code, int) else 1
