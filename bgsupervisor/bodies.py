@@ -12,7 +12,6 @@ __all__ = ["end_of", "storable"]
 
 ERROR_CHARS = 64 * 1024
 """A longer traceback keeps its beginning and its end."""
-_WHY = {"CANCELLED": "cancelled", "TIMED_OUT": "ran past its timeout_s", "STOPPED": "the supervisor was stopped"}
 
 
 def end_of(error: BaseException, *, how: str) -> End:
@@ -20,9 +19,8 @@ def end_of(error: BaseException, *, how: str) -> End:
     trace = _traceback(error)
     cancelled = _cancelled_in(error)
     if cancelled is not None and cancelled.reason in set(Reason):
-        why = _WHY.get(cancelled.reason, str(cancelled.reason))
-        by = f" by {cancelled.by}" if cancelled.by else ""
-        return End(reason=Reason(cancelled.reason), detail=f"{why}{by}; {how}", error=trace)
+        why = cancelled.why or (f"cancelled by {cancelled.by}" if cancelled.by else "cancelled")
+        return End(reason=Reason(cancelled.reason), detail=f"{why}; {how}", error=trace)
     if isinstance(error, SystemExit):
         code = _exit_code(error)
         return End(
@@ -30,7 +28,8 @@ def end_of(error: BaseException, *, how: str) -> End:
         )
     if isinstance(error, (DataInvalid, DataTooLarge)):
         return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
-    text = "".join(traceback.format_exception_only(error)).strip()
+    lines = traceback.format_exception_only(error)
+    text = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines).strip()  # before it come file and line
     return End(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
 
 

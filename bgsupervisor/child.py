@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import multiprocessing.util
 import os
 import resource
 import signal
@@ -101,6 +102,14 @@ def _become_child(birth: Birth) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _forget_inherited_exit_callbacks()
+
+
+def _forget_inherited_exit_callbacks() -> None:
+    """Leave what the application registered at its import to the nursery: it may delete what all children share."""
+    atexit._clear()  # noqa: SLF001 - as multiprocessing does for its own children from 3.13 on
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # noqa: SLF001 - ends managers and pools of the body
 
 
 def _close_foreign_descriptors(kept: frozenset[int]) -> None:
@@ -146,7 +155,7 @@ class AttemptContext(tasks.Context):
             )
         order = self._link.cancel_order
         if order is not None:
-            raise Cancelled(order.reason, order.by)
+            raise Cancelled(order.reason, order.by, order.why)
 
 
 class Child:
@@ -252,7 +261,7 @@ class Child:
             if self._link.main_inside:
                 return
             if order is not None:
-                raise Cancelled(order.reason, order.by)
+                raise Cancelled(order.reason, order.by, order.why)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

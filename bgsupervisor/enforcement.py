@@ -121,7 +121,8 @@ class Enforcement:
     def ask(self, ward: Ward, order: Order) -> None:
         """Tell the body that it is to end; one whose child is away is told when it comes back."""
         if ward.attempt is not None and ward.peer is not None and ward.connected:
-            cancel = wire.Cancel(id=ward.attempt.id, attempt=ward.attempt.attempt, reason=order.reason, by=order.by)
+            id, attempt = ward.attempt.id, ward.attempt.attempt
+            cancel = wire.Cancel(id=id, attempt=attempt, reason=order.reason, why=order.why, by=order.by)
             self._ears.send(ward.peer, cancel)
 
     def _endable(self) -> list[Ward]:

@@ -233,9 +233,11 @@ class Cancelled(BaseException):
     Attributes:
         reason: The `Reason` that will be recorded: CANCELLED, TIMED_OUT, STOPPED ...
         by: Who asked, where a person or program asked.
+        why: The sentence that is recorded.
     """
 
-    def __init__(self, reason: str = "CANCELLED", by: str | None = None) -> None:
-        super().__init__(f"{reason} by {by}" if by else reason)
+    def __init__(self, reason: str = "CANCELLED", by: str | None = None, why: str | None = None) -> None:
+        super().__init__(why or (f"{reason} by {by}" if by else reason))
         self.reason = reason
         self.by = by
+        self.why = why

@@ -343,7 +343,7 @@ class Store:
         self._pid = os.getpid()
         self._threads = threading.local()
         self._fork_lock = threading.Lock()
-        self._schema_checked = self._durability_checked = False
+        self._schema_checked = self._durability_checked = self._follows_file = False
 
     @classmethod
     def open(
@@ -372,7 +372,9 @@ class Store:
             lock_type="IMMEDIATE",
             check_same_thread=False,
         )
-        return cls(database, prefix, owned=True, path=path)
+        store = cls(database, prefix, owned=True, path=path)
+        store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
+        return store
 
     @classmethod
     def share(cls, database: peewee.Database, prefix: str) -> Store:
@@ -385,6 +387,7 @@ class Store:
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
         self._forget_after_fork()
+        self._forget_replaced_file()
         with translated(self):
             opened_here = self.database.is_closed()
             try:
@@ -487,6 +490,7 @@ class Store:
             _create_file(self.path)
             self._connect_in_wal_mode()
             self._threads.connection = _ThreadConnection(self.database)
+            self._threads.inode = self.inode()
         else:
             self.database.connect(reuse_if_open=True)
 
@@ -526,6 +530,17 @@ class Store:
                 journal,
                 synchronous,
             )
+
+    def _forget_replaced_file(self) -> None:
+        """Open the new file after a restore: what is written to a deleted one is lost without a word."""
+        known = getattr(self._threads, "inode", None)
+        if not self._follows_file or not known or self.database.is_closed() or self.database.in_transaction():
+            return
+        now = self.inode()
+        if now is not None and now != known:
+            log.warning("the database file %s was replaced; opening the new one", self.path)
+            self.close()
+            self._schema_checked = False
 
     def _forget_after_fork(self) -> None:
         if self._pid == os.getpid():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import FrameType
 
+    from bgsupervisor.clock import Clock
     from bgsupervisor.processes import ProcessHandle
 
 __all__ = ["Heard", "Peer", "Reception"]
@@ -33,6 +34,8 @@ log = logging.getLogger("bgsupervisor")
 
 CONTROL_MODE = 0o600
 WAKE_MODE = 0o660
+HELLO_S = 10.0
+"""Who dials and does not say hello for so long is let go."""
 ACCEPTS_PER_PASS = 256
 RINGS_PER_PASS = 1000
 
@@ -43,6 +46,7 @@ class Peer:
 
     channel: Channel
     pid: int
+    since: float
     who: Who | None = None
 
 
@@ -60,13 +64,15 @@ class Heard:
 class Reception:
     """The sockets of the state directory and everything else that can wake the supervisor."""
 
-    def __init__(self, state_dir: StateDir) -> None:
+    def __init__(self, state_dir: StateDir, clock: Clock) -> None:
         self._state_dir = state_dir
+        self._clock = clock
         self._dir_fd = open_dir(state_dir.path)
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._handles: dict[Who, ProcessHandle] = {}
         self._watch: FileWatch | None = None
+        self._deaf = False
         self._control: socket.socket | None = None
         self._wake: socket.socket | None = None
         self._inodes: dict[Path, int] = {}
@@ -81,8 +87,10 @@ class Reception:
         """Bind control.sock and wake.sock, replacing what may stand under their names."""
         for old in (self._control, self._wake):
             if old is not None:
-                self._selector.unregister(old)
+                with contextlib.suppress(KeyError):
+                    self._selector.unregister(old)
                 old.close()
+        self._deaf = False
         self._control = bind(self._dir_fd, "control.sock", socket.SOCK_STREAM, CONTROL_MODE)
         self._wake = bind(self._dir_fd, "wake.sock", socket.SOCK_DGRAM, WAKE_MODE)
         self._selector.register(self._control, selectors.EVENT_READ, self._accept)
@@ -95,6 +103,15 @@ class Reception:
             return all(path.stat().st_ino == inode for path, inode in self._inodes.items())
         except OSError:
             return False
+
+    def tidy(self) -> None:
+        """Once a second: accept again after a shortage of descriptors, let go of whoever never says hello."""
+        if self._deaf and self._control is not None:
+            self._selector.register(self._control, selectors.EVENT_READ, self._accept)
+            self._deaf = False
+        now = self._clock.monotonic()
+        for peer in [peer for peer in self._peers.values() if peer.who is None and now - peer.since > HELLO_S]:
+            self.let_go(peer)
 
     def listen_to_signals(self, numbers: tuple[int, ...]) -> None:
         """Have these signals end the rest and be heard; nothing else happens in the handler."""
@@ -185,7 +202,12 @@ class Reception:
         for _ in range(ACCEPTS_PER_PASS):
             try:
                 sock, _ = self._control.accept()
-            except OSError:
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors: the caller stays in the queue, and we must not spin on it
+                log.error("cannot accept a connection: %s", error)  # noqa: TRY400 - the sentence says it
+                self._selector.unregister(self._control)
+                self._deaf = True
                 return
             channel = Channel(sock)
             pid, uid = channel.peer()
@@ -193,7 +215,7 @@ class Reception:
                 log.warning("a process of user id %d dialled the control socket; only our own user may", uid)
                 channel.close()
                 continue
-            peer = Peer(channel, pid)
+            peer = Peer(channel, pid, self._clock.monotonic())
             self._peers[channel.fileno()] = peer
             self._selector.register(
                 channel.fileno(),

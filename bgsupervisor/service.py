@@ -48,6 +48,8 @@ log = logging.getLogger("bgsupervisor")
 
 PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
+REACH_MODULES = 5000
+"""After so many modules the question whether a supervisor could load a class is given up, in its favour."""
 POLL_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 """How often `wait` looks: soon at first, then each last value."""
 UNSUPERVISED_WARN_S = 180.0
@@ -391,13 +393,18 @@ class Service:
         module, configured = definition.module, self._config.tasks
         if module in self._loadable:
             return
-        if module == "__main__" or (configured and not _reaches(configured, module)):
+        if module == "__main__" or not (
+            not configured or _reaches(configured, module) or self._is_loaded_somewhere(definition.name)
+        ):
             names = ", ".join(configured) or "none"
             raise TaskNotConfigured(
                 f"{definition.name} is defined in {module}, which no supervisor would load; the configured task "
                 f"modules are: {names}. Move it there, import it there, or add its module to `tasks`"
             )
         self._loadable.add(module)
+
+    def _is_loaded_somewhere(self, name: str) -> bool:
+        return any(name in payload.decode_value(one.catalogue) for one in self._ledger.supervisors())
 
     def _no_supervisor_since(self, record: TaskRecord) -> datetime | None:
         supervisors = self._ledger.supervisors()
@@ -498,7 +505,7 @@ def _checked_text(what: str, text: str | None) -> str | None:
     return text
 
 
-def _reaches(configured: Iterable[str], module: str) -> bool:
+def _reaches(configured: Sequence[str], module: str) -> bool:
     """Whether importing the configured modules has imported *module* too: it, or what is in it, stands in their names.
 
     Looks only at what is loaded in this process; a configured module that is not loaded is given the benefit.
@@ -513,9 +520,13 @@ def _reaches(configured: Iterable[str], module: str) -> bool:
             continue
         seen.add(name)
         if loaded is None:
-            return True
+            if name in configured:
+                return True
+            continue
         for value in list(vars(loaded).values()):
             near = value.__name__ if isinstance(value, type(sys)) else getattr(value, "__module__", None)
-            if isinstance(near, str) and near not in seen and near.partition(".")[0] == module.partition(".")[0]:
+            if isinstance(near, str) and near not in seen and near.partition(".")[0] not in sys.stdlib_module_names:
                 todo.append(near)
+        if len(seen) > REACH_MODULES:
+            return True
     return False

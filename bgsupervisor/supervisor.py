@@ -110,7 +110,7 @@ class Supervisor:
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store, clock)
-        self._ears = Reception(state_dir)
+        self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
         self._recovery = Recovery(config, self._own, self._wards, self._ears, clock)
@@ -572,13 +572,17 @@ class Supervisor:
         self._look_if_changed()
         self._nurseries.sweep_inherited(ward.who.pid for ward in self._wards)
         self._send_away_unneeded()
+        self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
     def _check_files(self) -> None:
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
         elif self._store.inode() != self._database_inode:
-            self._leaving = "the database file was replaced; the next supervisor opens the new one"
+            self._leaving = (
+                "the database file was replaced under a living supervisor; the next one opens the new file. "
+                "Stop before a restore, and remove the old -wal and -shm files"
+            )
         elif not self._ears.sockets_stand():
             log.warning("control.sock or wake.sock is gone; binding it again")
             self._ears.bind()

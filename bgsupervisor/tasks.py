@@ -269,6 +269,10 @@ class FunctionTask(Generic[P, R]):
         """Run the body here, in this process."""
         return self._function(*args, **kwargs)
 
+    def __reduce__(self) -> str:
+        """Be pickled by name, like the function: for a Pool in a body."""
+        return self._function.__qualname__
+
     def __repr__(self) -> str:
         return f"<task {self._definition.name}>"
 

@@ -222,6 +222,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     id: int
     attempt: int
     reason: Reason
+    why: str
     by: str | None = None
 
 

@@ -233,7 +233,7 @@ def test_a_supervisor_leaves_when_its_database_is_no_longer_the_one_it_opened(ma
         os.truncate(path, 0)
     assert wait_until(lambda: started.process.poll() is not None, "the supervisor has left")
     assert started.process.returncode == 0
-    assert "the database file was replaced; the next supervisor opens the new one" in started.log
+    assert "the database file was replaced under a living supervisor; the next one opens the new file" in started.log
 
 
 # ---- full ----
@@ -451,3 +451,21 @@ def test_ten_threads_that_create_the_tables_at_once_all_succeed(tmp_path):
 
         with ThreadPoolExecutor(10) as pool:
             assert sorted(pool.map(work, services)) == list(range(1, 11))
+
+
+def test_a_service_whose_database_file_was_replaced_writes_into_the_new_one(tmp_path):
+    service = Service(f"sqlite:///{tmp_path}/live.db")
+    service.request("a:before")
+    other = Service(f"sqlite:///{tmp_path}/backup.db")
+    other.request("a:restored")
+    other.close()
+    for name in ("live.db-wal", "live.db-shm"):
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / "backup.db").rename(tmp_path / "live.db")
+
+    service.request("a:after")
+
+    fresh = Service(f"sqlite:///{tmp_path}/live.db")
+    assert [record.name for record in fresh.list()] == ["a:after", "a:restored"]
+    fresh.close()
+    service.close()

@@ -1000,3 +1000,18 @@ def test_a_running_task_is_seen_cancelled_by_the_service(make_app):
     assert app.service.cancel(handle, by="jana").status is Status.START
     record = app.wait(handle)
     assert (record.status, record.reason, record.cancel_requested_by) == (Status.INTERRUPTED, Reason.CANCELLED, "jana")
+
+
+def test_a_class_that_a_configured_module_reaches_through_another_package_is_accepted(tmp_path, monkeypatch):
+    (tmp_path / "app_entry.py").write_text("import app_helpers\n")
+    (tmp_path / "app_helpers.py").write_text("import app_jobs\n")
+    (tmp_path / "app_jobs.py").write_text("from bgsupervisor import task\n@task\ndef work(): pass\n")
+    (tmp_path / "bgsupervisor.toml").write_text('tasks = ["app_entry"]\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import app_entry  # noqa: F401 - as an application does
+    from app_jobs import work
+
+    service = Service(config=tmp_path / "bgsupervisor.toml")
+
+    assert service.request(work).created
+    service.close()

@@ -206,7 +206,7 @@ def test_without_a_supervisor_the_page_says_that_it_waits_and_since_when_nobody_
     shop.start().stop()
     last_seen = datetime.now(UTC) - timedelta(minutes=90)
     shop.service.ledger.store.database.execute_sql(
-        "UPDATE bgsupervisor_supervisor SET heartbeat_at = ?", (last_seen.isoformat(sep=" ", timespec="microseconds"),)
+        "UPDATE bgsupervisor_supervisor SET left_at = ?", (last_seen.isoformat(sep=" ", timespec="microseconds"),)
     )
     shop.open_web_server_only()
     jana = shop.visitor("jana")

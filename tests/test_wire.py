@@ -19,6 +19,7 @@ from as_user import as_nobody, needs_root, open_folder
 from conftest import wait_until
 
 from bgsupervisor import processes, wire
+from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.reception import Reception
 from bgsupervisor.statedir import StateDir, connect
@@ -64,7 +65,7 @@ MESSAGES = [
     Beat(1, 2),
     Ended(1, 2, End(result="x" * 100_000, peak_rss_bytes=2**40, cpu_s=0.25)),
     Ack(1, 2),
-    wire.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, by="jana"),
+    wire.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, why="cancelled by jana", by="jana"),
     wire.CallerHello(version=1, who=ME),
     wire.Reload(force=True),
     wire.Reloaded(done=False, detail="it does not load"),
@@ -297,7 +298,7 @@ def state_dir(tmp_path):
 
 @pytest.fixture
 def reception(state_dir):
-    reception = Reception(state_dir)
+    reception = Reception(state_dir, SystemClock())
     yield reception
     reception.close()
 
@@ -492,7 +493,7 @@ def test_a_death_is_heard_once(reception):
 
 
 def test_signals_end_the_rest_and_are_heard_until_the_reception_is_closed(state_dir):
-    reception = Reception(state_dir)
+    reception = Reception(state_dir, SystemClock())
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     try:
         reception.listen_to_signals(tuple(before))
@@ -523,7 +524,7 @@ def test_a_socket_whose_name_is_gone_is_noticed_and_bound_again(reception, state
 
 
 def test_who_takes_the_names_over_is_noticed(reception, state_dir):
-    successor = Reception(state_dir)
+    successor = Reception(state_dir, SystemClock())
     assert not reception.sockets_stand()
     assert successor.sockets_stand()
     successor.close()
@@ -534,7 +535,7 @@ def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
         return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
     before = held()
-    reception = Reception(state_dir)
+    reception = Reception(state_dir, SystemClock())
     path = tmp_path / "db-wal"
     path.touch()
     reception.watch_file(path)
@@ -548,7 +549,7 @@ def test_another_user_who_may_dial_is_not_heard(caplog):
     with open_folder() as folder:
         state_dir = StateDir(folder / "state")
         state_dir.create()
-        reception = Reception(state_dir)
+        reception = Reception(state_dir, SystemClock())
         for path, mode in [(state_dir.path, 0o755), (state_dir.control, 0o666)]:
             path.chmod(mode)
         with caplog.at_level(logging.WARNING, "bgsupervisor"):
