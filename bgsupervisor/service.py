@@ -50,7 +50,7 @@ PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
 REACH_MODULES = 5000
 """After so many modules the question whether a supervisor could load a class is given up, in its favour."""
-POLL_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
+POLL_S = (0.005, 0.01, 0.02, 0.05)
 """How often `wait` looks: soon at first, then each last value."""
 UNSUPERVISED_WARN_S = 180.0
 """`request` warns when no supervisor has been seen for so long: cron would have started one by then."""
