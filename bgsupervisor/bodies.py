@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 
-from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge
+from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge, Deadlock
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wire import End
 
@@ -26,6 +26,8 @@ def end_of(error: BaseException, *, how: str) -> End:
         return End(
             reason=Reason.EXITED, detail=f"the body called sys.exit with code {code}", exit_code=code, error=trace
         )
+    if isinstance(error, Deadlock):
+        return End(reason=Reason.DEADLOCKED, detail=storable(str(error))[:1000], error=trace)
     if isinstance(error, (DataInvalid, DataTooLarge)):
         return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
     lines = traceback.format_exception_only(error)

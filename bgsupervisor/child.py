@@ -19,6 +19,7 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +28,7 @@ import msgspec
 from bgsupervisor import logs, payload, processes, tasks, wire
 from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.coordination import Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError
 from bgsupervisor.ledger import Attempt, Ledger
 from bgsupervisor.link import Link
@@ -36,11 +38,12 @@ from bgsupervisor.statedir import StateDir
 from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import FrameType
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
+    from bgsupervisor.service import Handle
 
 __all__ = ["Birth", "Child", "main"]
 
@@ -124,11 +127,13 @@ def _close_foreign_descriptors(kept: frozenset[int]) -> None:
 class AttemptContext(tasks.Context):
     """What a body that a supervisor runs can ask and tell."""
 
-    def __init__(self, order: Run, link: Link, clock: Clock) -> None:
+    def __init__(self, order: Run, link: Link, coordination: Coordination, config: Config, clock: Clock) -> None:
         self.id = order.id
         self.attempt = order.attempt
         self.key = order.key
         self._link = link
+        self._coordination = coordination
+        self._config = config
         self._clock = clock
         self._sent_at = -PROGRESS_EVERY_S
         self.last: tuple[float | None, float | None, str | None] = (None, None, None)
@@ -156,6 +161,40 @@ class AttemptContext(tasks.Context):
         order = self._link.cancel_order
         if order is not None:
             raise Cancelled(order.reason, order.by, order.why)
+
+    def reach(self, part: str, value: object = None) -> None:
+        """Record a part of this task; see `Context.reach`."""
+        self._coordination.reach(part, value)
+
+    def wait_for(
+        self,
+        task: tasks.Awaited | Sequence[tasks.Awaited],
+        part: str | None = None,
+        timeout_s: float | None = None,
+        *,
+        return_interrupted: bool = False,
+    ) -> Any:  # noqa: ANN401 - whatever the other task has given
+        """Wait for a part, or the end, of others; see `Context.wait_for`."""
+        several = isinstance(task, Sequence)
+        ids = [int(one) for one in task] if isinstance(task, Sequence) else [int(task)]
+        values = self._coordination.wait_for(ids, part, timeout_s=timeout_s, return_interrupted=return_interrupted)
+        return values if several else values[0]
+
+    def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
+        """Wait until so many have arrived; see `Context.barrier`."""
+        self._coordination.barrier(name, parties, scope=scope, timeout_s=timeout_s)
+
+    def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - as Context
+        """Request a task whose parent is this one; see `Context.request`."""
+        from bgsupervisor.service import Service  # noqa: PLC0415 - a body requests as any application does
+
+        return Service.of_task(self._config, self.id).request(task, data, **options)
+
+    def _acquire(self, name: str, permits: int, timeout_s: float | None) -> int | None:
+        return self._coordination.acquire(name, permits, timeout_s).abandoned_by
+
+    def _release(self, name: str) -> None:
+        self._coordination.release(name)
 
 
 class Child:
@@ -201,7 +240,8 @@ class Child:
     def _perform(self, order: Run) -> End:
         used_before = _own_usage()
         self._open_log()
-        context = AttemptContext(order, self._link, self._clock)
+        coordination = Coordination(order, self._link, self._ledger, self._config, self._clock)
+        context = AttemptContext(order, self._link, coordination, self._config, self._clock)
         self._phase = "body"
         self._term_came = False
         try:
@@ -214,6 +254,7 @@ class Child:
         with contextlib.suppress(Exception):
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
+        coordination.close()
         done, total, message = context.last
         cpu_s = _own_usage() - used_before
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -315,14 +356,16 @@ class Child:
 
     def _record(self, attempt: Attempt, end: End) -> None:
         ledger = self._ledger()
+        keys: list[str] = []
         for pause in _repeat_last(RECORD_RETRY_S):
             try:
-                ledger.end(attempt, end)
+                ledger.end(attempt, end, keys)
             except (BgSupervisorError, OSError) as error:
                 log.warning("the end of task %d cannot be recorded yet: %s", attempt.id, error)
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             else:
+                self._link.say(wire.Ring(keys))
                 return
             if self._link.acknowledged.wait(pause):
                 return

@@ -275,6 +275,13 @@ class Config:
         maximum=100,
     )
     reuse: int = _option("count", 1, "How many attempts one child runs before it leaves.", minimum=1, maximum=1_000_000)
+    max_waiting: int = _option(
+        "count",
+        256,
+        "How many waiting bodies may give their slot to others; beyond that a waiter keeps its slot.",
+        minimum=0,
+        maximum=10_000,
+    )
     state_dir: Path = _option(  # noqa: RUF009 - it returns a dataclass field
         "path", Path(".bgsupervisor"), "The folder of lock, sockets and logs; by default beside the SQLite file."
     )

@@ -17,6 +17,11 @@
     ├── NotRetryable           only an INTERRUPTED task can be retried
     ├── AlreadyLive            a live task holds the same unique key
     ├── WaitTimeout            a wait reached its limit
+    │   (a wait inside a body raises it too)
+    ├── PartNotReached         the awaited task ended without reaching the part, or without DONE
+    ├── Deadlock               the wait would have closed a circle
+    ├── LockHeld               this attempt holds the lock already
+    ├── BarrierBroken          another party died at the barrier
     ├── NotInTask              the call makes sense only inside a running body
     ├── WireError              a peer sent bytes that are not our protocol
     └── Unkillable             a process is still there after SIGKILL
@@ -32,16 +37,20 @@ from __future__ import annotations
 __all__ = [
     "AccessError",
     "AlreadyLive",
+    "BarrierBroken",
     "BgSupervisorError",
     "Cancelled",
     "ConfigError",
     "DataInvalid",
     "DataTooLarge",
     "DatabaseError",
+    "Deadlock",
     "Interrupted",
+    "LockHeld",
     "NotEnded",
     "NotInTask",
     "NotRetryable",
+    "PartNotReached",
     "RequestRefused",
     "SchemaError",
     "TaskDefinitionError",
@@ -205,6 +214,62 @@ class AlreadyLive(BgSupervisorError):
 
 class WaitTimeout(BgSupervisorError, TimeoutError):
     """A wait reached its limit; what was waited for goes on."""
+
+
+class PartNotReached(BgSupervisorError):
+    """The awaited task has ended and never reached the part; or was interrupted, where its end was awaited.
+
+    Attributes:
+        id: The awaited task.
+        part: The part, None where the end was awaited.
+        status: How it ended, DONE or INTERRUPTED.
+        reason: Why it was interrupted, a `Reason`, or None.
+    """
+
+    def __init__(self, id: int, part: str | None, status: str, reason: str | None, detail: str | None) -> None:
+        how = f"{status}, {reason}: {detail}" if reason else status
+        what = "did not end DONE" if part is None else f'ended without reaching the part "{part}"'
+        super().__init__(f"task {id} {what}: {how}")
+        self.id = id
+        self.part = part
+        self.status = status
+        self.reason = reason
+
+
+class Deadlock(BgSupervisorError):
+    """The wait would have closed a circle of tasks that wait for each other; it was not begun.
+
+    Attributes:
+        circle: (task, what it waits for), each waiting for the next and the last for the first.
+    """
+
+    def __init__(self, circle: list[tuple[int, str]]) -> None:
+        super().__init__("deadlock: " + "; ".join(f"task {id} waits for {what}" for id, what in circle))
+        self.circle = circle
+
+
+class LockHeld(BgSupervisorError):
+    """This attempt holds the lock already; waiting for itself would never end.
+
+    Attributes:
+        name: The lock.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f'this task holds the lock "{name}" already')
+        self.name = name
+
+
+class BarrierBroken(BgSupervisorError):
+    """Another party died while it waited at the barrier, so it will never open.
+
+    Attributes:
+        name: The barrier.
+    """
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f'the barrier "{name}" is broken: {why}')
+        self.name = name
 
 
 class NotInTask(BgSupervisorError, RuntimeError):

@@ -16,6 +16,7 @@ import peewee
 from bgsupervisor.errors import AlreadyLive, NotRetryable, UnknownTask
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
 from bgsupervisor.wire import End
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class Request:
     key: str | None = None
     unique_key: str | None = None
     parent_id: int | None = None
+    after: tuple[int, ...] = ()
+    after_any_end: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -112,6 +115,7 @@ class Due:
     name: str
     data: str
     key: str | None
+    parent_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,12 +170,14 @@ class Batch:
     unclaims: set[Attempt] = dataclasses.field(default_factory=set)
     endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
     notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
+    returns: dict[Attempt, int] = dataclasses.field(default_factory=dict)
     claims: list[Claim] = dataclasses.field(default_factory=list)
     supervisor: SupervisorRecord | None = None
 
     def __bool__(self) -> bool:
         """Whether there is anything to write."""
-        return bool(self.ends or self.unclaims or self.endings or self.notes or self.claims or self.supervisor)
+        rows = self.ends or self.unclaims or self.endings or self.notes or self.returns or self.claims
+        return bool(rows or self.supervisor)
 
 
 @dataclasses.dataclass(slots=True)
@@ -182,6 +188,8 @@ class Outcome:
     unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
     endings: set[Attempt] = dataclasses.field(default_factory=set)
     claimed: list[Claim] = dataclasses.field(default_factory=list)
+    returned: set[Attempt] = dataclasses.field(default_factory=set)
+    keys: list[str] = dataclasses.field(default_factory=list)
 
 
 class Ledger:
@@ -197,6 +205,7 @@ class Ledger:
         self._task = store.tables.Task
         self._interruption = store.tables.Interruption
         self._supervisor = store.tables.Supervisor
+        self.waits = Waits(store, clock)
 
     # Requests
 
@@ -230,7 +239,13 @@ class Ledger:
             twin = self._live_twin(request.name, request.unique_key)
             if twin is not None:
                 return twin, False
-        return int(self._task.insert(**row).execute()), True
+        for on_id in request.after:
+            self._get(on_id)
+        id = int(self._task.insert(**row).execute())
+        broken = self.waits.depend(id, request.after, any_end=request.after_any_end)
+        if broken is not None:
+            self._strand([Dependent(id, 0)], broken, [])
+        return id, True
 
     def _live_twin(self, name: str, unique_key: str) -> int | None:
         task = self._task
@@ -242,12 +257,15 @@ class Ledger:
 
     # What people ask for
 
-    def cancel(self, id: int, *, by: str | None) -> TaskRecord:
-        """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone."""
+    def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
+        """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone.
+
+        The keys to ring after the commit are added to *keys*.
+        """
         with self.store.writing():
             record = self._get(id)
             if record.status is Status.REQUEST:
-                self._withdraw(Attempt(id, record.attempt), by=by)
+                self._withdraw(Attempt(id, record.attempt), by=by, keys=[] if keys is None else keys)
             elif record.status is Status.START and record.cancel_requested_at is None:
                 asked = {"cancel_requested_at": self._clock.now(), "cancel_requested_by": by}
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
@@ -270,6 +288,7 @@ class Ledger:
                 if twin is not None:
                     raise AlreadyLive(twin, record.unique_key)
             self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+            self.waits.forget_parts(id)
             return self._get(id)
 
     # What a supervisor writes
@@ -290,27 +309,35 @@ class Ledger:
 
     def _apply(self, batch: Batch, *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
         outcome = Outcome()
-        for attempt, end in batch.ends.items():
-            ended = guard(lambda a=attempt, e=end: self._end(a, e), f"the end of task {attempt.id}")  # type: ignore[misc]
-            if not ended and guard is not _no_guard:
-                ended = self._end(attempt, _unwritable(end))
-            if ended:
-                outcome.ended.add(attempt)
-        for attempt in batch.unclaims:
-            if self._unclaim(attempt):
-                outcome.unclaimed.add(attempt)
+        self._apply_ends(batch, outcome, guard=guard)
         for attempt, ending in batch.endings.items():
             values = {"ending": ending.reason, "detail": ending.detail}
             if guard(lambda a=attempt, v=values: self._where(a, (Status.START,), v), f"an ending of task {attempt.id}"):  # type: ignore[misc]
                 outcome.endings.add(attempt)
         for attempt, note in batch.notes.items():
             guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
+        for attempt, slot in batch.returns.items():
+            if guard(lambda a=attempt, n=slot: self.waits.grant(a.id, a.attempt, n), f"the slot of task {attempt.id}"):  # type: ignore[misc]
+                outcome.returned.add(attempt)
         for claim in batch.claims:
             if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
                 outcome.claimed.append(claim)
         if batch.supervisor is not None:
             self._supervisor.insert(**dataclasses.asdict(batch.supervisor)).on_conflict_replace().execute()
         return outcome
+
+    def _apply_ends(self, batch: Batch, outcome: Outcome, *, guard: Callable[[Callable[[], bool], str], bool]) -> None:
+        for attempt, end in batch.ends.items():
+            ended = guard(lambda a=attempt, e=end: self._end(a, e, outcome.keys), f"the end of task {attempt.id}")  # type: ignore[misc]
+            if not ended and guard is not _no_guard:
+                ended = self._end(attempt, _unwritable(end), outcome.keys)
+            if ended:
+                outcome.ended.add(attempt)
+            else:
+                outcome.keys.append(EVERYBODY)  # whoever recorded it may not have been able to ring
+        for attempt in batch.unclaims:
+            if self._unclaim(attempt):
+                outcome.unclaimed.add(attempt)
 
     def _guarded(self, write: Callable[[], bool], what: str) -> bool:
         try:
@@ -344,20 +371,29 @@ class Ledger:
         if not self._move("unclaim", attempt, _CLEARED):
             return False
         if record is not None and record.cancel_requested_at is not None:
-            self._withdraw(attempt, by=record.cancel_requested_by)
+            self._withdraw(attempt, by=record.cancel_requested_by, keys=[])
         return True
 
-    def _withdraw(self, attempt: Attempt, *, by: str | None) -> bool:
+    def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
         now = self._clock.now()
         detail = f"cancelled by {by} before it began" if by else "cancelled before it began"
         values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
-        return self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by})
+        if not self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by}):
+            return False
+        self._settle_withdrawn(attempt, keys)
+        return True
 
     # What a child writes when nobody acknowledges
 
-    def end(self, attempt: Attempt, end: End) -> bool:
-        """Record the end of an attempt; False if it had been recorded, or the attempt was superseded."""
-        return attempt in self.apply(Batch(ends={attempt: end})).ended
+    def end(self, attempt: Attempt, end: End, keys: list[str] | None = None) -> bool:
+        """Record the end of an attempt; False if it had been recorded, or the attempt was superseded.
+
+        The keys to ring after the commit are added to *keys*.
+        """
+        outcome = self.apply(Batch(ends={attempt: end}))
+        if keys is not None:
+            keys += outcome.keys
+        return attempt in outcome.ended
 
     def unclaim_unbegun(self, identity: ProcessIdentity) -> int:
         """Give back what was claimed for a child that leaves without having begun anything; return how many."""
@@ -370,7 +406,7 @@ class Ledger:
             ]
             return sum(self._unclaim(attempt) for attempt in attempts)
 
-    def _end(self, attempt: Attempt, end: End) -> bool:
+    def _end(self, attempt: Attempt, end: End, keys: list[str]) -> bool:
         now = self._clock.now()
         known = {
             "exit_code": end.exit_code,
@@ -387,7 +423,10 @@ class Ledger:
                 peewee.fn.COALESCE(self._task.peak_rss_bytes, 0), end.peak_rss_bytes
             )
         if end.reason is None:
-            return self._move("finish", attempt, {**values, "result": end.result, "ending": None, "detail": None})
+            if not self._move("finish", attempt, {**values, "result": end.result, "ending": None, "detail": None}):
+                return False
+            self._let_go(attempt, None, keys)
+            return True
         # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
         ordered = self._task.ending.is_null(False)
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
@@ -395,10 +434,29 @@ class Ledger:
         values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
         if not self._move("interrupt", attempt, values):
             return False
-        self._remember_interruption(attempt)
+        self._let_go(attempt, self._remember_interruption(attempt), keys)
         return True
 
-    def _remember_interruption(self, attempt: Attempt) -> None:
+    def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str]) -> None:
+        """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
+        keys += self.waits.free(attempt.id, attempt.attempt, reason=reason)
+        self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
+
+    def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
+        """Interrupt waiting tasks that had to come after one which will not be DONE, and in turn those after them."""
+        for one in dependents:
+            detail = f"had to come after task {on_id}, which was interrupted"
+            values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self._clock.now()}
+            attempt = Attempt(one.id, one.attempt)
+            if self._move("withdraw", attempt, values):
+                self._settle_withdrawn(attempt, keys)
+
+    def _settle_withdrawn(self, attempt: Attempt, keys: list[str]) -> None:
+        keys.append(task_key(attempt.id))
+        self.waits.forget_dependencies(attempt.id)
+        self._strand(self.waits.settle(attempt.id, done=False, keys=keys), attempt.id, keys)
+
+    def _remember_interruption(self, attempt: Attempt) -> Reason | None:
         record = self._get(attempt.id)
         self._interruption.insert(
             task_id=record.id,
@@ -413,6 +471,7 @@ class Ledger:
             started_at=record.started_at,
             ended_at=record.ended_at,
         ).execute()
+        return record.reason
 
     # What becomes of old rows
 
@@ -428,6 +487,8 @@ class Ledger:
             found = [Attempt(id, attempt) for id, attempt in list(query.tuples())]
             ids = [attempt.id for attempt in found]
             self._interruption.delete().where(self._interruption.task_id.in_(ids)).execute()
+            for id in ids:
+                self.waits.forget_parts(id)
             self._task.delete().where(self._task.id.in_(ids)).execute()
             return found
 
@@ -552,14 +613,20 @@ class Ledger:
         of rows planned for later cost anything.
         """
         task, now = self._task, self._clock.now()
+        dependency = self.store.tables.Dependency
+        waiting = dependency.select(dependency.id).where(dependency.task_id == task.id)
         found: list[Due] = []
         wanted = [str(name) for name in names]
         with self.store.connected():
             for priority in self._priorities():
                 query = (
-                    task.select(task.id, task.attempt, task.name, task.data, task.key)
+                    task.select(task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
                     .where(
-                        _IS_REQUEST & (task.priority == priority) & (task.run_at <= now) & task.name.in_(wanted),
+                        _IS_REQUEST
+                        & (task.priority == priority)
+                        & (task.run_at <= now)
+                        & task.name.in_(wanted)
+                        & ~peewee.fn.EXISTS(waiting),
                     )
                     .order_by(task.run_at, task.id)
                     .limit(limit - len(found))

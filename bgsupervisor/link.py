@@ -68,6 +68,9 @@ class Link(threading.Thread):
         self.cancel_order: wire.Cancel | None = None
         self.cancel_known = threading.Event()
         self.main_inside = False
+        self.slot_granted = threading.Event()
+        self._wanted: wire.WantSlot | None = None
+        self._wake: int | None = None
         self._alone_since: float | None = clock.monotonic()
         self._leaving = False
         self._last_beat = 0.0
@@ -131,6 +134,38 @@ class Link(threading.Thread):
                 self._channel.close()
                 self._channel = None
 
+    # For waiting
+
+    def wake_descriptor(self) -> int:
+        """Return a descriptor that becomes readable when a cancel or a slot has come; `quiet` calms it."""
+        if self._wake is None or not _is_open(self._wake):
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            if self.cancel_order is not None or self.slot_granted.is_set():
+                self._rouse()
+        return self._wake
+
+    def quiet(self) -> None:
+        """Calm the descriptor; what has come is seen in `cancel_order` and `slot_granted`."""
+        if self._wake is not None:
+            with contextlib.suppress(OSError):
+                os.eventfd_read(self._wake)
+
+    def want_slot(self, id: int, attempt: int) -> None:
+        """Ask for a slot, now and of every later supervisor, until `want_no_slot`."""
+        with self._lock:
+            self.slot_granted.clear()
+            self._wanted = wire.WantSlot(id, attempt)
+        self.say_from_body(wire.WantSlot(id, attempt))
+
+    def want_no_slot(self) -> None:
+        """Ask no more."""
+        self._wanted = None
+
+    def _rouse(self) -> None:
+        if self._wake is not None:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
+
     # The thread
 
     def run(self) -> None:
@@ -181,14 +216,18 @@ class Link(threading.Thread):
             self.orders.put(message)
         elif isinstance(message, wire.Leave):
             self.orders.put(None)
-        elif present is None or not isinstance(message, wire.Ack | wire.Cancel):
+        elif present is None or not isinstance(message, wire.Ack | wire.Cancel | wire.SlotGranted):
             return
         elif (message.id, message.attempt) == (present.id, present.attempt):
             if isinstance(message, wire.Ack):
                 self.acknowledged.set()
+            elif isinstance(message, wire.SlotGranted):
+                self.slot_granted.set()
+                self._rouse()
             else:
                 self.cancel_order = message
                 self.cancel_known.set()
+                self._rouse()
 
     def _dial(self) -> None:
         if self._channel is not None or self._leaving:
@@ -201,6 +240,8 @@ class Link(threading.Thread):
         with self._lock:
             channel = Channel(sock)
             channel.send(self._hello())
+            if self._wanted is not None:
+                channel.send(self._wanted)
             self._channel = channel
             self._alone_since = None
             self.disconnected.clear()
@@ -254,3 +295,11 @@ def _above_standard(sock: socket.socket) -> socket.socket:
         return sock
     with sock:
         return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True

@@ -156,10 +156,57 @@ class Tables:
             code_error = peewee.TextField(null=True)
             left_at = UtcField(null=True)
 
+        class Part(Base):
+            id = peewee.AutoField()
+            task_id = peewee.IntegerField()
+            name = peewee.TextField()
+            value = peewee.TextField()
+            reached_at = UtcField()
+
+        class Hold(Base):
+            id = peewee.AutoField()
+            name = peewee.TextField()
+            permit = peewee.IntegerField()
+            task_id = peewee.IntegerField(null=True)
+            attempt = peewee.IntegerField(null=True)
+            since = UtcField()
+            abandoned_by = peewee.IntegerField(null=True)
+
+        class Wait(Base):
+            id = peewee.AutoField()
+            task_id = peewee.IntegerField()
+            attempt = peewee.IntegerField()
+            kind = peewee.TextField()
+            target_id = peewee.IntegerField(null=True)
+            target = peewee.TextField(null=True)
+            permits = peewee.IntegerField(null=True)
+            since = UtcField()
+
+        class Dependency(Base):
+            id = peewee.AutoField()
+            task_id = peewee.IntegerField()
+            on_id = peewee.IntegerField()
+            any_end = peewee.BooleanField()
+
+        class Party(Base):
+            id = peewee.AutoField()
+            scope = peewee.TextField()
+            name = peewee.TextField()
+            generation = peewee.IntegerField()
+            task_id = peewee.IntegerField()
+            attempt = peewee.IntegerField()
+            parties = peewee.IntegerField()
+            outcome = peewee.TextField(null=True)
+
         self.Task: Any = Task
         self.Interruption: Any = Interruption
         self.Supervisor: Any = Supervisor
-        for model in (Task, Interruption, Supervisor):
+        self.Part: Any = Part
+        self.Hold: Any = Hold
+        self.Wait: Any = Wait
+        self.Dependency: Any = Dependency
+        self.Party: Any = Party
+        for model in (Task, Interruption, Supervisor, Part, Hold, Wait, Dependency, Party):
             meta: Any = model._meta  # noqa: SLF001 - Peewee's documented place for table options
             meta.set_database(database)
             meta.set_table_name(prefix + model.__name__.lower())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
 from bgsupervisor.statedir import StateDir, bind, open_dir
-from bgsupervisor.wire import PROTOCOL_VERSION, CallerHello, Channel, ChildHello, Message, NurseryHello, Who
+from bgsupervisor.wire import PROTOCOL_VERSION, BoardHello, CallerHello, Channel, ChildHello, Message, NurseryHello, Who
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,8 @@ HELLO_S = 10.0
 """Who dials and does not say hello for so long is let go."""
 ACCEPTS_PER_PASS = 256
 RINGS_PER_PASS = 1000
+RING_BYTES = 4096
+"""A ring may name the bells that it is for, one a line; what does not fit is found by looking."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -58,6 +60,7 @@ class Heard:
     deaths: list[Who] = dataclasses.field(default_factory=list)
     signals: list[int] = dataclasses.field(default_factory=list)
     rung: bool = False
+    keys: list[str] = dataclasses.field(default_factory=list)
     database_touched: bool = False
 
 
@@ -242,7 +245,7 @@ class Reception:
 
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""
-        if not isinstance(message, ChildHello | NurseryHello | CallerHello):
+        if not isinstance(message, ChildHello | NurseryHello | CallerHello | BoardHello):
             if peer.who is None:
                 raise WireError("it did not say hello first")
             return
@@ -261,8 +264,9 @@ class Reception:
         assert self._wake is not None  # noqa: S101 - registered only while it is bound
         with contextlib.suppress(OSError):
             for _ in range(RINGS_PER_PASS):
-                self._wake.recv(64)
+                keys = self._wake.recv(RING_BYTES).decode("utf-8", "replace")
                 heard.rung = True
+                heard.keys += [key for key in keys.split("\n") if key]
 
     def _hear_file(self, heard: Heard, mask: int) -> None:
         del mask

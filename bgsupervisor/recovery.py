@@ -80,6 +80,8 @@ class Recovery:
         attempt = Attempt(record.id, record.attempt)
         if ward.handle is None and ward.dead_since is None:
             self._wards.look_again(ward)
+        if ward.attempt == attempt:
+            ward.slot = record.slot  # it may have given it to others, or taken one again
         if ward.attempt is not None or (ward.says is not None and ward.says != attempt):
             return  # known, or its last end is on the way: the next look will tell
         if ward.says is None and ward.idle:

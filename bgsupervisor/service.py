@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import sys
 from datetime import UTC, datetime, timedelta
@@ -48,6 +49,8 @@ log = logging.getLogger("bgsupervisor")
 
 PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
+RING_KEYS = 100
+"""A ring names at most so many tasks; waiters for the others look by themselves within seconds."""
 REACH_MODULES = 5000
 """After so many modules the question whether a supervisor could load a class is given up, in its favour."""
 POLL_S = (0.005, 0.01, 0.02, 0.05)
@@ -129,9 +132,17 @@ class Service:
     ) -> None:
         self._origin = Origin(database, config, clock)
         self._own: Backing | None = None
+        self._parent_id: int | None = None
         _ = self._backing  # a configuration that is missing or wrong is told here
         self._loadable: set[str] = set()
         self._unsupervised_look_at = 0.0
+
+    @classmethod
+    def of_task(cls, config: Config, parent_id: int | None) -> Service:
+        """Make the service of a running body: all it requests has that task as its parent."""
+        service = cls(config.database, config=config.path)
+        service._parent_id = parent_id
+        return service
 
     # Requests
 
@@ -145,6 +156,8 @@ class Service:
         priority: int = 0,
         key: str | None = None,
         unique: str | bool | None = None,
+        after: Sequence[Handle | int] = (),
+        after_any_end: bool = False,
     ) -> Handle:
         """Record a task and wake the supervisor; the task runs after this call has returned and its commit is durable.
 
@@ -157,17 +170,29 @@ class Service:
             key: The caller's own name for it (an invoice number, a user); any number of tasks may share one.
             unique: A key that only one live task of this class may hold: a text of its own, or True for *key*, or for
                 the class if there is no key. The second request gets the first's handle, with created=False.
+            after: Tasks that must be DONE before this one starts. If one of them is interrupted, this one becomes
+                INTERRUPTED / DEPENDENCY, which names it.
+            after_any_end: Start after they have ended, however.
 
         Raises:
             DataInvalid: The data does not fit the body, or is not JSON; says which field.
             DataTooLarge: More than data_max_bytes.
             TaskNotConfigured: No supervisor could load this class.
+            UnknownTask: A task in *after* does not exist.
             RequestRefused: An argument that cannot be, such as a run_at without time zone.
 
         Blocks for one durable commit. Inside an open transaction of a shared Peewee database it is part of that
         transaction, and the supervisor is woken after its commit.
         """
-        options = _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key, unique=unique)
+        options = _Options(
+            run_at=run_at,
+            delay_s=delay_s,
+            priority=priority,
+            key=key,
+            unique=unique,
+            after=tuple(int(one) for one in after),
+            after_any_end=after_any_end,
+        )
         return self._record(task, [data], options)[0]
 
     def request_many(
@@ -202,6 +227,9 @@ class Service:
                 priority=options.checked_priority(),
                 key=options.checked_key(),
                 unique_key=unique_key,
+                parent_id=self._parent_id,
+                after=options.after,
+                after_any_end=options.after_any_end,
             )
             for data in datas
         ]
@@ -316,8 +344,9 @@ class Service:
         Raises:
             UnknownTask: There is no such task.
         """
-        record = self._ledger.cancel(int(task), by=_checked_text("by", by or None))
-        self._store.database.after_commit(self._ring)
+        keys: list[str] = []
+        record = self._ledger.cancel(int(task), by=_checked_text("by", by or None), keys=keys)
+        self._store.database.after_commit(functools.partial(self._ring, keys))
         return record
 
     def retry(self, task: Handle | int) -> TaskRecord:
@@ -427,8 +456,8 @@ class Service:
                 "ever" if seen is None else seen.isoformat(timespec="seconds"),
             )
 
-    def _ring(self) -> None:
-        send_datagram(StateDir(self._config.state_dir).wake)
+    def _ring(self, keys: Sequence[str] = ()) -> None:
+        send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:RING_KEYS]).encode())
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,6 +469,8 @@ class _Options:
     priority: int = 0
     key: str | None = None
     unique: str | bool | None = None
+    after: tuple[int, ...] = ()
+    after_any_end: bool = False
 
     def when(self, clock: Clock) -> datetime | None:
         if self.run_at is not None and self.delay_s is not None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bgsupervisor import deaths, processes, wire
+from bgsupervisor.boards import Boards
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.housekeeping import Housekeeping
@@ -29,6 +30,7 @@ from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
 from bgsupervisor.statedir import StopMark
 from bgsupervisor.statuses import Reason
+from bgsupervisor.waits import DUE
 from bgsupervisor.wards import Stage, Wards
 from bgsupervisor.wire import Exited, Who
 
@@ -116,6 +118,7 @@ class Supervisor:
         self._recovery = Recovery(config, self._own, self._wards, self._ears, clock)
         self._enforcement = Enforcement(config, self._wards, self._nurseries, self._ears, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
+        self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._data_version = -1
@@ -165,6 +168,7 @@ class Supervisor:
             self._take_signal(number)
         if heard.rung:
             self._look = True
+            self._boards.ring(heard.keys)
             self._heed_stop_mark()
         now = self._clock.monotonic()
         if heard.database_touched:
@@ -180,22 +184,30 @@ class Supervisor:
             self._take_child(peer, message)
         elif isinstance(message, wire.NurseryHello):
             self._take_nursery(peer, message)
-        elif isinstance(message, Exited):
-            self._exits[message.who] = message
-            self._nurseries.met(message.who)
+        elif isinstance(message, Exited | wire.Spawned | wire.SpawnFailed):
+            self._take_of_nursery(peer, message)
         elif isinstance(message, wire.Reload):
             self._reload(force=message.force, caller=peer)
-        elif isinstance(message, wire.Spawned):
-            self._nurseries.take_spawned(peer, message)
-            if message.who in self._wards:
-                self._nurseries.met(message.who)  # its own hello came first, by another socket
-        elif isinstance(message, wire.SpawnFailed):
-            self._nurseries.take_spawn_failure(peer, message)
-            self._put_off_until = self._clock.monotonic() + PUT_OFF_S[-1]
+        elif isinstance(message, wire.BoardHello | wire.BoardBeat | wire.Ring):
+            self._boards.take(peer, message)
+        elif ward is not None and isinstance(message, wire.Waiting | wire.Resumed | wire.WantSlot):
+            self._take_waiting(ward, message)
         elif ward is not None and isinstance(message, wire.Ended):
             self._take_end(ward, message)
         elif ward is not None and isinstance(message, wire.Beat | wire.Progress):
             self._take_note(ward, message)
+
+    def _take_of_nursery(self, peer: Peer, message: Exited | wire.Spawned | wire.SpawnFailed) -> None:
+        if isinstance(message, Exited):
+            self._exits[message.who] = message
+            self._nurseries.met(message.who)
+        elif isinstance(message, wire.Spawned):
+            self._nurseries.take_spawned(peer, message)
+            if message.who in self._wards:
+                self._nurseries.met(message.who)  # its own hello came first, by another socket
+        else:
+            self._nurseries.take_spawn_failure(peer, message)
+            self._put_off_until = self._clock.monotonic() + PUT_OFF_S[-1]
 
     def _take_child(self, peer: Peer, hello: wire.ChildHello) -> None:
         self._nurseries.met(hello.who)
@@ -229,6 +241,17 @@ class Supervisor:
             ward.end = message.end
         elif ward.peer is not None:
             self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait
+
+    def _take_waiting(self, ward: Ward, message: wire.Waiting | wire.Resumed | wire.WantSlot) -> None:
+        """Note that a body waits without a slot, goes on with one, or would go on."""
+        if Attempt(message.id, message.attempt) not in (ward.attempt, ward.says):
+            return
+        ward.wants_slot = isinstance(message, wire.WantSlot)
+        if isinstance(message, wire.Waiting):
+            ward.slot = None
+            self._boards.want()
+        elif isinstance(message, wire.Resumed):
+            ward.slot = message.slot
 
     def _take_note(self, ward: Ward, message: wire.Beat | wire.Progress) -> None:
         if ward.attempt != Attempt(message.id, message.attempt):
@@ -315,6 +338,7 @@ class Supervisor:
         now = self._clock.monotonic()
         for who in heard.deaths:
             self._nurseries.died(who)
+            self._boards.died(who)
             self._nurseries.met(who)
             ward = self._wards.get(who)
             if ward is not None and ward.dead_since is None:
@@ -379,7 +403,7 @@ class Supervisor:
         now, home = self._clock.monotonic(), self._nurseries.ours()
         if home is None or not self._may_admit() or now < self._put_off_until:
             return []
-        free = self._free_slots()
+        free = self._free_slots()[len(self._returning()) :]  # those who come back go before new tasks
         due: list[Due] = []
         if self._next_due_at is not None and self._clock.now() >= self._next_due_at:
             self._look = True
@@ -404,9 +428,13 @@ class Supervisor:
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
         taken = self._wards.taken_slots() | self._recovery.foreign_slots
-        running = [ward for ward in self._wards.running() if ward.end is None]
-        may_start = self._config.slots - max(len(taken), len(running))
+        may_start = self._config.slots - len(taken)
         return [slot for slot in range(self._config.slots) if slot not in taken][: max(0, may_start)]
+
+    def _returning(self) -> list[Ward]:
+        """Return the wards that have waited and want a slot again, in the order in which they began."""
+        wanting = [ward for ward in self._wards.running() if ward.wants_slot and ward.end is None]
+        return sorted(wanting, key=lambda ward: ward.started_mono)
 
     # write
 
@@ -440,6 +468,9 @@ class Supervisor:
                 batch.unclaims.add(attempt)
             elif ward.order is not None and ward.order.unsent:
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
+        for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
+            if ward.attempt is not None and ward.dead_since is None:
+                batch.returns[ward.attempt] = slot
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
             batch.notes = {attempt: note for attempt, note in noted.items() if note.values()}
@@ -465,8 +496,21 @@ class Supervisor:
             elif ward.order is not None:
                 ward.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
+        for attempt, slot in batch.returns.items():
+            self._give_slot(by_attempt[attempt], attempt, slot, granted=attempt in outcome.returned)
         for attempt in batch.notes:
             by_attempt[attempt].note = Note()
+        self._boards.ring(outcome.keys)
+        self._look = self._look or DUE in outcome.keys
+
+    def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
+        """Let a body go on that has waited."""
+        ward.wants_slot = False
+        if granted and ward.peer is not None:
+            ward.slot = slot
+            self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
+        elif not granted:
+            self._recover_at = 0.0  # our picture of the slots is wrong; the child asks again
 
     def _conclude(self, ward: Ward | None, attempt: Attempt, end: End, *, recorded: bool) -> None:
         if recorded:
@@ -489,7 +533,14 @@ class Supervisor:
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
         due, attempt = claim.due, claim.attempt
-        order = wire.Run(id=attempt.id, attempt=attempt.attempt, name=due.name, data=due.data, key=due.key)
+        order = wire.Run(
+            id=attempt.id,
+            attempt=attempt.attempt,
+            name=due.name,
+            data=due.data,
+            key=due.key,
+            parent_id=due.parent_id,
+        )
         ward.begin(claim, self._ears.send(ward.peer, order))
         ward.oom = self._wards.oom.counters_of(ward.who.pid)
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
@@ -530,7 +581,7 @@ class Supervisor:
     def _rest_s(self) -> float:
         """Return for how long nothing can become due, at most NET_S."""
         now = self._clock.monotonic()
-        moments = [self._net_at, self._enforcement.next_due_at(), self._nurseries.start_due_at()]
+        moments = [self._net_at, self._enforcement.next_due_at(), self._nurseries.start_due_at(), self._boards.due_at()]
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
@@ -560,6 +611,7 @@ class Supervisor:
         now = self._clock.monotonic()
         if self._draining is None:
             self._nurseries.start_if_missing()
+        self._boards.check()
         self._leave_if_done()
         if now < self._net_at:
             return
@@ -570,7 +622,7 @@ class Supervisor:
             self._lock.touch()
         self._check_files()
         self._look_if_changed()
-        self._nurseries.sweep_inherited(ward.who.pid for ward in self._wards)
+        self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
@@ -618,6 +670,8 @@ class Supervisor:
             if ward.idle and ward.peer is not None:
                 self._ears.send(ward.peer, wire.Leave())
         self._nurseries.tell_all(wire.Retire())
+        if not self._wards.running():
+            self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
             if self._nurseries.ours() is not None:
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())

@@ -13,12 +13,17 @@ import inspect
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
-from bgsupervisor.errors import TaskDefinitionError
+from bgsupervisor.errors import NotInTask, TaskDefinitionError
 from bgsupervisor.payload import Signature
 from bgsupervisor.wire import TaskOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Self, TypeAlias
+
+    from bgsupervisor.service import Handle
+
+    Awaited: TypeAlias = Handle | int
 
 __all__ = ["Context", "Definition", "FunctionTask", "Task", "current", "definition_of", "definitions", "task"]
 
@@ -68,6 +73,141 @@ class Context:
         for count, item in enumerate(iterable, start=1):
             yield item
             self.progress(count, total)
+
+    def reach(self, part: str, value: object = None) -> None:
+        """Record a named part of this task, durably, with a JSON value, and wake whoever waits for it.
+
+        Again overwrites the value. Parts are cleared when the task is retried. Blocks for one commit.
+
+        Raises:
+            Cancelled: This attempt is to end.
+            DataInvalid, DataTooLarge: The value is not JSON, or too large.
+        """
+
+    def wait_for(
+        self,
+        task: Awaited | Sequence[Awaited],
+        part: str | None = None,
+        timeout_s: float | None = None,
+        *,
+        return_interrupted: bool = False,
+    ) -> Any:  # noqa: ANN401 - whatever the other task has given
+        """Wait until another task has reached a part, or has ended DONE; return the part's value, or the result.
+
+        Returns at once if that has happened, also long ago. The other may run, wait, or not have started. Meanwhile
+        this body's slot is given to others; it takes one again before it goes on, before any new task.
+
+        Args:
+            task: A handle or an id, or several: then a list of values in their order.
+            part: Which part; None waits for the end.
+            timeout_s: How long at most; None is no limit but the other's end.
+            return_interrupted: With several tasks, put the PartNotReached of one that was interrupted in its place
+                instead of raising the first.
+
+        Raises:
+            PartNotReached: The other has ended without reaching it, or was interrupted where its end was awaited.
+            Deadlock: This wait would have closed a circle.
+            WaitTimeout, UnknownTask, Cancelled.
+            NotInTask: No supervisor runs this body.
+        """
+        raise NotInTask("wait_for makes sense only in a body that a supervisor runs")
+
+    async def wait_for_async(
+        self,
+        task: Awaited | Sequence[Awaited],
+        part: str | None = None,
+        timeout_s: float | None = None,
+        *,
+        return_interrupted: bool = False,
+    ) -> Any:  # noqa: ANN401 - as wait_for
+        """Wait like `wait_for`, while the body's event loop goes on."""
+        wait = functools.partial(self.wait_for, task, part, timeout_s, return_interrupted=return_interrupted)
+        return await _in_thread(wait)
+
+    def lock(self, name: str, permits: int = 1, timeout_s: float | None = None) -> Lock:
+        """Return a context manager that holds one of *permits* places of a lock; first come, first served.
+
+        Works with `with` and `async with`; what it gives has `abandoned_by`, the task that died with this permit
+        before, if one did. A holder that dies frees its permit in the transaction that records its end.
+
+        Raises (when entered):
+            LockHeld: This attempt holds it already.
+            Deadlock, WaitTimeout, Cancelled, NotInTask: As `wait_for`.
+        """
+        return Lock(self, name, permits, timeout_s)
+
+    def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
+        """Wait until *parties* tasks have arrived here; then all go on, and the barrier can be used again.
+
+        Args:
+            name: Of the barrier, within its scope.
+            parties: How many go on together; a retried task counts once.
+            scope: Whose barrier it is; None is the task that requested this one and its siblings.
+            timeout_s: How long at most.
+
+        Raises:
+            BarrierBroken: Another party died while it waited here; says why.
+            ValueError: No scope, and no task requested this one.
+            WaitTimeout, Cancelled, NotInTask: As `wait_for`.
+        """
+        raise NotInTask("barrier makes sense only in a body that a supervisor runs")
+
+    async def barrier_async(
+        self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Wait like `barrier`, while the body's event loop goes on."""
+        await _in_thread(functools.partial(self.barrier, name, parties, scope=scope, timeout_s=timeout_s))
+
+    def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - those of Service.request
+        """Request another task, with this one as its parent; arguments and errors as `Service.request`.
+
+        Raises:
+            NotInTask: No supervisor runs this body.
+        """
+        raise NotInTask("request makes sense only in a body that a supervisor runs; use a Service elsewhere")
+
+    def _acquire(self, name: str, permits: int, timeout_s: float | None) -> int | None:
+        raise NotInTask("lock makes sense only in a body that a supervisor runs")
+
+    def _release(self, name: str) -> None:
+        raise NotInTask("lock makes sense only in a body that a supervisor runs")
+
+
+class Lock:
+    """A place in a lock, held while the `with` block runs.
+
+    Attributes:
+        abandoned_by: The task that died while it held this permit, if that is why it was free.
+    """
+
+    def __init__(self, context: Context, name: str, permits: int, timeout_s: float | None) -> None:
+        if isinstance(permits, bool) or not isinstance(permits, int) or permits < 1:
+            raise ValueError(f"permits is {permits!r}; it must be a whole number above 0")
+        self._context = context
+        self._name = name
+        self._permits = permits
+        self._timeout_s = timeout_s
+        self.abandoned_by: int | None = None
+
+    def __enter__(self) -> Self:
+        self.abandoned_by = self._context._acquire(self._name, self._permits, self._timeout_s)  # noqa: SLF001 - its half
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._context._release(self._name)  # noqa: SLF001 - as above
+
+    async def __aenter__(self) -> Self:
+        return await _in_thread(self.__enter__)
+
+    async def __aexit__(self, *raised: object) -> None:
+        await _in_thread(self.__exit__)
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Call what blocks in a thread of the loop's own pool, which the loop ends when it is closed."""
+    import asyncio  # noqa: PLC0415 - 40 ms that only an async body pays
+
+    return await asyncio.to_thread(call)
 
 
 _outside = Context()
@@ -255,6 +395,50 @@ class Task:
     def track(self, iterable: Iterable[T], total: float | None = None) -> Iterator[T]:
         """Yield the items, telling the progress after each; see `Context.track`."""
         return current().track(iterable, total)
+
+    def reach(self, part: str, value: object = None) -> None:
+        """Record a named part of this task and wake whoever waits for it; see `Context.reach`."""
+        current().reach(part, value)
+
+    def wait_for(
+        self,
+        task: Awaited | Sequence[Awaited],
+        part: str | None = None,
+        timeout_s: float | None = None,
+        *,
+        return_interrupted: bool = False,
+    ) -> Any:  # noqa: ANN401 - whatever the other task has given
+        """Wait for a part, or the end, of another task; see `Context.wait_for`."""
+        return current().wait_for(task, part, timeout_s, return_interrupted=return_interrupted)
+
+    async def wait_for_async(
+        self,
+        task: Awaited | Sequence[Awaited],
+        part: str | None = None,
+        timeout_s: float | None = None,
+        *,
+        return_interrupted: bool = False,
+    ) -> Any:  # noqa: ANN401 - as wait_for
+        """Wait while the event loop goes on; see `Context.wait_for_async`."""
+        return await current().wait_for_async(task, part, timeout_s, return_interrupted=return_interrupted)
+
+    def lock(self, name: str, permits: int = 1, timeout_s: float | None = None) -> Lock:
+        """Return a context manager that holds a permit of a lock; see `Context.lock`."""
+        return current().lock(name, permits, timeout_s)
+
+    def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
+        """Wait until so many tasks have arrived; see `Context.barrier`."""
+        current().barrier(name, parties, scope=scope, timeout_s=timeout_s)
+
+    async def barrier_async(
+        self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Wait while the event loop goes on; see `Context.barrier_async`."""
+        await current().barrier_async(name, parties, scope=scope, timeout_s=timeout_s)
+
+    def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - those of Service.request
+        """Request another task, with this one as its parent; see `Context.request`."""
+        return current().request(task, data, **options)
 
 
 class FunctionTask(Generic[P, R]):

@@ -416,9 +416,9 @@ class _BoxLedger(Ledger):
         with self.store.writing():
             self._task.delete().where(self._task.id.in_(ids)).execute()
 
-    def cancel(self, id: int, *, by: str | None) -> TaskRecord:
+    def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
         """End a waiting task, ask a running one to end; see `Ledger.cancel`."""
-        record = super().cancel(id, by=by)
+        record = super().cancel(id, by=by, keys=keys)
         self._box._cancel_asked(record)  # noqa: SLF001
         return record
 

@@ -97,6 +97,7 @@ class Ward:
     cpu_seen: tuple[float, float] | None = None
     peak_rss_bytes: int = 0
     leave_by: float | None = None
+    wants_slot: bool = False
 
     @property
     def who(self) -> Who:
@@ -130,6 +131,7 @@ class Ward:
         """Have no attempt any more."""
         self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
         self.note = Note()
+        self.wants_slot = False
         self.peak_rss_bytes = 0
 
 

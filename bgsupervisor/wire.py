@@ -24,6 +24,8 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Ack",
     "Beat",
+    "BoardBeat",
+    "BoardHello",
     "CallerHello",
     "Cancel",
     "Channel",
@@ -40,12 +42,17 @@ __all__ = [
     "Progress",
     "Reload",
     "Reloaded",
+    "Resumed",
     "Retire",
+    "Ring",
     "Run",
+    "SlotGranted",
     "Spawn",
     "SpawnFailed",
     "Spawned",
     "TaskOptions",
+    "Waiting",
+    "WantSlot",
     "Who",
 ]
 
@@ -182,6 +189,7 @@ class Run(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     name: str
     data: str
     key: str | None = None
+    parent_id: int | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -226,6 +234,52 @@ class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     by: str | None = None
 
 
+class BoardHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A board's first word."""
+
+    version: int
+    who: Who
+
+
+class BoardBeat(msgspec.Struct, frozen=True, tag=True):
+    """A board's sign of life."""
+
+
+class Ring(msgspec.Struct, frozen=True, tag=True):
+    """Something has happened to what these keys name; whoever waits for it looks at the rows."""
+
+    keys: list[str]
+
+
+class Waiting(msgspec.Struct, frozen=True, tag=True):
+    """An attempt waits, and its slot is free for others (committed)."""
+
+    id: int
+    attempt: int
+
+
+class Resumed(msgspec.Struct, frozen=True, tag=True):
+    """An attempt goes on, in a slot that it took itself (committed)."""
+
+    id: int
+    attempt: int
+    slot: int
+
+
+class WantSlot(msgspec.Struct, frozen=True, tag=True):
+    """An attempt would go on, and waits for a slot."""
+
+    id: int
+    attempt: int
+
+
+class SlotGranted(msgspec.Struct, frozen=True, tag=True):
+    """The attempt has a slot again (committed)."""
+
+    id: int
+    attempt: int
+
+
 class CallerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """The first word of a command, such as `bgsupervisor reload`."""
 
@@ -266,6 +320,13 @@ Message = (
     | Ended
     | Ack
     | Cancel
+    | BoardHello
+    | BoardBeat
+    | Ring
+    | Waiting
+    | Resumed
+    | WantSlot
+    | SlotGranted
     | CallerHello
     | Reload
     | Reloaded

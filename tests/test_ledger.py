@@ -686,11 +686,21 @@ def test_the_indexes_have_their_names(raw):
         "bgsupervisor_task_key",
         "bgsupervisor_task_ended",
         "bgsupervisor_interruption_task",
+        "bgsupervisor_part_name",
+        "bgsupervisor_hold_permit",
+        "bgsupervisor_hold_task",
+        "bgsupervisor_wait_task",
+        "bgsupervisor_wait_target",
+        "bgsupervisor_dependency_pair",
+        "bgsupervisor_dependency_on",
+        "bgsupervisor_party_once",
+        "bgsupervisor_party_task",
     }
 
 
 def test_every_column_of_the_tables_is_a_field_of_the_classes(store, raw):
-    for model in (store.tables.Task, store.tables.Interruption, store.tables.Supervisor):
+    tables = store.tables
+    for model in (tables.Task, tables.Interruption, tables.Supervisor, tables.Part, tables.Hold, tables.Wait):
         table = model._meta.table_name
         columns = [row[1] for row in raw.execute(f"PRAGMA table_info({table})")]
         assert columns == [field.column_name for field in model._meta.sorted_fields], table

@@ -23,13 +23,16 @@ FLOORS = (
     {"testing"},
     {"__init__"},
     {"service"},
-    {"nurseries", "recovery", "enforcement", "deaths", "housekeeping"},
+    {"nurseries", "boards", "recovery", "enforcement", "deaths", "housekeeping"},
     {"wards"},
     {"reception"},
     {"nursery"},
     {"child"},
+    {"coordination"},
     {"link"},
+    {"board"},
     {"ledger"},
+    {"waits"},
     {"models"},
     {"migrations"},
     {"bodies"},
@@ -41,12 +44,13 @@ FLOORS = (
     {"config"},
     {"statedir"},
     {"clock"},
-    {"statuses", "errors"},
+    {"statuses", "errors", "circles"},
 )
 """The rooms of the package from the top: each may import from the floors below its own, and from nowhere else."""
 
 UPWARDS = {
     ("child", "nursery"): "a spawned child loads the application by itself, as a nursery does for forked ones",
+    ("child", "service"): "a body requests tasks as any application does",
     ("supervisor", "__init__"): "it writes the package's version into its row",
 }
 """Imports inside a function that lead upwards or sideways, and why."""
@@ -69,6 +73,7 @@ SENDS_SIGNALS = {
     "enforcement": "orders, after their reason is committed",
     "nursery": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
     "nurseries": "strays that a dead nursery left to the supervisor",
+    "boards": "a board that does not answer",
     "child": "itself, when SIGTERM is to do what it does to any process",
     "cli.loading": "the process that `check` loads the application in",
 }
@@ -179,10 +184,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_only_the_ledger_writes_rows():
     holders = who(lambda m: any(isinstance(n, ast.Attribute) and n.attr == "tables" for n in ast.walk(m.tree)))
-    assert holders == {"ledger", "models", "migrations", "cli.rows"}
+    assert holders == {"ledger", "waits", "models", "migrations", "cli.rows"}
     writes = (".insert", ".insert_many", ".update", ".delete", ".create", ".save", ".bulk_create")
     writers = who(lambda module: any(call.endswith(writes) for call in module.calls()))
-    assert writers & holders == {"ledger"}  # `ps` reads the tables for itself
+    assert writers & holders == {"ledger", "waits"}  # `ps` reads the tables for itself
     assert who(lambda module: any(call.endswith("execute_sql") for call in module.calls())) <= {
         "models",
         "migrations",
@@ -190,7 +195,7 @@ def test_only_the_ledger_writes_rows():
         "testing",  # a temporary table of the application's connection, rolled back with it
     }
     importers = who(lambda m: any("peewee" in ast.unparse(n) for n in ast.walk(m.tree) if isinstance(n, ast.Import)))
-    assert importers == {"ledger", "models", "service", "cli.rows", "cli.migrate", "testing"}
+    assert importers == {"ledger", "waits", "models", "service", "cli.rows", "cli.migrate", "testing"}
     assert not any(call.startswith("peewee.") for call in MODULES["service"].calls())
 
 
@@ -268,7 +273,7 @@ def test_a_web_process_that_imports_the_package_does_not_pay_for_supervising():
         f"bgsupervisor.{room}"
         for room in (
             *("clock", "config", "errors", "ledger", "models", "payload"),
-            *("service", "statedir", "statuses", "tasks", "wire"),
+            *("circles", "service", "statedir", "statuses", "tasks", "waits", "wire"),
         )
     }
 

@@ -1,4 +1,4 @@
-"""The first tables: task, interruption, supervisor."""
+"""The first tables: tasks, their interruptions, supervisors, and what tasks wait for."""
 
 from typing import Any
 
@@ -96,6 +96,67 @@ CREATE TABLE "{p}supervisor" (
 )
 """
 
+PART = """
+CREATE TABLE "{p}part" (
+    "id" INTEGER PRIMARY KEY AUTOINCREMENT,
+    "task_id" INTEGER NOT NULL,
+    "name" TEXT NOT NULL,
+    "value" TEXT NOT NULL,
+    "reached_at" TEXT NOT NULL
+)
+"""
+
+# A permit whose holder died stays as a row without a task: the next holder is told that it was abandoned.
+HOLD = """
+CREATE TABLE "{p}hold" (
+    "id" INTEGER PRIMARY KEY AUTOINCREMENT,
+    "name" TEXT NOT NULL,
+    "permit" INTEGER NOT NULL,
+    "task_id" INTEGER,
+    "attempt" INTEGER,
+    "since" TEXT NOT NULL,
+    "abandoned_by" INTEGER
+)
+"""
+
+# In the order of their ids waiters are served. kind: part, end, lock, barrier, slot.
+WAIT = """
+CREATE TABLE "{p}wait" (
+    "id" INTEGER PRIMARY KEY AUTOINCREMENT,
+    "task_id" INTEGER NOT NULL,
+    "attempt" INTEGER NOT NULL,
+    "kind" TEXT NOT NULL CHECK ("kind" IN ('part', 'end', 'lock', 'barrier', 'slot')),
+    "target_id" INTEGER,
+    "target" TEXT,
+    "permits" INTEGER,
+    "since" TEXT NOT NULL
+)
+"""
+
+# Only what is still to come: a row goes when the other task has ended as it must.
+DEPENDENCY = """
+CREATE TABLE "{p}dependency" (
+    "id" INTEGER PRIMARY KEY AUTOINCREMENT,
+    "task_id" INTEGER NOT NULL,
+    "on_id" INTEGER NOT NULL,
+    "any_end" INTEGER NOT NULL DEFAULT 0
+)
+"""
+
+# One row per party of the present generation; the last one that arrives takes all rows away at once.
+PARTY = """
+CREATE TABLE "{p}party" (
+    "id" INTEGER PRIMARY KEY AUTOINCREMENT,
+    "scope" TEXT NOT NULL,
+    "name" TEXT NOT NULL,
+    "generation" INTEGER NOT NULL,
+    "task_id" INTEGER NOT NULL,
+    "attempt" INTEGER NOT NULL,
+    "parties" INTEGER NOT NULL,
+    "outcome" TEXT
+)
+"""
+
 # Every index has an explicit name: Peewee gives a plain and a partial index on one column the same one and skips the
 # second. The first two are laws: a slot is taken once, a unique key is live once.
 INDEXES = (
@@ -109,10 +170,19 @@ INDEXES = (
     """CREATE INDEX "{p}task_key" ON "{p}task" ("key", "id") WHERE "key" IS NOT NULL""",
     """CREATE INDEX "{p}task_ended" ON "{p}task" ("ended_at") WHERE "ended_at" IS NOT NULL""",
     """CREATE INDEX "{p}interruption_task" ON "{p}interruption" ("task_id", "attempt")""",
+    'CREATE UNIQUE INDEX "{p}part_name" ON "{p}part" ("task_id", "name")',
+    'CREATE UNIQUE INDEX "{p}hold_permit" ON "{p}hold" ("name", "permit")',
+    'CREATE INDEX "{p}hold_task" ON "{p}hold" ("task_id")',
+    'CREATE INDEX "{p}wait_task" ON "{p}wait" ("task_id")',
+    'CREATE INDEX "{p}wait_target" ON "{p}wait" ("kind", "target")',
+    'CREATE UNIQUE INDEX "{p}dependency_pair" ON "{p}dependency" ("task_id", "on_id")',
+    'CREATE INDEX "{p}dependency_on" ON "{p}dependency" ("on_id")',
+    'CREATE UNIQUE INDEX "{p}party_once" ON "{p}party" ("scope", "name", "generation", "task_id")',
+    'CREATE INDEX "{p}party_task" ON "{p}party" ("task_id")',
 )
 
 
 def up(migrator: Any, db: Any) -> None:  # noqa: ANN401 - the runner has no types
     """Create the tables and their laws."""
-    for statement in (TASK, INTERRUPTION, SUPERVISOR, *INDEXES):
+    for statement in (TASK, INTERRUPTION, SUPERVISOR, PART, HOLD, WAIT, DEPENDENCY, PARTY, *INDEXES):
         db.execute_sql(statement.format(p=migrator.table_prefix))

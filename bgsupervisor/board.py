@@ -1,0 +1,208 @@
+"""The board: a multiprocessing.Manager with bells, so that waiters need not poll. Holds no truth.
+
+A bell has a key ("task:5", "lock:smtp") and a count of its rings. A waiter asks for the counts, looks at the rows, and
+waits until a count has grown beyond what it saw; so no ring between the look and the wait is lost. Rings come from the
+supervisor over the control socket. The board may die or hang at any time: the supervisor ends and replaces it, and
+waiters look at the rows themselves meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import select
+import signal
+import socket
+import struct
+import threading
+from multiprocessing import connection, managers
+from typing import TYPE_CHECKING, NoReturn
+
+from bgsupervisor import processes, wire
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.errors import WireError
+from bgsupervisor.statedir import StateDir, connect, open_dir
+from bgsupervisor.waits import EVERYBODY
+from bgsupervisor.wire import Channel, Who
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["BEAT_S", "Bells", "BoardManager", "bounded_client", "main", "read_key"]
+
+log = logging.getLogger("bgsupervisor")
+
+BEAT_S = 0.25
+"""The board tells the supervisor so often that it lives."""
+REDIAL_S = 0.2
+LONELY_S = 60.0
+"""It leaves when no supervisor has been there and nobody has waited for so long."""
+CALL_S = 0.5
+"""A call that should be answered at once is given up after this long."""
+LISTEN_BACKLOG = 1024
+KEYS_MAX = 100_000
+"""Beyond so many bells all counts are forgotten but one: every waiter then looks once for nothing."""
+
+
+class Bells:
+    """Counts of rings, and who waits for them. Every method may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._counts: dict[str, int] = {}
+        self._base = 0
+        self.waiting = 0
+
+    def ring(self, keys: Sequence[str]) -> None:
+        """Wake whoever waits for one of *keys*."""
+        with self._condition:
+            if len(self._counts) > KEYS_MAX:
+                self._base += max(self._counts.values()) + 1
+                self._counts.clear()
+            for key in keys:
+                self._counts[key] = self._counts.get(key, 0) + 1
+            self._condition.notify_all()
+
+    def seen(self, keys: Sequence[str]) -> list[int]:
+        """Return how often each of *keys* has been rung."""
+        with self._condition:
+            return self._now(keys)
+
+    def wait_beyond(self, keys: Sequence[str], seen: list[int], timeout_s: float) -> list[int]:
+        """Block until one of *keys* has been rung since *seen*, at most *timeout_s*; return the counts of then."""
+        with self._condition:
+            self.waiting += 1
+            try:
+                self._condition.wait_for(lambda: self._now(keys) != seen, timeout_s)
+            finally:
+                self.waiting -= 1
+            return self._now(keys)
+
+    def _now(self, keys: Sequence[str]) -> list[int]:
+        return [self._base + self._counts.get(key, 0) for key in keys]
+
+
+_bells = Bells()
+
+
+def bounded_client(address: str, authkey: bytes | None = None) -> connection.Connection:
+    """Connect as multiprocessing.connection.Client does, but give up after CALL_S: a board may be stopped.
+
+    Raises:
+        OSError, EOFError, multiprocessing.AuthenticationError: There is no board that answers.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(CALL_S)
+        sock.connect(address)
+        sock.setblocking(True)
+        limit = struct.pack("@ll", int(CALL_S), int(CALL_S % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        made = connection.Connection(sock.detach())
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        if authkey is not None:
+            connection.answer_challenge(made, authkey)
+            connection.deliver_challenge(made, authkey)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+# The documented way to another kind of connection would be a serializer of one's own; this is how managers keep them.
+managers.listener_client["bounded"] = (connection.Listener, bounded_client)  # type: ignore[attr-defined]
+
+
+class BoardManager(managers.SyncManager):
+    """The manager that serves the bells of one state directory."""
+
+
+BoardManager.register("bells", callable=lambda: _bells, exposed=("seen", "wait_beyond"))
+
+
+def read_key(folder: Path) -> bytes:
+    """Return the key that a client must know.
+
+    Raises:
+        OSError: There is no board yet, or this user may not wait here.
+    """
+    return (folder / "authkey").read_bytes()
+
+
+def main(folder: Path) -> NoReturn:
+    """Live as the board of a state directory; never returns."""
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    key = _make_key(folder)
+    address = f"/proc/self/fd/{open_dir(folder)}/board.sock"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(address)  # noqa: PTH108 - relative to an open directory
+    server = BoardManager(address=address, authkey=key).get_server()
+    threading.Thread(target=_Caretaker(folder).run, daemon=True).start()
+    with contextlib.suppress(BaseException):
+        server.serve_forever()
+    os._exit(0)
+
+
+def _make_key(folder: Path) -> bytes:
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(folder / "authkey", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.write(descriptor, secrets.token_bytes(32))
+        os.close(descriptor)
+    return read_key(folder)
+
+
+class _Caretaker:
+    """The thread that talks with the supervisor: takes rings, tells that the board lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = StateDir(folder)
+        self._clock = SystemClock()
+        self._channel: Channel | None = None
+        self._used_at = self._clock.monotonic()
+
+    def run(self) -> None:
+        """Serve until the board leaves."""
+        while True:
+            if self._channel is None:
+                self._dial()
+            if self._channel is None:
+                self._clock.sleep(REDIAL_S)
+            else:
+                self._serve(self._channel)
+            if self._channel is not None or _bells.waiting:
+                self._used_at = self._clock.monotonic()
+            elif self._clock.monotonic() - self._used_at > LONELY_S:
+                os._exit(0)
+
+    def _dial(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel = Channel(connect(self._folder.path, "control.sock", socket.SOCK_STREAM))
+            pid = os.getpid()
+            who = Who(pid, processes.start_ticks(pid) or 0)
+            self._channel.send(wire.BoardHello(version=wire.PROTOCOL_VERSION, who=who))
+
+    def _serve(self, channel: Channel) -> None:
+        poll = select.poll()
+        poll.register(channel, select.POLLIN)
+        poll.poll(BEAT_S * 1000)
+        with contextlib.suppress(WireError):
+            for message in channel.receive():
+                if isinstance(message, wire.Ring):
+                    _bells.ring(message.keys)
+                elif isinstance(message, wire.Leave):
+                    os._exit(0)
+        if not channel.unsent_bytes:
+            channel.send(wire.BoardBeat())
+        if channel.closed:
+            channel.close()
+            self._channel = None
+            _bells.ring([EVERYBODY])
