@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from bgsupervisor import Handle, Service, Status
 
 APP = """
 import os, time
-from bgsupervisor import task
+from bgsupervisor import Deadlock, current, task
 
 @task
 def noop():
@@ -45,8 +46,58 @@ def first_line() -> float:
 @task
 def for_ever():
     time.sleep(600)
+
+@task
+def reach_parts(count: int) -> list[float]:
+    times = []
+    for number in range(count):
+        time.sleep(0.1)
+        times.append(time.monotonic())
+        current().reach(f"part {number}")
+    return times
+
+@task
+def await_parts(id: int, count: int) -> list[tuple[float, float]]:
+    times = []
+    for number in range(count):
+        began = time.monotonic()
+        current().wait_for(id, part=f"part {number}")
+        times.append((began, time.monotonic()))
+    return times
+
+@task
+def take_turns(count: int) -> list[tuple[float, float]]:
+    times = []
+    for _ in range(count):
+        with current().lock("turns"):
+            taken = time.monotonic()
+            time.sleep(0.06)
+            given_back = time.monotonic()
+        times.append((taken, given_back))
+    return times
+
+@task
+def wait_for_end(id: int):
+    current().wait_for(id)
+
+@task
+def close_circle() -> float:
+    while not os.path.exists(f"last-{current().id}"):
+        time.sleep(0.005)
+    with open(f"last-{current().id}") as file:
+        last = int(file.read())
+    began = time.monotonic()
+    try:
+        current().wait_for(last)
+    except Deadlock:
+        return time.monotonic() - began
 """
 LIMIT_S = 900
+WAITED_S = 0.05
+"""Only waits of at least so long count: their waiter has given its slot away and sleeps."""
+WAITERS = 200
+ROW = 15
+"""So many wait in a row before the circle of one more is closed."""
 
 
 class Bench:
@@ -261,6 +312,82 @@ def measure_unrung(bench: Bench) -> None:
     say("commit without a ring -> first line of the body", found, "1.5 s")
 
 
+def start_with_board(bench: Bench) -> None:
+    """Start the supervisor and have one body wait for another, so that the board is there."""
+    bench.start()
+    bench.service.wait(
+        bench.service.request("benchapp:wait_for_end", {"id": bench.service.request("benchapp:sleep_one").id}),
+        timeout_s=30,
+    )
+
+
+def measure_part(bench: Bench) -> None:
+    """From the call of reach() to the next line of a body that has waited for it, its slot taken back; one by one."""
+    start_with_board(bench)
+    reacher = bench.service.request("benchapp:reach_parts", {"count": 201})
+    waiter = bench.service.request("benchapp:await_parts", {"id": reacher.id, "count": 201})
+    for handle in (reacher, waiter):
+        bench.service.wait(handle, timeout_s=120)
+    pairs = list(zip(bench.service.result(reacher), bench.service.result(waiter), strict=True))[1:]
+    times = sorted(gone_on - reached for reached, (began, gone_on) in pairs if reached - began > WAITED_S)
+    p99 = times[int(len(times) * 0.99) - 1]
+    found = f"{ms(statistics.median(times))}  (p99 {ms(p99)}, max {ms(times[-1])}, {len(times)} waits)"
+    say("reach() -> next line of its waiter", found, "median 5 ms, p99 25 ms")
+
+
+def measure_handover(bench: Bench) -> None:
+    """From the last line under a lock to the first line of the next holder, another child, which has waited for it."""
+    start_with_board(bench)
+    handles = [bench.service.request("benchapp:take_turns", {"count": 100}) for _ in range(2)]
+    turns = []
+    for number, handle in enumerate(handles):
+        bench.service.wait(handle, timeout_s=120)
+        turns += [(taken, given_back, number) for taken, given_back in bench.service.result(handle)]
+    turns.sort()
+    times = sorted(two[0] - one[1] for one, two in pairwise(turns) if one[2] != two[2])
+    found = (
+        f"{ms(statistics.median(times))}  (p90 {ms(times[len(times) * 9 // 10])}, max {ms(times[-1])}, {len(times)}x)"
+    )
+    say("lock handed over between two children", found, "median 5 ms")
+
+
+def measure_waiters(bench: Bench) -> None:
+    """200 bodies that wait for the end of one which does nothing: CPU of the whole tree, as a share of one core."""
+    bench.start()
+    awaited = bench.service.request("benchapp:for_ever")
+    bench.service.request_many("benchapp:wait_for_end", [{"id": awaited.id}] * WAITERS)
+    while len(bench.service.ledger.waits.rows()) < WAITERS:
+        time.sleep(0.1)
+    time.sleep(3)  # the board is there, and all have found it
+    tree = bench.tree()
+    before = {process.pid: sum(process.cpu_times()[:2]) for process in tree}
+    began = time.monotonic()
+    time.sleep(20)
+    lasted = time.monotonic() - began
+    used = {process.pid: sum(process.cpu_times()[:2]) - before[process.pid] for process in tree if process.is_running()}
+    found = f"{sum(used.values()) / lasted:.2%}  ({len(tree)} processes, supervisor {used[tree[0].pid] / lasted:.2%})"
+    say(f"{WAITERS} waiters, idle for 20 s, CPU of the tree", found, "under 1 % of one core")
+
+
+def measure_deadlock(bench: Bench) -> None:
+    """Bodies wait in a row; the time of the wait that would close the circle, until it raises Deadlock."""
+    start_with_board(bench)
+    times = []
+    for _ in range(5):
+        closing = last = bench.service.request("benchapp:close_circle").id
+        for _ in range(ROW):
+            last = bench.service.request("benchapp:wait_for_end", {"id": last}).id
+        while len(bench.service.ledger.waits.rows()) < ROW:
+            time.sleep(0.05)
+        (bench.folder / "last").write_text(str(last))
+        (bench.folder / "last").rename(bench.folder / f"last-{closing}")
+        bench.service.wait(closing, timeout_s=30)
+        times.append(bench.service.result(closing))
+        bench.service.wait(last, timeout_s=30)
+    found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
+    say(f"closing wait of a circle of {ROW + 1} -> Deadlock", found, "50 ms")
+
+
 FIGURES = {
     "start": measure_start,
     "sixteen": measure_sixteen,
@@ -268,6 +395,10 @@ FIGURES = {
     "pickup": measure_pickup,
     "reload": measure_reload,
     "unrung": measure_unrung,
+    "part": measure_part,
+    "handover": measure_handover,
+    "waiters": measure_waiters,
+    "deadlock": measure_deadlock,
     "idle": measure_idle,
     "noop": measure_noop,
 }

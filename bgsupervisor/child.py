@@ -59,6 +59,7 @@ LEFTOVER_GRACE_S = 2.0
 """What a body left running gets SIGTERM, and SIGKILL after this long."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 """For an application that configures no logging."""
+KNOWN_LOOKS = 20
 KNOWN_WAIT_S = 0.2
 """SIGTERM waits at most so long for the link to have read why it came."""
 
@@ -137,6 +138,7 @@ class AttemptContext(tasks.Context):
         self._clock = clock
         self._sent_at = -PROGRESS_EVERY_S
         self.last: tuple[float | None, float | None, str | None] = (None, None, None)
+        self._sent: tuple[float | None, float | None, str | None] = (None, None, None)
 
     @property
     def cancel_requested(self) -> bool:
@@ -152,12 +154,13 @@ class AttemptContext(tasks.Context):
             known[2] if message is None else storable(str(message))[:1000],
         )
         now = self._clock.monotonic()
-        if self.last != known and now - self._sent_at >= PROGRESS_EVERY_S and self.id is not None:
-            self._sent_at = now
+        if self.last != self._sent and self.id is not None:
             done, total, message = self.last
-            self._link.say_from_body(
-                wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message)
-            )
+            word = wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message)
+            self._link.last_progress = word  # the next heartbeat takes along what is not sent now
+            if now - self._sent_at >= PROGRESS_EVERY_S:
+                self._sent_at, self._sent, self._link.last_progress = now, self.last, None
+                self._link.say_from_body(word)
         order = self._link.cancel_order
         if order is not None:
             raise Cancelled(order.reason, order.by, order.why)
@@ -239,7 +242,10 @@ class Child:
 
     def _perform(self, order: Run) -> End:
         used_before = _own_usage()
-        self._open_log()
+        with contextlib.suppress(
+            OSError
+        ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
+            self._open_log()
         coordination = Coordination(order, self._link, self._ledger, self._config, self._clock)
         context = AttemptContext(order, self._link, coordination, self._config, self._clock)
         self._phase = "body"
@@ -296,7 +302,7 @@ class Child:
         del frame
         if self._phase in ("encoding", "ending"):
             return  # the body has ended, its end is on the way
-        if self._phase == "body" and self._link.cancel_known.wait(KNOWN_WAIT_S):
+        if self._phase == "body" and self._is_order_known():
             order = self._link.cancel_order
             self._term_came = True
             if self._link.main_inside:
@@ -305,6 +311,14 @@ class Child:
                 raise Cancelled(order.reason, order.by, order.why)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+    def _is_order_known(self) -> bool:
+        """Give the link a moment to read why SIGTERM came; by looking, for a second SIGTERM may come in between."""
+        for _ in range(KNOWN_LOOKS):
+            if self._link.cancel_order is not None:
+                return True
+            self._clock.sleep(KNOWN_WAIT_S / KNOWN_LOOKS)
+        return False
 
     def _leave_sigterm_to_forks(self) -> None:
         """Give what the body forks the default SIGTERM in place of ours: multiprocessing ends its processes with it.

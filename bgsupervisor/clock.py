@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Protocol
 
-__all__ = ["Clock", "SystemClock", "in_seconds"]
+__all__ = ["Clock", "SystemClock"]
 
 
 class Clock(Protocol):
@@ -39,8 +39,3 @@ class SystemClock:
     def sleep(self, seconds: float) -> None:
         """Block for *seconds*."""
         time.sleep(seconds)
-
-
-def in_seconds(clock: Clock, seconds: float) -> datetime:
-    """Return the moment *seconds* after now, aware, in UTC."""
-    return clock.now() + timedelta(seconds=seconds)

@@ -300,7 +300,7 @@ class Config:
         "bytes", MIB, "The largest data or result of a task, encoded.", minimum=KIB, maximum=64 * MIB
     )
     log_max_bytes: int = _option(
-        "bytes", 10 * MIB, "The largest log of a task; beyond it the middle is cut out.", minimum=4 * KIB, maximum=GIB
+        "bytes", 10 * MIB, "The largest log of a task; beyond it the middle is cut out.", minimum=16 * KIB, maximum=GIB
     )
     busy_timeout_s: float = _option(
         "seconds", 5.0, "How long a call waits for a locked database.", minimum=0, maximum=3600
@@ -328,7 +328,7 @@ class Config:
     lease_s: float = _option(
         "seconds",
         30.0,
-        "A host or container silent for so long is lost; at least twice heartbeat_s.",
+        "A container (another PID namespace) silent for so long is lost; at least twice heartbeat_s.",
         minimum=0.1,
         maximum=86400,
     )

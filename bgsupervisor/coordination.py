@@ -18,7 +18,7 @@ from bgsupervisor import payload, wire
 from bgsupervisor.board import CALL_S, BoardManager, read_key
 from bgsupervisor.errors import BarrierBroken, Cancelled, PartNotReached, UnknownTask, WaitTimeout
 from bgsupervisor.statedir import open_dir
-from bgsupervisor.waits import EVERYBODY, PASSED, Held, Waiting, barrier_key, lock_key, task_key
+from bgsupervisor.waits import EVERYBODY, PASSED, Held, Queued, Waiting, barrier_key, lock_key, task_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -148,39 +148,43 @@ class Coordination:
     def acquire(self, name: str, permits: int, timeout_s: float | None) -> Held:
         """Take a permit of a lock, waiting for it if all are taken."""
         _checked(name, "lock")
-        state = {"waits": False}
+        queued: Queued | None = None
 
         def take() -> Held | None:
-            if state["waits"] and not self._ledger.waits.may_take(self._id, name, permits):
+            nonlocal queued
+            if queued is not None and not self._ledger.waits.may_take(self._id, name, permits):
                 return None
-            held = self._ledger.waits.acquire(
+            found = self._ledger.waits.acquire(
                 self._id,
                 self._attempt,
                 name,
                 permits,
                 slots=self._config.slots,
                 max_waiting=self._config.max_waiting,
-                waits_already=state["waits"],
+                waits_already=queued is not None,
             )
-            if held is None and not state["waits"]:
-                state["waits"] = True
-                self._link.say_from_body(wire.Waiting(self._id, self._attempt))
-            return held
+            if isinstance(found, Held):
+                return found
+            if queued is None:
+                queued = found
+                if queued.slot_given:
+                    self._link.say_from_body(wire.Waiting(self._id, self._attempt))
+            return None
 
         self._check_cancel()
         held = take()
         if held is not None:
             return held
+        given = queued is not None and queued.slot_given
         try:
             held = self._until(take, [lock_key(name)], timeout_s, f'lock "{name}"')
         except BaseException as error:
-            self._regain_slot(patiently=not isinstance(error, Cancelled))
-            self._link.say_from_body(wire.Ring([lock_key(name)]))  # whoever stood behind moves up
+            self._give_up(given, [lock_key(name)], patiently=not isinstance(error, Cancelled))
             raise
         try:
             if held.slot is None:
                 self._regain_slot(patiently=True)
-            else:
+            elif given:
                 self._link.say_from_body(wire.Resumed(self._id, self._attempt, held.slot))
         except BaseException:
             self.release(name)
@@ -213,8 +217,12 @@ class Coordination:
             if outcome is None:
                 with self._slot_given([Waiting("barrier", target=name)]):
                     outcome = self._until(look, [barrier_key(area, name)], timeout_s, f'barrier "{name}"')
-        finally:
+        except Cancelled:
+            raise  # its row stays: with the end of this attempt it breaks the barrier for the others
+        except BaseException:
             waits.leave_barrier(self._id, area, name, generation)
+            raise
+        waits.leave_barrier(self._id, area, name, generation)
         if outcome != PASSED:
             raise BarrierBroken(name, outcome)
 
@@ -242,15 +250,25 @@ class Coordination:
         try:
             yield
         except BaseException as error:
-            self._go_on(given, patiently=not isinstance(error, Cancelled))
+            self._give_up(given, [], patiently=not isinstance(error, Cancelled))
             raise
-        self._go_on(given, patiently=True)
-
-    def _go_on(self, given: bool, *, patiently: bool) -> None:
         if given:
-            self._regain_slot(patiently=patiently)
+            self._regain_slot(patiently=True)
         else:
-            self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
+            self._resume()
+
+    def _resume(self) -> int | None:
+        return self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
+
+    def _give_up(self, given: bool, keys: list[str], *, patiently: bool) -> None:
+        """Take the wait's rows away before all else: who waits in vain must not seem to wait, nor stand in a queue."""
+        slot = self._resume()
+        if keys:
+            self._link.say_from_body(wire.Ring(keys))  # whoever stood behind moves up
+        if slot is None and patiently:
+            self._regain_slot(patiently=True)
+        elif slot is not None and given:
+            self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))
 
     def _until(self, look: Callable[[], T | None], keys: list[str], timeout_s: float | None, what: str) -> T:
         """Look until there is something: after each ring, and now and then without one."""
@@ -282,7 +300,7 @@ class Coordination:
         while slot is None:
             if (patiently and not self._link.disconnected.is_set()) and self._is_granted():
                 return
-            slot = self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
+            slot = self._resume()
             if slot is None and (not patiently or self._is_granted()):
                 return
         self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))

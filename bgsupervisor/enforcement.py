@@ -57,8 +57,9 @@ class Enforcement:
         for ward in self._wards:
             if ward.leave_by is not None and now >= ward.leave_by and ward.handle is not None:
                 log.warning("PID %d does not leave after its task has ended; killing it", ward.who.pid)
-                processes.signal_tree(ward.handle, signal.SIGKILL)
                 ward.leave_by = now + LEAVE_SLACK_S
+                with contextlib.suppress(OSError):
+                    processes.signal_tree(ward.handle, signal.SIGKILL)
 
     def cancel(self, requests: Iterable[tuple[Attempt, str | None]]) -> None:
         """Ask the bodies that somebody wants cancelled to end."""
@@ -92,14 +93,21 @@ class Enforcement:
 
     def carry_out(self, ward: Ward, order: Order) -> None:
         """Send the signal of an order's stage; its reason is in the row."""
-        order.unsent = False
         if ward.handle is None:
-            return
-        if order.stage is Stage.TERM:
-            log.info("sending SIGTERM to PID %d: %s", ward.who.pid, order.why)
-            ward.handle.send_signal(signal.SIGTERM)
-        else:
-            log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, order.why)
+            return  # it cannot be held now; the next look may find it
+        order.unsent = False
+        try:
+            if order.stage is Stage.TERM:
+                log.info("sending SIGTERM to PID %d: %s", ward.who.pid, order.why)
+                ward.handle.send_signal(signal.SIGTERM)
+            else:
+                self._kill(ward, order.why)
+        except OSError as error:  # another user's process by now, or no descriptors left
+            log.error("PID %d cannot be signalled: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
+
+    def _kill(self, ward: Ward, why: str) -> None:
+        log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)
+        if ward.handle is not None:
             processes.signal_tree(ward.handle, signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
@@ -151,7 +159,9 @@ class Enforcement:
         if now >= self._usage_at:
             self._usage_at = now + self.config.heartbeat_s
             sampled = running
-        usage = processes.tree_usage([ward.who.pid for ward in sampled]) if sampled else {}
+        usage: dict[int, processes.Usage] = {}
+        with contextlib.suppress(OSError):  # no descriptors left: the next look may see
+            usage = processes.tree_usage([ward.who.pid for ward in sampled]) if sampled else {}
         for ward in sampled:
             if ward.who.pid in usage:
                 self._note_usage(ward, usage[ward.who.pid], now)

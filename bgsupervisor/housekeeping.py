@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import itertools
 import logging
+import os
 import shutil
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor import logs, processes
@@ -13,9 +17,8 @@ from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
     from datetime import datetime
-    from pathlib import Path
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.ledger import Ledger
@@ -30,7 +33,9 @@ PRUNE_EVERY_S = 600.0
 PRUNE_ROWS = 200
 """Rows deleted in one transaction: some milliseconds, so that nobody waits for the lock."""
 SWEEP_EVERY_S = 3600.0
-"""Logs that no row tells of any more are looked for so often."""
+"""Logs that no row tells of any more are looked for so long after the start, and after the last look."""
+SWEEP_FILES = 500
+"""Logs looked at in one call: some milliseconds, so that nobody waits for the supervisor."""
 LOG_ROTATED_BYTES = 10 * 1024 * 1024
 """A supervisor.log that is larger becomes supervisor.log.1, in the place of the one before."""
 
@@ -76,7 +81,8 @@ class Housekeeping:
         self._state_dir = state_dir
         self._clock = clock
         self._prune_at = clock.monotonic()
-        self._sweep_at = clock.monotonic()
+        self._sweep_at = clock.monotonic() + SWEEP_EVERY_S
+        self._unswept: Iterator[Path] | None = None
 
     def keep(self, keep_days: float) -> None:
         """Do what is due: delete rows and logs older than *keep_days* (0 keeps all), rotate our own log."""
@@ -89,7 +95,6 @@ class Housekeeping:
             self._prune_at = now + PRUNE_EVERY_S
             self._prune(before)
         if now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_EVERY_S
             self._sweep(before.timestamp())
 
     def _prune(self, before: datetime) -> None:
@@ -105,11 +110,17 @@ class Housekeeping:
             log.info("deleted %d tasks that ended before %s", count, before.isoformat(timespec="seconds"))
 
     def _sweep(self, before: float) -> None:
-        """Delete logs that have not been written for as long, such as those of rows that somebody else deleted."""
-        for path in self._state_dir.logs.glob("*-*-*.log"):
+        """Delete some of the logs that have not been written for as long, as of rows that somebody else deleted."""
+        if self._unswept is None:
+            self._unswept = _files_in(self._state_dir.logs)
+        files = list(itertools.islice(self._unswept, SWEEP_FILES))
+        for path in files:
             with contextlib.suppress(OSError, DatabaseError, AccessError):
-                if path.stat().st_mtime < before and not self._is_needed(path):
+                if _is_log(path) and path.stat().st_mtime < before and not self._is_needed(path):
                     path.unlink()
+        if len(files) < SWEEP_FILES:
+            self._unswept = None
+            self._sweep_at = self._clock.monotonic() + SWEEP_EVERY_S
 
     def _is_needed(self, path: Path) -> bool:
         """Whether the child that writes this log is alive, or its task's row is there, however long it was silent."""
@@ -119,3 +130,14 @@ class Housekeeping:
         if kind == "task":
             return self._ledger.get(int(number)) is not None
         return kind == "process" and str(processes.start_ticks(int(number))) == rest
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder, read piece by piece as it is asked for."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+
+
+def _is_log(path: Path) -> bool:
+    return fnmatch.fnmatchcase(path.name, "*-*-*.log")

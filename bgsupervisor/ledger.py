@@ -80,6 +80,9 @@ _ATTEMPT_COLUMNS = (
     "exit_code", "signal", "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at",
     "cancel_requested_by",
 )  # fmt: skip
+_HEAVY = frozenset({"data", "result", "error"})
+PRIORITIES_MAX = 50
+"""So many priorities are asked for one by one; the rest is sorted."""
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
 
 
@@ -527,6 +530,14 @@ class Ledger:
 
     # Reading
 
+    def status(self, id: int) -> Status | None:
+        """Return a task's status, or None if there is no such row; reads nothing else of it."""
+        if not 0 < id <= ID_MAX:
+            return None
+        with self.store.connected():
+            found = self._task.select(self._task.status).where(self._task.id == id).scalar()
+        return None if found is None else Status(found)
+
     def get(self, id: int) -> TaskRecord | None:
         """Return a task, or None if there is no such row."""
         if not 0 < id <= ID_MAX:
@@ -594,7 +605,7 @@ class Ledger:
         return {status: int(found.get(status.value, 0)) for status in (Status.DONE, Status.INTERRUPTED)}
 
     def starts(self) -> list[TaskRecord]:
-        """Return all running tasks, in order of their ids."""
+        """Return all running tasks, in order of their ids; without data, result and error."""
         with self.store.connected():
             return self._starts()
 
@@ -615,24 +626,21 @@ class Ledger:
         task, now = self._task, self._clock.now()
         dependency = self.store.tables.Dependency
         waiting = dependency.select(dependency.id).where(dependency.task_id == task.id)
+        is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
+        is_due &= ~peewee.fn.EXISTS(waiting)
+        columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
         found: list[Due] = []
-        wanted = [str(name) for name in names]
         with self.store.connected():
-            for priority in self._priorities():
-                query = (
-                    task.select(task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
-                    .where(
-                        _IS_REQUEST
-                        & (task.priority == priority)
-                        & (task.run_at <= now)
-                        & task.name.in_(wanted)
-                        & ~peewee.fn.EXISTS(waiting),
-                    )
-                    .order_by(task.run_at, task.id)
-                    .limit(limit - len(found))
-                )
+            if not task.select(task.id).where(_IS_REQUEST & (task.run_at <= now)).exists():
+                return []
+            for number, priority in enumerate(self._priorities()):
+                # With very many priorities it is cheaper to sort what is due than to ask for each.
+                last = number == PRIORITIES_MAX
+                of_priority = task.priority <= priority if last else task.priority == priority
+                query = task.select(*columns).where(is_due & of_priority)
+                query = query.order_by(task.priority.desc(), task.run_at, task.id).limit(limit - len(found))
                 found += [Due(*row) for row in query.tuples()]
-                if len(found) >= limit:
+                if last or len(found) >= limit:
                     break
         return found
 
@@ -647,12 +655,9 @@ class Ledger:
 
     def _first_run_at(self, condition: peewee.Node) -> datetime | None:
         task = self._task
-        moments = []
+        query = task.select(task.run_at).where(_IS_REQUEST & condition).order_by(task.run_at).limit(1)
         with self.store.connected():
-            for priority in self._priorities():
-                query = task.select(task.run_at).where(_IS_REQUEST & (task.priority == priority) & condition)
-                moments += [moment for (moment,) in query.order_by(task.run_at).limit(1).tuples()]
-        return min((moment for moment in moments if moment is not None), default=None)
+            return next((moment for (moment,) in query.tuples()), None)
 
     def position(self, record: TaskRecord) -> int:
         """Return a waiting task's place in the queue: 1 plus the due tasks that go before it."""
@@ -678,9 +683,12 @@ class Ledger:
             query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
 
     def _starts(self) -> list[TaskRecord]:
+        """Return the running tasks without data, result and error, which may be megabytes."""
         task = self._task
-        query = task.select().where(_IS_START).order_by(task.id)
-        return [TaskRecord.from_row(row) for row in list(query.dicts())]
+        columns = [field for field in task._meta.sorted_fields if field.name not in _HEAVY]  # noqa: SLF001 - documented
+        query = task.select(*columns).where(_IS_START).order_by(task.id)
+        light = {"data": "", "result": None, "error": None}
+        return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
 
     def _get(self, id: int) -> TaskRecord:
         record = self.get(id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import queue
 import select
@@ -27,14 +28,49 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.wire import End
 
-__all__ = ["Link"]
+__all__ = ["Link", "Redial"]
 
 log = logging.getLogger("bgsupervisor")
 
 REDIAL_S = 0.2
+REDIAL_MAX_S = 5.0
+"""The longest pause between two tries to reach a supervisor that refuses: another protocol, another PID namespace."""
 LONELY_S = 10.0
 """An idle child leaves when no supervisor has come for this long: the next one starts children of its own."""
 PARENT_LOOK_S = 10.0
+
+
+class Redial:
+    """When to try again: at once, but after refusals ever later, REDIAL_S to REDIAL_MAX_S.
+
+    A connection that brings no message and does not last REDIAL_MAX_S was a refusal.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since = self._due_at = clock.monotonic()
+        self._pause_s = REDIAL_S
+
+    def wait_s(self) -> float:
+        """Return how long not to try yet."""
+        return max(0.0, self._due_at - self._clock.monotonic())
+
+    def connected(self) -> None:
+        """Note that there is a connection."""
+        self._since = self._clock.monotonic()
+
+    def heard(self) -> None:
+        """Note that it brought a message."""
+        self._since = -math.inf
+
+    def lost(self) -> None:
+        """Note that it has ended."""
+        now = self._clock.monotonic()
+        if now - self._since >= REDIAL_MAX_S:
+            self._pause_s = REDIAL_S
+        else:
+            self._due_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, REDIAL_MAX_S)
 
 
 class Link(threading.Thread):
@@ -46,7 +82,7 @@ class Link(threading.Thread):
         acknowledged: The end of the present attempt is committed.
         disconnected: There is no connection; cleared when there is one again.
         cancel_order: The present attempt is to end, and why.
-        cancel_known: Set when there is a cancel_order.
+        last_progress: What the body said last and has not been sent.
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
 
@@ -66,12 +102,13 @@ class Link(threading.Thread):
         self.acknowledged = threading.Event()
         self.disconnected = threading.Event()
         self.cancel_order: wire.Cancel | None = None
-        self.cancel_known = threading.Event()
         self.main_inside = False
+        self.last_progress: wire.Progress | None = None
         self.slot_granted = threading.Event()
         self._wanted: wire.WantSlot | None = None
         self._wake: int | None = None
         self._alone_since: float | None = clock.monotonic()
+        self._redial = Redial(clock)
         self._leaving = False
         self._last_beat = 0.0
         self._last_look = clock.monotonic()
@@ -105,9 +142,8 @@ class Link(threading.Thread):
     def become_idle(self) -> None:
         """Be idle again after the end has been recorded, and say so."""
         with self._lock:
-            self.run_order = self.end_report = self.cancel_order = None
+            self.run_order = self.end_report = self.cancel_order = self.last_progress = None
             self.acknowledged.clear()
-            self.cancel_known.clear()
             if self._channel is not None:
                 self._channel.send(self._hello())
 
@@ -176,7 +212,7 @@ class Link(threading.Thread):
 
     def _serve_once(self) -> None:
         channel = self._channel
-        timeout_s = self._next_look_s() if channel is not None else REDIAL_S
+        timeout_s = self._next_look_s() if channel is not None else self._redial.wait_s() or REDIAL_S
         poll = select.poll()
         if channel is not None:
             events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
@@ -203,13 +239,21 @@ class Link(threading.Thread):
             self._forget_if_closed(channel)
 
     def _forget_if_closed(self, channel: Channel) -> None:
-        if channel.closed and channel is self._channel:
+        if channel is not self._channel or not (channel.closed or channel.broken):
+            return
+        if channel.broken:  # what came before the break counts: only then is it known that nothing else was ordered
+            with contextlib.suppress(WireError):
+                for message in channel.receive_all():
+                    self._take(message)
+        if channel is self._channel:
             channel.close()
             self._channel = None
+            self._redial.lost()
             self._alone_since = self._clock.monotonic()
             self.disconnected.set()
 
     def _take(self, message: wire.Message) -> None:
+        self._redial.heard()
         present = self.run_order
         if isinstance(message, Run):
             self.run_order = message
@@ -226,11 +270,10 @@ class Link(threading.Thread):
                 self._rouse()
             else:
                 self.cancel_order = message
-                self.cancel_known.set()
                 self._rouse()
 
     def _dial(self) -> None:
-        if self._channel is not None or self._leaving:
+        if self._channel is not None or self._leaving or self._redial.wait_s() > 0:
             return
         sock = None
         try:
@@ -243,6 +286,7 @@ class Link(threading.Thread):
             if self._wanted is not None:
                 channel.send(self._wanted)
             self._channel = channel
+            self._redial.connected()
             self._alone_since = None
             self.disconnected.clear()
 
@@ -262,6 +306,9 @@ class Link(threading.Thread):
         order = self.run_order
         if order is not None and now - self._last_beat >= self._heartbeat_s:
             self._last_beat = now
+            word, self.last_progress = self.last_progress, None
+            if word is not None:
+                self.say(word)
             self.say(wire.Beat(order.id, order.attempt))
         if order is not None:
             return

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sqlite3
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,9 @@ _PASSING_CODES = {
 
 _OF_ONE_ROW = (peewee.IntegrityError, peewee.DataError, peewee.InterfaceError, peewee.ProgrammingError)
 """What is wrong with a row's values, not with the database."""
+
+
+_REASONS = frozenset(str(reason) for reason in Reason)
 
 
 class UtcField(peewee.DateTimeField):
@@ -269,8 +273,8 @@ class TaskRecord:
         values = dict(row)
         values["status"] = Status(values["status"])
         for column in ("reason", "ending"):
-            if values[column] is not None:
-                values[column] = Reason(values[column])
+            known = values[column] in _REASONS  # a word of a later version, or written by hand, is no reason to stop
+            values[column] = Reason(values[column]) if known else None
         return cls(**values)
 
     @property
@@ -358,7 +362,7 @@ def translated(store: Store) -> Iterator[None]:
         yield
     except _OF_ONE_ROW:
         raise
-    except peewee.PeeweeException as error:
+    except (peewee.PeeweeException, sqlite3.Error) as error:  # Peewee wraps a query, but not the stepping of its rows
         raise store.explain(error) from error
 
 
@@ -489,7 +493,7 @@ class Store:
         """Return the -wal file's path, where there is one."""
         return None if self.path is None else Path(f"{self.path}-wal")
 
-    def explain(self, error: peewee.PeeweeException) -> DatabaseError | AccessError:
+    def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
         text = str(_first(error))
         access = self._missing_right()
@@ -503,7 +507,8 @@ class Store:
         if "not a database" in text or "malformed" in text:
             return DatabaseError(f"{where} is damaged ({text}); restore it from a backup")
         if "locked" in text or "busy" in text:
-            return DatabaseError(f"{where} is locked by another writer for longer than busy_timeout_s; try again")
+            waited_s = getattr(self.database, "timeout", 0.0)
+            return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
         if "full" in text:
             return DatabaseError(f"{where} cannot be written, the disk is full; free some space and try again")
         return DatabaseError(f"{where} cannot be used: {text}")
@@ -548,6 +553,7 @@ class Store:
         while True:
             try:
                 self.database.connect(reuse_if_open=True)
+                self.database.connection().text_factory = _readable
             except peewee.OperationalError as error:
                 if _sqlite_code(error) != LOCKED or clock.monotonic() >= deadline:
                     raise
@@ -600,6 +606,11 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _readable(text: bytes) -> str:
+    """Read a text whatever bytes somebody stored in it: one bad row must not keep the others from being read."""
+    return text.decode("utf-8", "replace")
 
 
 def _create_file(path: Path) -> None:

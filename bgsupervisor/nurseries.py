@@ -31,6 +31,10 @@ log = logging.getLogger("bgsupervisor")
 
 FIRST_HELLO_S = 1.2
 """After a start no dead child is called VANISHED before the living nurseries have said hello, or this long."""
+CHILD_HELLO_S = 60.0
+"""A forked child says hello within milliseconds, a spawned one when it has loaded the application."""
+FORK_S = 60.0
+"""A nursery that has orders and has forked nothing for so long hangs."""
 RESTART_S = (0.1, 1.0, 5.0, 15.0)
 """Pauses before a nursery that died is started again; the last one repeats until one has loaded the application."""
 
@@ -41,13 +45,15 @@ class Home:
 
     Attributes:
         ordered: Children that it was told to fork and has not forked yet.
-        expected: Children that it has forked and that have not said hello yet.
+        ordered_at: When it last answered an order, or was given one; monotonic.
+        expected: Children that it has forked and that have not said hello yet, and since when.
     """
 
     hello: wire.NurseryHello
     peer: Peer
     ordered: int = 0
-    expected: set[Who] = dataclasses.field(default_factory=set)
+    ordered_at: float = 0.0
+    expected: dict[Who, float] = dataclasses.field(default_factory=dict)
 
     @property
     def coming(self) -> int:
@@ -130,7 +136,7 @@ class Nurseries:
 
     def take_hello(self, peer: Peer, hello: wire.NurseryHello) -> bool:
         """Get to know a nursery; return whether it is ours from now on. All others are retired."""
-        self._homes[hello.who] = Home(hello, peer)
+        self._homes[hello.who] = Home(hello, peer, ordered_at=self._clock.monotonic())
         self._awaited.discard(hello.who)
         for warning in hello.warnings:
             log.warning("%s", warning)
@@ -153,7 +159,7 @@ class Nurseries:
         home = self.get(peer.who)
         if home is not None:
             home.ordered = max(0, home.ordered - 1)
-            home.expected.add(message.who)
+            home.ordered_at = home.expected[message.who] = self._clock.monotonic()
 
     def take_spawn_failure(self, peer: Peer, message: wire.SpawnFailed) -> None:
         """Note that ordered children will not come."""
@@ -165,7 +171,7 @@ class Nurseries:
     def met(self, child: Who) -> None:
         """Note that a child said hello, or died before it could."""
         for home in self._homes.values():
-            home.expected.discard(child)
+            home.expected.pop(child, None)
 
     def died(self, who: Who) -> None:
         """Note a death; if it was our nursery, another is started after a pause, and its children are ours to reap."""
@@ -211,8 +217,29 @@ class Nurseries:
         """Order children of our nursery."""
         home = self.ours()
         if home is not None and count > 0:
+            home.ordered_at = home.ordered_at if home.ordered else self._clock.monotonic()
             home.ordered += count
             self._ears.send(home.peer, wire.Spawn(count))
+
+    def give_up_on_the_silent(self) -> None:
+        """Once a second: kill children that hang before their hello, replace a nursery that does not fork any more.
+
+        Such a child has inherited a lock that a thread of the application held at the fork, and will never begin.
+        """
+        now, home = self._clock.monotonic(), self.ours()
+        if home is None:
+            return
+        for who in [who for who, since in home.expected.items() if now - since > CHILD_HELLO_S]:
+            log.error("PID %d was forked %.0f s ago and does not begin; killing it", who.pid, CHILD_HELLO_S)
+            home.expected.pop(who)
+            _, handle = processes.look(self._identity_of(who))
+            if handle is not None:
+                with handle, contextlib.suppress(OSError):
+                    processes.signal_tree(handle, signal.SIGKILL)
+        if home.ordered and now - home.ordered_at > FORK_S:
+            log.error("the nursery, PID %d, does not fork any more; starting another", home.hello.who.pid)
+            home.ordered_at = now
+            self.reload(force=True, caller=None)
 
     def tell_all(self, message: wire.Message) -> None:
         """Send something to every nursery that can be spoken to."""
@@ -238,7 +265,14 @@ class Nurseries:
         process = multiprocessing.get_context("spawn").Process(
             target=nursery.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
         )
-        process.start()
+        try:
+            process.start()
+        except OSError as error:  # no processes or no memory left
+            log.error("cannot start a nursery: %s", error)  # noqa: TRY400 - the sentence says it
+            self._start_at = self._clock.monotonic() + RESTART_S[-1]
+            for caller in callers:
+                self._ears.send(caller, wire.Reloaded(False, f"cannot start a nursery: {error}"))
+            return
         pid = process.pid or 0
         who = Who(pid, processes.start_ticks(pid) or -1)
         _, handle = processes.look(self._identity_of(who))

@@ -30,6 +30,7 @@ from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
+from bgsupervisor.link import REDIAL_S, Redial
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.statedir import StateDir, connect
@@ -46,7 +47,6 @@ __all__ = ["Loaded", "Nursery", "load_application", "main", "strays_of_this_proc
 
 log = logging.getLogger("bgsupervisor")
 
-REDIAL_S = 0.2
 LONELY_S = 10.0
 """A nursery without children leaves when no supervisor has come for this long: the next one starts its own."""
 EXITS_KEPT_S = 86_400.0
@@ -55,6 +55,10 @@ STRAY_ROUNDS = 20
 """How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
 STRAY_LOOK_S = 1.0
 """While a stray that was killed has not gone (uninterruptible sleep), it is looked at so often."""
+SIGCHLD_TAKEN = (
+    "importing the application set what SIGCHLD does, by which the nursery hears of dead children; the nursery has set "
+    "it back. Set it in `child_setup`"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,13 +71,17 @@ class Loaded:
 
 def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
-    os.setsid()
-    set_child_subreaper()
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
+        os.setsid()
+        set_child_subreaper()
+        processes.raise_descriptor_limit()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         Nursery(config, SystemClock()).live()
-    os._exit(0)
+    except BaseException:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
+        traceback.print_exc()
+    finally:
+        os._exit(1)  # multiprocessing's own exit would join all children, deaf but with the connection open
 
 
 def load_application(config: Config) -> Loaded:
@@ -150,19 +158,22 @@ class Nursery:
         self._retired = False
         self._leave = False
         self._alone_since: float | None = clock.monotonic()
+        self._redial = Redial(clock)
         self._stray_left = False
         self._poll = select.poll()
         self._wake_read, wake_write = socket.socketpair()
         for end in (self._wake_read, wake_write):
             end.setblocking(False)
         self._wake_write = wake_write
-        signal.set_wakeup_fd(wake_write.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _note)
+        self._listen_to_deaths()
         self._poll.register(self._wake_read, select.POLLIN)
         with contextlib.suppress(OSError):
             self._record.touch()
         ours = _descriptors()
         self._loaded = load_application(config)
+        if signal.getsignal(signal.SIGCHLD) is not _note:
+            self._loaded.warnings.append(SIGCHLD_TAKEN)
+        self._listen_to_deaths()
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
         self._import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
@@ -181,10 +192,14 @@ class Nursery:
             self._record.unlink()
         os._exit(0)
 
+    def _listen_to_deaths(self) -> None:
+        signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, _note)
+
     # The loop's verbs
 
     def _dial(self) -> None:
-        if self._channel is not None:
+        if self._channel is not None or self._redial.wait_s() > 0:
             return
         try:
             sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
@@ -192,6 +207,7 @@ class Nursery:
             return
         self._channel = Channel(sock)
         self._poll.register(self._channel, select.POLLIN)
+        self._redial.connected()
         self._alone_since = None
         self._channel.send(
             wire.NurseryHello(
@@ -206,7 +222,7 @@ class Nursery:
         )
 
     def _rest(self) -> None:
-        timeout_s = None if self._channel is not None else REDIAL_S
+        timeout_s = None if self._channel is not None else self._redial.wait_s() or REDIAL_S
         if self._stray_left:
             timeout_s = STRAY_LOOK_S if timeout_s is None else min(timeout_s, STRAY_LOOK_S)
         if self._channel is not None:
@@ -227,11 +243,13 @@ class Nursery:
             channel.closed = True
             messages = []
         for message in messages:
+            self._redial.heard()
             self._take(message)
         if channel.closed:
             self._poll.unregister(channel)
             channel.close()
             self._channel = None
+            self._redial.lost()
             self._alone_since = self._clock.monotonic()
 
     def _take(self, message: wire.Message) -> None:
@@ -254,7 +272,8 @@ class Nursery:
             self._poll.unregister(descriptor)
             os.close(descriptor)
             exited = _exit_of(forked)
-            forked.process.close()  # without it every later start gets slower
+            with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
+                forked.process.close()  # without it every later start gets slower
             if not forked.left_in_order.value:
                 self._exits[forked.who] = exited
             self._stray_left = True
@@ -270,10 +289,7 @@ class Nursery:
             if not strays:
                 break
             for pid in strays:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)  # our own child, not reaped by anybody else: its PID is not reused
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+                processes.kill_child(pid)
         self._stray_left = bool(self._strays())
 
     def _strays(self) -> list[int]:
@@ -318,8 +334,13 @@ class Nursery:
         )
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
         process.start()
-        pidfd = os.pidfd_open(process.pid)
-        ticks = processes.start_ticks(process.pid)
+        with contextlib.ExitStack() as undo:
+            undo.callback(_undo_start, process)
+            pidfd = os.pidfd_open(process.pid)
+            undo.callback(os.close, pidfd)
+            ticks = processes.start_ticks(process.pid)
+            undo.pop_all()
+        processes.restore_descriptor_limit(process.pid)
         forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks), left_in_order)
         self._children[pidfd] = forked
         self._poll.register(pidfd, select.POLLIN)
@@ -337,9 +358,11 @@ class Nursery:
                     order.who.pid,
                     order.who.start_ticks,
                 )
-                handle = processes.ProcessHandle(identity, os.dup(descriptor))
-                processes.signal_tree(handle, order.signal)
-                handle.close()
+                try:
+                    with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
+                        processes.signal_tree(handle, order.signal)
+                except OSError as error:  # no descriptor left; the supervisor orders again or signals by itself
+                    log.error("cannot send signal %d to PID %d: %s", order.signal, order.who.pid, error)  # noqa: TRY400 - the sentence says it
 
     def _import_what_children_need(self) -> None:
         modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
@@ -357,6 +380,14 @@ class _Forked:
 
 def _note(number: int, frame: object) -> None:
     """Do nothing: the wake-up descriptor has already ended the rest."""
+
+
+def _undo_start(process: Any) -> None:  # noqa: ANN401 - of any start method
+    """End a child of which nobody would ever hear."""
+    process.kill()
+    process.join(processes.KILL_WAIT_S)
+    with contextlib.suppress(ValueError):
+        process.close()
 
 
 def _exit_of(forked: _Forked) -> Exited:
@@ -384,5 +415,9 @@ def _own_children() -> list[int]:
     try:
         with open(f"/proc/self/task/{threading.main_thread().native_id}/children", encoding="ascii") as file:  # noqa: PTH123
             return [int(pid) for pid in file.read().split()]
-    except OSError:
-        return processes.descendants(os.getpid())
+    except FileNotFoundError:  # a kernel without these lists
+        with contextlib.suppress(OSError):
+            return processes.children(os.getpid())
+    except OSError:  # no descriptor left: who does not know kills nobody
+        pass
+    return []

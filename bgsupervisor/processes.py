@@ -34,21 +34,22 @@ __all__ = [
     "Exit",
     "ProcessHandle",
     "ProcessIdentity",
-    "StopReport",
-    "Stopped",
     "Usage",
     "Verdict",
     "boot_id",
+    "children",
     "descendants",
     "end_descendants",
     "host_id",
     "identity_of",
+    "kill_child",
     "look",
     "own_identity",
     "pid_namespace",
+    "raise_descriptor_limit",
+    "restore_descriptor_limit",
     "signal_tree",
     "start_ticks",
-    "stop",
     "tree_usage",
     "verdict",
 ]
@@ -115,34 +116,10 @@ class Usage:
     Attributes:
         cpu_s: CPU seconds, user and system, with those of descendants that ended and were reaped.
         rss_bytes: Resident memory, the sum; pages that they share are counted for each.
-        processes: How many live.
     """
 
     cpu_s: float
     rss_bytes: int
-    processes: int
-
-
-class Stopped(StrEnum):
-    """What it took to stop a process."""
-
-    NOTHING = "NOTHING"
-    TERM = "TERM"
-    KILL = "KILL"
-    UNKNOWN = "UNKNOWN"
-
-
-@dataclass(frozen=True, slots=True)
-class StopReport:
-    """How a stop went.
-
-    Attributes:
-        took: NOTHING (already dead), TERM or KILL; UNKNOWN if nobody can say who this PID is, so nothing was signalled.
-        left: The PIDs that were still there after the grace and took SIGKILL.
-    """
-
-    took: Stopped
-    left: tuple[int, ...] = ()
 
 
 # ---- who a process is ----
@@ -367,11 +344,20 @@ def tree_usage(roots: Collection[int]) -> dict[int, Usage]:
     Costs about 2 ms per 100 processes of the machine, whatever the number of roots.
 
     Returns:
-        By root; a root that is gone is absent, a zombie is there with 0 processes.
+        By root; a root that is gone is absent, a zombie is there without memory.
     """
     table = _read_table()
     children = _children_in(table)
     return {root: _sum_up(root, table, children) for root in roots if root in table}
+
+
+def children(pid: int) -> list[int]:
+    """Return the PIDs of a process's own children, zombies included.
+
+    Raises:
+        OSError: The process table is not readable.
+    """
+    return [row.pid for row in _child_lookup()(pid)]
 
 
 def descendants(pid: int) -> list[int]:
@@ -383,9 +369,9 @@ def descendants(pid: int) -> list[int]:
     found: list[int] = []
     waiting = [pid]
     while waiting:
-        children = [row.pid for row in children_of(waiting.pop(0))]
-        found += children
-        waiting += children
+        below = [row.pid for row in children_of(waiting.pop(0))]
+        found += below
+        waiting += below
     return found
 
 
@@ -396,7 +382,6 @@ def _sum_up(root: int, table: dict[int, _Row], children: dict[int, list[_Row]]) 
     return Usage(
         cpu_s=sum(row.cpu_ticks for row in rows) / os.sysconf("SC_CLK_TCK"),
         rss_bytes=sum(row.rss_pages for row in rows) * os.sysconf("SC_PAGE_SIZE"),
-        processes=sum(not row.is_zombie for row in rows),
     )
 
 
@@ -417,6 +402,23 @@ def signal_tree(handle: ProcessHandle, number: int) -> int:
     with _Tree(handle.identity.pid, os.dup(handle.fileno())) as tree:
         tree.grow()
         return tree.kill() if number == signal.SIGKILL else tree.send(number, tree.pids)
+
+
+def kill_child(pid: int) -> None:
+    """Kill a child of the calling process, and reap it if it is dead; nobody if this PID is no child of it any more.
+
+    One that cannot be looked at, for want of a descriptor or of rights, lives on.
+    """
+    with contextlib.suppress(OSError):
+        pidfd = _open_pidfd(pid)
+        if pidfd is None:
+            return
+        try:
+            if _read_row(pid).parent == os.getpid():
+                _send(pidfd, signal.SIGKILL)
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+        finally:
+            os.close(pidfd)
 
 
 def end_descendants(pid: int, *, grace_s: float, clock: Clock) -> int:
@@ -450,42 +452,6 @@ def end_descendants(pid: int, *, grace_s: float, clock: Clock) -> int:
             tree.await_end(deadline, clock)
         _kill_all(tree, clock)
         return tree.met
-
-
-def stop(identity: ProcessIdentity, *, grace_s: float, clock: Clock) -> StopReport:
-    """End a process and all that it started, politely first.
-
-    Sends SIGTERM to the process and its descendants, waits up to *grace_s*, then sends SIGKILL and waits at most
-    KILL_WAIT_S more. A process that is already dead is reported, not an error.
-
-    Args:
-        identity: Whom to end; a bare PID is not enough, it may be reused.
-        grace_s: Seconds between SIGTERM and SIGKILL, 0 kills at once; measured on the monotonic clock.
-        clock: Measures the grace.
-
-    Returns:
-        What it took: NOTHING (already dead), TERM or KILL, and who was left; UNKNOWN if the PID cannot be judged.
-
-    Raises:
-        Unkillable: Still there KILL_WAIT_S after SIGKILL (usually uninterruptible disk sleep). The slot stays taken
-            on purpose.
-
-    Blocks for at most grace_s + KILL_WAIT_S seconds. Touches no database.
-    """
-    found, handle = look(identity)
-    if handle is None:
-        return StopReport(Stopped.NOTHING if found is Verdict.DEAD else Stopped.UNKNOWN)
-    with handle:
-        if found is Verdict.DEAD:
-            return StopReport(Stopped.NOTHING)
-        with _Tree(identity.pid, os.dup(handle.fileno())) as tree:
-            tree.grow()
-            if grace_s > 0:
-                tree.send(signal.SIGTERM, tree.pids)
-                tree.await_end(clock.monotonic() + grace_s, clock)
-            left = tuple(sorted(tree.pids))
-            _kill_all(tree, clock)
-            return StopReport(Stopped.KILL, left) if left else StopReport(Stopped.TERM)
 
 
 def _kill_all(tree: _Tree, clock: Clock) -> None:
@@ -606,6 +572,39 @@ class _Tree:
         return True
 
 
+# ---- how many files it may open ----
+
+_soft_limit: int | None = None
+"""The soft limit of open files that this process was started with, once it has raised its own."""
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as its hard limit allows: each child costs it three descriptors.
+
+    Its children inherit that: see `restore_descriptor_limit`.
+    """
+    import resource  # noqa: PLC0415 - absent on Windows, where this module must import
+
+    global _soft_limit  # noqa: PLW0603 - of the process, as the limit is
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _soft_limit = soft
+
+
+def restore_descriptor_limit(pid: int) -> None:
+    """Give a child that was just started the limit that this process was started with; nothing if it raised none.
+
+    Programs that use select(2), or that close all descriptors there may be, count on the low one.
+    """
+    if _soft_limit is not None and sys.platform == "linux":
+        import resource  # noqa: PLC0415 - absent on Windows, where this module must import
+
+        with contextlib.suppress(OSError, ValueError):  # gone already
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (_soft_limit, hard))
+
+
 # ---- the process table and pidfds ----
 
 
@@ -617,7 +616,6 @@ class _Row(NamedTuple):
     start_ticks: int
     cpu_ticks: int
     rss_pages: int
-    is_zombie: bool
     exit_status: int
 
 
@@ -645,7 +643,6 @@ def _read_row(pid: int) -> _Row:
         start_ticks=int(fields[19]),
         cpu_ticks=int(fields[11]) + int(fields[12]) + int(fields[13]) + int(fields[14]),
         rss_pages=int(fields[21]),
-        is_zombie=fields[0] in (b"Z", b"X"),
         exit_status=int(fields[49]),
     )
 

@@ -88,14 +88,15 @@ class Reception:
 
     def bind(self) -> None:
         """Bind control.sock and wake.sock, replacing what may stand under their names."""
+        control = bind(self._dir_fd, "control.sock", socket.SOCK_STREAM, CONTROL_MODE)
+        wake = bind(self._dir_fd, "wake.sock", socket.SOCK_DGRAM, WAKE_MODE)
         for old in (self._control, self._wake):
             if old is not None:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(old)
                 old.close()
         self._deaf = False
-        self._control = bind(self._dir_fd, "control.sock", socket.SOCK_STREAM, CONTROL_MODE)
-        self._wake = bind(self._dir_fd, "wake.sock", socket.SOCK_DGRAM, WAKE_MODE)
+        self._control, self._wake = control, wake
         self._selector.register(self._control, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
         self._inodes = {path: path.stat().st_ino for path in (self._state_dir.control, self._state_dir.wake)}

@@ -205,7 +205,7 @@ class Service:
         priority: int = 0,
         key: str | None = None,
     ) -> list[Handle]:
-        """Record one task per data in one transaction, all or none; arguments and errors as `request`."""
+        """Record one task per data in one transaction, all or none; as `request`, but without `unique` and `after`."""
         return self._record(task, list(datas), _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key))
 
     def _record(self, task: TaskLike, datas: Sequence[Mapping[str, object] | None], options: _Options) -> list[Handle]:
@@ -303,14 +303,14 @@ class Service:
         deadline = self._clock.monotonic() + timeout_s
         looks = 0
         while True:
-            record = self._known(task)
-            if record.ended:
-                return record
+            status = self._ledger.status(int(task))
+            if status is None:
+                raise UnknownTask(int(task))
+            if status.ended:
+                return self._known(task)
             left = deadline - self._clock.monotonic()
             if left <= 0:
-                raise WaitTimeout(
-                    f"task {record.id} has not ended within {timeout_s:g} s; it is {record.status} and goes on"
-                )
+                raise WaitTimeout(f"task {int(task)} has not ended within {timeout_s:g} s; it is {status} and goes on")
             self._clock.sleep(min(left, POLL_S[min(looks, len(POLL_S) - 1)]))
             looks += 1
 

@@ -47,7 +47,7 @@ class Reason(StrEnum):
     HOST_REBOOTED = "HOST_REBOOTED"
     """The machine started anew while it ran."""
     HOST_LOST = "HOST_LOST"
-    """Its host or container has been silent past its lease."""
+    """Its container (another PID namespace) has been silent past lease_s."""
     VANISHED = "VANISHED"
     """Its process is gone and nobody could see how."""
     DEPENDENCY = "DEPENDENCY"

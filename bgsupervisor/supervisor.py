@@ -127,6 +127,8 @@ class Supervisor:
         self._look, self._backlog = True, False
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
+        self._spawn_at = 0.0
+        self._catalogue: str | None = None
         self._put_offs = 0
         self._interrupts = 0
         self._draining: str | None = None
@@ -207,7 +209,7 @@ class Supervisor:
                 self._nurseries.met(message.who)  # its own hello came first, by another socket
         else:
             self._nurseries.take_spawn_failure(peer, message)
-            self._put_off_until = self._clock.monotonic() + PUT_OFF_S[-1]
+            self._spawn_at = self._clock.monotonic() + PUT_OFF_S[-1]
 
     def _take_child(self, peer: Peer, hello: wire.ChildHello) -> None:
         self._nurseries.met(hello.who)
@@ -350,7 +352,7 @@ class Supervisor:
             self._acknowledge([who for who in self._exits if who not in self._wards])
 
     def _examine(self, ward: Ward, now: float) -> None:
-        if ward.peer is not None and ward.connected:
+        if ward.peer is not None and not ward.peer.channel.closed:
             for message in self._ears.last_words(ward.peer):
                 self._take(ward.peer, message)
         if ward.attempt is None and ward.says is None:
@@ -384,6 +386,7 @@ class Supervisor:
             self._recover_at = now + PUT_OFF_S[0]
         else:
             self._recover_at = now + RECOVER_EVERY_S
+            self._look = True  # what could not be read when it was asked for is asked for again
 
     # enforce
 
@@ -418,7 +421,8 @@ class Supervisor:
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
         wanted = min(len(due), len(free))
-        self._nurseries.spawn(wanted + self._config.spares - len(idle) - home.coming)
+        if now >= self._spawn_at:
+            self._nurseries.spawn(wanted + self._config.spares - len(idle) - home.coming)
         pairs = zip(due, idle, free, strict=False)
         return [(Claim(task, ward.identity, slot, now), ward) for task, ward, slot in pairs]
 
@@ -474,7 +478,7 @@ class Supervisor:
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
             batch.notes = {attempt: note for attempt, note in noted.items() if note.values()}
-        if now >= self._beat_at and self._nurseries.ours() is not None:
+        if now >= self._beat_at and self._is_worth_a_row():
             batch.supervisor = self._own_record()
         return batch
 
@@ -558,9 +562,15 @@ class Supervisor:
             self._last_complaint = str(error)
             log.error("%s; bodies go on, trying again", error)
 
+    def _is_worth_a_row(self) -> bool:
+        """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
+        known = self._nurseries.ours() is not None or self._catalogue is not None
+        return known or (self._clock.now() - self._started_at).total_seconds() > BEAT_EVERY_S
+
     def _own_record(self) -> SupervisorRecord:
         home = self._nurseries.ours()
-        catalogue = {} if home is None else home.hello.catalogue
+        if home is not None:
+            self._catalogue = msgspec.json.encode(home.hello.catalogue).decode()
         failures = self._nurseries.failures()
         return SupervisorRecord(
             host=self._own.host,
@@ -572,7 +582,7 @@ class Supervisor:
             heartbeat_at=self._clock.now(),
             slots=self._config.slots,
             version=_version(),
-            catalogue=msgspec.json.encode(catalogue).decode(),
+            catalogue="{}" if self._catalogue is None else self._catalogue,
             code_error=msgspec.json.encode(failures).decode() if failures else None,
         )
 
@@ -581,12 +591,15 @@ class Supervisor:
     def _rest_s(self) -> float:
         """Return for how long nothing can become due, at most NET_S."""
         now = self._clock.monotonic()
-        moments = [self._net_at, self._enforcement.next_due_at(), self._nurseries.start_due_at(), self._boards.due_at()]
+        moments = [self._net_at, self._enforcement.next_due_at(), self._nursery_due_at(), self._boards.due_at()]
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now), *self._touched_looks_at[:1]]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
+
+    def _nursery_due_at(self) -> float | None:
+        return None if self._draining is not None else self._nurseries.start_due_at()
 
     def _write_due_at(self) -> float | None:
         """Return when what is decided and not written is to be written, monotonic."""
@@ -616,6 +629,8 @@ class Supervisor:
         if now < self._net_at:
             return
         self._net_at = now + NET_S
+        with contextlib.suppress(AccessError):
+            self._state_dir.create()  # the logs folder too: without it no child could write
         self._notifier.alive()
         self._heed_stop_mark()
         with contextlib.suppress(OSError):
@@ -624,6 +639,7 @@ class Supervisor:
         self._look_if_changed()
         self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
+        self._nurseries.give_up_on_the_silent()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
@@ -637,7 +653,10 @@ class Supervisor:
             )
         elif not self._ears.sockets_stand():
             log.warning("control.sock or wake.sock is gone; binding it again")
-            self._ears.bind()
+            try:
+                self._ears.bind()
+            except OSError as error:
+                log.error("cannot bind it: %s; trying again", error)  # noqa: TRY400 - the sentence says it
         wal = self._store.wal_path()
         if wal is not None:
             self._ears.watch_file(wal)
@@ -673,7 +692,7 @@ class Supervisor:
         if not self._wards.running():
             self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
-            if self._nurseries.ours() is not None:
+            if self._is_worth_a_row():
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())
                 self._ledger.apply(Batch(supervisor=gone))
             self._store.close()

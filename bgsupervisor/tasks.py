@@ -55,7 +55,8 @@ class Context:
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
         """Tell how far the body is, in any unit: *done* of *total*, and one line of text.
 
-        Cheap (some microseconds) and never blocks; the last word of each half second reaches the row.
+        Cheap (some microseconds) and never blocks. Several times a second it reaches the row; what is said in between
+        does so with the next heartbeat, and the last word with the end.
 
         Raises:
             Cancelled: This attempt is to end.
@@ -320,7 +321,7 @@ class Task:
         name: What rows call it; "module:QualName" if it is not set. Set it to be free to move the class.
         timeout_s: How long an attempt may run, in seconds; None is for ever.
         memory_limit_bytes: Resident memory that the body and all it starts may use; None is no limit. Looked at
-            each second, so a short peak may pass unseen.
+            twice a second, so a short peak may pass unseen.
         secret: Keys of the data that are masked where data is shown.
     """
 

@@ -445,6 +445,11 @@ class _BoxLedger(Ledger):
         self._box._settle()  # noqa: SLF001
         return super().find(names=names, key=key, statuses=statuses, limit=limit)
 
+    def status(self, id: int) -> Status | None:
+        """Return a task's status; see `Ledger.status`."""
+        self._box._settle()  # noqa: SLF001
+        return super().status(id)
+
     def counts(self, name: str | None = None) -> dict[Status, int]:
         """Return how many tasks have each status; see `Ledger.counts`."""
         self._box._settle()  # noqa: SLF001

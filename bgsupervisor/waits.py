@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
 
-__all__ = ["DUE", "EVERYBODY", "Dependent", "Found", "Held", "Waiting", "Waits", "barrier_key", "lock_key", "task_key"]
+__all__ = [
+    "DUE",
+    "EVERYBODY",
+    "Dependent",
+    "Found",
+    "Held",
+    "Queued",
+    "Waiting",
+    "Waits",
+    "barrier_key",
+    "lock_key",
+    "task_key",
+]
 
 _IS_START = peewee.SQL("\"status\" = 'START'")
 PASSED = "passed"
@@ -70,6 +82,13 @@ class Held:
     permit: int
     abandoned_by: int | None
     slot: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Queued:
+    """A permit that is waited for; `slot_given` says whether others may use the attempt's slot meanwhile."""
+
+    slot_given: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -179,7 +198,7 @@ class Waits:
 
     def acquire(
         self, id: int, attempt: int, name: str, permits: int, *, slots: int, max_waiting: int, waits_already: bool
-    ) -> Held | None:
+    ) -> Held | Queued:
         """Take a permit if it is this attempt's turn, else wait for it (first come, first served).
 
         With the permit the attempt also takes its slot back if it can; if it cannot, a wait for a slot is left.
@@ -202,10 +221,10 @@ class Waits:
             if len(free) > before.scalar():
                 held = self._take(id, attempt, name, free[0], rows)
                 return dataclasses.replace(held, slot=self._resume(id, attempt, slots)) if waits_already else held
-            if not waits_already:
-                self._record(id, attempt, [Waiting("lock", target=name, permits=permits)])
-                self._give_slot(id, attempt, max_waiting)
-            return None
+            if waits_already:
+                return Queued(slot_given=False)
+            self._record(id, attempt, [Waiting("lock", target=name, permits=permits)])
+            return Queued(self._give_slot(id, attempt, max_waiting))
 
     def may_take(self, id: int, name: str, permits: int) -> bool:
         """Tell whether it is the turn of a waiting attempt; only a look, so that a crowd of waiters takes no turns."""
@@ -296,8 +315,10 @@ class Waits:
 
     def free(self, id: int, attempt: int, *, reason: str | None) -> list[str]:
         """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
-        hold, party = self._hold, self._party
+        hold, party, wait = self._hold, self._party, self._wait
         keys = [task_key(id)]
+        queued = wait.select(wait.target).where((wait.task_id == id) & (wait.kind == "lock"))
+        keys += [lock_key(name) for (name,) in list(queued.tuples())]  # whoever stood behind moves up
         self._wait.delete().where(self._wait.task_id == id).execute()
         mine = (hold.task_id == id) & (hold.attempt == attempt)
         names = [name for (name,) in hold.select(hold.name).where(mine).tuples()]
@@ -398,6 +419,8 @@ class Waits:
         return needs
 
     def _need(self, row: dict[str, Any]) -> Need | None:
+        if row["kind"] == "part" and self._is_reached(row["target_id"], row["target"]):
+            return None  # it has only not yet woken
         if row["kind"] in ("part", "end"):
             what = f'part "{row["target"]}" of' if row["kind"] == "part" else "the end of"
             return Need(f"{what} task {row['target_id']}", frozenset({row["target_id"]}))
@@ -409,6 +432,10 @@ class Waits:
                 return None
             return Need(f'lock "{row["target"]}", held by {_tasks(holders)}', holders)
         return None  # who else comes to a barrier is not known, and slots become free
+
+    def _is_reached(self, id: int, name: str) -> bool:
+        part = self._part
+        return bool(part.select(part.id).where((part.task_id == id) & (part.name == name)).exists())
 
 
 def _tasks(ids: Iterable[int]) -> str:

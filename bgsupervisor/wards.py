@@ -107,7 +107,7 @@ class Ward:
     @property
     def connected(self) -> bool:
         """Whether it can be spoken to."""
-        return self.peer is not None and not self.peer.channel.closed
+        return self.peer is not None and not (self.peer.channel.closed or self.peer.channel.broken)
 
     @property
     def idle(self) -> bool:

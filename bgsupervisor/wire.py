@@ -77,7 +77,7 @@ class Who(msgspec.Struct, frozen=True, array_like=True):
 class End(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How an attempt ended, by whoever saw it: DONE when *reason* is None, else INTERRUPTED.
 
-    `final` progress travels with it, so that the last word is never lost to a throttle.
+    The last progress travels with it, so that the last word is never lost to a throttle.
     """
 
     reason: Reason | None = None
@@ -340,11 +340,12 @@ _decode = msgspec.msgpack.Decoder(Message).decode
 class Channel:
     """One connection: frames in, frames out, never blocking.
 
-    What cannot be written at once is kept and written by `flush`. After an error or the peer's end of file
-    `closed` is true; messages received before that are still delivered.
+    What cannot be written at once is kept and written by `flush`. After the peer's end of file `closed` is true;
+    messages received before that are still delivered.
 
     Attributes:
         closed: Nothing more will be received, nothing can be sent.
+        broken: Nothing can be sent any more; what the peer has written may still be received, its last word too.
         queued_bytes: All that was ever handed to `send`.
         written_bytes: How much of it the kernel has taken.
     """
@@ -355,7 +356,7 @@ class Channel:
         self._inode = os.fstat(sock.fileno()).st_ino
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
-        self.closed = False
+        self.closed = self.broken = False
         self.queued_bytes = 0
         self.written_bytes = 0
 
@@ -382,21 +383,23 @@ class Channel:
         start = self.queued_bytes
         body = _encode(message)
         self.queued_bytes += _LENGTH.size + len(body)
-        if not self.closed:
+        if not (self.closed or self.broken):
             self._outgoing.append(memoryview(_LENGTH.pack(len(body)) + body))
             self.flush()
         return start
 
     def flush(self) -> bool:
         """Write what the kernel takes; return whether everything is out."""
-        while self._outgoing and not self.closed:
+        while self._outgoing and not (self.closed or self.broken):
+            if not self._is_ours():
+                self.closed = True
+                return False
             try:
-                self._check_descriptor()
                 written = self._socket.send(self._outgoing[0], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return False
             except OSError:
-                self.closed = True
+                self.broken = True
                 return False
             self.written_bytes += written
             if written == len(self._outgoing[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import signal
@@ -919,13 +920,12 @@ def fresh_process(app):
 
 
 def test_a_child_runs_as_many_tasks_as_it_may_and_the_next_one_another(reusing):
-    first = fresh_process(reusing)
-    records = [first, *(reusing.run("returns", value=number) for number in range(5))]
-    pids = [record.pid for record in records]
-    assert pids == [first.pid] * 5 + [pids[5]]
-    assert pids[5] != first.pid
-    for number, record in enumerate(records[1:]):
+    served = collections.Counter()
+    for number in range(40):  # two or three children take turns, until the first has had its five
+        record = reusing.run("returns", value=number)
         reusing.assert_done(record, number)
+        served[record.pid] += 1
+    assert max(served.values()) == 5
 
 
 def test_a_child_that_leaves_after_its_last_task_is_given_no_other(reusing):

@@ -681,6 +681,7 @@ def test_the_indexes_have_their_names(raw):
         "bgsupervisor_task_slot",
         "bgsupervisor_task_unique",
         "bgsupervisor_task_due",
+        "bgsupervisor_task_run_at",
         "bgsupervisor_task_start",
         "bgsupervisor_task_name",
         "bgsupervisor_task_key",
@@ -880,11 +881,14 @@ def recorded(database):
     ("ask", "index"),
     [
         (lambda ledger: ledger.due(["a:b", "x:y"], limit=17), "bgsupervisor_task_due"),
-        (lambda ledger: ledger.next_due_at(), "bgsupervisor_task_due"),
-        (lambda ledger: ledger.position(ledger.find(statuses=[Status.REQUEST], limit=1)[0]), "bgsupervisor_task_due"),
+        (lambda ledger: ledger.next_due_at(), "bgsupervisor_task_run_at"),
+        (
+            lambda ledger: ledger.position(ledger.find(statuses=[Status.REQUEST], limit=1)[0]),
+            "bgsupervisor_task_run_at",
+        ),
         (lambda ledger: ledger.starts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.cancel_requests(), "bgsupervisor_task_start"),
-        (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_due"),
+        (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_run_at"),
         (lambda ledger: ledger.live_counts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.ended_counts(START_OF_TIME + timedelta(days=300)), "bgsupervisor_task_ended"),
         (

@@ -173,8 +173,19 @@ def test_a_peer_that_is_gone_closes_the_channel_of_who_writes(pair):
     channel, theirs = pair
     theirs.close()
     channel.send(Beat(1, 1))
-    assert channel.closed
+    assert channel.broken
     assert channel.written_bytes == 0  # so the message has not left at all
+
+
+def test_the_last_word_of_a_peer_is_read_after_a_word_to_it_was_refused(pair):
+    channel, theirs = pair
+    other = Channel(theirs)
+    other.send(Ended(1, 1, End(result="7")))
+    theirs.close()
+    channel.send(Ack(1, 1))
+
+    assert channel.receive_all() == [Ended(1, 1, End(result="7"))]
+    assert channel.closed
 
 
 def test_one_look_takes_a_bounded_amount_and_all_of_a_dead_peer_is_read_in_several(pair):

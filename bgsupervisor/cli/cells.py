@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import processes
+from bgsupervisor.cli import waiting
 from bgsupervisor.cli.table import DROPPED, Column, terminal_columns
 from bgsupervisor.cli.text import age, clean, duration, short_duration, size, width
 from bgsupervisor.cli.watch import Watch, watch
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from bgsupervisor.cli.rows import Cause
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["NARROWING", "Facts", "columns", "percent"]
+__all__ = ["NARROWING", "SMALL_BAR_COLUMNS", "STYLES", "Facts", "advance", "columns", "ended", "percent", "short_names"]
 
 SILENT_BEATS = 3
 """A child that misses so many heartbeats is unresponsive."""
@@ -53,7 +55,7 @@ NARROWING = (
 )
 """What gives way on a narrow terminal."""
 
-_STYLES = {
+STYLES = {
     Status.REQUEST: "yellow",
     Status.START: "green",
     Status.DONE: "dim",
@@ -71,7 +73,8 @@ class Facts:
         boot_id: This boot; None where the system does not tell.
         watch: The supervisors.
         silent_s: A child that has not been heard for so long is unresponsive.
-        positions: Places of the tasks that are due, by id.
+        positions: Places of the tasks that may start, by id.
+        causes: What the live tasks wait for, by id.
     """
 
     now: datetime
@@ -80,9 +83,17 @@ class Facts:
     watch: Watch
     silent_s: float
     positions: Mapping[int, int]
+    causes: Mapping[int, Sequence[Cause]] = field(default_factory=dict)
 
     @classmethod
-    def gather(cls, service: Service, *, positions: Mapping[int, int], clock: Clock) -> Facts:
+    def gather(
+        cls,
+        service: Service,
+        *,
+        positions: Mapping[int, int],
+        clock: Clock,
+        causes: Mapping[int, Sequence[Cause]] | None = None,
+    ) -> Facts:
         """Look at clocks and supervisors."""
         now = clock.now()
         boot_id = None
@@ -95,6 +106,7 @@ class Facts:
             watch=watch(service, now=now),
             silent_s=SILENT_BEATS * service.config.heartbeat_s,
             positions=positions,
+            causes=causes or {},
         )
 
     def is_unresponsive(self, record: TaskRecord) -> bool:
@@ -103,7 +115,10 @@ class Facts:
 
     def derived(self, record: TaskRecord) -> dict[str, Any]:
         """Return what JSON tells beside the columns."""
-        return {"waiting_for": None, "unresponsive": self.is_unresponsive(record)}
+        return {
+            "waiting_for": waiting.as_json(self.causes.get(record.id, ())),
+            "unresponsive": self.is_unresponsive(record),
+        }
 
     def silence(self, record: TaskRecord) -> str:
         """Return a word about a running child that was not heard for too long, "" if it was heard."""
@@ -143,13 +158,13 @@ def _is_gone(record: TaskRecord) -> bool:
 def columns(records: Sequence[TaskRecord], facts: Facts) -> list[Column]:
     """Return the columns of `ps`, most of which are shown only where they say something."""
     running = [record.status is Status.START for record in records]
-    statuses = [_STYLES[record.status] for record in records]
+    statuses = [STYLES[record.status] for record in records]
     runtimes = [facts.runtime_s(record) for record in records]
     on_terminal = terminal_columns() is not None
     full = BAR_COLUMNS if on_terminal else 0
     return [
         Column("ID", [str(record.id) for record in records], right=True, always=True),
-        Column("TASK", _short_names(records), always=True),
+        Column("TASK", short_names(records), always=True),
         Column("KEY", [clean(record.key or "") for record in records]),
         Column("STATUS", [record.status.value for record in records], styles=statuses, always=True),
         Column("REASON", [record.reason or "" for record in records], styles=statuses),
@@ -162,13 +177,14 @@ def columns(records: Sequence[TaskRecord], facts: Facts) -> list[Column]:
             [_progress(record, facts, full) for record in records],
             styles=[_progress_style(record, facts) for record in records],
             refit=lambda size, titles: [
-                _progress(record, facts, _bar_columns(size), with_reason="REASON" not in titles) for record in records
+                _progress(record, facts, _bar_columns(size), with_reason="REASON" not in titles, size=size)
+                for record in records
             ],
         ),
     ]
 
 
-def _short_names(records: Sequence[TaskRecord]) -> list[str]:
+def short_names(records: Sequence[TaskRecord]) -> list[str]:
     """Return the part after the colon where it names only one task among these."""
     counts = Counter(name.rpartition(":")[2] for name in {record.name for record in records})
     names = []
@@ -196,22 +212,29 @@ def _memory(record: TaskRecord) -> str:
     return size(record.rss_bytes)
 
 
-def _progress(record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason: bool = False) -> str:
-    """Return the last cell: how far it is, or why it waits, or how it ended."""
+def _progress(
+    record: TaskRecord, facts: Facts, bar_columns: int, *, with_reason: bool = False, size: int | None = None
+) -> str:
+    """Return the last cell: how far it is, or what it waits for, or how it ended."""
     if record.status is Status.REQUEST:
-        return _waiting(record, facts)
+        return _not_started(record, facts)
     if record.ended:
-        return _ended(record, facts, with_reason=with_reason)
+        return ended(record, facts, with_reason=with_reason)
     notes = [facts.silence(record)]
     if record.ending is not None:
         notes.append(f"ending: {record.ending}")
     elif record.cancel_requested_at is not None:
         notes.append("cancel requested")
     noted = ", ".join(note for note in notes if note)
-    return " ".join(part for part in (noted, _advance(record, bar_columns), clean(record.message or "")) if part)
+    causes = facts.causes.get(record.id)
+    if causes:
+        before = " ".join(part for part in (noted, advance(record, 0)) if part)
+        left = None if size is None else size - width(before) - bool(before)
+        return f"{before} {waiting.fitting(causes, left, now=facts.now)}".strip()
+    return " ".join(part for part in (noted, advance(record, bar_columns), clean(record.message or "")) if part)
 
 
-def _ended(record: TaskRecord, facts: Facts, *, with_reason: bool) -> str:
+def ended(record: TaskRecord, facts: Facts, *, with_reason: bool) -> str:
     """Return when and how it ended; the reason is worth more than the time where there is no room for both."""
     told = "" if record.ended_at is None else age(record.ended_at, now=facts.now)
     if with_reason and record.reason is not None:
@@ -220,16 +243,18 @@ def _ended(record: TaskRecord, facts: Facts, *, with_reason: bool) -> str:
     return ": ".join(part for part in (told, words) if part)
 
 
-def _waiting(record: TaskRecord, facts: Facts) -> str:
+def _not_started(record: TaskRecord, facts: Facts) -> str:
     if facts.watch.lacks(record.name):
         return "code missing"
-    if record.run_at > facts.now:
-        return f"due {age(record.run_at, now=facts.now)}"
+    words = [f"due {age(record.run_at, now=facts.now)}"] if record.run_at > facts.now else []
+    words += [one.what() for one in waiting.gathered(facts.causes.get(record.id, ()))]
+    if words:
+        return ", ".join(words)
     position = facts.positions.get(record.id)
     return f"position over {len(facts.positions)}" if position is None else f"position {position}"
 
 
-def _advance(record: TaskRecord, bar_columns: int) -> str:
+def advance(record: TaskRecord, bar_columns: int) -> str:
     """Return bar and percentage, or the count alone where the total is not known."""
     if record.fraction is None:
         return "" if record.progress_done is None else f"{record.progress_done:g}"

@@ -26,6 +26,7 @@ _COMMANDS = {
     "run": "bgsupervisor.cli.run:run",
     "ps": "bgsupervisor.cli.ps:ps",
     "show": "bgsupervisor.cli.show:show",
+    "why": "bgsupervisor.cli.why:why",
     "log": "bgsupervisor.cli.log:log",
     "request": "bgsupervisor.cli.request:request",
     "cancel": "bgsupervisor.cli.acting:cancel",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bgsupervisor.cli import cells
+from bgsupervisor.cli import cells, tree
 from bgsupervisor.cli.output import print_json, to_json, warn
-from bgsupervisor.cli.rows import HEAVY, Rows, columns_of
+from bgsupervisor.cli.rows import HEAVY, Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.table import show_table
 from bgsupervisor.clock import SystemClock
@@ -45,6 +45,7 @@ LIMIT_MAX = 1_000_000
 @click.option(
     "--limit", type=click.IntRange(1, LIMIT_MAX), help=f"At most so many rows; {LIMIT}, with --all {LIMIT_ALL}."
 )
+@click.option("--tree", "as_tree", is_flag=True, help="Live tasks under who requested them or waits for them.")
 @click.option("--json", "as_json", is_flag=True, help="A list of objects; times are in UTC.")
 @pass_session
 def ps(
@@ -55,9 +56,12 @@ def ps(
     name: str | None,
     key: str | None,
     limit: int | None,
+    as_tree: bool,
     as_json: bool,
 ) -> None:
     """Show what runs, what waits, and what ended last."""
+    if as_tree and (everything or as_json):
+        raise click.UsageError("--tree draws live tasks for people; give neither --all nor --json with it")
     service = session.existing_service()
     if service is None:
         warn("there are no tasks yet, and no database to hold them; `bgsupervisor run` or the first request creates it")
@@ -67,20 +71,26 @@ def ps(
     clock = SystemClock()
     wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
     rows = Rows(store=service.ledger.store, now=clock.now(), statuses=wanted, name=name, key=key)
-    if everything:
+    if as_tree:
+        records = rows.live(limit or LIMIT)
+    elif everything:
         records = rows.newest(limit or LIMIT_ALL)
     else:
         live = rows.live(limit or LIMIT)
         ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
         records = live + rows.ended(ended_limit)
-    facts = cells.Facts.gather(service, positions=rows.positions(), clock=clock)
+    grown = tree.Tree.grow(rows, records) if as_tree else None
+    causes = grown.causes if grown else Ties(rows.store).causes(records)
+    facts = cells.Facts.gather(service, positions=rows.positions(), clock=clock, causes=causes)
     for sentence in facts.watch.warnings(now=facts.now):
         warn(sentence)
     if as_json:
         print_json([_object(record, facts, service) for record in records])
         return
     _summarize(service, facts.watch, records, now=facts.now)
-    if records:
+    if grown and records:
+        show_table(tree.columns(grown, facts, busy=rows.busy()), narrowing=tree.NARROWING, for_programs=False)
+    elif records:
         show_table(cells.columns(records, facts), narrowing=cells.NARROWING)
 
 

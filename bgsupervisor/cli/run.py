@@ -116,12 +116,29 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
 def _wait_for_lock(lock: Lock, state_dir: StateDir, notifier: Notifier, clock: Clock) -> StopMark | None:
     """Under a service manager, stand by until the other supervisor (cron's) has gone; return a stop mark if set."""
     notifier.ready(f"standing by: another supervisor is running, PID {lock.holder()}")
+    told = False
     while True:
         notifier.alive()
         clock.sleep(LOCK_LOOK_S)
         mark = StopMark.read(state_dir.stop_mark)
         if mark is not None or lock.acquire():
             return mark
+        hanging = None if told else _tell_if_hanging(lock)
+        if hanging is not None:
+            told = True
+            click.echo(hanging, err=True)
+            notifier.ready(f"standing by: {hanging}")
+
+
+def _tell_if_hanging(lock: Lock) -> str | None:
+    """Return a sentence about the supervisor that holds the lock if its loop does not turn any more."""
+    age_s = lock.age_s()
+    if age_s is None or age_s <= STUCK_S:
+        return None
+    return (
+        f"the supervisor with PID {lock.holder()} holds the lock but has shown no sign of life for {age_s:.0f} s; "
+        "look at it, and end it if it hangs"
+    )
 
 
 def _tell_of_the_stop(mark: StopMark, notifier: Notifier) -> int:
@@ -140,14 +157,9 @@ def _takes_over(lock: Lock, config: Config) -> bool:
 
 def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> int:
     """Leave, but have the living supervisor load code that a deploy has changed, and say if it hangs."""
-    age_s = lock.age_s()
-    holder = lock.holder()
-    if age_s is not None and age_s > STUCK_S:
-        click.echo(
-            f"the supervisor with PID {holder} holds the lock but has shown no sign of life for {age_s:.0f} s; "
-            "look at it, and end it if it hangs",
-            err=True,
-        )
+    hanging = _tell_if_hanging(lock)
+    if hanging is not None:
+        click.echo(hanging, err=True)
         return 1
     if config.auto_reload and read_stamp(state_dir.stamp) not in (None, code_stamp(config)):
         from bgsupervisor.cli.calling import ask_to_reload  # noqa: PLC0415 - after a deploy only
@@ -155,7 +167,7 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> i
         with contextlib.suppress(OSError):
             ask_to_reload(state_dir, force=False).close()
     if sys.stderr.isatty():
-        click.echo(f"a supervisor is already running, PID {holder}", err=True)
+        click.echo(f"a supervisor is already running, PID {lock.holder()}", err=True)
     return 0
 
 
@@ -175,6 +187,10 @@ def _own_log(path: Path) -> Iterator[None]:
         logging.getLogger("bgsupervisor").error("%s", error)  # noqa: TRY400 - a sentence, no traceback
         sys.stderr.flush()
         os.dup2(old_stderr, 2)
+        raise
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            os.write(old_stderr, f"bgsupervisor: it crashed with {type(error).__name__}; see {path}\n".encode())
         raise
     finally:
         os.close(old_stderr)

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from bgsupervisor import logs, payload
+from bgsupervisor.cli import waiting
 from bgsupervisor.cli.cells import Facts, percent
 from bgsupervisor.cli.log import log_path
 from bgsupervisor.cli.output import print_json, to_json, warn
-from bgsupervisor.cli.rows import columns_of
+from bgsupervisor.cli.rows import Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local, size
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DataInvalid, UnknownTask
 from bgsupervisor.statedir import StateDir
+from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
     from pathlib import Path
 
+    from bgsupervisor.cli.rows import Cause
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["show"]
 
 LOG_LINES = 20
+CHILDREN_SHOWN = 100
 LABEL_COLUMNS = 18
 _SECRET_NAME = re.compile(r"passw(or)?d|secret|token|authorization|api_?key", re.IGNORECASE)
 """The application's own list of secrets is in its code, which this command does not import."""
@@ -62,7 +67,8 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
     record = None if service is None else service.get(id)
     if service is None or record is None:
         raise UnknownTask(id)
-    facts = Facts.gather(service, positions={}, clock=SystemClock())
+    around = _Around.of(record, service)
+    facts = Facts.gather(service, positions={}, clock=SystemClock(), causes=around.causes)
     interruptions = service.ledger.interruptions(id)
     path, tail = _log(service, record)
     if as_json:
@@ -75,6 +81,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
                 "result": _parsed(record.result),
                 **facts.derived(record),
                 "position": record.position,
+                **around.as_json(),
                 "interruptions": [{key: to_json(value) for key, value in one.items()} for one in interruptions],
                 "log": None if path is None else str(path),
                 "log_tail": tail,
@@ -85,6 +92,8 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         warn(sentence)
     for label, text in _facts(record, service, facts):
         _print_fact(label, text)
+    for title, lines in around.blocks(record, facts):
+        _print_block(title, "\n".join(lines))
     _print_block("error", record.error)
     _print_interruptions(interruptions, facts.now)
     if path is not None:
@@ -92,6 +101,64 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         if tail is None:
             warn(f"this user cannot read {path}")
         _print_block(f"last {LOG_LINES} lines of the log", None if tail is None else "\n".join(tail))
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """What a task has to do with others."""
+
+    causes: dict[int, list[Cause]]
+    parts: list[dict[str, Any]]
+    holds: list[dict[str, Any]]
+    dependencies: list[dict[str, Any]]
+    children: list[TaskRecord]
+
+    @classmethod
+    def of(cls, record: TaskRecord, service: Service) -> _Around:
+        store = service.ledger.store
+        ties, rows = Ties(store), Rows(store=store, now=SystemClock().now())
+        children = rows.children(record.id, limit=CHILDREN_SHOWN + 1)
+        return cls(
+            causes=ties.causes([record]),
+            parts=[{**one, "value": _parsed(one["value"])} for one in ties.parts(record.id)],
+            holds=ties.holds(record.id),
+            dependencies=ties.dependencies(record.id),
+            children=children,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the keys that JSON has; at most CHILDREN_SHOWN children."""
+        rows = {"parts": self.parts, "holds": self.holds, "dependencies": self.dependencies}
+        told: dict[str, Any] = {
+            key: [{name: to_json(value) for name, value in one.items()} for one in some] for key, some in rows.items()
+        }
+        shown = self.children[:CHILDREN_SHOWN]
+        return {**told, "children": [{"id": one.id, "name": one.name, "status": str(one.status)} for one in shown]}
+
+    def blocks(self, record: TaskRecord, facts: Facts) -> Iterable[tuple[str, list[str]]]:
+        """Yield a title and its lines for each of them."""
+        now = facts.now
+        yield (
+            "parts reached",
+            [f"{one['name']} = {_written(one['value'])}, {_when(one['reached_at'], now)}" for one in self.parts],
+        )
+        yield (
+            "holds",
+            [f'lock "{one["name"]}", permit {one["permit"]}, {_when(one["since"], now)}' for one in self.holds],
+        )
+        if record.status is Status.START:
+            needs = waiting.gathered(self.causes.get(record.id, ()))
+            yield "waits", [f"{one.sentence()}, {one.age(now=now)}" for one in needs]
+        yield (
+            "comes after",
+            [f"task {one['on_id']}{', however it ends' if one['any_end'] else ''}" for one in self.dependencies],
+        )
+        children = [f"{one.id}  {one.name}  {one.status}" for one in self.children[:CHILDREN_SHOWN]]
+        yield "children", children + ["and more"] * (len(self.children) > CHILDREN_SHOWN)
+
+
+def _when(moment: datetime, now: datetime) -> str:
+    return f"{local(moment, now=now)} ({age(moment, now=now)})"
 
 
 def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] | None]:
@@ -137,6 +204,9 @@ def _why_it_waits(record: TaskRecord, facts: Facts) -> str:
         return "no supervisor has code for it; see `bgsupervisor check`"
     if record.run_at > facts.now:
         return f"due {age(record.run_at, now=facts.now)}"
+    needs = waiting.gathered(facts.causes.get(record.id, ()))
+    if needs:
+        return ", ".join(one.what() for one in needs)
     return str(record.position)
 
 
@@ -152,7 +222,7 @@ def _progress(record: TaskRecord) -> str:
 
 def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a column's value
     if name.endswith("_at"):
-        return f"{local(value, now=now)} ({age(value, now=now)})"
+        return _when(value, now)
     if name.endswith("_bytes"):
         return f"{size(value)} ({value:,} bytes)"
     if name.endswith("_percent"):
@@ -209,5 +279,4 @@ def _print_interruptions(interruptions: list[dict[str, Any]], now: datetime) -> 
     if interruptions:
         click.echo("\ninterrupted attempts:")
     for one in interruptions:
-        when = f"{local(one['ended_at'], now=now)} ({age(one['ended_at'], now=now)})"
-        click.echo(clean(f"  {one['attempt']}  {when}  {one['reason']}: {one['detail'] or ''}"))
+        click.echo(clean(f"  {one['attempt']}  {_when(one['ended_at'], now)}  {one['reason']}: {one['detail'] or ''}"))

@@ -63,18 +63,19 @@ def terminal_columns() -> int | None:
     return max(1, shutil.get_terminal_size((FALLBACK_COLUMNS, 24)).columns)
 
 
-def show_table(columns: Sequence[Column], *, narrowing: Sequence[tuple[str, int]]) -> None:
+def show_table(columns: Sequence[Column], *, narrowing: Sequence[tuple[str, int]], for_programs: bool = True) -> None:
     """Print a table: for people on a terminal, for programs (one blank between columns, no empty cell) in a pipe.
 
     Args:
         columns: Those that say nothing are left out.
         narrowing: What gives way on a terminal that is too narrow, one after the other until the table fits: the
             title of a column, and the width to which it may shrink (DROPPED leaves it out).
+        for_programs: Whether a pipe gets one field per column; else it gets what a terminal without end would.
     """
     shown = [column for column in columns if column.says_something]
     available = terminal_columns()
     if available is None:
-        _print_for_programs(shown)
+        _print_whole(shown, for_programs=for_programs)
         return
     widths = _fitted(shown, narrowing, available)
     paint = _painter()
@@ -82,10 +83,11 @@ def show_table(columns: Sequence[Column], *, narrowing: Sequence[tuple[str, int]
         paint(line)
 
 
-def _print_for_programs(columns: Sequence[Column]) -> None:
-    for column in columns[:-1]:
-        column.cells = [cell.replace(" ", NO_BREAK_SPACE) or EMPTY for cell in column.cells]
-    columns[-1].cells = [cell or EMPTY for cell in columns[-1].cells]
+def _print_whole(columns: Sequence[Column], *, for_programs: bool) -> None:
+    if for_programs:
+        for column in columns[:-1]:
+            column.cells = [cell.replace(" ", NO_BREAK_SPACE) or EMPTY for cell in column.cells]
+        columns[-1].cells = [cell or EMPTY for cell in columns[-1].cells]
     for line in _lines(columns, {column.title: column.natural for column in columns}, None):
         _print_plain(line)
 

@@ -17,15 +17,15 @@ def is_time(column: str) -> str:
 TASK = f"""
 CREATE TABLE "{{p}}task" (
     "id" INTEGER PRIMARY KEY AUTOINCREMENT,
-    "name" TEXT NOT NULL,
-    "data" TEXT NOT NULL DEFAULT '{{{{}}}}',
+    "name" TEXT NOT NULL CHECK (typeof("name") = 'text'),
+    "data" TEXT NOT NULL CHECK (typeof("data") = 'text') DEFAULT '{{{{}}}}',
     "queue" TEXT NOT NULL DEFAULT 'default',
     "priority" INTEGER NOT NULL DEFAULT 0 CHECK (typeof("priority") = 'integer'),
     "status" TEXT NOT NULL DEFAULT 'REQUEST' CHECK ("status" IN ('REQUEST', 'START', 'DONE', 'INTERRUPTED')),
     "reason" TEXT CHECK ("reason" IS NULL OR "status" = 'INTERRUPTED'),
     "detail" TEXT,
-    "key" TEXT,
-    "unique_key" TEXT,
+    "key" TEXT CHECK (typeof("key") <> 'blob'),
+    "unique_key" TEXT CHECK (typeof("unique_key") <> 'blob'),
     "serial" TEXT,
     "run_at" TEXT NOT NULL DEFAULT {NOW} CHECK ({is_time("run_at")}),
     "expires_at" TEXT,
@@ -165,6 +165,7 @@ INDEXES = (
     """CREATE UNIQUE INDEX "{p}task_unique" ON "{p}task" ("name", "unique_key")
        WHERE "status" IN ('REQUEST', 'START')""",
     """CREATE INDEX "{p}task_due" ON "{p}task" ("priority" DESC, "run_at", "id") WHERE "status" = 'REQUEST'""",
+    """CREATE INDEX "{p}task_run_at" ON "{p}task" ("run_at") WHERE "status" = 'REQUEST'""",
     """CREATE INDEX "{p}task_start" ON "{p}task" ("id") WHERE "status" = 'START'""",
     """CREATE INDEX "{p}task_name" ON "{p}task" ("name", "id")""",
     """CREATE INDEX "{p}task_key" ON "{p}task" ("key", "id") WHERE "key" IS NOT NULL""",

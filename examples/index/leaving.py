@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import select
+import signal
 import time
 from typing import TYPE_CHECKING
 
 from bgsupervisor import processes
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.processes import ProcessIdentity, Verdict
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from bgsupervisor import Service, TaskRecord
     from bgsupervisor.models import SupervisorRecord
+
+GONE_S = 5.0
+"""Who is killed is waited for no longer; one in uninterruptible sleep stays a while."""
 
 
 def identity(row: TaskRecord | SupervisorRecord) -> ProcessIdentity:
@@ -47,8 +51,17 @@ def end_all(started: Collection[ProcessIdentity], *, wait_s: float) -> list[int]
     while (left := [one for one in started if is_there(one)]) and time.perf_counter() < deadline_s:
         time.sleep(0.02)
     for one in left:
-        processes.stop(one, grace_s=0, clock=SystemClock())
+        kill(one)
     return sorted(one.pid for one in left)
+
+
+def kill(one: ProcessIdentity) -> None:
+    """Kill a process with all it started, and wait until it has gone."""
+    _, handle = processes.look(one)
+    if handle is not None:
+        with handle:
+            processes.signal_tree(handle, signal.SIGKILL)
+            select.select([handle], [], [], GONE_S)
 
 
 def is_there(one: ProcessIdentity) -> bool:
