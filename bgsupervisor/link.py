@@ -156,7 +156,10 @@ class Link(threading.Thread):
 
     def say_from_body(self, message: wire.Message) -> None:
         """Send what may be lost, from the thread that SIGTERM interrupts: never in the middle of a frame."""
-        self.main_inside = threading.current_thread() is threading.main_thread()
+        if threading.current_thread() is not threading.main_thread():
+            self.say(message)
+            return
+        self.main_inside = True
         try:
             self.say(message)
         finally:
@@ -251,6 +254,7 @@ class Link(threading.Thread):
             self._redial.lost()
             self._alone_since = self._clock.monotonic()
             self.disconnected.set()
+            self._rouse()  # nobody may ring now: a waiter has to look by itself
 
     def _take(self, message: wire.Message) -> None:
         self._redial.heard()

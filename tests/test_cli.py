@@ -447,6 +447,29 @@ def test_a_run_that_cannot_open_its_database_tells_whoever_started_it(make_app):
     assert "is damaged" in (app.state_dir / "logs" / "supervisor.log").read_text()
 
 
+def test_a_crash_is_told_to_whoever_started_it_and_its_traceback_stands_in_the_log(make_app):
+    app = make_app(TASKS)
+    crash = (
+        "from bgsupervisor.supervisor import Supervisor\n"
+        "Supervisor.run = lambda self: 1 / 0\n"
+        "from bgsupervisor.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", crash, "--config", str(app.config), "run"],
+        env=app.environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    log = app.state_dir / "logs" / "supervisor.log"
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"bgsupervisor: it crashed with ZeroDivisionError; see {log}\n"
+    assert "ZeroDivisionError: division by zero" in log.read_text()
+
+
 def test_burst_runs_what_is_due_and_leaves_with_the_slots_that_were_asked_for(make_app):
     app = make_app(TASKS)
     handle = app.service.request("appx:add", {"a": 1, "b": 2})

@@ -354,6 +354,10 @@ def test_unknown_key_far_from_all_lists_them(app):
         ("slots = 4.0", "slots must be a whole number from 1 to 1000, not 4.0"),
         ("slots = 0", "slots must be a whole number from 1 to 1000, not 0"),
         ("threads = 1001", "threads must be a whole number from 1 to 1000, not 1001"),
+        (
+            "log_max_bytes = 16383",
+            'log_max_bytes must be a size such as 1048576 or "1 MiB" from 16 KiB to 1 GiB, not 16383',
+        ),
         ("reuse = 0", "reuse must be a whole number from 1 to 1000000, not 0"),
         ("grace_s = -1", "grace_s must be a number of seconds from 0 to 86400, not -1"),
         ("grace_s = nan", "grace_s must be a number of seconds from 0 to 86400, not nan"),

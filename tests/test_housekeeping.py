@@ -272,9 +272,11 @@ def test_orphaned_logs_go_and_those_of_a_silent_child_and_of_kept_rows_stay(app,
         age(logs.process_log(rows.logs, record.pid, record.start_ticks + 1), days=15),
         age(logs.process_log(rows.logs, 4_999_999, 1), days=15),
     ]
-    app.supervisors[0].kill()
-    app.start()
-    wait_until(lambda: not any(path.exists() for path in going), "the orphans are gone")
+    clock = Moving()
+    keeper = Housekeeping(app.service.ledger, StateDir(app.state_dir), clock)
+    clock.at = housekeeping.SWEEP_EVERY_S
+    keeper.keep(14)
+    assert not any(path.exists() for path in going)
     assert all(path.exists() for path in staying)
     (app.folder / "end").touch()
     assert app.wait(record.id).status is Status.DONE
@@ -313,12 +315,35 @@ def test_old_rows_are_looked_for_every_ten_minutes_and_logs_every_hour(tmp_path)
         keeper.keep(14)
         return bool(rows.sql("SELECT id FROM bgsupervisor_task")), orphan.exists()
 
-    assert kept() == (False, False)
+    assert kept() == (False, True)
     assert kept() == (True, True)
     clock.at = housekeeping.PRUNE_EVERY_S
     assert kept() == (False, True)
     clock.at = housekeeping.SWEEP_EVERY_S
     assert kept() == (False, False)
+    clock.at += housekeeping.PRUNE_EVERY_S
+    assert kept() == (False, True)
+    clock.at = 2 * housekeeping.SWEEP_EVERY_S
+    assert kept() == (False, False)
+    store.close()
+
+
+def test_a_few_logs_are_looked_at_at_a_time_and_all_in_the_end(tmp_path):
+    state_dir, clock = StateDir(tmp_path / "state"), Moving()
+    state_dir.create()
+    store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
+    with store.connected():
+        pass
+    keeper = Housekeeping(Ledger(store, clock), state_dir, clock)
+    clock.at = housekeeping.SWEEP_EVERY_S
+    for number in range(2 * housekeeping.SWEEP_FILES + 1):
+        age(logs.process_log(state_dir.logs, 5_000_000 + number, 1), days=20)
+    left = []
+    for _ in range(3):
+        clock.at += 1
+        keeper.keep(14)
+        left.append(len(list(state_dir.logs.iterdir())))
+    assert left == [housekeeping.SWEEP_FILES + 1, 1, 0]
     store.close()
 
 

@@ -20,7 +20,7 @@ import pytest
 from bgsupervisor import linux, processes
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import Unkillable, UnsupportedSystem
-from bgsupervisor.processes import Exit, Stopped, StopReport, Verdict
+from bgsupervisor.processes import Exit, Verdict
 
 CLOCK = SystemClock()
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 1000; done"
@@ -125,24 +125,20 @@ def test_a_name_full_of_parentheses_confuses_nobody(start):
     assert processes.verdict(identity) is Verdict.ALIVE
 
 
-def test_a_reused_pid_is_dead_and_is_not_signalled(sleeper):
+def test_a_reused_pid_is_dead(sleeper):
     earlier = dataclasses.replace(identify(sleeper.pid), start_ticks=1)
     assert processes.look(earlier) == (Verdict.DEAD, None)
     assert processes.verdict(earlier) is Verdict.DEAD
-    assert processes.stop(earlier, grace_s=0, clock=CLOCK) == StopReport(Stopped.NOTHING)
-    assert sleeper.poll() is None
 
 
 def test_a_process_of_another_boot_is_dead(sleeper):
     assert processes.verdict(dataclasses.replace(identify(sleeper.pid), boot_id="other")) is Verdict.DEAD
 
 
-def test_another_pid_namespace_cannot_be_judged_and_is_not_signalled(sleeper):
+def test_another_pid_namespace_cannot_be_judged(sleeper):
     elsewhere = dataclasses.replace(identify(sleeper.pid), pid_ns=1)
     assert processes.look(elsewhere) == (Verdict.UNKNOWN, None)
     assert processes.verdict(dataclasses.replace(elsewhere, pid=2**22 + 1)) is Verdict.UNKNOWN
-    assert processes.stop(elsewhere, grace_s=0, clock=CLOCK) == StopReport(Stopped.UNKNOWN)
-    assert sleeper.poll() is None
 
 
 @pytest.fixture
@@ -332,10 +328,8 @@ def test_the_usage_of_a_tree_is_the_sum_of_its_processes(start):
     other = start("exec sleep 1000")
     used = processes.tree_usage([process.pid, other.pid, 2**22 + 1])
     assert set(used) == {process.pid, other.pid}
-    assert used[process.pid].processes == 2
     assert used[process.pid].rss_bytes > 40 << 20
     assert used[process.pid].cpu_s >= 0.15  # the kernel counts whole ticks
-    assert used[other.pid].processes == 1
     assert used[other.pid].rss_bytes < 40 << 20
 
 
@@ -345,10 +339,10 @@ def test_the_cpu_of_descendants_that_ended_still_counts(start):
     assert processes.tree_usage([process.pid])[process.pid].cpu_s >= 0.15  # the kernel counts whole ticks
 
 
-def test_a_zombie_uses_no_process(start):
+def test_a_zombie_uses_no_memory(start):
     process = start("exit 0")
     until(lambda: is_gone(process.pid), "the shell did not end")
-    assert processes.tree_usage([process.pid])[process.pid].processes == 0
+    assert processes.tree_usage([process.pid])[process.pid].rss_bytes == 0
 
 
 def test_usage_costs_at_most_ten_milliseconds_per_hundred_processes():
@@ -475,51 +469,55 @@ def test_a_pid_that_was_reused_since_the_look_is_not_held(sleeper):
         assert tree.pids == [sleeper.pid]
 
 
-def test_stopping_the_dead_is_reported(sleeper):
-    identity = identify(sleeper.pid)
-    sleeper.kill()
-    until(lambda: is_gone(sleeper.pid), "SIGKILL did not end a sleeper")
-    assert processes.stop(identity, grace_s=10, clock=CLOCK) == StopReport(Stopped.NOTHING)
-    sleeper.wait()
-    assert processes.stop(identity, grace_s=10, clock=CLOCK) == StopReport(Stopped.NOTHING)
+def test_a_process_that_stands_still_is_killed(start):
+    process = start("sleep 1000 & echo ready; wait; exec sleep 1000", ready=True)
+    [below] = processes.descendants(process.pid)
+    os.kill(below, signal.SIGSTOP)
+    until(lambda: psutil.Process(below).status() == psutil.STATUS_STOPPED, "SIGSTOP did not stop a sleeper")
+    assert processes.end_descendants(process.pid, grace_s=0.05, clock=CLOCK) == 1
+    until(lambda: is_gone(below), "who stood still was not killed")
 
 
-def test_stopping_is_polite_first(start):
+def test_a_child_is_killed_and_reaped(sleeper):
+    processes.kill_child(sleeper.pid)
+    until(lambda: is_gone(sleeper.pid), "it was not killed")
+    processes.kill_child(sleeper.pid)
+    assert not psutil.pid_exists(sleeper.pid)
+    processes.kill_child(sleeper.pid)
+
+
+def test_who_is_no_child_of_this_process_is_not_killed_as_one(start):
     process = start("sleep 1000 & echo ready; wait", ready=True)
-    below = processes.descendants(process.pid)
-    assert processes.stop(identify(process.pid), grace_s=10, clock=CLOCK) == StopReport(Stopped.TERM)
-    assert process.wait() == -signal.SIGTERM
-    assert all(is_gone(pid) for pid in below)
+    [grandchild] = processes.children(process.pid)
+    processes.kill_child(grandchild)
+    assert processes.verdict(identify(grandchild)) is Verdict.ALIVE
 
 
-@pytest.mark.parametrize("grace_s", [0, 0.1])
-def test_stopping_kills_who_is_left_after_the_grace(start, grace_s):
-    process = start(STUBBORN, ready=True)
-    report = processes.stop(identify(process.pid), grace_s=grace_s, clock=CLOCK)
-    assert report.took is Stopped.KILL
-    assert process.pid in report.left
-    assert process.wait() == -signal.SIGKILL
+def test_a_child_that_cannot_be_held_or_signalled_lives_on(sleeper, monkeypatch):
+    def refuse(*_arguments):
+        raise PermissionError
 
-
-def test_a_process_that_stands_still_is_killed(sleeper):
-    sleeper.send_signal(signal.SIGSTOP)
-    until(lambda: psutil.Process(sleeper.pid).status() == psutil.STATUS_STOPPED, "SIGSTOP did not stop a sleeper")
-    report = processes.stop(identify(sleeper.pid), grace_s=0.05, clock=CLOCK)
-    assert report == StopReport(Stopped.KILL, (sleeper.pid,))
+    for owner, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            processes.kill_child(sleeper.pid)
+    assert sleeper.poll() is None
 
 
 @pytest.mark.parametrize("refuse", [True, PermissionError], ids=["no effect", "refused"])
-def test_who_survives_sigkill_is_named(sleeper, monkeypatch, refuse):
+def test_who_survives_sigkill_is_named(start, monkeypatch, refuse):
     def send(pidfd, number):
         if refuse is not True:
             raise refuse
         return True
 
+    process = start("sleep 1000 & echo ready; wait", ready=True)
+    [below] = processes.descendants(process.pid)
     monkeypatch.setattr(processes, "_send", send)
     monkeypatch.setattr(processes, "KILL_WAIT_S", 0.05)
-    with pytest.raises(Unkillable, match=str(sleeper.pid)) as raised:
-        processes.stop(identify(sleeper.pid), grace_s=0, clock=CLOCK)
-    assert raised.value.pids == (sleeper.pid,)
+    with pytest.raises(Unkillable, match=str(below)) as raised:
+        processes.end_descendants(process.pid, grace_s=0, clock=CLOCK)
+    assert raised.value.pids == (below,)
 
 
 def test_ending_gives_all_descriptors_back(start):
@@ -527,6 +525,6 @@ def test_ending_gives_all_descriptors_back(start):
     process = start("sleep 1000 & sleep 1000 & echo ready; wait; wait", ready=True)
     before = fds()
     processes.end_descendants(process.pid, grace_s=10, clock=CLOCK)
-    processes.stop(identify(process.pid), grace_s=10, clock=CLOCK)
+    processes.kill_child(process.pid)
     processes.verdict(identify(process.pid))
     assert fds() == before

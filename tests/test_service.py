@@ -842,7 +842,7 @@ def test_a_locked_database_is_told_after_the_busy_timeout(make_app):
     other = sqlite3.connect(service.ledger.store.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     before = time.monotonic()
-    with pytest.raises(DatabaseError, match="is locked by another writer for longer than 0.2 s"):
+    with pytest.raises(DatabaseError, match=r"is locked by another writer for longer than 0\.2 s"):
         service.request("a:b")
     assert 0.2 <= time.monotonic() - before < 5
     assert service.counts()[Status.REQUEST] == 1  # reading goes on

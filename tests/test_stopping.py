@@ -270,6 +270,20 @@ def test_under_a_service_manager_run_stands_by_until_the_other_supervisor_has_go
     wait_until(lambda: app.supervisor_row(second.process.pid), "the second supervises")
 
 
+def test_who_stands_by_says_once_that_the_other_supervisor_hangs(app, manager):
+    first = app.start()
+    os.kill(first.process.pid, signal.SIGSTOP)
+    old = time.time() - 61
+    os.utime(app.state_dir / "supervisor.lock", (old, old))
+    second = app.start(environment={"NOTIFY_SOCKET": manager.getsockname()}, wait=False)
+
+    assert "no sign of life" in hear(manager, "STATUS=standing by: the supervisor with PID")
+    for _ in range(2):
+        assert "STATUS" not in hear(manager, "WATCHDOG=1")
+    assert second.output.read_text().count("holds the lock but has shown no sign of life for 6") == 1
+    os.kill(first.process.pid, signal.SIGCONT)
+
+
 def test_under_a_service_manager_a_stop_is_told_by_the_exit_code(app, manager):
     app.cli("stop")
 

@@ -76,7 +76,7 @@ class Tree:
             if id in self.above:
                 below.setdefault(self.above[id], []).append(id)
         # What is still to be drawn: a task, its own branch, and what stands before those below it.
-        todo = [(id, "", "") for id in reversed(self.records) if id not in self.above]
+        todo = [(id, "", "") for id in reversed(list(self.records)) if id not in self.above]
         while todo:
             id, branch, indent = todo.pop()
             yield branch, self.records[id]

@@ -172,7 +172,7 @@ class _Sight:
         runtime_s = facts.runtime_s(record)
         words = "it is running"
         if runtime_s is not None:
-            words += f" since {duration(runtime_s)}"
+            words = f"it has been running for {duration(runtime_s)}"
         if record.fraction is not None:
             words += f", {percent(record.fraction)}% done"
         silence = facts.silence(record)
@@ -185,7 +185,8 @@ class _Sight:
 
     def _need(self, need: waiting.Need) -> Because:
         known: dict[str, Any] = {"since": to_json(need.since)}
-        since = f", since {need.age(now=self.facts.now)}"
+        age_words = need.age(now=self.facts.now)
+        waits = f"it has waited {age_words} {'at' if need.kind == 'barrier' else 'for'} {need.what()}"
         if need.kind in ("part", "end"):
             first = need.ids[0]
             which = (
@@ -194,24 +195,24 @@ class _Sight:
             known |= {"task_ids": list(need.ids), "task_status": self._status(first)}
             if need.kind == "part":
                 known["part"] = need.name
-            return Because(need.kind, f"it {need.sentence()}{which}{since}", known)
+            return Because(need.kind, f"{waits}{which}", known)
         if need.kind == "lock":
             known |= {"lock": need.name, "held_by": list(need.held_by)}
             holder = f"; task {need.held_by[0]} is {self._state(need.held_by[0])}" if need.held_by else ""
-            return Because("lock", f"it {need.sentence()}{holder}{since}", known)
+            return Because("lock", f"{waits}{holder}", known)
         if need.kind == "barrier":
-            return self._barrier(need, known, since)
+            return self._barrier(need, known, waits)
         slots = sum(one.slots for one in self.facts.watch.alive)
         taken = f": {self.busy} of {slots} are taken" if slots else ""
-        return Because("slot", f"it has what it waited for, and waits for a slot{taken}{since}", known)
+        return Because("slot", f"it has what it waited for, and has waited {age_words} for a slot{taken}", known)
 
-    def _barrier(self, need: waiting.Need, known: dict[str, Any], since: str) -> Because:
+    def _barrier(self, need: waiting.Need, known: dict[str, Any], waits: str) -> Because:
         arrived = self.ties.arrived(self.record.id, need.name)
         there = ""
         if arrived is not None:
             there = f": {arrived[0]} of {arrived[1]} parties are there"
             known |= {"arrived": arrived[0], "parties": arrived[1]}
-        return Because("barrier", f"it {need.sentence()}{there}{since}", {**known, "barrier": need.name})
+        return Because("barrier", f"{waits}{there}", {**known, "barrier": need.name})
 
     # Other tasks
 
@@ -228,5 +229,5 @@ class _Sight:
             return words
         runtime_s = self.facts.runtime_s(other)
         notes = [] if other.fraction is None else [f"{percent(other.fraction)}%"]
-        notes += [] if runtime_s is None else [f"for {duration(runtime_s)}"]
-        return " ".join([words, *notes])
+        notes += [] if runtime_s is None else [f"running for {duration(runtime_s)}"]
+        return " ".join([words, ", ".join(notes)]).strip()

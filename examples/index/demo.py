@@ -1,4 +1,4 @@
-"""The demo: a supervisor, two dozen tasks that index Python files, one that is killed and one that raises.
+"""The demo: a supervisor, two dozen tasks that index Python files, one that is killed, one that raises, one that waits.
 
     make demo                  index the standard library of the Python that runs this
     DEMO=folder make demo      index another folder
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from leaving import end_all, identities, identity, known_processes
 from plan import Group, NothingToIndex, groups_of, plan
-from tasks import CheckDigests, IndexPackage
+from tasks import COLUMNS, CheckDigests, IndexPackage, Report
 
 from bgsupervisor import BgSupervisorError, Reason, Service, Status, processes
 from bgsupervisor.processes import Verdict
@@ -46,6 +46,10 @@ BEGIN_S = 20.0
 KILL_SEEN_S = 5.0
 LEAVE_S = 10.0
 PROBLEM_LINES = 20
+TURNS_EVERY = 6
+"""One package of so many takes turns with others for a permit."""
+UNFINISHED = "unfinished.py"
+VICTIM = CheckDigests.__name__
 
 BROKEN = '''\
 """A file that somebody was still writing."""
@@ -130,12 +134,13 @@ class Demo:
         tasks = "1 background task indexes" if len(self.groups) == 1 else f"{len(self.groups)} background tasks index"
         say(f"{tasks} {what}: {files:,} files, {size_mib:.1f} MiB.", "bold")
         say("Besides, one task is killed from outside, and one raises an error. Watch what becomes of each.")
+        say("Another one waits for them all, for what each has scanned and for its end, and reports.")
         say(
             f"(Each file is parsed {self.passes} times and the fastest counts, so that there is something to watch: "
             f"about {self.expected_s + 5:.0f} s. A name as a..b means the small packages from a to b.)"
         )
         self._start()
-        broken, victim = self._request()
+        broken, victim, report = self._request()
         began_s = time.perf_counter()
         self._await(lambda: self._known(victim).progress_done is not None, BEGIN_S, "the first tasks run")
         self._pause_until(began_s + 2)
@@ -147,17 +152,18 @@ class Demo:
             show("ps")
         limit_s = 60 + 3 * self.expected_s
         self._await(lambda: not self._indexing(), limit_s, "all packages are indexed", every_s=0.2)
-        chapter("Everything has ended. The index:")
-        self._show_index()
+        self._await(lambda: self._known(report).ended, BEGIN_S, "the report is there")
+        chapter("Everything has ended. The index, as the task says that waited for all others:")
+        self._show_index(report)
         chapter("And what became of every task:")
         show("ps", "--all")
-        self._check(broken, victim)
+        self._check(broken, victim, report)
         left = self.end()
         if left:
             raise DemoFailed(f"these were still there {LEAVE_S:g} s after the supervisor was told to leave: {left}")
         say()
         say(
-            f"Supervisor, nursery and all {len(self.index) + 2} children have left, as their PIDs and start times tell."
+            f"Supervisor, nursery and all {len(self.index) + 3} children have left, as their PIDs and start times tell."
         )
         self._tell_what_to_try(broken)
 
@@ -174,29 +180,36 @@ class Demo:
             )
         chapter(f"The supervisor is started in the background: `bgsupervisor run`, PID {self.supervisor.pid}.")
 
-    def _request(self) -> tuple[Handle, Handle]:
-        """Request all tasks one by one, as the requests of a web application would; return the two with a sad end."""
+    def _request(self) -> tuple[Handle, Handle, Handle]:
+        """Request all tasks one by one, as the requests of a web application would.
+
+        Returns the one that raises, the one that will be killed, and the one that waits for all others.
+        """
         times_ms = []
 
-        def request(*arguments: object, key: str) -> Handle:
+        def request(*arguments: object, key: str | None, priority: int = 0) -> Handle:
             began_s = time.perf_counter()
-            handle = self.service.request(*arguments, key=key)  # type: ignore[arg-type]
+            handle = self.service.request(*arguments, key=key, priority=priority)  # type: ignore[arg-type]
             times_ms.append((time.perf_counter() - began_s) * 1000)
             return handle
 
         self.service.counts()  # opens the database, which an application has done long ago
-        (self.work / "unfinished.py").write_text(BROKEN)
-        unfinished = {"root": str(self.work), "names": ["unfinished.py"], "skip_broken": False}
-        broken = request(IndexPackage, unfinished, key="unfinished.py")
+        (self.work / UNFINISHED).write_text(BROKEN)
+        unfinished = {"root": str(self.work), "names": [UNFINISHED], "skip_broken": False}
+        broken = request(IndexPackage, unfinished, key=UNFINISHED)
         victim = request(CheckDigests, {"root": str(self.root), "names": self.groups[0].names}, key=self.groups[0].name)
-        for group in self.groups:
-            data = {"root": str(self.root), "names": group.names, "passes": self.passes}
+        for number, group in enumerate(self.groups):
+            turns = number % TURNS_EVERY == 1
+            data = {"root": str(self.root), "names": group.names, "passes": self.passes, "takes_turns": turns}
             self.index[request(IndexPackage, data, key=group.name).id] = group
+        sad = [(UNFINISHED, broken.id), (VICTIM, victim.id)]
+        packages = [*sad, *((group.name, id) for id, group in self.index.items())]
+        report = request(Report, {"packages": packages}, key=None, priority=1)  # it gives its slot to the others
         say(
             f"{len(times_ms)} requests made; each returned within {statistics.median(times_ms):.1f} ms "
             f"(median; the slowest {max(times_ms):.1f} ms), and is safe on the disk since then."
         )
-        return broken, victim
+        return broken, victim, report
 
     def _kill(self, victim: Handle) -> None:
         record = self._known(victim)
@@ -214,15 +227,11 @@ class Demo:
         seen_ms = (time.perf_counter() - began_s) * 1000
         say(f"Within {seen_ms:.0f} ms its row said {record.status} ({record.reason}): {record.detail}.")
 
-    def _show_index(self) -> None:
-        rows = []
-        for id, group in self.index.items():
-            if self._known(id).status is Status.DONE:
-                rows.append((group.name, self.service.result(id)))
-        rows.sort(key=lambda row: -row[1]["lines"])
-        columns = ("files", "lines", "functions", "classes")
-        total = {column: sum(result[column] for _, result in rows) for column in (*columns, "parse_s")}
-        wide = max(len(name) for name, _ in [*rows, ("PACKAGE", None)])
+    def _show_index(self, report: Handle) -> None:
+        told = self.service.result(report)
+        rows = sorted(told["packages"].items(), key=lambda row: -row[1]["lines"])
+        columns = [column for column in COLUMNS if column not in ("broken", "parse_s")]
+        wide = max(len(name) for name in [*told["packages"], "PACKAGE"])
 
         def line(name: str, values: dict[str, float], digest: str) -> str:
             counts = "".join(f"{values[column]:>11,}" for column in columns)
@@ -234,22 +243,26 @@ class Demo:
         )
         for name, result in rows:
             say(line(name, result, result["digest"][:16]))
-        say(line("TOTAL", total, ""), "bold")
-        if broken := sum(result["broken"] for _, result in rows):
+        say(line("TOTAL", told["total"], ""), "bold")
+        if broken := told["total"]["broken"]:
             say(f"({broken} of the files cannot be parsed by this Python; only their lines and bytes are counted.)")
+        for sentence in told["missing"].values():
+            say(f"Not in it: {sentence}.")
 
-    def _check(self, broken: Handle, victim: Handle) -> None:
+    def _check(self, broken: Handle, victim: Handle, report: Handle) -> None:
         """Compare all ends with what they should be, and what was indexed with what is there."""
         problems = [
             f"task {id} ({group.name}) ended {told(record)}"
             for id, group in self.index.items()
             if (record := self._known(id)).status is not Status.DONE
         ]
-        for id, group in self.index.items():
-            if self._known(id).status is Status.DONE:
-                result = self.service.result(id)
-                if (result["files"], result["bytes"]) != (group.files, group.size_bytes):
-                    problems.append(f"task {id} ({group.name}) saw other files than are there")
+        reported = self.service.result(report)
+        for group in self.groups:
+            found = reported["packages"].get(group.name, {})
+            if (found.get("files"), found.get("bytes")) != (group.files, group.size_bytes):
+                problems.append(f"the report tells of other files of {group.name} than are there")
+        if set(reported["missing"]) != {UNFINISHED, VICTIM}:
+            problems.append(f"the report should lack two; it lacks {reported['missing']}")
         record = self._known(broken)
         if record.reason is not Reason.RAISED or "SyntaxError" not in (record.error or ""):
             problems.append(f"task {record.id} should have raised a SyntaxError; it ended {told(record)}")
