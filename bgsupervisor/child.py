@@ -199,6 +199,9 @@ class AttemptContext(tasks.Context):
     def _release(self, name: str) -> None:
         self._coordination.release(name)
 
+    def _rouse(self) -> None:
+        self._link.rouse()
+
 
 class Child:
     """The main thread of a child: waits for an order, runs the body, reports, leaves."""
@@ -246,7 +249,9 @@ class Child:
             OSError
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
             self._open_log()
-        coordination = Coordination(order, self._link, self._ledger, self._config, self._clock)
+        coordination = Coordination(
+            order, self._link, self._ledger, self._config, self._clock, is_given_up=tasks.is_given_up
+        )
         context = AttemptContext(order, self._link, coordination, self._config, self._clock)
         self._phase = "body"
         self._term_came = False

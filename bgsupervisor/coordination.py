@@ -7,9 +7,11 @@ goes on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import select
+import threading
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as connections
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bgsupervisor import payload, wire
 from bgsupervisor.board import CALL_S, BoardManager, read_key
 from bgsupervisor.errors import BarrierBroken, Cancelled, PartNotReached, UnknownTask, WaitTimeout
+from bgsupervisor.ledger import ID_MAX
 from bgsupervisor.statedir import open_dir
 from bgsupervisor.waits import EVERYBODY, PASSED, Held, Queued, Waiting, barrier_key, lock_key, task_key
 
@@ -39,6 +42,8 @@ T = TypeVar("T")
 
 LOOK_S = 1.0
 """Without a board, or without a supervisor that rings it, the rows are looked at so often."""
+FIRST_LOOKS_S = (0.1, 0.2, 0.4)
+"""Pauses between the first looks without a board: the first waiter has it started."""
 LONG_S = 15.0
 """With both the bell wakes a waiter; this is the net below it."""
 SLOT_LOOK_S = 0.2
@@ -103,17 +108,37 @@ class Bell:
         self._proxy = proxy
 
 
-class Coordination:
-    """What one attempt may do with others. Closed when the attempt has ended."""
+class _GivenUp(BaseException):
+    """The event loop has cancelled the coroutine that waits; seen by nobody but the thread that waited for it."""
 
-    def __init__(self, order: Run, link: Link, ledger: Callable[[], Ledger], config: Config, clock: Clock) -> None:
+
+class Coordination:
+    """What one attempt may do with others. Closed when the attempt has ended.
+
+    An async body may wait for several things at once, each in a thread of its own: it has no slot while it waits for
+    any of them and nothing has come, and whatever comes first takes the slot again for all.
+    """
+
+    def __init__(
+        self,
+        order: Run,
+        link: Link,
+        ledger: Callable[[], Ledger],
+        config: Config,
+        clock: Clock,
+        *,
+        is_given_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._id, self._attempt, self._parent_id = order.id, order.attempt, order.parent_id
         self._link = link
         self._make_ledger = ledger
         self._made: Ledger | None = None
         self._config = config
         self._clock = clock
-        self._bell = Bell(config.state_dir)
+        self._is_given_up = is_given_up
+        self._bells: dict[int, Bell] = {}
+        self._slot_turn = threading.Lock()
+        self._has_slot = True
 
     # What a body calls
 
@@ -130,6 +155,9 @@ class Coordination:
         """Wait for a part, or the end, of all of *ids*; return the values in order."""
         if part is not None:
             _checked(part, "part")
+        unknown = next((id for id in ids if not 0 < id <= ID_MAX), None)
+        if unknown is not None:
+            raise UnknownTask(unknown)
 
         def look() -> list[Any] | None:
             found = self._ledger.waits.find(ids, part)
@@ -154,38 +182,37 @@ class Coordination:
             nonlocal queued
             if queued is not None and not self._ledger.waits.may_take(self._id, name, permits):
                 return None
-            found = self._ledger.waits.acquire(
-                self._id,
-                self._attempt,
-                name,
-                permits,
-                slots=self._config.slots,
-                max_waiting=self._config.max_waiting,
-                waits_already=queued is not None,
-            )
-            if isinstance(found, Held):
-                return found
-            if queued is None:
-                queued = found
-                if queued.slot_given:
-                    self._link.say_from_body(wire.Waiting(self._id, self._attempt))
+            with self._slot_turn:
+                found = self._ledger.waits.acquire(
+                    self._id,
+                    self._attempt,
+                    name,
+                    permits,
+                    slots=self._config.slots,
+                    max_waiting=self._config.max_waiting,
+                    waits_already=queued is not None,
+                )
+                if isinstance(found, Held):
+                    if found.slot is not None:
+                        self._note_slot(found.slot)
+                    return found
+                if queued is None:
+                    queued = found
+                    self._note_begun(slot_given=queued.slot_given)
             return None
 
         self._check_cancel()
         held = take()
         if held is not None:
             return held
-        given = queued is not None and queued.slot_given
         try:
             held = self._until(take, [lock_key(name)], timeout_s, f'lock "{name}"')
         except BaseException as error:
-            self._give_up(given, [lock_key(name)], patiently=not isinstance(error, Cancelled))
+            self._give_up([lock_key(name)], patiently=not isinstance(error, Cancelled))
             raise
         try:
             if held.slot is None:
-                self._regain_slot(patiently=True)
-            elif given:
-                self._link.say_from_body(wire.Resumed(self._id, self._attempt, held.slot))
+                self._regain_slot()
         except BaseException:
             self.release(name)
             raise
@@ -228,7 +255,8 @@ class Coordination:
 
     def close(self) -> None:
         """Close what was opened for waiting."""
-        self._bell.drop()
+        for bell in self._bells.values():
+            bell.drop()
         if self._made is not None:
             with contextlib.suppress(Exception):
                 self._made.store.close()
@@ -242,41 +270,57 @@ class Coordination:
             self._made = self._make_ledger()
         return self._made
 
+    @property
+    def _bell(self) -> Bell:
+        return self._bells.setdefault(threading.get_ident(), Bell(self._config.state_dir))
+
     @contextlib.contextmanager
     def _slot_given(self, waiting: Sequence[Waiting]) -> Iterator[None]:
-        given = self._ledger.waits.begin(self._id, self._attempt, waiting, max_waiting=self._config.max_waiting)
-        if given:
-            self._link.say_from_body(wire.Waiting(self._id, self._attempt))
+        with self._slot_turn:
+            given = self._ledger.waits.begin(self._id, self._attempt, waiting, max_waiting=self._config.max_waiting)
+            self._note_begun(slot_given=given)
         try:
             yield
         except BaseException as error:
-            self._give_up(given, [], patiently=not isinstance(error, Cancelled))
+            self._give_up([], patiently=not isinstance(error, Cancelled))
             raise
-        if given:
-            self._regain_slot(patiently=True)
-        else:
-            self._resume()
+        self._regain_slot()
 
-    def _resume(self) -> int | None:
-        return self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
+    def _note_begun(self, *, slot_given: bool) -> None:
+        if slot_given:
+            self._has_slot = False
+            self._link.say_from_body(wire.Waiting(self._id, self._attempt))
 
-    def _give_up(self, given: bool, keys: list[str], *, patiently: bool) -> None:
+    def _note_slot(self, slot: int) -> None:
+        if not self._has_slot:
+            self._has_slot = True
+            self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))
+
+    def _give_up(self, keys: list[str], *, patiently: bool) -> None:
         """Take the wait's rows away before all else: who waits in vain must not seem to wait, nor stand in a queue."""
-        slot = self._resume()
+        with self._slot_turn:
+            slot = self._resume()
         if keys:
             self._link.say_from_body(wire.Ring(keys))  # whoever stood behind moves up
         if slot is None and patiently:
-            self._regain_slot(patiently=True)
-        elif slot is not None and given:
-            self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))
+            self._regain_slot()
+
+    def _resume(self) -> int | None:
+        slot = self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
+        if slot is not None:
+            self._note_slot(slot)
+        return slot
 
     def _until(self, look: Callable[[], T | None], keys: list[str], timeout_s: float | None, what: str) -> T:
         """Look until there is something: after each ring, and now and then without one."""
         deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
         seen: list[int] | None = None
         watched = [*keys, EVERYBODY]
+        pauses = itertools.chain(FIRST_LOOKS_S, itertools.repeat(LOOK_S))
         while True:
             self._check_cancel()
+            if self._is_given_up():
+                raise _GivenUp
             if seen is None:
                 seen = self._bell.seen(watched)
             found = look()
@@ -287,23 +331,22 @@ class Coordination:
                 raise WaitTimeout(f"{what} was waited for in vain for {timeout_s:g} s")
             wake = self._link.wake_descriptor()
             if seen is None:
-                _poll(wake, min(left, LOOK_S))
+                _poll(wake, min(left, next(pauses)))
             else:
                 rung_by_nobody = self._link.disconnected.is_set()
                 limit = min(left, LOOK_S if rung_by_nobody else LONG_S)
                 seen = self._bell.wait_beyond(watched, seen, limit, wake)
             self._link.quiet()
 
-    def _regain_slot(self, *, patiently: bool) -> None:
-        """Take a slot again: a free one at once, else the next that the supervisor hands out."""
-        slot = None
-        while slot is None:
-            if (patiently and not self._link.disconnected.is_set()) and self._is_granted():
-                return
-            slot = self._resume()
-            if slot is None and (not patiently or self._is_granted()):
-                return
-        self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))
+    def _regain_slot(self) -> None:
+        """Take a slot again: the next that the supervisor hands out, or a free one if it is away; end the waiting."""
+        with self._slot_turn:
+            if self._has_slot:  # it was kept, or another wait of this body has taken it again
+                self._resume()
+            while not self._has_slot:
+                granted = not self._link.disconnected.is_set() and self._is_granted()
+                if granted or (self._resume() is None and self._is_granted()):
+                    self._has_slot = True
 
     def _is_granted(self) -> bool:
         """Ask the supervisor for a slot, and wait for it; False if the supervisor is away."""

@@ -180,12 +180,12 @@ class Link(threading.Thread):
         if self._wake is None or not _is_open(self._wake):
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             if self.cancel_order is not None or self.slot_granted.is_set():
-                self._rouse()
+                self.rouse()
         return self._wake
 
     def quiet(self) -> None:
         """Calm the descriptor; what has come is seen in `cancel_order` and `slot_granted`."""
-        if self._wake is not None:
+        if self._wake is not None and self.cancel_order is None:  # a cancel is for every thread that waits
             with contextlib.suppress(OSError):
                 os.eventfd_read(self._wake)
 
@@ -200,7 +200,8 @@ class Link(threading.Thread):
         """Ask no more."""
         self._wanted = None
 
-    def _rouse(self) -> None:
+    def rouse(self) -> None:
+        """Have whoever waits look again."""
         if self._wake is not None:
             with contextlib.suppress(OSError):
                 os.eventfd_write(self._wake, 1)
@@ -254,7 +255,7 @@ class Link(threading.Thread):
             self._redial.lost()
             self._alone_since = self._clock.monotonic()
             self.disconnected.set()
-            self._rouse()  # nobody may ring now: a waiter has to look by itself
+            self.rouse()  # nobody may ring now: a waiter has to look by itself
 
     def _take(self, message: wire.Message) -> None:
         self._redial.heard()
@@ -271,10 +272,10 @@ class Link(threading.Thread):
                 self.acknowledged.set()
             elif isinstance(message, wire.SlotGranted):
                 self.slot_granted.set()
-                self._rouse()
+                self.rouse()
             else:
                 self.cancel_order = message
-                self._rouse()
+                self.rouse()
 
     def _dial(self) -> None:
         if self._channel is not None or self._leaving or self._redial.wait_s() > 0:

@@ -31,6 +31,8 @@ log = logging.getLogger("bgsupervisor")
 
 FIRST_HELLO_S = 1.2
 """After a start no dead child is called VANISHED before the living nurseries have said hello, or this long."""
+SWEEP_S = 600.0
+"""For so long after a nursery's death its children may still leave processes to the supervisor."""
 CHILD_HELLO_S = 60.0
 """A forked child says hello within milliseconds, a spawned one when it has loaded the application."""
 FORK_S = 60.0
@@ -100,6 +102,9 @@ class Nurseries:
         self.our_who: Who | None = None
         self.one_died = False
         self.rejected: list[wire.LoadFailure] = []
+        self._sweep_until = 0.0
+        # Such as the other half of `gunicorn & exec bgsupervisor run`.
+        self._not_ours = nursery.strays_of_this_process(set())
         self._awaited = self._find_living()
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
 
@@ -185,7 +190,9 @@ class Nurseries:
         if started.handle is not None:
             started.handle.close()
         self._homes.pop(who, None)
-        self.one_died = self.one_died or exit_code != 0
+        if exit_code != 0:
+            self.one_died = True
+            self._sweep_until = self._clock.monotonic() + SWEEP_S
         if started is self._candidate:
             self._candidate = None
             self._answer(started, done=False, detail=f"the new nursery died with exit code {exit_code} while loading")
@@ -249,9 +256,11 @@ class Nurseries:
 
     def sweep_inherited(self, known: Iterable[int]) -> None:
         """Kill what a dead task left when its nursery was dead too: it was reparented to this process."""
-        if not self.one_died:
-            return
-        for pid in nursery.strays_of_this_process({*known, *(who.pid for who in self._started)}):
+        if self._clock.monotonic() > self._sweep_until or os.getpid() == 1:
+            return  # to PID 1 all orphans of the container come, and not only what tasks have left
+        known = {*known, *self._not_ours, *(who.pid for who in self._started)}
+        for pid in nursery.strays_of_this_process(known):
+            log.info("killing PID %d, which a dead task has left", pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)  # our own unreaped child: its PID is not reused
             with contextlib.suppress(ChildProcessError):
@@ -322,7 +331,7 @@ class Nurseries:
         found = set()
         for path in self._state_dir.path.glob("nursery-*-*"):
             _, pid, ticks = path.name.split("-", 2)
-            if not (pid.isdigit() and ticks.isdigit()):
+            if not (pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal()):
                 continue
             who = Who(int(pid), int(ticks))
             if processes.verdict(self._identity_of(who)) is Verdict.DEAD:

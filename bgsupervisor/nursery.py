@@ -361,7 +361,7 @@ class Nursery:
                 try:
                     with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
                         processes.signal_tree(handle, order.signal)
-                except OSError as error:  # no descriptor left; the supervisor orders again or signals by itself
+                except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
                     log.error("cannot send signal %d to PID %d: %s", order.signal, order.who.pid, error)  # noqa: TRY400 - the sentence says it
 
     def _import_what_children_need(self) -> None:

@@ -319,7 +319,7 @@ def _psutil_objects(identity: ProcessIdentity) -> bool:
         if start_ticks(identity.pid) != identity.start_ticks:
             return False
         return psutil.Process(identity.pid).status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, OverflowError):
         return False
     except (psutil.Error, OSError):
         return True
@@ -718,7 +718,7 @@ def _open_pidfd(pid: int) -> int | None:
         raise OSError("this system or this Python has no pidfd_open")
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no PID is so large
         return None
     except OSError as error:
         if pid > 0 and error.errno in {errno.EINVAL, errno.ENOENT}:

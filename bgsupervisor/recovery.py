@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from bgsupervisor import wire
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.statuses import Reason
+from bgsupervisor.wards import Order, Stage
 from bgsupervisor.wire import End, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
@@ -50,17 +51,18 @@ class Recovery:
     def compare(self, records: Iterable[TaskRecord]) -> None:
         """Take in all START rows as they are now."""
         self.foreign_slots = set()
-        running = set()
-        for record in records:
-            running.add(Attempt(record.id, record.attempt))
+        rows = {Attempt(record.id, record.attempt): record for record in records}
+        for ward in self._wards:
+            self._drop_ended(ward, rows.keys())  # first: a reused child may be at its next attempt already
+        for record in rows.values():
             self._compare_row(record)
         for ward in self._wards:
-            self._compare_ward(ward, running)
+            self._compare_ward(ward, rows.keys())
         self.done_once = True
 
     def _compare_row(self, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)
-        if record.pid is None or record.start_ticks is None or record.boot_id is None or record.pid_ns is None:
+        if None in (record.start_ticks, record.boot_id, record.pid_ns) or not record.pid or record.pid < 0:
             self.ends[attempt] = End(reason=Reason.VANISHED, detail="the row names no process; it was written by hand")
         elif record.boot_id != self._own.boot_id:
             detail = "the machine was started anew while the task ran (its boot id differs)"
@@ -69,7 +71,7 @@ class Recovery:
             self._judge_by_lease(record)
         else:
             # Whatever host name the row has: a SQLite file has only ever been used on this one.
-            who = Who(record.pid, record.start_ticks)
+            who = Who(record.pid, record.start_ticks or 0)
             self._adopt(self._wards.meet(self.identity_of(who)), record)
 
     def identity_of(self, who: Who) -> ProcessIdentity:
@@ -94,11 +96,23 @@ class Recovery:
             )
         ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
         ward.started_mono = self._clock.monotonic() if record.started_mono is None else record.started_mono
-        ward.says = None
+        ward.says = ward.leave_by = None
+        if record.ending is not None and ward.order is None:
+            self._resume_order(ward, record, record.ending)
 
-    def _compare_ward(self, ward: Ward, running: set[Attempt]) -> None:
+    def _resume_order(self, ward: Ward, record: TaskRecord, ending: Reason) -> None:
+        """Go on ending what an earlier supervisor was ending: its reason stands in the row, so it must come true."""
+        why = (record.detail or str(ending)).partition("; ")[0]
+        next_at = self._clock.monotonic() + self.config.grace_s
+        ward.order = Order(ending, why, record.cancel_requested_by, next_at, stage=Stage.TERM)
+
+    def _drop_ended(self, ward: Ward, running: Collection[Attempt]) -> None:
         if ward.attempt is not None and ward.attempt not in running and ward.end is None:
+            says = ward.says
             ward.become_free()  # the child has recorded its end itself
+            ward.says = says
+
+    def _compare_ward(self, ward: Ward, running: Collection[Attempt]) -> None:
         if ward.says is None or ward.says in running:
             return
         if ward.end is not None and ward.peer is not None:
@@ -116,7 +130,8 @@ class Recovery:
     def _judge_by_lease(self, record: TaskRecord) -> None:
         """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID."""
         seen = record.heartbeat_at or record.started_at
-        silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
+        # A time in the future was written by hand, or before the clock was set; it must not hold the slot until then.
+        silent_s = float("inf") if seen is None else abs((self._clock.now() - seen).total_seconds())
         if silent_s > self.config.lease_s:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)

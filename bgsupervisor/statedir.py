@@ -6,6 +6,7 @@ directories lie deeper. The module can be imported on every system; what only Li
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -137,6 +138,8 @@ class StopMark:
         Whoever may not enter the folder, and so may not supervise either, sees none.
         """
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                return cls(mode="leave", by="somebody", at="an unknown time")
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(mode=str(found["mode"]), by=str(found["by"]), at=str(found["at"]))
         except FileNotFoundError:
@@ -430,5 +433,7 @@ def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessErr
     *hint* says what to do about it.
     """
     user = user_name(os.geteuid()) if hasattr(os, "geteuid") else os.getlogin()
+    if error.errno == errno.ENOSPC:
+        hint = "free some space there"
     message = f"user {user} cannot {right} {path}: {error.strerror}; {hint}"
     return AccessError(message, path=str(path), user=user, right=right)

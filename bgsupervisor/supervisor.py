@@ -688,6 +688,7 @@ class Supervisor:
         for ward in self._wards:
             if ward.idle and ward.peer is not None:
                 self._ears.send(ward.peer, wire.Leave())
+        self._acknowledge([who for who in self._exits if who not in self._wards])
         self._nurseries.tell_all(wire.Retire())
         if not self._wards.running():
             self._boards.leave()

@@ -7,9 +7,11 @@ progress goes nowhere and nobody cancels it.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
@@ -173,6 +175,9 @@ class Context:
     def _release(self, name: str) -> None:
         raise NotInTask("lock makes sense only in a body that a supervisor runs")
 
+    def _rouse(self) -> None:
+        """Have the threads that wait for this body look whether they still should."""
+
 
 class Lock:
     """A place in a lock, held while the `with` block runs.
@@ -189,26 +194,58 @@ class Lock:
         self._permits = permits
         self._timeout_s = timeout_s
         self.abandoned_by: int | None = None
+        self._held = False
 
     def __enter__(self) -> Self:
         self.abandoned_by = self._context._acquire(self._name, self._permits, self._timeout_s)  # noqa: SLF001 - its half
+        self._held = True
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self._held = False
         self._context._release(self._name)  # noqa: SLF001 - as above
 
     async def __aenter__(self) -> Self:
-        return await _in_thread(self.__enter__)
+        try:
+            return await _in_thread(self.__enter__)
+        except BaseException:
+            if self._held:  # it came just when the loop gave it up
+                self.__exit__()
+            raise
 
     async def __aexit__(self, *raised: object) -> None:
         await _in_thread(self.__exit__)
 
 
+_given_up: contextvars.ContextVar[threading.Event] = contextvars.ContextVar("bgsupervisor_given_up")
+
+
+def is_given_up() -> bool:
+    """Whether the coroutine that this thread waits for was cancelled by its loop, as by asyncio.timeout."""
+    given_up = _given_up.get(None)
+    return given_up is not None and given_up.is_set()
+
+
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Call what blocks in a thread of the loop's own pool, which the loop ends when it is closed."""
+    """Call what blocks in a thread of the loop's own pool; a coroutine that is cancelled waits for the thread's end."""
     import asyncio  # noqa: PLC0415 - 40 ms that only an async body pays
 
-    return await asyncio.to_thread(call)
+    given_up = threading.Event()
+
+    def called() -> T:
+        _given_up.set(given_up)  # in the thread's own copy of the coroutine's context
+        return call()
+
+    waiting = asyncio.ensure_future(asyncio.to_thread(called))
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        given_up.set()
+        _context._rouse()  # noqa: SLF001 - its half
+        await asyncio.wait([waiting])
+        if not waiting.cancelled():
+            waiting.exception()  # it is told by the cancellation
+        raise
 
 
 _outside = Context()

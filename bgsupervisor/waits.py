@@ -159,7 +159,7 @@ class Waits:
     # Waiting
 
     def begin(self, id: int, attempt: int, waiting: Sequence[Waiting], *, max_waiting: int) -> bool:
-        """Record what an attempt waits for and give its slot to others; return whether the slot was given.
+        """Record what an attempt waits for and give its slot to others; return whether it is without one now.
 
         A slot is kept if *max_waiting* others wait without one.
 
@@ -286,7 +286,7 @@ class Waits:
         """Have a new task come after others; return the first that is INTERRUPTED already, if that matters."""
         task = self._task
         rows = dict(task.select(task.id, task.status).where(task.id.in_(list(on_ids))).tuples())
-        for on_id in on_ids:
+        for on_id in dict.fromkeys(on_ids):
             status = Status(rows[on_id])
             if status is Status.INTERRUPTED and not any_end:
                 return on_id
@@ -353,11 +353,11 @@ class Waits:
 
     def _give_slot(self, id: int, attempt: int, max_waiting: int) -> bool:
         task = self._task
+        mine = _IS_START & (task.id == id) & (task.attempt == attempt)
         waiting = task.select(peewee.fn.COUNT(task.id)).where(_IS_START & task.slot.is_null()).scalar()
-        if waiting >= max_waiting:
-            return False
-        mine = _IS_START & (task.id == id) & (task.attempt == attempt) & task.slot.is_null(False)
-        return bool(task.update(slot=None).where(mine).execute())
+        if waiting < max_waiting:
+            return bool(task.update(slot=None).where(mine).execute())
+        return bool(task.select(task.id).where(mine & task.slot.is_null()).exists())
 
     def _resume(self, id: int, attempt: int, slots: int) -> int | None:
         task, wait = self._task, self._wait

@@ -483,5 +483,5 @@ class Channel:
             del self._incoming[:stop]
             try:
                 yield _decode(body)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, ValueError) as error:  # text that is no UTF-8 is a ValueError
                 raise WireError(f"a message of {length} bytes cannot be read: {error}") from error

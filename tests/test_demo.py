@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import wait_until
+
+from bgsupervisor import Service
 
 DEMO = Path(__file__).parent.parent / "examples/index/demo.py"
 LIMIT_S = 50.0
@@ -80,7 +83,23 @@ def test_demo_shows_the_three_endings_and_leaves_nothing_running(demo):
     assert ("IndexPackage", "half_done", "DONE", "-") in endings
     assert ("CheckDigests", "parcel", "INTERRUPTED", "SIGNALLED") in endings
     assert ("IndexPackage", "unfinished.py", "INTERRUPTED", "RAISED") in endings
+    assert ("Report", "-", "DONE", "-") in endings
     assert "parcel             2          5          2          1" in output, output
+
+
+def test_demo_reports_what_all_others_found_and_whom_it_lacks(demo):
+    process = demo.start()
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    with contextlib.closing(Service(f"sqlite:///{demo.work / 'bgsupervisor.db'}")) as service:
+        (report,) = service.list(name="tasks:Report")
+        told = service.result(report.id)
+    assert set(told["packages"]) == {"parcel", "half_done"}
+    assert (told["total"]["files"], told["total"]["functions"], told["total"]["broken"]) == (3, 2, 1)
+    assert "INTERRUPTED, SIGNALLED" in told["missing"]["CheckDigests"]
+    assert "INTERRUPTED, RAISED" in told["missing"]["unfinished.py"]
+    assert told["scanned"] == 3  # the one that raised had scanned its file before
+    assert all(f"Not in it: {sentence}." in output for sentence in told["missing"].values())
 
 
 def test_demo_that_is_interrupted_leaves_nothing_running(demo):

@@ -40,7 +40,7 @@ def test_the_readme_has_every_option_with_unit_default_and_meaning():
 
 
 def test_the_readme_names_every_reason_that_can_come_about():
-    later = {Reason.DEADLOCKED, Reason.DEPENDENCY, Reason.EXPIRED}  # no task waits for another yet, none expires
+    later = {Reason.EXPIRED}  # no task expires yet
     told = {row[0].strip("`") for row in readme_rows("| Reason | When | For example |")}
 
     assert told == {str(reason) for reason in Reason if reason not in later}

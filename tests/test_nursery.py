@@ -14,10 +14,11 @@ import psutil
 import pytest
 from conftest import LIMIT_S, wait_until
 
-from bgsupervisor import nursery, processes
+from bgsupervisor import nursery, processes, wire
 from bgsupervisor.link import REDIAL_MAX_S, REDIAL_S, Redial
 from bgsupervisor.statedir import bind, open_dir
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.wire import Who
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -58,6 +59,33 @@ def nursery_pid(app):
 
 def log_of(app):
     return (app.state_dir / "logs" / "supervisor.log").read_text()
+
+
+class Answering:
+    """A stand-in for a supervisor: whoever dials is answered by the test."""
+
+    def __init__(self, state_dir):
+        folder = open_dir(state_dir)
+        self._listener = bind(folder, "control.sock", socket.SOCK_STREAM, 0o600)
+        os.close(folder)
+        self._listener.settimeout(LIMIT_S)
+        self._peers = []
+
+    def accept(self):
+        return self._listener.accept()[0]
+
+    def meet_nursery(self):
+        """Return the connection of the nursery, after its hello."""
+        while True:
+            peer = wire.Channel(self.accept())
+            self._peers.append(peer)
+            [hello] = wait_until(peer.receive, "whoever dials says hello")
+            if isinstance(hello, wire.NurseryHello):
+                return peer
+
+    def close(self):
+        for one in (*self._peers, self._listener):
+            one.close()
 
 
 def kill_a_body(app):
@@ -211,16 +239,19 @@ def dup_or_not(descriptor):
     return dup(descriptor)
 
 os.dup = dup_or_not
-""",
-        grace_s=0.3,
+"""
     )
-    app.start()
+    supervisor = app.start()
     record = app.started(app.service.request("appx:until", {"name": "never"}))
+    supervisor.kill()
     (app.folder / "shortage").touch()
-    app.service.cancel(record.id, by="jana")
-    assert app.wait(record.id).reason is Reason.CANCELLED
-    assert f"to PID {record.pid}: [Errno 24] Too many open files" in log_of(app)
-    assert "the nursery died" not in log_of(app)
+    with contextlib.closing(Answering(app.state_dir)) as answering:
+        peer = answering.meet_nursery()
+        for _ in range(2):
+            peer.send(wire.KillOrder(Who(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
+        [exited] = wait_until(peer.receive, "the nursery tells of the exit")
+    assert (exited.who.pid, exited.signal, exited.ordered) == (record.pid, signal.SIGKILL, Reason.CANCELLED)
+    assert f"cannot send signal 9 to PID {record.pid}: [Errno 24] Too many open files" in log_of(app)
 
 
 def test_the_nursery_may_open_all_files_that_it_can_and_a_body_what_it_could_before(make_app):
@@ -281,12 +312,8 @@ def test_nursery_and_child_do_not_storm_a_supervisor_that_refuses_them(make_app)
     wait_until(lambda: processes.children(nursery_pid(app)), "the spare child is there")
     supervisor.kill()
     times = []
-    folder = open_dir(app.state_dir)
-    with bind(folder, "control.sock", socket.SOCK_STREAM, 0o600) as listener:
-        os.close(folder)
-        listener.setblocking(True)
-        listener.settimeout(LIMIT_S)
+    with contextlib.closing(Answering(app.state_dir)) as answering:
         while len(times) < 8:
-            listener.accept()[0].close()
+            answering.accept().close()
             times.append(time.monotonic())
     assert times[-1] - times[0] > 0.5  # of two that redial after 0.2, 0.4 and 0.8 s

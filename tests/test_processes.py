@@ -525,6 +525,6 @@ def test_ending_gives_all_descriptors_back(start):
     process = start("sleep 1000 & sleep 1000 & echo ready; wait; wait", ready=True)
     before = fds()
     processes.end_descendants(process.pid, grace_s=10, clock=CLOCK)
-    processes.kill_child(process.pid)
     processes.verdict(identify(process.pid))
+    processes.kill_child(process.pid)
     assert fds() == before

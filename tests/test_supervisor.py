@@ -6,8 +6,11 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 
+import msgspec
 import pytest
 from conftest import wait_until
 
@@ -16,7 +19,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.nurseries import CHILD_HELLO_S, FORK_S, Home, Nurseries
 from bgsupervisor.reception import Peer, Reception
 from bgsupervisor.statedir import StateDir
-from bgsupervisor.wire import Channel, NurseryHello, Spawn, Who
+from bgsupervisor.wire import Channel, NurseryHello, Progress, Spawn, Who
 
 SOURCE = """
 import os, time
@@ -26,6 +29,19 @@ from bgsupervisor import Task, task, current
 def hello() -> str:
     print("hello")
     return "hello"
+
+@task
+def stubborn(seconds: float = 4):
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
+    raise ValueError("of its own")
+
+@task
+def dies():
+    os.kill(os.getpid(), 9)
 
 @task
 def slow(seconds: float = 30):
@@ -213,3 +229,143 @@ def test_a_nursery_that_does_not_fork_any_more_is_replaced(nurseries):
     found.give_up_on_the_silent()
 
     assert len(found.started) == 1
+
+
+# ---- what breakers found ----
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"pid": 99999999999, "start_ticks": 1},
+        {"pid": 0, "start_ticks": 1},
+        {"pid": -5, "start_ticks": 1},
+        {"pid": 2**62, "start_ticks": 2**62},
+    ],
+)
+def test_a_start_row_with_an_impossible_pid_is_vanished_and_stops_nobody(app, values):
+    supervising = app.start()
+    own = processes.own_identity("test")
+    by_hand(
+        app,
+        "INSERT INTO bgsupervisor_task (name, status, boot_id, pid_ns, pid, start_ticks) "
+        "VALUES ('a', 'START', ?, ?, ?, ?)",
+        own.boot_id,
+        own.pid_ns,
+        values["pid"],
+        values["start_ticks"],
+    )
+
+    record = app.wait(1)
+
+    assert (record.status, record.reason) == ("INTERRUPTED", "VANISHED")
+    assert done(app)
+    assert supervising.process.poll() is None
+
+
+def test_a_frame_that_holds_no_text_closes_that_connection_only(app):
+    supervising = app.start()
+    body = msgspec.msgpack.encode(Progress(id=1, attempt=1, done=None, total=None, message="abc"))
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(str(app.state_dir / "control.sock"))
+        peer.sendall(len(body).to_bytes(4, "big") + body.replace(b"abc", b"\xff\xff\xff"))
+        peer.settimeout(10)
+        assert peer.recv(1) == b""
+
+    assert done(app)
+    assert supervising.process.poll() is None
+
+
+def test_a_process_that_the_supervisor_found_beside_it_is_none_of_its_business(app):
+    """As with `web server & exec bgsupervisor run`."""
+    command = f"sleep 60 & echo $! > sibling; exec {sys.executable} -m bgsupervisor --config {app.config} run"
+    process = subprocess.Popen(["/bin/sh", "-c", command], cwd=app.folder, env=app.environment())
+    try:
+        wait_until(lambda: app.supervisor_row(process.pid), "the supervisor has loaded the tasks")
+        (record,) = app.state_dir.glob("nursery-*-*")
+        os.kill(int(record.name.split("-")[1]), signal.SIGKILL)
+        wait_until(lambda: len(list(app.state_dir.glob("nursery-*-*"))) >= 1 and done(app), "another nursery is there")
+        app.cli("cancel", "1")  # some passes more
+        assert processes.start_ticks(int((app.folder / "sibling").read_text())) is not None
+    finally:
+        process.terminate()
+        process.wait(15)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((app.folder / "sibling").read_text()), signal.SIGKILL)
+
+
+def test_an_ending_that_an_earlier_supervisor_began_comes_true(make_app):
+    app = make_app(SOURCE, grace_s=0.3)
+    first = app.start()
+    handle = app.service.request("appx:stubborn", {"seconds": 30})
+    app.started(handle)
+    app.service.cancel(handle, by="jana")
+    wait_until(lambda: app.service.get(handle).ending, "the ending is in the row")
+    first.kill()
+
+    app.start()
+    record = app.wait(handle)
+
+    assert (record.reason, record.signal) == ("CANCELLED", signal.SIGKILL)
+    assert "jana" in record.detail
+
+
+def test_a_burst_whose_last_task_was_killed_leaves_no_nursery(app):
+    app.service.request("appx:dies")
+
+    app.start("--burst", wait=False).process.wait(20)
+
+    wait_until(lambda: not list(app.state_dir.glob("nursery-*-*")), "the nursery has left")
+
+
+def test_a_reused_child_that_is_at_its_next_task_when_its_supervisor_changes_goes_on(make_app):
+    app = make_app(SOURCE, reuse=50, slots=1, spares=0)
+    first = app.start()
+    short = app.service.request("appx:slow", {"seconds": 0.6})
+    long = app.service.request("appx:slow", {"seconds": 4})
+    app.started(short)
+    (app.state_dir / "supervisor.lock").unlink()
+    second = app.start(wait=False)
+
+    record = app.wait(long, limit_s=30)
+
+    assert (record.status, record.attempt) == ("DONE", 1)
+    assert first.process.wait(10) == 0
+    assert second.process.poll() is None
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_request_whose_caller_has_closed_the_streams_succeeds_once(app, closed):
+    command = f"{sys.executable} -m bgsupervisor --config {app.config} request appx:hello '{{}}' {closed}"
+
+    assert subprocess.run(["/bin/sh", "-c", command], env=app.environment(), timeout=30, check=False).returncode == 0
+    assert len(app.service.list()) == 1
+
+
+def test_a_full_disk_under_the_output_is_a_sentence(app):
+    command = f"{sys.executable} -m bgsupervisor --config {app.config} --help > /dev/full"
+
+    said = subprocess.run(
+        ["/bin/sh", "-c", command], env=app.environment(), timeout=30, check=False, capture_output=True
+    )
+
+    assert said.returncode == 1
+    assert b"Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize("name", ["nursery-\u00b2-1", "nursery-99999999999999-1", "nursery-x-y"])
+def test_rubbish_among_the_records_of_nurseries_stops_nobody(app, name):
+    app.state_dir.mkdir(mode=0o750)
+    (app.state_dir / name).touch()
+
+    app.start()
+
+    assert done(app)
+    (app.state_dir / name).unlink(missing_ok=True)
+
+
+def test_a_stop_mark_that_is_no_file_is_not_waited_for(app):
+    app.state_dir.mkdir(mode=0o750)
+    os.mkfifo(app.state_dir / "stopped")
+
+    assert app.cli("run").returncode == 0

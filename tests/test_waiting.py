@@ -213,7 +213,7 @@ def waits_often(on_ids: list[int]) -> object:
         return [len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))]
     current().wait_for(on_ids[0])
     before = counted()
-    for on_id in on_ids:
+    for on_id in on_ids[1:]:
         current().wait_for(on_id)
     return [before, counted()]
 
@@ -307,7 +307,7 @@ class Waiting(App):
         def look():
             for process in psutil.process_iter(["pid", "cmdline"]):
                 with contextlib.suppress(psutil.Error):
-                    if "spawn_main" in " ".join(process.info["cmdline"]) and any(
+                    if "spawn_main" in " ".join(process.info["cmdline"] or ()) and any(
                         "board.sock" in str(one.laddr) and self.is_mine(process.pid) for one in unix_sockets(process)
                     ):
                         return process.pid
@@ -355,6 +355,8 @@ def living(folder, **options):
 def shared(tmp_path_factory):
     with living(tmp_path_factory.mktemp("waiting"), slots=12) as app:
         app.start()
+        app.result_of(app.request("waits", ids=[app.request("ends_after", pause_s=0.5).id]))
+        app.board()
         yield app
         app.nothing_is_left()
 
@@ -912,9 +914,11 @@ def test_two_async_waits_of_one_body_go_on_side_by_side(app, request):
     names = [f"{unique(request)}-{number}" for number in range(2)]
     others = [app.request("ends_at", gate_name=name, value=name) for name in names]
     waiter = app.request("waits_for_two", first=others[0].id, second=others[1].id)
-    wait_until(lambda: len([row for row in app.rows("wait") if row["task_id"] == waiter.id]) == 2, "both waits stand")
-    for name in names:
-        app.open_gate(name)
+    app.waiting(waiter)
+    app.open_gate(names[0])
+    app.wait(others[0])
+    assert app.service.get(waiter).status == "START"
+    app.open_gate(names[1])
     began = time.monotonic()
     assert app.result_of(waiter) == names
     assert time.monotonic() - began < 1.5
@@ -924,7 +928,7 @@ def test_two_async_waits_of_one_body_go_on_side_by_side(app, request):
 
 
 def test_waiting_often_leaves_neither_descriptors_nor_threads(app):
-    others = [app.request("ends_after", pause_s=0.02 * number) for number in range(20)]
+    others = [app.request("ends_after", options={"delay_s": 0.4 + 0.05 * number}, pause_s=0) for number in range(21)]
     before, after = app.result_of(app.request("waits_often", on_ids=[other.id for other in others]))
     assert after == before
 
@@ -964,7 +968,8 @@ def test_sixty_wait_with_four_slots_and_come_back_before_new_tasks(make_waiting)
     assert most_inside(bodies) <= 4
     returned = sorted(app.events("in", waiter.id)[1]["at"] for waiter in waiters)
     new = sorted(app.events("in", handle.id)[0]["at"] for handle in later)
-    assert new[0] > returned[-5]  # some may still be on the way when the first new one starts
+    early = [at for at in new if at < returned[-5]]
+    assert len(early) <= 4  # what was free before the first of them had woken
     app.nothing_is_left()
 
 

@@ -111,8 +111,10 @@ def test_missing_code_names_the_module_that_did_not_load_and_the_last_line_of_it
     assert _why(app, task) == [
         (
             "code_missing",
-            "no supervisor has code for mail:send: no configured module has a task of this name; "
-            "see `bgsupervisor check`",
+            (
+                "no supervisor has code for mail:send: no configured module has a task of this name; "
+                "see `bgsupervisor check`"
+            ),
         )
     ]
 

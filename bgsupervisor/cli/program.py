@@ -18,6 +18,7 @@ __all__ = ["main", "program", "tell_error"]
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 and the signal's number."""
+EXIT_USAGE = 2
 EXIT_PIPE_CLOSED = 1
 """Whoever read our output has left, as `head` does; click leaves so too where it is the first to notice."""
 
@@ -74,6 +75,7 @@ def main() -> NoReturn:
 
     0 is success, 1 a failure, 2 wrong usage, 3 configuration or schema, 130 Ctrl-C.
     """
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -92,6 +94,14 @@ def main() -> NoReturn:
         _silence_output()
     except BgSupervisorError as error:
         code = tell_error(error)
+    except UnicodeEncodeError:
+        code = EXIT_USAGE
+        click.echo("bgsupervisor: an argument is no valid text in this locale's encoding", err=True)
+    except OSError as error:
+        code = 1
+        _silence_output()
+        with suppress(OSError):
+            click.echo(f"bgsupervisor: {error}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -99,6 +109,18 @@ def tell_error(error: BgSupervisorError) -> int:
     """Say on stderr what is wrong, in one sentence; return the exit code."""
     click.echo(f"bgsupervisor: {error}", err=True)
     return error.exit_code
+
+
+def _open_standard_streams() -> None:
+    """Have descriptors 0 to 2 lead somewhere: a caller may have closed them, and what we open must not become them."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as above
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 - as above
 
 
 def _silence_output() -> None:

@@ -144,12 +144,12 @@ class Demo:
         began_s = time.perf_counter()
         self._await(lambda: self._known(victim).progress_done is not None, BEGIN_S, "the first tasks run")
         self._pause_until(began_s + 2)
-        show("ps")
+        show("ps", "--tree")
         self._pause_until(began_s + 0.4 * self.expected_s)
         self._kill(victim)
         self._pause_until(began_s + 0.7 * self.expected_s)
         if self._indexing():
-            show("ps")
+            show("ps", "--tree")
         limit_s = 60 + 3 * self.expected_s
         self._await(lambda: not self._indexing(), limit_s, "all packages are indexed", every_s=0.2)
         self._await(lambda: self._known(report).ended, BEGIN_S, "the report is there")
