@@ -383,7 +383,7 @@ class Ledger:
         values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
         if not self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by}):
             return False
-        self._settle_withdrawn(attempt, keys)
+        self._strand(self._settle_withdrawn(attempt.id, keys), attempt.id, keys)
         return True
 
     # What a child writes when nobody acknowledges
@@ -447,17 +447,17 @@ class Ledger:
 
     def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
         """Interrupt waiting tasks that had to come after one which will not be DONE, and in turn those after them."""
-        for one in dependents:
-            detail = f"had to come after task {on_id}, which was interrupted"
+        todo = [(one, on_id) for one in dependents]
+        for one, before_id in todo:  # grows meanwhile
+            detail = f"had to come after task {before_id}, which was interrupted"
             values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self._clock.now()}
-            attempt = Attempt(one.id, one.attempt)
-            if self._move("withdraw", attempt, values):
-                self._settle_withdrawn(attempt, keys)
+            if self._move("withdraw", Attempt(one.id, one.attempt), values):
+                todo += [(following, one.id) for following in self._settle_withdrawn(one.id, keys)]
 
-    def _settle_withdrawn(self, attempt: Attempt, keys: list[str]) -> None:
-        keys.append(task_key(attempt.id))
-        self.waits.forget_dependencies(attempt.id)
-        self._strand(self.waits.settle(attempt.id, done=False, keys=keys), attempt.id, keys)
+    def _settle_withdrawn(self, id: int, keys: list[str]) -> list[Dependent]:
+        keys.append(task_key(id))
+        self.waits.forget_dependencies(id)
+        return self.waits.settle(id, done=False, keys=keys)
 
     def _remember_interruption(self, attempt: Attempt) -> Reason | None:
         record = self._get(attempt.id)

@@ -458,6 +458,12 @@ class Store:
         with self.connected(), self.database.atomic("IMMEDIATE"):
             yield
 
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Have a connection and a transaction that only reads: all of it as of one moment, beside any writer."""
+        with self.connected(), self.database.atomic("DEFERRED"):
+            yield
+
     def close(self) -> None:
         """Close this thread's connection."""
         if not self.database.is_closed():

@@ -135,7 +135,7 @@ class Waits:
         """Return what is known of each awaited task now, in order; None for one that does not exist."""
         task = self._task
         columns = (task.id, task.status, task.reason, task.detail, task.result)
-        with self._store.connected(), self._store.database.atomic():
+        with self._store.looking():
             rows = {row[0]: row for row in task.select(*columns).where(task.id.in_(list(ids))).tuples()}
             values: dict[int, str] = {}
             if part is not None:
@@ -229,7 +229,7 @@ class Waits:
     def may_take(self, id: int, name: str, permits: int) -> bool:
         """Tell whether it is the turn of a waiting attempt; only a look, so that a crowd of waiters takes no turns."""
         hold, wait = self._hold, self._wait
-        with self._store.connected(), self._store.database.atomic():
+        with self._store.looking():
             taken = hold.select(peewee.fn.COUNT(hold.id)).where((hold.name == name) & hold.task_id.is_null(False))
             mine = wait.select(peewee.fn.MIN(wait.id)).where((wait.task_id == id) & (wait.target == name))
             before = wait.select(peewee.fn.COUNT(wait.id)).where(

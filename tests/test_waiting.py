@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import App, wait_until
+
+from bgsupervisor.errors import UnknownTask
 
 BODIES = """
 import asyncio, json, os, threading, time
@@ -85,7 +89,9 @@ def waits_rawly(on_id: int, part: str | None = None) -> object:
     return current().wait_for(on_id, part)
 
 @task
-def holds(name: str, permits: int = 1, gate_name: str | None = None, pause_s: float = 0.0, raises: bool = False) -> object:
+def holds(
+    name: str, permits: int = 1, gate_name: str | None = None, pause_s: float = 0.0, raises: bool = False
+) -> object:
     say("wants")
     with current().lock(name, permits) as lock:
         say("in", lock=name)
@@ -229,6 +235,8 @@ async def waits_async(on_id: int, part: str | None, kind: str = "wait", limit_s:
         while not ended:
             await asyncio.sleep(0.01)
             ticks += 1
+            if ticks == 20:
+                say("ticked")
     ticking = asyncio.create_task(ticker())
     say("in")
     try:
@@ -248,6 +256,15 @@ async def waits_async(on_id: int, part: str | None, kind: str = "wait", limit_s:
     ended = True
     await ticking
     return [value, ticks]
+
+@task
+async def gives_up_a_lock(name: str) -> object:
+    try:
+        async with asyncio.timeout(0.3):
+            async with current().lock(name):
+                return "held"
+    except TimeoutError:
+        return "TimeoutError"
 
 @task
 async def waits_for_two(first: int, second: int) -> object:
@@ -285,7 +302,7 @@ class Waiting(App):
             return [dict(row) for row in database.execute(f"SELECT * FROM bgsupervisor_{table} ORDER BY id")]
 
     def waiting(self, handle, *, slotless=True):
-        """Wait until a task waits, as its rows have it; and until it listens, as far as anybody can see from outside."""
+        """Return the rows of a task's wait once there are any."""
         rows = wait_until(
             lambda: [row for row in self.rows("wait") if row["task_id"] == handle.id], f"task {handle.id} waits"
         )
@@ -316,8 +333,9 @@ class Waiting(App):
         return wait_until(look, "there is a board")
 
     def is_mine(self, pid):
-        folders = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
-        return str(self.state_dir) in folders
+        with contextlib.suppress(OSError):
+            return any(one.is_dir() and one.readlink() == self.state_dir for one in Path(f"/proc/{pid}/fd").iterdir())
+        return False
 
     def nothing_is_left(self):
         """See that nobody waits, holds or stands at a barrier any more."""
@@ -818,6 +836,14 @@ def test_dependents_of_an_interrupted_task_are_interrupted_in_turn_but_for_those
     assert app.result_of(any_end) == "worked"
 
 
+def test_after_what_does_not_exist_is_refused_and_nothing_is_recorded(app):
+    before = app.service.list(limit=1)[0].id
+    with pytest.raises(UnknownTask) as raised:
+        app.request("works", options={"after": [10**6]})
+    assert raised.value.id == 10**6
+    assert app.service.list(limit=1)[0].id == before
+
+
 def test_after_what_has_ended(app):
     done = app.request("works")
     app.wait(done)
@@ -880,13 +906,13 @@ def test_an_async_wait_does_not_block_the_loop(app, request, kind):
     app.said("in", holder)
     waiter = app.request("waits_async", on_id=other.id, part=None, kind=kind)
     app.waiting(waiter)
-    time.sleep(0.3)
+    app.said("ticked", waiter)
     if kind == "barrier":
         app.request("meets", name="async barrier", parties=2, scope="s")
     app.open_gate(name)
     value, ticks = app.result_of(waiter)
     assert value == {"wait": "v", "lock": "had", "barrier": None}[kind]
-    assert ticks > 10
+    assert ticks >= 20
     app.wait(holder)
 
 
@@ -908,6 +934,17 @@ def test_an_async_wait_that_the_loop_gives_up_ends(app, request):
     assert app.result_of(waiter, 5.0)[0] == "TimeoutError"
     app.open_gate(name)
     app.wait(other)
+
+
+def test_a_lock_that_the_loop_gives_up_is_neither_held_nor_queued_for(app, request):
+    name = unique(request)
+    holder = app.request("holds", name=name, gate_name=name)
+    app.said("in", holder)
+    assert app.result_of(app.request("gives_up_a_lock", name=name), 5.0) == "TimeoutError"
+    assert [row["task_id"] for row in app.rows("hold") if row["name"] == name] == [holder.id]
+    assert not [row for row in app.rows("wait") if row["target"] == name]
+    app.open_gate(name)
+    assert app.result_of(app.request("holds", name=name)) is None
 
 
 def test_two_async_waits_of_one_body_go_on_side_by_side(app, request):
@@ -1065,6 +1102,63 @@ def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     assert app.said("out", waiter)["at"] - app.said("reached", other)["at"] < 2.0
     app.kill(holder)
     assert app.result_of(locker) == holder.id
+    app.end_of(other)
+    app.wait(other)
+    app.nothing_is_left()
+
+
+# ---- many ----
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_three_hundred_over_twenty_locks_with_random_kills_never_exceed_the_permits(make_waiting):
+    chance = random.Random(20)
+    app = make_waiting(slots=16)
+    app.start()
+    permits = {f"lock-{number}": 1 + number % 3 for number in range(20)}
+    names = [chance.choice(list(permits)) for _ in range(300)]
+    handles = [app.request("holds", name=name, permits=permits[name], pause_s=0.1) for name in names]
+    killed_at = {}
+
+    def all_ended():
+        if app.service.counts()["START"] and len(killed_at) < 60 and chance.random() < 0.5:
+            victim = chance.choice(app.service.list(status="START") or [None])
+            if victim is not None and victim.id not in killed_at:
+                killed_at[victim.id] = time.monotonic()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim.pid, signal.SIGKILL)
+        counts = app.service.counts()
+        return not (counts["REQUEST"] or counts["START"])
+
+    wait_until(all_ended, "all have ended", 240)
+    assert len(killed_at) >= 20
+    records = [app.service.get(handle) for handle in handles]
+    assert {str(record.reason) for record in records if record.status == "INTERRUPTED"} == {"SIGNALLED"}
+    assert all(record.status == "DONE" or record.id in killed_at for record in records)
+    for name, most in permits.items():
+        inside = [one for one in app.events() if one.get("lock") == name]
+        out = {one["id"] for one in inside if one["event"] == "out"}
+        entered = {one["id"] for one in inside}
+        inside += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
+        assert most_inside(inside) <= most, name
+    app.nothing_is_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_hundred_that_wait_for_one_part_all_wake(make_waiting):
+    app = make_waiting(slots=8)
+    app.start()
+    other = app.request("reaches", gates=["go"], value=1)
+    waiters = [app.request("works_and_waits", on_id=other.id, part="loaded", pause_s=0.01) for _ in range(200)]
+    wait_until(lambda: len(app.rows("wait")) == 200, "all wait", 120)
+    app.open_gate("go")
+    reached = app.said("reached", other)["at"]
+    for waiter in waiters:
+        assert app.result_of(waiter, 60.0) == 1
+    assert most_inside([one for one in app.events() if one["event"] in ("in", "out") and one["id"] != other.id]) <= 8
+    assert max(one["at"] for one in app.events("out")) - reached < 20.0
     app.end_of(other)
     app.wait(other)
     app.nothing_is_left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -145,7 +146,7 @@ def test_full_slots_are_counted_and_the_place_in_the_queue_is_told(app):
     task = _requested(app)
     _supervise(app, slots=2)
 
-    assert _why(app, task) == [("slots_full", "the slots are full, 2 of 2; place 2 in the queue is its own")]
+    assert _why(app, task) == [("slots_full", "the slots are full, 2 of 2; it has place 2 in the queue")]
 
 
 def test_a_task_that_only_comes_after_others_takes_no_place_in_the_queue(app):
@@ -189,7 +190,7 @@ def test_a_wait_for_an_end_leaves_out_what_has_ended(app):
     _supervise(app)
 
     assert _why(app, task) == [
-        ("end", f"it has waited N s for the end of task {other.id}, which is START running for N s")
+        ("end", f"it has waited N s for the end of task {other.id}, which is START, running for N s")
     ]
 
 
@@ -201,7 +202,7 @@ def test_a_wait_for_a_lock_names_the_holder(app):
     found = _because(app, task)[0]
 
     assert _plain(found.sentence) == (
-        f'it has waited N s for lock "smtp", held by task {holder.id}; task {holder.id} is START running for N s'
+        f'it has waited N s for lock "smtp", held by task {holder.id}; task {holder.id} is START, running for N s'
     )
     assert found.facts["held_by"] == [holder.id]
 
@@ -263,7 +264,11 @@ def test_the_command_prints_a_line_for_each_reason_and_fails_only_for_an_unknown
     assert found["because"][1]["task_ids"] == [1]
 
     done = app.cli("why", "77")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "bgsupervisor: no task has the id 77\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "bgsupervisor: no task has the id 77; it never existed, or was pruned\n",
+    )
 
 
 # With a real supervisor
@@ -288,7 +293,7 @@ def test_a_real_wait_for_a_lock_is_told(app):
     first = app.service.request("appx:holds")
     wait_until(lambda: json.loads(app.cli("show", str(first.id), "--json").stdout)["holds"], "it holds the lock")
     second = app.service.request("appx:holds")
-    _until_why(app, second, rf'it has waited N s for lock "smtp", held by task {first.id}; task {first.id} is START .*')
+    _until_why(app, second, rf'it has waited N s for lock "smtp", held by task {first.id}; task {first.id} is START.*')
 
     assert f'waits for lock "smtp", held by task {first.id}, ' in app.cli("ps").stdout
     (app.folder / "go").touch()
@@ -301,7 +306,7 @@ def test_really_full_slots_are_told(make_app):
     app.started(app.service.request("appx:loads"))
     task = app.service.request("appx:loads")
 
-    _until_why(app, task, "the slots are full, 1 of 1; place 1 in the queue is its own")
+    _until_why(app, task, "the slots are full, 1 of 1; it has place 1 in the queue")
     (app.folder / "go").touch()
     assert app.wait(task).status == "DONE"
 
@@ -363,10 +368,10 @@ def test_the_tree_draws_children_under_parents_and_what_is_waited_for_under_who_
     grandchild = _requested(app, name="a:Clean", parent_id=ids[0].id)
     gate = _running(app, name="a:Gate")
     late = _requested(app, name="a:Late", after=(gate.id,))
-    _supervise(app, slots=2, catalogue='{"a:Report":{},"a:Index":{},"a:Clean":{},"a:Late":{}}')
+    _supervise(app, slots=3, catalogue='{"a:Report":{},"a:Index":{},"a:Clean":{},"a:Late":{}}')
     done = app.cli("ps", "--tree")
 
-    assert [re.split("  +", line)[0] for line in done.stdout.splitlines()[1:]] == [
+    assert [re.split(" +(?=START|REQUEST)", line)[0] for line in done.stdout.splitlines()[1:]] == [
         f"{report.id} Report",
         f"├─ {ids[0].id} Index json",
         f"│  └─ {grandchild.id} Clean",
@@ -374,11 +379,12 @@ def test_the_tree_draws_children_under_parents_and_what_is_waited_for_under_who_
         f"{late.id} Late",
         f"└─ {gate.id} Gate",
     ]
-    lines = [re.split("  +", _plain(line).strip()) for line in done.stdout.splitlines()[1:]]
-    assert lines[0][1:] == ["START", f'waits for part "scanned" of tasks {ids[0].id}, {ids[1].id} N s']
-    assert lines[1][1:] == ["START", 'part "scanned" not reached', "N s 61%"]
-    assert lines[2][1:] == ["REQUEST slots full (2 of 2)"]
-    assert lines[4][1:] == [f"REQUEST after task {gate.id}"]
+    told = [re.sub(" +", " ", _plain(line)) for line in done.stdout.splitlines()[1:]]
+    assert told[0].endswith(f'START waits for part "scanned" of tasks {ids[0].id}, {ids[1].id} N s')
+    assert told[1].endswith('START part "scanned" not reached N s 61%')
+    assert told[2].endswith("REQUEST slots full (3 of 3)")
+    assert told[4].endswith(f"REQUEST after task {gate.id}")
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())
     assert not {"\x1b", "\N{NO-BREAK SPACE}"} & set(done.stdout)
 
 
@@ -483,11 +489,12 @@ def _requested(app, name="appx:add", **options):
 
 
 def _running(app, name="appx:add", slot=None, **options):
-    """Have a task that runs, as far as rows tell: in this process, which sends no signals to itself."""
+    """Have a task that runs, as far as rows tell: in a process that cannot be, none other began at the first tick."""
     ledger = app.service.ledger
     requested = _requested(app, name, **options)
     slot = len(ledger.starts()) if slot is None else slot
-    claim = Claim(Due(requested.id, 0, name, "{}", None), processes.own_identity("here"), slot, time.monotonic())
+    identity = dataclasses.replace(processes.own_identity("here"), pid=4711, start_ticks=1)
+    claim = Claim(Due(requested.id, 0, name, "{}", None), identity, slot, time.monotonic())
     assert ledger.apply(Batch(claims=[claim])).claimed
     return claim.attempt
 

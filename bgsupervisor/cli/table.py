@@ -143,6 +143,8 @@ def _line(
             fitted = cut(fitted, left)
             left -= width(fitted)
         line.append((fitted, style))
+    while len(line) > 1 and not line[-1][0].strip():
+        line.pop()
     line[-1] = (line[-1][0].rstrip(), line[-1][1])
     return line
 

@@ -143,7 +143,7 @@ class _Sight:
         if not slots or self.busy < slots:
             return
         place = self.facts.positions.get(self.record.id)
-        told = f"place {place} in the queue is its own" if place else f"over {len(self.facts.positions)} go before it"
+        told = f"it has place {place} in the queue" if place else f"over {len(self.facts.positions)} go before it"
         words = f"the slots are full, {self.busy} of {slots}; {told}"
         yield Because("slots_full", words, {"busy": self.busy, "slots": slots, "position": place})
 
@@ -228,6 +228,5 @@ class _Sight:
         if other.status is not Status.START:
             return words
         runtime_s = self.facts.runtime_s(other)
-        notes = [] if other.fraction is None else [f"{percent(other.fraction)}%"]
-        notes += [] if runtime_s is None else [f"running for {duration(runtime_s)}"]
-        return " ".join([words, ", ".join(notes)]).strip()
+        words += "" if other.fraction is None else f" {percent(other.fraction)}%"
+        return words + ("" if runtime_s is None else f", running for {duration(runtime_s)}")
