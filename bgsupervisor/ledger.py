@@ -624,10 +624,8 @@ class Ledger:
         of rows planned for later cost anything.
         """
         task, now = self._task, self._clock.now()
-        dependency = self.store.tables.Dependency
-        waiting = dependency.select(dependency.id).where(dependency.task_id == task.id)
         is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
-        is_due &= ~peewee.fn.EXISTS(waiting)
+        is_due &= ~peewee.fn.EXISTS(self._must_wait())
         columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
         found: list[Due] = []
         with self.store.connected():
@@ -666,7 +664,8 @@ class Ledger:
             (task.priority == record.priority)
             & ((task.run_at < record.run_at) | ((task.run_at == record.run_at) & (task.id < record.id)))
         )
-        query = task.select(peewee.fn.COUNT(task.id)).where(_IS_REQUEST & (task.run_at <= self._clock.now()) & sooner)
+        is_due = _IS_REQUEST & (task.run_at <= self._clock.now()) & ~peewee.fn.EXISTS(self._must_wait())
+        query = task.select(peewee.fn.COUNT(task.id)).where(is_due & sooner)
         with self.store.connected():
             return 1 + int(query.scalar())
 
@@ -674,6 +673,11 @@ class Ledger:
         """Return the supervisor last seen on each host."""
         with self.store.connected():
             return [SupervisorRecord(**row) for row in list(self._supervisor.select().dicts())]
+
+    def _must_wait(self) -> Any:  # noqa: ANN401 - a Peewee query
+        """Return the query for what a task must still come after."""
+        dependency = self.store.tables.Dependency
+        return dependency.select(dependency.id).where(dependency.task_id == self._task.id)
 
     def _priorities(self) -> Iterable[int]:
         task = self._task

@@ -682,6 +682,7 @@ def test_the_indexes_have_their_names(raw):
         "bgsupervisor_task_unique",
         "bgsupervisor_task_due",
         "bgsupervisor_task_run_at",
+        "bgsupervisor_task_parent",
         "bgsupervisor_task_start",
         "bgsupervisor_task_name",
         "bgsupervisor_task_key",

@@ -169,6 +169,7 @@ INDEXES = (
     """CREATE INDEX "{p}task_start" ON "{p}task" ("id") WHERE "status" = 'START'""",
     """CREATE INDEX "{p}task_name" ON "{p}task" ("name", "id")""",
     """CREATE INDEX "{p}task_key" ON "{p}task" ("key", "id") WHERE "key" IS NOT NULL""",
+    """CREATE INDEX "{p}task_parent" ON "{p}task" ("parent_id") WHERE "parent_id" IS NOT NULL""",
     """CREATE INDEX "{p}task_ended" ON "{p}task" ("ended_at") WHERE "ended_at" IS NOT NULL""",
     """CREATE INDEX "{p}interruption_task" ON "{p}interruption" ("task_id", "attempt")""",
     'CREATE UNIQUE INDEX "{p}part_name" ON "{p}part" ("task_id", "name")',
