@@ -227,6 +227,8 @@ class Coordination:
     def barrier(self, name: str, parties: int, *, scope: str | None, timeout_s: float | None) -> None:
         """Wait until *parties* have arrived."""
         _checked(name, "barrier")
+        if isinstance(parties, bool) or not isinstance(parties, int) or parties < 1:
+            raise ValueError(f"parties is {parties!r}; it must be a whole number above 0")
         if scope is None and self._parent_id is None:
             raise ValueError(f'the barrier "{name}" has no scope: no task requested this one; give scope="..."')
         area = scope if scope is not None else f"parent {self._parent_id}"
