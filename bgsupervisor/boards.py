@@ -132,6 +132,7 @@ class Boards:
         )
         self._process.start()
         pid = self._process.pid or 0
+        processes.restore_descriptor_limit(pid)
         self._who = Who(pid, processes.start_ticks(pid) or -1)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
         _, self._handle = processes.look(self._identity_of(self._who))

@@ -44,7 +44,7 @@ LOOK_S = 1.0
 """Without a board, or without a supervisor that rings it, the rows are looked at so often."""
 FIRST_LOOKS_S = (0.1, 0.2, 0.4)
 """Pauses between the first looks without a board: the first waiter has it started."""
-LONG_S = 15.0
+LONG_S = 30.0
 """With both the bell wakes a waiter; this is the net below it."""
 SLOT_LOOK_S = 0.2
 """Without a supervisor a returning waiter tries so often to take a slot itself."""
@@ -271,6 +271,14 @@ class Coordination:
         if self._made is None:
             self._made = self._make_ledger()
         return self._made
+
+    @property
+    def _has_slot(self) -> bool:
+        return not self._link.waiting
+
+    @_has_slot.setter
+    def _has_slot(self, has: bool) -> None:
+        self._link.waiting = not has  # who waits has little to say, and beats slower
 
     @property
     def _bell(self) -> Bell:

@@ -152,13 +152,14 @@ class Enforcement:
         order.due_since = now
 
     def _enforce_sizes(self, running: list[Ward], now: float) -> None:
-        for ward in running:
+        busy = [ward for ward in running if ward.slot is not None]  # hundreds may wait, and do nothing meanwhile
+        for ward in busy:
             with contextlib.suppress(OSError):
                 logs.bound(self._wards.log_of(ward), self.config.log_max_bytes)
         sampled = [ward for ward in running if self._nurseries.options(ward.name).memory_limit_bytes is not None]
         if now >= self._usage_at:
             self._usage_at = now + self.config.heartbeat_s
-            sampled = running
+            sampled += [ward for ward in busy if ward not in sampled]
         usage: dict[int, processes.Usage] = {}
         with contextlib.suppress(OSError):  # no descriptors left: the next look may see
             usage = processes.tree_usage([ward.who.pid for ward in sampled]) if sampled else {}

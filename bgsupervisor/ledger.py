@@ -595,6 +595,11 @@ class Ledger:
                 Status.START: int(count.where(_IS_START).scalar()),
             }
 
+    def waiting_count(self) -> int:
+        """Return how many of the running tasks wait for others, without a slot."""
+        with self.store.connected():
+            return int(self._task.select().where(_IS_START & self._task.slot.is_null()).count())
+
     def ended_counts(self, since: datetime) -> dict[Status, int]:
         """Return how many tasks have ended since a moment, DONE and INTERRUPTED, zeros included."""
         task = self._task

@@ -37,6 +37,8 @@ REDIAL_MAX_S = 5.0
 """The longest pause between two tries to reach a supervisor that refuses: another protocol, another PID namespace."""
 LONELY_S = 10.0
 """An idle child leaves when no supervisor has come for this long: the next one starts children of its own."""
+WAITING_BEATS = 12
+"""A body that waits beats so many times slower; `ps` does not expect more of it."""
 PARENT_LOOK_S = 10.0
 
 
@@ -83,6 +85,7 @@ class Link(threading.Thread):
         disconnected: There is no connection; cleared when there is one again.
         cancel_order: The present attempt is to end, and why.
         last_progress: What the body said last and has not been sent.
+        waiting: The body waits for another task, without a slot.
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
 
@@ -102,7 +105,7 @@ class Link(threading.Thread):
         self.acknowledged = threading.Event()
         self.disconnected = threading.Event()
         self.cancel_order: wire.Cancel | None = None
-        self.main_inside = False
+        self.main_inside = self.waiting = False
         self.last_progress: wire.Progress | None = None
         self.slot_granted = threading.Event()
         self._wanted: wire.WantSlot | None = None
@@ -143,6 +146,7 @@ class Link(threading.Thread):
         """Be idle again after the end has been recorded, and say so."""
         with self._lock:
             self.run_order = self.end_report = self.cancel_order = self.last_progress = None
+            self.waiting = False
             self.acknowledged.clear()
             if self._channel is not None:
                 self._channel.send(self._hello())
@@ -309,7 +313,7 @@ class Link(threading.Thread):
     def _look(self) -> None:
         now = self._clock.monotonic()
         order = self.run_order
-        if order is not None and now - self._last_beat >= self._heartbeat_s:
+        if order is not None and now - self._last_beat >= self._beat_s():
             self._last_beat = now
             word, self.last_progress = self.last_progress, None
             if word is not None:
@@ -324,6 +328,10 @@ class Link(threading.Thread):
         if self._alone_since is not None and now - self._alone_since >= LONELY_S:
             self._leave_alone()
 
+    def _beat_s(self) -> float:
+        """Return the time between two heartbeats: hundreds may wait, and what they have to say can wait too."""
+        return self._heartbeat_s * (WAITING_BEATS if self.waiting else 1)
+
     def _leave_alone(self) -> None:
         self._leaving = True  # a supervisor that comes now must not be told that we are idle
         self.orders.put(None)
@@ -331,7 +339,7 @@ class Link(threading.Thread):
     def _next_look_s(self) -> float:
         if self.run_order is None:
             return PARENT_LOOK_S
-        return max(0.0, self._last_beat + self._heartbeat_s - self._clock.monotonic())
+        return max(0.0, self._last_beat + self._beat_s() - self._clock.monotonic())
 
     def _after_fork_in_child(self) -> None:
         # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.

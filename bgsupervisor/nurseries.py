@@ -283,6 +283,7 @@ class Nurseries:
                 self._ears.send(caller, wire.Reloaded(False, f"cannot start a nursery: {error}"))
             return
         pid = process.pid or 0
+        processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
         who = Who(pid, processes.start_ticks(pid) or -1)
         _, handle = processes.look(self._identity_of(who))
         if handle is not None:

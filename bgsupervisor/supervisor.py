@@ -97,6 +97,7 @@ class Supervisor:
         burst: bool = False,
     ) -> None:
         set_child_subreaper()
+        processes.raise_descriptor_limit()
         self._config = config
         self._clock = clock
         self._lock = lock
@@ -662,10 +663,14 @@ class Supervisor:
             self._ears.watch_file(wal)
 
     def _leave_if_done(self) -> None:
-        if self._wards.running() or self._leaving is not None:
+        if self._leaving is not None:
             return
-        if self._draining is not None:
-            self._leaving = f"{self._draining}, and nothing runs any more"
+        running = self._wards.running()
+        if self._draining is not None and all(ward.slot is None and ward.end is None for ward in running):
+            waiting = f"; {len(running)} wait for tasks that the next supervisor starts" if running else ""
+            self._leaving = f"{self._draining}, and nothing runs any more{waiting}"
+        elif running:
+            return
         elif self._burst and self._nurseries.die_again_and_again():
             self._leaving, self._exit_code = "the nursery dies again and again", 1
         elif self._burst and self._nurseries.ours() is not None and not (self._look or self._backlog):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from conftest import App, wait_until
 
 from bgsupervisor.errors import UnknownTask
+from bgsupervisor.tasks import Context, entered
 
 BODIES = """
 import asyncio, json, os, threading, time
@@ -102,6 +105,13 @@ def holds(
         if raises:
             raise LookupError("inside")
     return lock.abandoned_by
+
+@task
+def holds_and_stays(name: str, gate_name: str) -> None:
+    with current().lock(name):
+        say("in")
+        gate(gate_name)
+    gate(f"end-{current().id}")
 
 @task
 def tries_lock(name: str, timeout_s: float) -> object:
@@ -954,6 +964,35 @@ def test_a_lock_that_the_loop_gives_up_is_neither_held_nor_queued_for(app, reque
     assert app.result_of(app.request("holds", name=name)) is None
 
 
+class Late(Context):
+    """Gives a lock just when the loop has given it up."""
+
+    def __init__(self):
+        self.given_up = threading.Event()
+        self.released = []
+
+    def _acquire(self, name, permits, timeout_s):
+        assert self.given_up.wait(10)
+
+    def _rouse(self):
+        self.given_up.set()
+
+    def _release(self, name):
+        self.released.append(name)
+
+
+def test_a_lock_that_comes_just_when_the_loop_gives_it_up_is_given_back():
+    late = Late()
+
+    async def body():
+        async with asyncio.timeout(0.01), late.lock("l"):
+            pytest.fail("it was given up")
+
+    with entered(late), pytest.raises(TimeoutError):
+        asyncio.run(body())
+    assert late.released == ["l"]
+
+
 def test_two_async_waits_of_one_body_go_on_side_by_side(app, request):
     names = [f"{unique(request)}-{number}" for number in range(2)]
     others = [app.request("ends_at", gate_name=name, value=name) for name in names]
@@ -1014,6 +1053,30 @@ def test_sixty_wait_with_four_slots_and_come_back_before_new_tasks(make_waiting)
     new = sorted(app.events("in", handle.id)[0]["at"] for handle in later)
     early = [at for at in new if at < returned[-5]]
     assert len(early) <= 4  # what was free before the first of them had woken
+    assert "cannot be written" not in app.supervisors[0].log  # nobody was meant to have another's slot
+    app.nothing_is_left()
+
+
+def test_who_waited_in_vain_and_has_no_slot_yet_stands_in_no_queue(make_waiting):
+    app = make_waiting(slots=2)
+    app.start()
+    holder = app.request("holds_and_stays", name="l", gate_name="free")
+    app.said("in", holder)
+    first = app.request("tries_lock", name="l", timeout_s=0.5)
+    app.waiting(first)
+    second = app.request("holds", name="l")
+    app.waiting(second)
+    filler = app.request("ends_at", gate_name="filler")
+    app.said("in", filler)
+    wait_until(lambda: [row["kind"] for row in app.waiting(first)] == ["slot"], "the first waits for a slot alone")
+    app.open_gate("free")
+    wait_until(lambda: [row["task_id"] for row in app.rows("hold")] == [second.id], "the second has the lock", 3.0)
+    assert app.service.get(first).slot is None
+    app.open_gate("filler")
+    app.end_of(holder)
+    assert app.result_of(first)[0] == "WaitTimeout"
+    for handle in (second, holder, filler):
+        app.wait(handle)
     app.nothing_is_left()
 
 

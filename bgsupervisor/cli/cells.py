@@ -131,8 +131,8 @@ class Facts:
         return "its process is gone" if _is_gone(record) else f"last heard {words} ago"
 
     def _silence(self, record: TaskRecord) -> timedelta | None:
-        if record.status is not Status.START or record.heartbeat_at is None:
-            return None
+        if record.status is not Status.START or record.heartbeat_at is None or record.slot is None:
+            return None  # a body that waits has little to say
         silent_for = self.now - record.heartbeat_at
         return silent_for if silent_for > timedelta(seconds=self.silent_s) else None
 

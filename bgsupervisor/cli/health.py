@@ -68,6 +68,7 @@ class Sight:
         watch: The supervisors.
         absence: The sentence about a supervisor that is not alive.
         live: Tasks by status, REQUEST and START.
+        waiting: How many of those that run wait for others, without a slot.
         ended: Tasks that ended within a day by status, DONE and INTERRUPTED.
         slots: Of all living supervisors.
         oldest_wait_s: For how long a due task has waited whose code is loaded; 0 if none waits or nobody supervises.
@@ -79,6 +80,7 @@ class Sight:
     watch: Watch
     absence: str
     live: dict[Status, int]
+    waiting: int
     ended: dict[Status, int]
     slots: int
     oldest_wait_s: float
@@ -105,6 +107,7 @@ class Sight:
             watch=seen,
             absence=seen.absence(now=now),
             live=ledger.live_counts(),
+            waiting=ledger.waiting_count(),
             ended=ledger.ended_counts(now - DAY),
             slots=sum(one.slots for one in seen.alive),
             oldest_wait_s=0.0 if oldest is None else max(0.0, (now - oldest).total_seconds()),
@@ -122,7 +125,7 @@ class Sight:
             found.append((State.CRITICAL, self.absence))
         if self.oldest_wait_s > max_wait_s:
             state = State.CRITICAL if self.oldest_wait_s > CRITICAL_FACTOR * max_wait_s else State.WARNING
-            why = f", all {self.slots} slots are busy" if self.live[Status.START] >= self.slots else ""
+            why = f", all {self.slots} slots are busy" if self.live[Status.START] - self.waiting >= self.slots else ""
             found.append((state, f"a due task has waited {duration(self.oldest_wait_s)}{why}"))
         interrupted = self.ended[Status.INTERRUPTED]
         if max_interrupted is not None and interrupted > max_interrupted:

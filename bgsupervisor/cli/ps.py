@@ -101,7 +101,9 @@ def _summarize(service: Service, seen: Watch, records: list[TaskRecord], *, now:
     slots = sum(one.slots for one in seen.alive)
     words = [f"{status} {count:,}" for status, count in live.items()]
     if slots:
-        words[-1] += f" of {slots} slots"
+        waiting = service.ledger.waiting_count()
+        words[-1] = f"{Status.START} {live[Status.START] - waiting:,} of {slots} slots"
+        words[-1] += f" and {waiting:,} waiting" if waiting else ""
     warn(" · ".join(words) + "; in 24 h " + " · ".join(f"{status} {count:,}" for status, count in ended.items()))
     shown = sum(not record.ended for record in records)
     if shown == LIMIT and sum(live.values()) > shown:
