@@ -971,7 +971,7 @@ class Late(Context):
         self.given_up = threading.Event()
         self.released = []
 
-    def _acquire(self, name, permits, timeout_s):
+    def _acquire(self, *_):
         assert self.given_up.wait(10)
 
     def _rouse(self):
@@ -1068,7 +1068,7 @@ def test_who_waited_in_vain_and_has_no_slot_yet_stands_in_no_queue(make_waiting)
     app.waiting(second)
     filler = app.request("ends_at", gate_name="filler")
     app.said("in", filler)
-    wait_until(lambda: [row["kind"] for row in app.waiting(first)] == ["slot"], "the first waits for a slot alone")
+    wait_until(lambda: [row["kind"] for row in app.waiting(first)] == ["slot"], "the first waits for a slot alone", 3.0)
     app.open_gate("free")
     wait_until(lambda: [row["task_id"] for row in app.rows("hold")] == [second.id], "the second has the lock", 3.0)
     assert app.service.get(first).slot is None
