@@ -130,8 +130,7 @@ class Recovery:
     def _judge_by_lease(self, record: TaskRecord) -> None:
         """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID."""
         seen = record.heartbeat_at or record.started_at
-        # A time in the future was written by hand, or before the clock was set; it must not hold the slot until then.
-        silent_s = float("inf") if seen is None else abs((self._clock.now() - seen).total_seconds())
+        silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
         if silent_s > self.config.lease_s:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)

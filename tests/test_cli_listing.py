@@ -145,7 +145,14 @@ def test_a_process_that_is_gone_is_not_called_running_while_nobody_supervises(ap
     own = processes.own_identity("here")
     facts = {"host": own.host, "boot_id": own.boot_id, "pid_ns": own.pid_ns, "pid": own.pid}
     _set(
-        app, handle, status="START", started_at=_ago(9), heartbeat_at=_ago(9), start_ticks=own.start_ticks + 1, **facts
+        app,
+        handle,
+        status="START",
+        started_at=_ago(9),
+        heartbeat_at=_ago(9),
+        start_ticks=own.start_ticks + 1,
+        slot=3,
+        **facts,
     )
 
     assert "its process is gone" in app.cli("ps").stdout
