@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import textwrap
 import time
 
 import pytest
@@ -334,3 +335,26 @@ def test_ps_says_who_stopped(app):
 
     app.service.request("appx:hello")
     assert "`bgsupervisor start` lifts that" in app.cli("ps").stderr
+
+
+def test_a_drain_leaves_bodies_that_wait_for_what_does_not_start_any_more(make_app):
+    waiter = """
+        @task
+        def waits(id: int):
+            from bgsupervisor import current
+            return current().wait_for(id)
+    """
+    app = make_app(SOURCE + textwrap.dedent(waiter))
+    supervising = app.start()
+    later = app.service.request("appx:hello", delay_s=8)
+    waiting = app.service.request("appx:waits", {"id": later.id})
+    wait_until(lambda: app.started(waiting).slot is None, "its slot is given to others")
+
+    app.cli("stop", "--drain")
+    gone(supervising)
+
+    assert app.service.get(waiting).status is Status.START
+    app.cli("start")
+    app.start()
+    app.wait(waiting, limit_s=30)
+    assert app.service.result(waiting) == "old"
