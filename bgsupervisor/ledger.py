@@ -158,11 +158,23 @@ class Note:
     rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
 
+    def __bool__(self) -> bool:
+        """Whether anything is known; asked of hundreds of notes in every pass."""
+        return self != _NOTHING_NEW
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether there is something that a person may be waiting to see."""
+        return (self.progress_done, self.progress_total, self.message) != (None, None, None)
+
     def values(self) -> dict[str, Any]:
         """Return the columns to write."""
         return {
             field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
         }
+
+
+_NOTHING_NEW = Note()
 
 
 @dataclasses.dataclass(slots=True)

@@ -62,7 +62,7 @@ RECOVER_EVERY_S = 5.0
 EXAMINE_EVERY_S = 0.02
 """While it is not known how a dead child ended, it is asked again so often."""
 NOTES_EVERY_S = 0.25
-"""Progress and heartbeats reach the rows at most so often, unless something else is written anyway."""
+"""Progress reaches the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
@@ -163,8 +163,16 @@ class Supervisor:
     # hear
 
     def _hear(self) -> Heard:
-        """Rest until something happens or is due, and take it in."""
-        heard = self._ears.hear(self._ears.rest(self._rest_s()))
+        """Rest until something happens or is due, and take it in; signs of life alone are no reason for a pass."""
+        until = self._clock.monotonic() + self._rest_s()
+        while True:
+            moment = min([until, *self._touched_looks_at[:1]])
+            heard = self._ears.hear(self._ears.rest(max(0.0, moment - self._clock.monotonic())))
+            self._take_in(heard)
+            if heard.matters or self._look or self._clock.monotonic() >= until:
+                return heard
+
+    def _take_in(self, heard: Heard) -> None:
         for peer, message in heard.messages:
             self._take(peer, message)
         for number in heard.signals:
@@ -179,7 +187,6 @@ class Supervisor:
         if self._touched_looks_at and now >= self._touched_looks_at[0]:
             del self._touched_looks_at[0]
             self._look_if_changed()
-        return heard
 
     def _take(self, peer: Peer, message: wire.Message) -> None:
         ward = self._wards.get(peer.who)
@@ -249,6 +256,7 @@ class Supervisor:
         """Note that a body waits without a slot, goes on with one, or would go on."""
         if Attempt(message.id, message.attempt) not in (ward.attempt, ward.says):
             return
+        ward.run_place = None  # it has been told: it speaks of it
         ward.wants_slot = isinstance(message, wire.WantSlot)
         if isinstance(message, wire.Waiting):
             ward.slot = None
@@ -259,6 +267,7 @@ class Supervisor:
     def _take_note(self, ward: Ward, message: wire.Beat | wire.Progress) -> None:
         if ward.attempt != Attempt(message.id, message.attempt):
             return
+        ward.run_place = None  # it has been told: it speaks of it
         ward.note.heartbeat_at = self._clock.now()
         if isinstance(message, wire.Progress):
             ward.note.progress_done = message.done
@@ -478,7 +487,7 @@ class Supervisor:
                 batch.returns[ward.attempt] = slot
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
-            batch.notes = {attempt: note for attempt, note in noted.items() if note.values()}
+            batch.notes = {attempt: note for attempt, note in noted.items() if note}
         if now >= self._beat_at and self._is_worth_a_row():
             batch.supervisor = self._own_record()
         return batch
@@ -596,7 +605,7 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
-        moments += [self._write_due_at(), self._examine_due_at(now), *self._touched_looks_at[:1]]
+        moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
     def _nursery_due_at(self) -> float | None:
@@ -610,7 +619,7 @@ class Supervisor:
         for ward in self._wards.running():
             if ward.end is not None or ward.never_told or (ward.order is not None and ward.order.unsent):
                 return self._put_off_until
-            if ward.note.values():
+            if ward.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))
         return min(moments, default=None)
 
