@@ -28,6 +28,8 @@ log = logging.getLogger("bgsupervisor")
 
 SILENT_S = 0.7
 """A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
+RETRY_S = 1.0
+"""A board that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
 FIRST_HELLO_S = 10.0
 """So long a new board may take to start on a busy machine."""
 
@@ -56,9 +58,14 @@ class Boards:
 
     def want(self) -> None:
         """Have a board from now on: a task waits."""
-        self._wanted = True
-        if self._who is None:
+        if self._who is None and not self._wanted:
+            self._wanted = True
             self._start()
+
+    def expect(self) -> None:
+        """Have a board before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
+        if not self._wanted:
+            self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
 
     def ring(self, keys: Sequence[str]) -> None:
         """Ring bells; whoever waits looks at the rows."""
@@ -111,11 +118,17 @@ class Boards:
 
     def due_at(self) -> float | None:
         """Return when `check` has something to do, monotonic."""
-        return None if self._who is None else self._deadline
+        return self._deadline if self._wanted else None
 
     def check(self) -> None:
-        """Kill a board that does not beat."""
-        if self._who is None or self._handle is None or self._clock.monotonic() < self._deadline:
+        """Kill a board that does not beat; start one that could not be started."""
+        if not self._wanted or self._clock.monotonic() < self._deadline:
+            return
+        if self._who is None:
+            self._start()
+            return
+        if self._handle is None:
+            self._deadline = self._clock.monotonic() + FIRST_HELLO_S
             return
         log.warning("the board, PID %d, does not answer; replacing it", self._who.pid)
         self._handle.send_signal(signal.SIGKILL)
@@ -130,7 +143,12 @@ class Boards:
         self._process = multiprocessing.get_context("spawn").Process(
             target=board.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
         )
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
+            log.error("cannot start the board: %s; trying again", error)  # noqa: TRY400 - the sentence says it
+            self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
+            return
         pid = self._process.pid or 0
         processes.restore_descriptor_limit(pid)
         self._who = Who(pid, processes.start_ticks(pid) or -1)

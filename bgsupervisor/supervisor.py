@@ -22,7 +22,7 @@ from bgsupervisor.boards import Boards
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.housekeeping import Housekeeping
-from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note
+from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note, Return
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
@@ -257,9 +257,9 @@ class Supervisor:
         if Attempt(message.id, message.attempt) not in (ward.attempt, ward.says):
             return
         ward.run_place = None  # it has been told: it speaks of it
-        ward.wants_slot = isinstance(message, wire.WantSlot)
+        ward.wants_slot = message.number if isinstance(message, wire.WantSlot) else None
         if isinstance(message, wire.Waiting):
-            ward.slot = None
+            ward.slot = ward.slot if message.slot_kept else None
             self._boards.want()
         elif isinstance(message, wire.Resumed):
             ward.slot = message.slot
@@ -396,6 +396,8 @@ class Supervisor:
             self._recover_at = now + PUT_OFF_S[0]
         else:
             self._recover_at = now + RECOVER_EVERY_S
+            if any(ward.slot is None for ward in self._wards.running()):
+                self._boards.expect()
             self._look = True  # what could not be read when it was asked for is asked for again
 
     # enforce
@@ -447,7 +449,7 @@ class Supervisor:
 
     def _returning(self) -> list[Ward]:
         """Return the wards that have waited and want a slot again, in the order in which they began."""
-        wanting = [ward for ward in self._wards.running() if ward.wants_slot and ward.end is None]
+        wanting = [ward for ward in self._wards.running() if ward.wants_slot is not None and ward.end is None]
         return sorted(wanting, key=lambda ward: ward.started_mono)
 
     # write
@@ -483,8 +485,8 @@ class Supervisor:
             elif ward.order is not None and ward.order.unsent:
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
         for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
-            if ward.attempt is not None and ward.dead_since is None:
-                batch.returns[ward.attempt] = slot
+            if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
+                batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
             batch.notes = {attempt: note for attempt, note in noted.items() if note}
@@ -510,8 +512,8 @@ class Supervisor:
             elif ward.order is not None:
                 ward.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
-        for attempt, slot in batch.returns.items():
-            self._give_slot(by_attempt[attempt], attempt, slot, granted=attempt in outcome.returned)
+        for attempt, back in batch.returns.items():
+            self._give_slot(by_attempt[attempt], attempt, back.slot, granted=attempt in outcome.returned)
         for attempt in batch.notes:
             by_attempt[attempt].note = Note()
         self._boards.ring(outcome.keys)
@@ -519,7 +521,7 @@ class Supervisor:
 
     def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
         """Let a body go on that has waited."""
-        ward.wants_slot = False
+        ward.wants_slot = None
         if granted and ward.peer is not None:
             ward.slot = slot
             self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
