@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from bgsupervisor.errors import ConfigError
 from bgsupervisor.statedir import access_error
@@ -30,7 +31,10 @@ __all__ = [
     "Option",
     "apply_env_file",
     "env_file_values",
+    "is_postgres",
     "load",
+    "masked",
+    "shown",
     "sqlite_path",
     "take_notify_socket",
     "template",
@@ -48,6 +52,8 @@ GIB = 1024 * MIB
 DEFAULT = "default"
 _T = TypeVar("_T")
 _SQLITE = "sqlite:///"
+_POSTGRES = ("postgresql://", "postgres://")
+_HOW_POSTGRES = "write postgresql://user:password@host/database, with what is special in a password as %40 (for @)"
 _SHOWN_CHARACTERS = 60
 """A wrong value is quoted up to so many characters."""
 
@@ -248,7 +254,8 @@ class Config:
     database: str = _option(
         "url",
         "sqlite:///bgsupervisor.db",
-        "The database of the tasks; three slashes for a path relative to this file, four for an absolute one.",
+        "The database of the tasks; three slashes for a path relative to this file, four for an absolute one; or "
+        "postgresql://user:password@host/database.",
     )
     table_prefix: str = _option(
         "prefix",
@@ -283,7 +290,9 @@ class Config:
         maximum=10_000,
     )
     state_dir: Path = _option(  # noqa: RUF009 - it returns a dataclass field
-        "path", Path(".bgsupervisor"), "The folder of lock, sockets and logs; by default beside the SQLite file."
+        "path",
+        Path(".bgsupervisor"),
+        "The folder of lock, sockets and logs; by default beside the SQLite file, or this file.",
     )
     heartbeat_s: float = _option("seconds", 5.0, "How often a child says that it lives.", minimum=0.05, maximum=3600)
     grace_s: float = _option(
@@ -445,7 +454,7 @@ def _checked(option: Option, source: _Source, key: str) -> object:
         checked: Any = kind.check(value)
         if option.minimum is None or option.maximum is None or option.minimum <= checked <= option.maximum:
             return checked
-    shown = "what it is (not shown)" if source.is_hidden else _masked(repr(value))[:_SHOWN_CHARACTERS]
+    shown = "what it is (not shown)" if source.is_hidden else masked(repr(value))[:_SHOWN_CHARACTERS]
     raise ConfigError(f"{key} must be {option.expected}, not {shown} ({source.origin(key)})")
 
 
@@ -460,18 +469,48 @@ def _check_lease(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
 
 def _placed(values: Mapping[str, Any], origins: Mapping[str, str], base_dir: Path) -> dict[str, Any]:
     """Return *values* with every path absolute."""
+    database, state_base = values["database"], base_dir
     try:
-        database = _absolute(sqlite_path(values["database"]), base_dir)
+        if is_postgres(database):
+            _check_postgres(database)
+        else:
+            path = _absolute(sqlite_path(database), base_dir)
+            database = f"{_SQLITE}{path}"
+            state_base = path.parent if origins["state_dir"] == DEFAULT else base_dir
     except ConfigError as error:
         raise ConfigError(f"{error} ({origins['database']})") from None
-    state_base = database.parent if origins["state_dir"] == DEFAULT else base_dir
     return {
         **values,
-        "database": f"{_SQLITE}{database}",
+        "database": database,
         "state_dir": _absolute(values["state_dir"], state_base),
         "env_file": values["env_file"] and _absolute(values["env_file"], base_dir),
         "python_path": tuple(str(_absolute(folder, base_dir)) for folder in values["python_path"]),
     }
+
+
+def is_postgres(url: str) -> bool:
+    """Whether an address is one of PostgreSQL."""
+    return url.startswith(_POSTGRES)
+
+
+def shown(url: str) -> str:
+    """Return how to name a database to people: its file, or its address without the password."""
+    return masked(url) if is_postgres(url) else str(sqlite_path(url))
+
+
+def _check_postgres(url: str) -> None:
+    """See that an address of PostgreSQL can be read; what is wrong is told without quoting it, for the password's sake.
+
+    Raises:
+        ConfigError: It has no name of a database, or a character that must be written with a percent sign.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ConfigError(f"database is an address of PostgreSQL that cannot be read; {_HOW_POSTGRES}") from None
+    if not parts.path.strip("/") or parts.fragment or "@" in parts.path:
+        raise ConfigError(f"database names no database of the PostgreSQL server; {_HOW_POSTGRES}")
 
 
 def sqlite_path(url: str) -> Path:
@@ -485,7 +524,9 @@ def sqlite_path(url: str) -> Path:
     scheme, colon, _ = url.partition(":")
     if scheme != "sqlite" or not colon:
         kind = f"{scheme!r} is not supported" if colon else "it names no kind of database"
-        raise ConfigError(f"database must be an address such as sqlite:///bgsupervisor.db; {kind}, only sqlite is")
+        raise ConfigError(
+            f"database must be an address such as sqlite:///bgsupervisor.db; {kind}, only sqlite and postgresql are"
+        )
     file = url.removeprefix(_SQLITE)
     if file == url or not file:
         raise ConfigError("database names no file; write sqlite:///relative.db or sqlite:////absolute.db")
@@ -708,9 +749,10 @@ def _plain(value: object) -> object:
     """Return *value* as JSON can hold it."""
     if isinstance(value, tuple):
         return list(value)
-    return _masked(str(value)) if isinstance(value, str | Path) else value
+    return masked(str(value)) if isinstance(value, str | Path) else value
 
 
-def _masked(text: str) -> str:
+def masked(text: str) -> str:
     """Return *text* with the password of an address in it made unreadable."""
-    return re.sub(r"://([^:@/]*):.*@", r"://\1:***@", text)
+    text = re.sub(r"://([^:@/]*):.*@", r"://\1:***@", text)
+    return re.sub(r"([?&](?:ssl)?password=)[^&\s'\"]*", r"\1***", text)

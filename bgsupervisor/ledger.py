@@ -44,8 +44,9 @@ __all__ = [
 
 log = logging.getLogger("bgsupervisor")
 
+TWIN_TRIES = 5
 ID_MAX = 2**63 - 1
-"""The largest number that a row can have; SQLite takes no larger one even to look for."""
+"""The largest number that a row can have; databases take no larger one even to look for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -238,7 +239,9 @@ class Ledger:
 
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests in one transaction, all or none; return (id, created) for each, in order."""
-        with self.store.writing():
+        # Nobody else's row is touched, and a unique key is kept by its index; only who comes after others must know
+        # that they do not end meanwhile.
+        with self.store.writing(alone=any(request.after for request in requests)):
             return [self._insert(request) for request in requests]
 
     def _insert(self, request: Request) -> tuple[int, bool]:
@@ -258,17 +261,32 @@ class Ledger:
             "max_attempts": 1,
             "parent_id": request.parent_id,
         }
-        if request.unique_key is not None:
-            twin = self._live_twin(request.name, request.unique_key)
-            if twin is not None:
-                return twin, False
         for on_id in request.after:
             self._get(on_id)
-        id = int(self._task.insert(**row).execute())
+        if request.unique_key is None:
+            id = int(self._task.insert(**row).execute())
+        else:
+            id, created = self._insert_unique(request.name, request.unique_key, row)
+            if not created:
+                return id, False
         broken = self.waits.depend(id, request.after, any_end=request.after_any_end)
         if broken is not None:
             self._strand([Dependent(id, 0)], broken, [])
         return id, True
+
+    def _insert_unique(self, name: str, unique_key: str, row: dict[str, Any]) -> tuple[int, bool]:
+        """Insert a task, unless a live one holds its unique key; others may take it, or give it back, meanwhile."""
+        for tries_left in range(TWIN_TRIES, 0, -1):
+            twin = self._live_twin(name, unique_key)
+            if twin is not None:
+                return twin, False
+            try:
+                with self.store.database.atomic():
+                    return int(self._task.insert(**row).execute()), True
+            except peewee.IntegrityError:
+                if tries_left == 1:
+                    raise
+        raise AssertionError
 
     def _live_twin(self, name: str, unique_key: str) -> int | None:
         task = self._task
@@ -310,7 +328,12 @@ class Ledger:
                 twin = self._live_twin(record.name, record.unique_key)
                 if twin is not None:
                     raise AlreadyLive(twin, record.unique_key)
-            self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+            try:
+                with self.store.database.atomic():
+                    self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+            except peewee.IntegrityError:  # a request took its unique key just now
+                unique_key = record.unique_key or ""
+                raise AlreadyLive(self._live_twin(record.name, unique_key) or 0, unique_key) from None
             self.waits.forget_parts(id)
             return self._get(id)
 
@@ -346,7 +369,9 @@ class Ledger:
             if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
                 outcome.claimed.append(claim)
         if batch.supervisor is not None:
-            self._supervisor.insert(**dataclasses.asdict(batch.supervisor)).on_conflict_replace().execute()
+            row = dataclasses.asdict(batch.supervisor)
+            insert = self._supervisor.insert(**row)
+            insert.on_conflict(conflict_target=["host"], preserve=list(row.keys() - {"host"})).execute()
         return outcome
 
     def _apply_ends(self, batch: Batch, outcome: Outcome, *, guard: Callable[[Callable[[], bool], str], bool]) -> None:
@@ -445,9 +470,8 @@ class Ledger:
         values: dict[str, Any] = {column: value for column, value in known.items() if value is not None}
         values |= {"ended_at": now, "slot": None, "cpu_percent": None, "rss_bytes": None}
         if end.peak_rss_bytes is not None:
-            values["peak_rss_bytes"] = peewee.fn.MAX(
-                peewee.fn.COALESCE(self._task.peak_rss_bytes, 0), end.peak_rss_bytes
-            )
+            peak = self._task.peak_rss_bytes
+            values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
         if end.reason is None:
             if not self._move("finish", attempt, {**values, "result": end.result, "ending": None, "detail": None}):
                 return False

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
+from bgsupervisor import postgres
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import sqlite_path
+from bgsupervisor.config import is_postgres, sqlite_path
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
@@ -335,18 +336,27 @@ class SupervisorRecord:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same write may succeed later: the database is locked, full, read-only or away."""
-    return _sqlite_code(_first(error)) in _PASSING_CODES
+    driver = _of_driver(_first(error))
+    return _sqlite_code(driver) in _PASSING_CODES or postgres.is_passing(driver)
 
 
-def _sqlite_code(error: BaseException) -> int | None:
-    """Return SQLite's primary result code of an error of Peewee's or of its own."""
-    code: int | None = getattr(error.__cause__ or error.__context__ or error, "sqlite_errorcode", None)
+def _of_driver(error: BaseException) -> BaseException:
+    """Return the database driver's own error behind one of Peewee's."""
+    return error.__cause__ or error.__context__ or error
+
+
+def _sqlite_code(driver: BaseException) -> int | None:
+    """Return SQLite's primary result code of an error of the driver."""
+    code: int | None = getattr(driver, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF
 
 
 def _first(error: BaseException) -> BaseException:
-    """Return what went wrong, not the rollback that failed after it: with a full disk SQLite has rolled back itself."""
-    told = ("no transaction is active", "no such savepoint")
+    """Return what went wrong, not the rollback that failed after it.
+
+    With a full disk SQLite has rolled back itself; a connection to PostgreSQL that is lost cannot roll back.
+    """
+    told = ("no transaction is active", "no such savepoint", "connection is closed", "connection is lost")
     while error.__context__ is not None and any(text in str(error) for text in told):
         error = error.__context__
     return error
@@ -362,9 +372,10 @@ def translated(store: Store) -> Iterator[None]:
     """
     try:
         yield
-    except _OF_ONE_ROW:
-        raise
     except (peewee.PeeweeException, sqlite3.Error) as error:  # Peewee wraps a query, but not the stepping of its rows
+        of_one_row = postgres.is_of_one_row(_of_driver(_first(error)))
+        if isinstance(error, _OF_ONE_ROW) if of_one_row is None else of_one_row:
+            raise
         raise store.explain(error) from error
 
 
@@ -397,6 +408,8 @@ class Store:
         self._threads = threading.local()
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
+        self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
+        self._lock_key = postgres.lock_key(prefix)
 
     @classmethod
     def open(
@@ -405,12 +418,18 @@ class Store:
         """Make a store of its own for *url*; opens nothing yet.
 
         Args:
-            url: sqlite:////absolute/path.
+            url: sqlite:////absolute/path, or postgresql://user:password@host/database.
             prefix: Of all tables and indexes.
             busy_timeout_s: How long a call may wait for another writer.
-            checkpointer: True in the one process that writes checkpoints, the supervisor.
+            checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
+
+        Raises:
+            ConfigError: The driver of PostgreSQL is not installed.
         """
+        if is_postgres(url):
+            server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
+            return cls(server, prefix, owned=True, path=None)
         path = sqlite_path(url)
         pragmas = {
             "journal_mode": "wal",
@@ -441,6 +460,7 @@ class Store:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
         self._forget_after_fork()
         self._forget_replaced_file()
+        self._forget_lost_connection()
         with translated(self):
             opened_here = self.database.is_closed()
             try:
@@ -454,17 +474,40 @@ class Store:
                     self.database.close()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Have a connection and a transaction that may write; inside the caller's own it joins that one."""
-        # A deferred transaction that reads first may not write after another's commit, however long it would wait.
-        with self.connected(), self.database.atomic("IMMEDIATE"):
+    def writing(self, *, alone: bool = True) -> Iterator[None]:
+        """Have a connection and a transaction that may write; inside the caller's own it joins that one.
+
+        Nobody else writes meanwhile; with *alone* false others may, on PostgreSQL, for what touches no row of theirs.
+        """
+        with self.connected(), self.alone() if alone or self._is_sqlite else self.database.atomic():
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have a transaction on the connection that is open, during which nobody else is alone."""
+        # In SQLite a deferred transaction that reads first may not write after another's commit, however long it waits.
+        with self.database.atomic(*["IMMEDIATE"] if self._is_sqlite else []):
+            if not self._is_sqlite:
+                postgres.hold_off(self.database, self._lock_key)
             yield
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
         """Have a connection and a transaction that only reads: all of it as of one moment, beside any writer."""
-        with self.connected(), self.database.atomic("DEFERRED"):
+        with self.connected(), self.database.atomic("DEFERRED" if self._is_sqlite else "REPEATABLE READ"):
             yield
+
+    def is_there(self) -> bool:
+        """Whether there is a database of ours, without making one: a file, or our tables on a server."""
+        if self.path is not None:
+            return self.path.exists()
+        from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
+
+        self._forget_after_fork()
+        with translated(self):
+            if self.database.is_closed():
+                self._connect()
+            return bool(migrations.applied(self))
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -473,13 +516,15 @@ class Store:
         self._threads.__dict__.clear()
 
     def data_version(self) -> int:
-        """Return a number that changes when another connection has committed (SQLite)."""
+        """Return a number that changes when another connection has committed; in PostgreSQL also when we have."""
         with self.connected():
+            if not self._is_sqlite:
+                return hash(self.database.execute_sql("SELECT pg_current_snapshot()::text").fetchone()[0])
             return int(self.database.execute_sql("PRAGMA data_version").fetchone()[0])
 
     def set_busy_timeout(self, seconds: float) -> None:
         """Change how long this thread's connection waits for another writer."""
-        if isinstance(self.database, peewee.SqliteDatabase):
+        if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
 
     def inode(self) -> int | None:
@@ -503,6 +548,8 @@ class Store:
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
+        if not self._is_sqlite:
+            return postgres.explain(_of_driver(_first(error)), self.database)
         text = str(_first(error))
         access = self._missing_right()
         if access is not None:
@@ -549,10 +596,11 @@ class Store:
         if self.owned and self.path is not None:
             _create_file(self.path)
             self._connect_in_wal_mode()
-            self._threads.connection = _ThreadConnection(self.database)
             self._threads.inode = self.inode()
         else:
             self.database.connect(reuse_if_open=True)
+        if self.owned:
+            self._threads.connection = _ThreadConnection(self.database)
 
     def _connect_in_wal_mode(self) -> None:
         """Connect; where others turn the new file into WAL mode just now, SQLite does not wait for them by itself."""
@@ -563,7 +611,7 @@ class Store:
                 self.database.connect(reuse_if_open=True)
                 self.database.connection().text_factory = _readable
             except peewee.OperationalError as error:
-                if _sqlite_code(error) != LOCKED or clock.monotonic() >= deadline:
+                if _sqlite_code(_of_driver(error)) != LOCKED or clock.monotonic() >= deadline:
                     raise
             else:
                 return
@@ -602,6 +650,13 @@ class Store:
             log.warning("the database file %s was replaced; opening the new one", self.path)
             self.close()
             self._schema_checked = False
+
+    def _forget_lost_connection(self) -> None:
+        """Connect anew after the server has hung up: nothing was under way that could have been half done."""
+        if self._is_sqlite or not self.owned or self.database.is_closed() or self.database.in_transaction():
+            return
+        if postgres.is_lost(self.database):
+            self.close()
 
     def _forget_after_fork(self) -> None:
         if self._pid == os.getpid():

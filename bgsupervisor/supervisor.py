@@ -19,6 +19,7 @@ import msgspec
 
 from bgsupervisor import deaths, processes, wire
 from bgsupervisor.boards import Boards
+from bgsupervisor.config import masked
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.housekeeping import Housekeeping
@@ -142,7 +143,7 @@ class Supervisor:
     def run(self) -> int:
         """Supervise until told to leave; return the exit code. The caller leaves by os._exit."""
         self._ears.listen_to_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
-        status = f"supervising {self._config.database} with {self._config.slots} slots, PID {os.getpid()}"
+        status = f"supervising {masked(self._config.database)} with {self._config.slots} slots, PID {os.getpid()}"
         log.info("%s", status)
         self._notifier.ready(status)
         while self._leaving is None:

@@ -195,9 +195,44 @@ def make_app(tmp_path):
         app.end()
 
 
+only_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+"""For tests of what SQLite alone does."""
+only_postgres = pytest.mark.parametrize("store_url", ["postgres"], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server for the session, started when first asked for."""
+    from postgres_server import running_server
+
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _postgres_with_tables(postgres):
+    from postgres_server import make_tables
+
+    url = postgres.socket_url(postgres.make_database())
+    make_tables(url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store_url(request, tmp_path):
+    """The address of an empty database, of each kind; in PostgreSQL our tables are there already."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.db"
+    from postgres_server import empty
+
+    url = request.getfixturevalue("_postgres_with_tables")
+    empty(url)
+    return url
+
+
 @pytest.fixture
-def store(tmp_path):
+def store(store_url):
     """An empty database with our tables."""
-    store = Store.open(f"sqlite:///{tmp_path}/ledger.db", "bgsupervisor_", busy_timeout_s=2.0)
+    store = Store.open(store_url, "bgsupervisor_", busy_timeout_s=2.0)
     yield store
     store.close()

@@ -229,8 +229,14 @@ def test_sqlite_path_takes_addresses_by_the_letter():
         ("sqlite://x.db", "names no file"),
         ("sqlite:x.db", "names no file"),
         ("sqlite:///x.db?timeout=5", "no options after a question mark"),
-        ("postgresql://jana:geheim@db/app", "'postgresql' is not supported, only sqlite is"),
-        ("tasks.db", "names no kind of database, only sqlite is"),
+        ("mysql://jana:geheim@db/app", "'mysql' is not supported, only sqlite and postgresql are"),
+        ("tasks.db", "names no kind of database, only sqlite and postgresql are"),
+        ("postgresql://jana:geheim@db", "names no database of the PostgreSQL server"),
+        ("postgresql://jana:geheim@db/", "names no database of the PostgreSQL server"),
+        ("postgresql://jana:gehe/im@db/app", "cannot be read; write postgresql://user:password@host/database"),
+        ("postgresql://jana:1/geheim@db/app", "what is special in a password as %40"),
+        ("postgresql://jana:geheim#x@db/app", "cannot be read"),
+        ("postgresql://jana:geheim@[db/app", "cannot be read"),
     ],
 )
 def test_an_address_that_cannot_work_is_refused_without_its_password(app, url, sentence):
@@ -569,6 +575,15 @@ def test_describe_has_every_key_in_order_with_its_origin(app):
 def test_describe_masks_the_password_of_an_address():
     described = Config(base_dir=Path("/"), database="postgresql://jana:ge@h/eim@db:5432/app").describe()
     assert described[0] == ("database", "postgresql://jana:***@db:5432/app", "default")
+    in_query = Config(base_dir=Path("/"), database="postgresql:///app?password=geheim&user=jana").describe()
+    assert in_query[0] == ("database", "postgresql:///app?password=***&user=jana", "default")
+
+
+def test_a_postgresql_address_stays_as_it_is_and_the_state_directory_is_beside_the_file(app):
+    url = "postgresql://jana:ge%40heim@db:5432/app?sslmode=require"
+    config = load_from(app, database=url)
+    assert config.database == url
+    assert config.state_dir == app / ".bgsupervisor"
 
 
 def test_importing_is_cheap():

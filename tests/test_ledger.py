@@ -14,16 +14,21 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import peewee
+import psycopg
+import psycopg.rows
 import pytest
+from conftest import only_postgres, only_sqlite
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from postgres_server import empty
 
 from bgsupervisor import ledger as ledger_module
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, UnknownTask
 from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request
 from bgsupervisor.models import Store, SupervisorRecord, UtcField
+from bgsupervisor.postgres import lock_key
 from bgsupervisor.processes import ProcessIdentity
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.wire import End
@@ -62,12 +67,66 @@ def ledger(store, clock):
 
 @pytest.fixture
 def raw(store):
-    """A connection of somebody else, who writes SQL by hand."""
+    """A connection of somebody else, who writes SQL by hand, with question marks for values."""
     with store.connected():
         pass  # the tables are made
-    connection = sqlite3.connect(store.path, isolation_level=None, timeout=0)
-    yield connection
-    connection.close()
+    raw = RawSqlite(store) if store.path else RawPostgres(store)
+    yield raw
+    raw.connection.close()
+
+
+class RawSqlite:
+    refused = sqlite3.IntegrityError
+
+    def __init__(self, store):
+        self.connection = sqlite3.connect(store.path, isolation_level=None, timeout=0)
+        self.connection.row_factory = sqlite3.Row
+
+    def execute(self, sql, values=()):
+        return self.connection.execute(sql, values).fetchall()
+
+    def execute_many(self, sql, values):
+        self.connection.executemany(sql, values)
+
+    def hold_off_others(self):
+        self.connection.execute("BEGIN IMMEDIATE")
+
+    def let_others(self):
+        self.connection.execute("COMMIT")
+
+    def indexes(self):
+        found = self.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL")
+        return {name for (name,) in found if "schema_migration" not in name}
+
+    def columns(self, table):
+        return [row[1] for row in self.execute(f"PRAGMA table_info({table})")]
+
+
+class RawPostgres:
+    refused = psycopg.Error
+
+    def __init__(self, store):
+        self.connection = psycopg.connect(store.database.url, autocommit=True, row_factory=psycopg.rows.dict_row)
+        self.lock = lock_key("bgsupervisor_")
+
+    def execute(self, sql, values=()):
+        cursor = self.connection.execute(sql.replace("?", "%s"), values)
+        return cursor.fetchall() if cursor.description else []
+
+    def hold_off_others(self):
+        self.execute(f"SELECT pg_advisory_lock({self.lock})")
+
+    def let_others(self):
+        self.execute(f"SELECT pg_advisory_unlock({self.lock})")
+
+    def indexes(self):
+        found = self.execute("SELECT indexname FROM pg_indexes WHERE schemaname = current_schema()")
+        names = {row["indexname"] for row in found if "schema_migration" not in row["indexname"]}
+        return {name for name in names if not name.endswith("_pkey")}
+
+    def columns(self, table):
+        ask = "SELECT column_name FROM information_schema.columns WHERE table_name = ? ORDER BY ordinal_position"
+        return [row["column_name"] for row in self.execute(ask, [table])]
 
 
 def identity_of(pid=100):
@@ -116,7 +175,6 @@ def task_in(ledger, status, **more):
 
 
 def rows(raw, table="task"):
-    raw.row_factory = sqlite3.Row
     return [dict(row) for row in raw.execute(f"SELECT * FROM bgsupervisor_{table} ORDER BY 1")]
 
 
@@ -535,19 +593,20 @@ def test_a_locked_database_is_told_and_nothing_is_written(ledger, store, raw):
     attempt, waiting = started(ledger), request(ledger)
     store.set_busy_timeout(0.01)
     before = rows(raw)
-    raw.execute("BEGIN IMMEDIATE")
+    raw.hold_off_others()
     batch = Batch(ends={attempt: End(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=77)])
     with pytest.raises(DatabaseError, match="is locked by another writer"):
         ledger.apply(batch)
     with pytest.raises(DatabaseError, match="is locked by another writer"):
         ledger.cancel(waiting, by=None)
-    raw.execute("COMMIT")
+    raw.let_others()
     assert rows(raw) == before
     outcome = ledger.apply(batch)  # the same batch, later
     assert outcome.ended == {attempt}
     assert len(outcome.claimed) == 1
 
 
+@only_sqlite
 @pytest.mark.parametrize("rolls_back_itself", [False, True])
 def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invents_nothing(
     ledger, store, raw, monkeypatch, rolls_back_itself
@@ -598,8 +657,8 @@ def test_an_empty_batch_has_nothing_to_write():
 def insert(raw, **values):
     columns = ", ".join(values)
     marks = ", ".join("?" * len(values))
-    raw.execute(f"INSERT INTO bgsupervisor_task ({columns}) VALUES ({marks})", tuple(values.values()))
-    return raw.execute("SELECT last_insert_rowid()").fetchone()[0]
+    sql = f"INSERT INTO bgsupervisor_task ({columns}) VALUES ({marks}) RETURNING id"
+    return raw.execute(sql, tuple(values.values()))[0]["id"]
 
 
 def test_a_row_written_by_hand_needs_a_name_and_data_only(ledger, raw):
@@ -618,7 +677,7 @@ def test_a_slot_of_a_host_is_taken_once_while_a_task_runs(raw):
     insert(raw, name="a", status="START", host="there", slot=1)
     insert(raw, name="a", status="START", host="here", slot=None)
     insert(raw, name="a", status="DONE", host="here", slot=1)
-    with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+    with pytest.raises(raw.refused, match=r"(?i)unique"):
         insert(raw, name="a", status="START", host="here", slot=1)
 
 
@@ -629,7 +688,7 @@ def test_a_unique_key_is_live_once(raw):
         insert(raw, name=status, unique_key=None, status=status)
         insert(raw, name=status, unique_key="k", status="DONE")
         for twin in ("REQUEST", "START"):
-            with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+            with pytest.raises(raw.refused, match=r"(?i)unique"):
                 insert(raw, name=status, unique_key="k", status=twin)
 
 
@@ -640,14 +699,11 @@ def test_a_unique_key_is_live_once(raw):
         {"status": "request"},
         {"status": "INTERRUPTED"},
         {"status": "DONE", "reason": "RAISED"},
-        {"run_at": "tomorrow"},
-        {"run_at": "2030-01-01"},
+        {"run_at": "the day after"},
         {"run_at": 1893456000},
         {"run_at": "2030-02-31 12:00:00"},
-        {"run_at": "2030-01-01T12:00:00"},
-        {"run_at": "2030-01-01 12:00:00+09:00"},
         {"run_at": "2030-01-01 12:00:00 in the evening"},
-        {"requested_at": "2030-01-01T12:00:00"},
+        {"run_at": None},
         {"priority": "high"},
         {"slot": -1},
         {"data": None},
@@ -656,8 +712,40 @@ def test_a_unique_key_is_live_once(raw):
     ids=lambda values: " ".join(f"{key}={value}" for key, value in values.items()),
 )
 def test_a_row_that_cannot_be_is_refused_by_the_database(raw, values):
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(raw.refused):
         insert(raw, **{"name": "a"} | values)
+    assert rows(raw) == []
+
+
+@only_sqlite
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"run_at": "tomorrow"},
+        {"run_at": "2030-01-01"},
+        {"run_at": "2030-01-01T12:00:00"},
+        {"run_at": "2030-01-01 12:00:00+09:00"},
+        {"requested_at": "2030-01-01T12:00:00"},
+    ],
+    ids=lambda values: " ".join(f"{key}={value}" for key, value in values.items()),
+)
+def test_a_time_that_would_not_sort_as_text_is_refused(raw, values):
+    with pytest.raises(raw.refused):
+        insert(raw, **{"name": "a"} | values)
+
+
+@only_postgres
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "0044-03-15 12:00:00 BC", "19999-01-01 00:00:00"])
+@pytest.mark.parametrize("column", ["run_at", "requested_at"])
+def test_a_time_that_python_cannot_hold_is_refused(raw, column, moment):
+    with pytest.raises(raw.refused, match="check constraint"):
+        insert(raw, **{"name": "a", column: moment})
+
+
+@only_postgres
+def test_a_time_written_by_hand_may_have_any_zone(ledger, raw):
+    record = ledger.get(insert(raw, name="a", run_at="2030-01-01 12:00:00+09:00"))
+    assert record.run_at == datetime(2030, 1, 1, 3, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -676,8 +764,7 @@ def test_a_time_written_by_hand_is_utc_with_or_without_saying_so(ledger, raw, ru
 
 
 def test_the_indexes_have_their_names(raw):
-    found = {name for (name,) in raw.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL")}
-    assert {name for name in found if "schema_migration" not in name} == {
+    assert raw.indexes() == {
         "bgsupervisor_task_slot",
         "bgsupervisor_task_unique",
         "bgsupervisor_task_due",
@@ -702,15 +789,16 @@ def test_the_indexes_have_their_names(raw):
 
 def test_every_column_of_the_tables_is_a_field_of_the_classes(store, raw):
     tables = store.tables
-    for model in (tables.Task, tables.Interruption, tables.Supervisor, tables.Part, tables.Hold, tables.Wait):
+    models = (tables.Task, tables.Interruption, tables.Supervisor, tables.Part, tables.Hold, tables.Wait)
+    for model in (*models, tables.Dependency, tables.Party):
         table = model._meta.table_name
-        columns = [row[1] for row in raw.execute(f"PRAGMA table_info({table})")]
-        assert columns == [field.column_name for field in model._meta.sorted_fields], table
+        assert raw.columns(table) == [field.column_name for field in model._meta.sorted_fields], table
 
 
 # ---- times ----
 
 
+@only_sqlite
 def test_times_are_stored_as_utc_text_that_sorts(ledger, raw):
     east = timezone(timedelta(hours=9))
     moments = [
@@ -865,6 +953,9 @@ def test_a_number_is_never_given_twice_even_if_the_newest_was_pruned(ledger, clo
 # ---- what it costs ----
 
 
+# The plans of SQLite; PostgreSQL's depend on how many rows it thinks there are, and on what its disk costs.
+
+
 @contextlib.contextmanager
 def recorded(database):
     """Collect the statements that are executed."""
@@ -878,6 +969,7 @@ def recorded(database):
     database.query_hooks.remove(hook)
 
 
+@only_sqlite
 @pytest.mark.parametrize(
     ("ask", "index"),
     [
@@ -907,7 +999,7 @@ def recorded(database):
     ),
 )
 def test_no_question_walks_through_all_rows(ledger, store, raw, ask, index):
-    raw.executemany(
+    raw.execute_many(
         "INSERT INTO bgsupervisor_task (name, status, ended_at, key) VALUES (?, 'DONE', ?, 'k')",
         [("a:b", f"2030-01-01 00:00:0{n % 10}") for n in range(500)],
     )
@@ -948,12 +1040,12 @@ ledger.store.close()
 """
 
 
-def test_no_task_is_claimed_twice_by_processes_that_race(ledger, store):
+def test_no_task_is_claimed_twice_by_processes_that_race(ledger, store_url):
     ledger._clock = SystemClock()
     ids = [id for id, _ in ledger.request_many([Request(name="a:b", data="{}")] * 150)]
     claimers = [
         subprocess.Popen(
-            [sys.executable, "-c", CLAIMER, f"sqlite:///{store.path}", f"host{number}"],
+            [sys.executable, "-c", CLAIMER, store_url, f"host{number}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={"PYTHONPATH": SOURCE},
@@ -996,8 +1088,8 @@ def test_no_task_is_claimed_twice_by_threads_that_race(ledger, store):
     assert sorted(claimed) == ids
 
 
-def test_of_two_supervisors_that_end_one_attempt_only_one_is_believed(ledger, store, clock):
-    other = Store.open(f"sqlite:///{store.path}", "bgsupervisor_", busy_timeout_s=5.0)
+def test_of_two_supervisors_that_end_one_attempt_only_one_is_believed(ledger, store_url, clock):
+    other = Store.open(store_url, "bgsupervisor_", busy_timeout_s=5.0)
     attempt = started(ledger)
     assert ledger.end(attempt, End(result="1"))
     assert not Ledger(other, clock).end(attempt, End(reason=Reason.VANISHED))
@@ -1016,11 +1108,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        url = f"sqlite:///{self.folder}/{next(_databases)}.db"
-        self.stores = [Store.open(url, "bgsupervisor_", busy_timeout_s=5.0) for _ in range(2)]
-        for store in self.stores:
-            with store.connected():
-                store.database.execute_sql("PRAGMA synchronous=OFF")  # no power cut is tried here
+        url = self.new_database()
+        # No power cut is tried here.
+        self.stores = [Store.open(url, "bgsupervisor_", busy_timeout_s=5.0, durable=False) for _ in range(2)]
         self.ledgers = [Ledger(store, HandClock()) for store in self.stores]
         self.model = {}
         self.slot = 0
@@ -1120,8 +1210,14 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (one.slot is not None) is (one.status is Status.START)
 
 
-def test_any_order_of_events_on_two_connections_leaves_the_rows_that_the_table_promises(tmp_path):
-    LedgerMachine.folder = tmp_path
+def test_any_order_of_events_on_two_connections_leaves_the_rows_that_the_table_promises(store_url, tmp_path):
+    def new_database():
+        if store_url.startswith("sqlite"):
+            return f"sqlite:///{tmp_path}/{next(_databases)}.db"
+        empty(store_url)
+        return store_url
+
+    LedgerMachine.new_database = staticmethod(new_database)
     case = LedgerMachine.TestCase
     case.settings = settings(
         max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
@@ -1129,18 +1225,23 @@ def test_any_order_of_events_on_two_connections_leaves_the_rows_that_the_table_p
     case().runTest()
 
 
-def test_the_tables_of_a_second_prefix_are_others(store, clock, tmp_path):
-    other = Store.open(f"sqlite:///{store.path}", "staging_", busy_timeout_s=2.0)
+def test_the_tables_of_a_second_prefix_are_others(store, store_url, clock):
+    other = Store.open(store_url, "staging_", busy_timeout_s=2.0)
     here, there = Ledger(store, clock), Ledger(other, clock)
     request(here, unique_key="k")
     assert there.find() == []
     assert there.request(Request(name="a:b", data="{}", unique_key="k"))[1]
     assert len(here.find()) == len(there.find()) == 1
-    tables = {name for (name,) in store.database.execute_sql("SELECT name FROM sqlite_master").fetchall()}
-    assert {"staging_task", "bgsupervisor_task", "staging_task_slot", "bgsupervisor_task_slot"} <= tables
+    assert {"staging_task", "bgsupervisor_task"} <= set(store.database.get_tables())
+    found = {index.name for index in store.database.get_indexes("staging_task")}
+    assert found >= {"staging_task_slot", "staging_task_unique"}
+    with other.writing():
+        for table in [name for name in other.database.get_tables() if name.startswith("staging_")]:
+            other.database.execute_sql(f"DROP TABLE {table}")
     other.close()
 
 
+@only_sqlite
 def test_a_database_of_ours_is_durable_and_shared(store):
     with store.connected():
         assert store.database.execute_sql("PRAGMA synchronous").fetchone() == (2,)

@@ -93,9 +93,9 @@ def rows(store):
 
 
 @pytest.fixture
-def other(store, tmp_path):
-    """A second connection to the same file."""
-    second = Store.open(f"sqlite:///{tmp_path}/ledger.db", "bgsupervisor_", busy_timeout_s=5.0)
+def other(store, store_url):
+    """A second connection to the same database."""
+    second = Store.open(store_url, "bgsupervisor_", busy_timeout_s=5.0)
     yield Rows(second)
     second.close()
 
@@ -445,12 +445,12 @@ def test_a_permit_with_no_free_slot_leaves_a_wait_for_one(rows):
     assert rows.resume(second) == 1
 
 
-def test_connections_that_race_for_permits_never_get_more_than_there_are(rows, tmp_path):
+def test_connections_that_race_for_permits_never_get_more_than_there_are(rows, store_url):
     ids = [rows.running() for _ in range(8)]
     got = []
 
     def race(id):
-        store = Store.open(f"sqlite:///{tmp_path}/ledger.db", "bgsupervisor_", busy_timeout_s=10.0)
+        store = Store.open(store_url, "bgsupervisor_", busy_timeout_s=10.0)
         got.append(Rows(store).acquire(id, permits=3))
         store.close()
 

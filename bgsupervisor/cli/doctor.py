@@ -15,9 +15,10 @@ from bgsupervisor.cli.output import print_json
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
 from bgsupervisor.cli.watch import last_line, watch
-from bgsupervisor.config import sqlite_path
+from bgsupervisor.config import is_postgres, shown, sqlite_path
 from bgsupervisor.doctor import Finding, Grade, Machine, Scene, examine
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, UnsupportedSystem
+from bgsupervisor.models import Store
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ def _modules(config: Config) -> Iterator[Finding]:
 
 def _tables(config: Config) -> Finding | None:
     """Return what there is to say of a database without our tables; opening it as ours would create them."""
+    if is_postgres(config.database):
+        return _tables_on_server(config)
     path = sqlite_path(config.database)
     if not path.exists():
         told = f"{path} is not there yet; the first request or `bgsupervisor run` makes it"
@@ -122,6 +125,17 @@ def _tables(config: Config) -> Finding | None:
     return Finding("database", Grade.NOTE, f"{path} has none of our tables yet; the first request makes them")
 
 
+def _tables_on_server(config: Config) -> Finding | None:
+    store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
+    try:
+        if store.is_there():
+            return None
+    finally:
+        store.close()
+    told = f"{shown(config.database)} has none of our tables yet; the first request makes them"
+    return Finding("database", Grade.NOTE, told)
+
+
 def _look(service: Service, scene: Scene, *, now: datetime) -> tuple[Finding, Scene]:
     """Read what rows tell about the supervisor and the clock."""
     seen = watch(service, now=now)
@@ -130,7 +144,7 @@ def _look(service: Service, scene: Scene, *, now: datetime) -> tuple[Finding, Sc
     moments = [(f"the request of task {one.id}", one.requested_at) for one in service.list(limit=NEWEST)]
     moments += [(f"the heartbeat of task {one.id}", one.heartbeat_at) for one in running if one.heartbeat_at]
     moments += [(f"the heartbeat of the supervisor on {one.host}", one.heartbeat_at) for one in supervisors]
-    told = f"{sqlite_path(scene.config.database)}: {live[Status.REQUEST]:,} wait, {live[Status.START]:,} run"
+    told = f"{shown(scene.config.database)}: {live[Status.REQUEST]:,} wait, {live[Status.START]:,} run"
     known = Scene(
         config=scene.config, machine=scene.machine, alive=bool(seen.alive), seen_at=seen.seen_at, moments=moments
     )

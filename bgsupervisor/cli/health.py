@@ -15,7 +15,7 @@ from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import sqlite_path
+from bgsupervisor.config import shown
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.statuses import Status
 
@@ -183,7 +183,7 @@ def health(session: Session, *, max_wait_s: float, max_interrupted: int | None, 
     The exit code is 0 OK, 1 WARNING, 2 CRITICAL or 3 UNKNOWN, as Nagios and its heirs have it; numbers follow a bar.
     """
     try:
-        service = session.existing_service()
+        service = session.service()
         host = processes.host_id(session.config().host)
         prefix = session.config().table_prefix
     except BgSupervisorError as error:
@@ -191,13 +191,13 @@ def health(session: Session, *, max_wait_s: float, max_interrupted: int | None, 
             raise
         _leave(State.UNKNOWN, str(error))
     sight: Sight | None = None
-    problem = State.UNKNOWN, f"there is no database yet, {sqlite_path(session.config().database)} is missing"
-    if service is not None:
-        try:
+    problem = State.UNKNOWN, f"there is no database yet, {shown(session.config().database)} is missing"
+    try:
+        if service.ledger.store.is_there():
             sight = Sight.take(service, SystemClock())
-        except BgSupervisorError as error:
-            problem = State.CRITICAL, str(error)
-        service.close()
+    except BgSupervisorError as error:
+        problem = State.CRITICAL, str(error)
+    service.close()
     if prometheus:
         click.echo("\n".join(_metrics(sight, prefix=prefix, host=host)))
         return

@@ -7,7 +7,6 @@ import peewee
 
 from bgsupervisor import migrations
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.config import sqlite_path
 from bgsupervisor.errors import SchemaError
 from bgsupervisor.models import Store, translated
 
@@ -20,8 +19,8 @@ def migrate(session: Session) -> None:
     """Create the tables, or change older ones to this version's."""
     config = session.config()
     store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
-    if not sqlite_path(config.database).exists():
-        with store.connected():  # creates the file with the rights it needs, and the tables
+    if not store.is_there():
+        with store.connected():  # creates the tables, and a file with the rights it needs
             _tell(migrations.applied(store))
     else:
         _tell(_migrated(store))

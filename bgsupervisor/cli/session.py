@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor.config import load, sqlite_path
+from bgsupervisor.config import load
 
 if TYPE_CHECKING:
     from bgsupervisor.config import Config
@@ -41,7 +41,7 @@ class Session:
     def existing_service(self) -> Service | None:
         """Return the service if there is a database: whoever only looks must create nothing."""
         service = self.service()
-        return service if sqlite_path(service.config.database).exists() else None
+        return service if service.ledger.store.is_there() else None
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)

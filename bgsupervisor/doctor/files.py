@@ -41,6 +41,8 @@ RELEASE = re.compile(r"v?\d.*|[0-9a-f]{7,40}")
 def rights(scene: Scene) -> Iterator[Told]:
     """See that this user can write the database, and that its group can where the folder is the group's."""
     path = scene.database
+    if path is None:
+        return
     folder, user = path.parent, user_name(os.geteuid())
     if not folder.is_dir():
         yield wrong(f"the folder {folder} of the database does not exist; create it, or set `database` elsewhere")
@@ -89,7 +91,7 @@ def state_directory(scene: Scene) -> Iterator[Told]:
 
 def deploy_folder(scene: Scene) -> Iterator[Told]:
     """See that a deploy does not leave the tasks behind in the old release's folder."""
-    for what, path in (("the database", scene.database), ("the state directory", scene.config.state_dir)):
+    for what, path in scene.places:
         release = _release_of(path)
         if release is not None:
             yield wrong(
@@ -97,12 +99,15 @@ def deploy_folder(scene: Scene) -> Iterator[Told]:
                 "name a path beside the releases"
             )
             return
-    yield ok(f"{scene.database} and the state directory lie outside of what a deploy replaces")
+    if scene.database is None:
+        yield ok("the state directory lies outside of what a deploy replaces")
+    else:
+        yield ok(f"{scene.database} and the state directory lie outside of what a deploy replaces")
 
 
 def file_system(scene: Scene) -> Iterator[Told]:
     """See that database and state directory are on a file system of this machine."""
-    for what, path in (("the database", scene.database), ("the state directory", scene.config.state_dir)):
+    for what, path in scene.places:
         kind = _kind(path, scene.machine.proc)
         if kind is None:
             yield note(f"nobody can tell on which file system {path} is; it must not be one of the network")
@@ -118,7 +123,7 @@ def file_system(scene: Scene) -> Iterator[Told]:
 
 def free_space(scene: Scene) -> Iterator[Told]:
     """See that there is room for the ends of tasks."""
-    folders = {_existing(path).stat().st_dev: _existing(path) for path in (scene.config.state_dir, scene.database)}
+    folders = {_existing(path).stat().st_dev: _existing(path) for _, path in reversed(scene.places)}
     for folder in folders.values():
         state = os.statvfs(folder)
         free = state.f_bavail * state.f_frsize

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.clock import Clock, SystemClock
-from bgsupervisor.config import sqlite_path
+from bgsupervisor.config import is_postgres, sqlite_path
 from bgsupervisor.oom import INITIAL_PID_NAMESPACE
 from bgsupervisor.statedir import StateDir
 
@@ -87,9 +87,15 @@ class Scene:
     moments: Sequence[tuple[str, datetime]] = ()
 
     @property
-    def database(self) -> Path:
-        """Return the database file."""
-        return sqlite_path(self.config.database)
+    def database(self) -> Path | None:
+        """Return the database file; None where a server keeps it."""
+        return None if is_postgres(self.config.database) else sqlite_path(self.config.database)
+
+    @property
+    def places(self) -> list[tuple[str, Path]]:
+        """Return what of ours lies on this machine, and where."""
+        ours = [("the state directory", self.config.state_dir)]
+        return ours if self.database is None else [("the database", self.database), *ours]
 
     @property
     def state_dir(self) -> StateDir:

@@ -32,6 +32,8 @@ INITS = {
 
 def sqlite(scene: Scene) -> Iterator[Told]:
     """Tell the version, and whether it has the bug by which two writers of checkpoints can damage a database."""
+    if scene.database is None:
+        return
     version = scene.machine.sqlite_version
     told = ".".join(map(str, version))
     earlier = WAL_RESET_FIXED_EARLIER.get((version[0], version[1]))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from bgsupervisor.migrations.dialects import put
+
 # A frozen copy, independent of models.py: what a migration does never changes. Defaults stand in the database so
 # that a row written by hand needs a name and data only.
 
@@ -190,4 +192,4 @@ INDEXES = (
 def up(migrator: Any, db: Any) -> None:  # noqa: ANN401 - the runner has no types
     """Create the tables and their laws."""
     for statement in (TASK, INTERRUPTION, SUPERVISOR, PART, HOLD, WAIT, DEPENDENCY, PARTY, *INDEXES):
-        db.execute_sql(statement.format(p=migrator.table_prefix))
+        db.execute_sql(put(statement.format(p=migrator.table_prefix), db))

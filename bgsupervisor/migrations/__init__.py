@@ -59,7 +59,7 @@ def migrate(store: Store) -> list[str]:
     """
     from playhouse.migrations import Runner  # noqa: PLC0415 - 30 ms that only a migration pays
 
-    with store.database.atomic("IMMEDIATE"):
+    with store.alone():
         runner = Runner(store.database, directory=str(_FOLDER), table_name=_history(store))
         runner.migrator.table_prefix = store.tables.prefix
         return list(runner.up())
