@@ -21,7 +21,7 @@ import peewee
 from bgsupervisor import postgres
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import is_postgres, sqlite_path
-from bgsupervisor.errors import AccessError, DatabaseError
+from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
@@ -373,7 +373,10 @@ def translated(store: Store) -> Iterator[None]:
     try:
         yield
     except (peewee.PeeweeException, sqlite3.Error) as error:  # Peewee wraps a query, but not the stepping of its rows
-        of_one_row = postgres.is_of_one_row(_of_driver(_first(error)))
+        first = _first(error)
+        if isinstance(first, BgSupervisorError):
+            raise first from None  # within a transaction it was explained, and then that could not be rolled back
+        of_one_row = postgres.is_of_one_row(_of_driver(first))
         if isinstance(error, _OF_ONE_ROW) if of_one_row is None else of_one_row:
             raise
         raise store.explain(error) from error

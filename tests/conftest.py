@@ -165,9 +165,9 @@ class App:
             yield self._identity(int(pid), int(ticks))
 
     def _children(self):
-        if not (self.folder / "bgsupervisor.db").exists():
-            return
         with contextlib.suppress(Exception):
+            if not self.service.ledger.store.is_there():
+                return
             for record in self.service.ledger.starts():
                 yield self._identity(record.pid, record.start_ticks)
 
@@ -210,12 +210,21 @@ def postgres():
 
 
 @pytest.fixture(scope="session")
-def _postgres_with_tables(postgres):
+def postgres_with_tables(postgres):
+    """The address of a database with our tables, for one test after the other; see that it is empty first."""
     from postgres_server import make_tables
 
     url = postgres.socket_url(postgres.make_database())
     make_tables(url)
     return url
+
+
+@pytest.fixture
+def postgres_url(postgres):
+    """The address of a PostgreSQL database of the test's own, without our tables, with a password."""
+    name = postgres.make_database()
+    yield postgres.url(name)
+    postgres.drop(name)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -225,7 +234,7 @@ def store_url(request, tmp_path):
         return f"sqlite:///{tmp_path}/ledger.db"
     from postgres_server import empty
 
-    url = request.getfixturevalue("_postgres_with_tables")
+    url = request.getfixturevalue("postgres_with_tables")
     empty(url)
     return url
 

@@ -376,12 +376,10 @@ def test_tables_that_lost_a_column_are_told_with_the_command_to_type(filled):
     service.close()
 
 
-def test_migrating_twice_does_nothing_the_second_time(tmp_path):
-    store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
+def test_migrating_twice_does_nothing_the_second_time(store):
     with store.connected():
         assert migrations.applied(store) == migrations.available()
         assert migrations.migrate(store) == []
-    store.close()
 
 
 CREATOR = """
@@ -396,10 +394,12 @@ service.close()
 """
 
 
-def test_ten_processes_that_create_the_tables_at_once_all_succeed(tmp_path):
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_ten_processes_that_create_the_tables_at_once_all_succeed(request, tmp_path, kind):
+    url = f"sqlite:///{tmp_path}/tasks.db" if kind == "sqlite" else request.getfixturevalue("postgres_url")
     creators = [
         subprocess.Popen(
-            [sys.executable, "-c", CREATOR, f"sqlite:///{tmp_path}/tasks.db"],
+            [sys.executable, "-c", CREATOR, url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={"PYTHONPATH": SOURCE},
