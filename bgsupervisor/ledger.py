@@ -239,6 +239,9 @@ class Ledger:
 
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests in one transaction, all or none; return (id, created) for each, in order."""
+        if len(requests) == 1 and requests[0].unique_key is None and not requests[0].after:
+            with self.store.adding():
+                return [self._insert(requests[0])]
         # Nobody else's row is touched, and a unique key is kept by its index; only who comes after others must know
         # that they do not end meanwhile.
         with self.store.writing(alone=any(request.after for request in requests)):
@@ -269,9 +272,10 @@ class Ledger:
             id, created = self._insert_unique(request.name, request.unique_key, row)
             if not created:
                 return id, False
-        broken = self.waits.depend(id, request.after, any_end=request.after_any_end)
-        if broken is not None:
-            self._strand([Dependent(id, 0)], broken, [])
+        if request.after:
+            broken = self.waits.depend(id, request.after, any_end=request.after_any_end)
+            if broken is not None:
+                self._strand([Dependent(id, 0)], broken, [])
         return id, True
 
     def _insert_unique(self, name: str, unique_key: str, row: dict[str, Any]) -> tuple[int, bool]:

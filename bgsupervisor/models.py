@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import sqlite3
@@ -495,6 +496,12 @@ class Store:
             yield
 
     @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Have a connection for one statement that adds rows: a transaction by itself, or part of the caller's."""
+        with self.connected(), self.database.atomic() if self.database.in_transaction() else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
         """Have a connection and a transaction that only reads: all of it as of one moment, beside any writer."""
         with self.connected(), self.database.atomic("DEFERRED" if self._is_sqlite else "REPEATABLE READ"):
@@ -548,6 +555,16 @@ class Store:
     def wal_path(self) -> Path | None:
         """Return the -wal file's path, where there is one."""
         return None if self.path is None else Path(f"{self.path}-wal")
+
+    def listener(self) -> postgres.Listener:
+        """Return a connection that becomes readable when others have written (PostgreSQL).
+
+        Raises:
+            OSError: The server is away, or there is none.
+        """
+        if not isinstance(self.database, postgres.Server):
+            raise OSError(errno.EOPNOTSUPP, "only a server tells")
+        return postgres.Listener(self.database, self.tables.prefix)
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""

@@ -17,7 +17,17 @@ import peewee
 from bgsupervisor.config import masked
 from bgsupervisor.errors import AccessError, ConfigError, DatabaseError
 
-__all__ = ["Server", "explain", "hold_off", "is_lost", "is_of_one_row", "is_passing", "lock_key", "open_server"]
+__all__ = [
+    "Listener",
+    "Server",
+    "explain",
+    "hold_off",
+    "is_lost",
+    "is_of_one_row",
+    "is_passing",
+    "lock_key",
+    "open_server",
+]
 
 STATEMENT_TIMEOUT_S = 60
 IDLE_TRANSACTION_TIMEOUT_S = 10
@@ -107,6 +117,43 @@ def open_server(url: str, *, busy_timeout_s: float, durable: bool) -> Server:
     server = Server(known.pop("dbname"), prefer_psycopg3=True, autoconnect=False, **{**_LINK, **known})
     server.url, server.timeout = url, busy_timeout_s
     return server
+
+
+class Listener:
+    """Becomes readable when somebody has committed a request, a cancel or a retry; a connection of its own.
+
+    Raises:
+        OSError: The server is away.
+    """
+
+    def __init__(self, server: Server, prefix: str) -> None:
+        import psycopg  # noqa: PLC0415 - 0.2 s that only users of PostgreSQL pay
+
+        self._driver: Any = psycopg
+        try:
+            self._connection = psycopg.connect(dbname=server.database, autocommit=True, **server.connect_params)
+            self._connection.execute(f'LISTEN "{prefix}wake"')
+        except psycopg.Error as error:
+            raise OSError("the server is away") from error
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+        return self._connection.fileno()
+
+    def drain(self) -> bool:
+        """Take in all that has come, without blocking; tell whether anything had.
+
+        Raises:
+            OSError: The connection is lost; what is sent meanwhile is not heard.
+        """
+        try:
+            return bool(list(self._connection.notifies(timeout=0)))
+        except self._driver.Error as error:
+            raise OSError("the server is away") from error
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._connection.close()
 
 
 def lock_key(prefix: str) -> int:

@@ -13,7 +13,7 @@ import os
 import selectors
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
@@ -83,6 +83,19 @@ class Heard:
         return not all(isinstance(message, Beat | BoardBeat) for _, message in self.messages)
 
 
+class Watch(Protocol):
+    """What becomes readable when the database was written; `drain` raises OSError once it will tell no more."""
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+
+    def drain(self) -> bool:
+        """Take in all that has come, without blocking; tell whether anything had."""
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+
+
 class Reception:
     """The sockets of the state directory and everything else that can wake the supervisor."""
 
@@ -93,7 +106,7 @@ class Reception:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._handles: dict[Who, ProcessHandle] = {}
-        self._watch: FileWatch | None = None
+        self._watch: Watch | None = None
         self._deaf = False
         self._control: socket.socket | None = None
         self._wake: socket.socket | None = None
@@ -145,11 +158,15 @@ class Reception:
 
     def watch_file(self, path: Path) -> None:
         """Hear of every write to *path* (the -wal file), for writers who cannot ring; nothing if it is watched."""
+        self.watch(lambda: FileWatch(path))
+
+    def watch(self, make: Callable[[], Watch]) -> None:
+        """Hear of what is written by what *make* returns; nothing if something is watched, or it raises OSError."""
         if self._watch is not None:
             return
         with contextlib.suppress(OSError):
-            self._watch = FileWatch(path)
-            self._selector.register(self._watch, selectors.EVENT_READ, self._hear_file)
+            self._watch = make()
+            self._selector.register(self._watch.fileno(), selectors.EVENT_READ, self._hear_write)
 
     def watch_process(self, who: Who, handle: ProcessHandle) -> None:
         """Hear of the death of the process that *handle* holds."""
@@ -289,10 +306,17 @@ class Reception:
                 heard.rung = True
                 heard.keys += [key for key in keys.split("\n") if key]
 
-    def _hear_file(self, heard: Heard, mask: int) -> None:
+    def _hear_write(self, heard: Heard, mask: int) -> None:
         del mask
-        if self._watch is not None and self._watch.drain():
-            heard.database_touched = True
+        if self._watch is None:
+            return
+        descriptor = self._watch.fileno()
+        try:
+            heard.database_touched = self._watch.drain()
+        except OSError:  # the server has hung up; `watch` is asked for another
+            self._selector.unregister(descriptor)
+            self._watch.close()
+            self._watch = None
 
     def _hear_signals(self, heard: Heard, mask: int) -> None:
         del mask

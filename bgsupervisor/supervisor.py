@@ -673,6 +673,8 @@ class Supervisor:
         wal = self._store.wal_path()
         if wal is not None:
             self._ears.watch_file(wal)
+        else:
+            self._ears.watch(self._store.listener)
 
     def _leave_if_done(self) -> None:
         if self._leaving is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import bgsupervisor
 from bgsupervisor import Status, migrations
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError
-from bgsupervisor.ledger import Batch, Claim, Due, Ledger, Request
+from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Ledger, Note, Request
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity
 from bgsupervisor.statuses import Reason
@@ -452,6 +453,63 @@ def test_a_task_runs_to_its_end_waits_for_others_and_is_cancelled(make_app, post
     app.service.cancel(held_up, by="jana")
     record = app.wait(held_up)
     assert (record.status, record.reason) == (Status.INTERRUPTED, Reason.CANCELLED)
+
+
+INSERT = "INSERT INTO bgsupervisor_task (name, data) VALUES ('appx:quick', '{\"n\": 1}')"
+
+
+def sessions(connection, what="true"):
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    return connection.execute(f"{query} AND {what}").fetchone()[0]
+
+
+def test_a_request_written_by_hand_starts_at_its_commit_and_not_by_a_look_each_second(make_app, postgres_url):
+    app = make_app(APP, database=postgres_url)
+    app.start()
+    with contextlib.closing(psycopg.connect(postgres_url, autocommit=True)) as hand:
+        wait_until(lambda: sessions(hand, "query LIKE 'LISTEN%'"), "the supervisor listens")
+        late = []
+        for _ in range(7):
+            with hand.transaction():
+                hand.execute(INSERT)
+            ids = [record.id for record in app.service.list(limit=1)]
+            record = app.wait(ids[0])
+            late.append((record.started_at - record.requested_at).total_seconds())
+        assert sorted(late)[3] < 0.3, late
+        # When the server hangs up it listens anew.
+        hand.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+        hand.execute(INSERT)
+        assert app.wait(app.service.list(limit=1)[0].id).status is Status.DONE
+        wait_until(lambda: sessions(hand, "query LIKE 'LISTEN%'"), "the supervisor listens again")
+
+
+def test_what_wakes_is_a_request_a_cancel_and_a_retry_and_nothing_that_a_supervisor_writes(ledger):
+    bell = ledger.store.listener()
+
+    def rang():
+        ready, _, _ = select.select([bell], [], [], 0.3)
+        return bool(ready) and bell.drain()
+
+    attempt = running(ledger)
+    assert rang()
+    ledger.apply(Batch(notes={attempt: Note(progress_done=1.0)}))
+    claimed = ledger.request(Request(name="a:b", data="{}"))[0]
+    assert rang()
+    claim = Claim(Due(claimed, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 2, 1), 7, 0.0)
+    ledger.apply(Batch(claims=[claim]))
+    ledger.apply(Batch(ends={Attempt(claimed, 1): End(result="1")}))
+    assert not rang()
+    ledger.cancel(attempt.id, by=None)
+    assert rang()
+    ledger.apply(Batch(ends={attempt: End(reason=Reason.CANCELLED)}))
+    assert not rang()
+    ledger.retry(attempt.id)
+    assert rang()
+    with contextlib.suppress(LookupError), ledger.store.writing():
+        ledger.request(Request(name="a:b", data="{}"))
+        raise LookupError
+    assert not rang()
+    bell.close()
 
 
 def test_a_body_outlives_its_supervisor_and_the_next_one_records_its_end(make_app, postgres_url):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bgsupervisor.migrations.dialects import put
+from bgsupervisor.migrations.dialects import is_postgres, put
 
 # A frozen copy, independent of models.py: what a migration does never changes. Defaults stand in the database so
 # that a row written by hand needs a name and data only.
@@ -189,7 +189,22 @@ INDEXES = (
 )
 
 
+# For PostgreSQL alone: whoever commits a request, a cancel or a retry, also by hand, wakes who listens.
+WAKE = (
+    """CREATE FUNCTION "{p}wake"() RETURNS trigger LANGUAGE plpgsql AS
+       $$ BEGIN PERFORM pg_notify(TG_ARGV[0], ''); RETURN NULL; END $$""",
+    """CREATE TRIGGER "{p}task_requested" AFTER INSERT ON "{p}task"
+       FOR EACH STATEMENT EXECUTE FUNCTION "{p}wake"('{p}wake')""",
+    """CREATE TRIGGER "{p}task_asked" AFTER UPDATE ON "{p}task" FOR EACH ROW
+       WHEN (OLD."status" = 'INTERRUPTED' AND NEW."status" = 'REQUEST'
+             OR OLD."cancel_requested_at" IS NULL AND NEW."cancel_requested_at" IS NOT NULL)
+       EXECUTE FUNCTION "{p}wake"('{p}wake')""",
+)
+
+
 def up(migrator: Any, db: Any) -> None:  # noqa: ANN401 - the runner has no types
     """Create the tables and their laws."""
     for statement in (TASK, INTERRUPTION, SUPERVISOR, PART, HOLD, WAIT, DEPENDENCY, PARTY, *INDEXES):
         db.execute_sql(put(statement.format(p=migrator.table_prefix), db))
+    for statement in WAKE if is_postgres(db) else ():
+        db.execute_sql(statement.format(p=migrator.table_prefix))
