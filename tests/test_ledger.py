@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from bgsupervisor import ledger as ledger_module
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, UnknownTask
-from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request
+from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request, Wish
 from bgsupervisor.models import Store, SupervisorRecord, UtcField
 from bgsupervisor.processes import ProcessIdentity
 from bgsupervisor.statuses import Reason, Status
@@ -362,7 +362,7 @@ def test_the_first_who_cancels_a_running_task_is_the_one_recorded(ledger, clock)
     first = ledger.cancel(attempt.id, by="jana")
     clock.sleep(5)
     assert ledger.cancel(attempt.id, by="petr") == first
-    assert ledger.cancel_requests() == [(attempt, "jana")]
+    assert ledger.wishes() == [Wish(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
 
 
 def test_a_cancelled_waiting_task_says_by_whom(ledger):
@@ -888,7 +888,7 @@ def recorded(database):
             "bgsupervisor_task_run_at",
         ),
         (lambda ledger: ledger.starts(), "bgsupervisor_task_start"),
-        (lambda ledger: ledger.cancel_requests(), "bgsupervisor_task_start"),
+        (lambda ledger: ledger.wishes(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_run_at"),
         (lambda ledger: ledger.live_counts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.ended_counts(START_OF_TIME + timedelta(days=300)), "bgsupervisor_task_ended"),
