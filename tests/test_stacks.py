@@ -461,8 +461,8 @@ def test_a_very_long_stack_is_cut_in_the_row(late):
     assert 60_000 < len(stack) < 70_000
 
 
-def test_a_task_that_is_tried_again_begins_without_the_old_stack(app, late):
-    record = late["LateAndCooperative"]
+def test_a_task_that_is_tried_again_begins_without_the_old_stack(app):
+    record = app.wait(app.service.request("appx:LateAndCooperative"))
     assert app.service.retry(record.id).stack is None
     assert "in counts" in app.wait(record.id).stack
     assert [("in counts" in row["stack"]) for row in app.service.ledger.interruptions(record.id)] == [True, True]

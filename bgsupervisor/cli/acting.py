@@ -69,7 +69,7 @@ def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
         if before is not None and before.suspend_requested_at is not None:
             who = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
             return f"task {id} had been suspended already{who}"
-        return f"task {id} is to stand still; it keeps its slot until `bgsupervisor resume {id}` and its end"
+        return f"task {id} is to stand still until `bgsupervisor resume {id}`; it keeps its slot and its locks"
 
     done = _for_each(ids, suspend_one)
     if asked:
