@@ -81,7 +81,7 @@ class Stalls(Task):
         ready()
         while not pathlib.Path(f"gate-{self.id}").exists():
             self.progress(1)
-            time.sleep(0.1)
+            time.sleep(0.8)
         return "got on"
 """
 
@@ -224,9 +224,8 @@ def test_suspend_and_resume_say_what_they_did_to_each(app):
 
     told = app.cli("suspend", str(running.id), str(planned.id), str(done.id), "999", "--by", "jana")
     assert told.returncode == 1
-    assert told.stdout == (
-        f"task {running.id} is to stand still until `bgsupervisor resume {running.id}`; it keeps its slot and its locks\n"
-    )
+    words = f"is to stand still until `bgsupervisor resume {running.id}`; it keeps its slot and its locks"
+    assert told.stdout == f"task {running.id} {words}\n"
     assert told.stderr.splitlines() == [
         f"bgsupervisor: task {planned.id} cannot be suspended: it is REQUEST, only a running task can be",
         f"bgsupervisor: task {done.id} cannot be suspended: it is DONE, only a running task can be",
@@ -456,11 +455,11 @@ def test_a_task_suspended_in_another_pid_namespace_is_not_lost_for_its_silence(t
         with contextlib.closing(database), database:
             database.execute("UPDATE bgsupervisor_task SET pid_ns = 7")
         os.kill(record.pid, signal.SIGKILL)
-        app.start()
         wait_until(
             lambda: (SystemClock().now() - app.service.get(record.id).heartbeat_at).total_seconds() > 2.0,
             "it has been silent past its lease",
         )
+        app.start()
         fence = app.begun("at_the_gate")
         app.open_gate(fence)
         app.wait(fence.id)
