@@ -97,7 +97,6 @@ class Recovery:
         ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
         ward.started_mono = self._clock.monotonic() if record.started_mono is None else record.started_mono
         ward.says = ward.leave_by = None
-        ward.got_on_at = self._clock.monotonic()  # nobody has listened to it before
         ward.to_be_suspended = record.suspend_requested_at is not None
         ward.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
         ward.suspension_unsaved = ward.suspension.lasts  # the commit may have been an earlier supervisor's last act

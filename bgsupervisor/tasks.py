@@ -58,7 +58,8 @@ class Context:
         """Tell how far the body is, in any unit: *done* of *total*, and one line of text.
 
         Cheap (some microseconds) and never blocks. Several times a second it reaches the row; what is said in between
-        does so with the next heartbeat, and the last word with the end.
+        does so with the next heartbeat, and the last word with the end. Every call tells that the body gets on
+        (`stall_s`), whatever the numbers.
 
         Raises:
             Cancelled: This attempt is to end.

@@ -121,12 +121,13 @@ class HangsAfterItHasWaited(Stalling):
         ready()
         SaysNothing.hangs(self)
 
-class WaitsAndGoesOn(Stalling):
+class WaitsAndGoesOn(Task):
+    stall_s = 2.0
     def run(self, id: int) -> str:
         self.wait_for(id)
-        time.sleep(0.8)
+        time.sleep(1.7)
         self.progress(1)
-        time.sleep(0.8)
+        time.sleep(1.7)
         return "got on"
 
 class GetsOnUntilTheGate(Stalling):
@@ -248,7 +249,7 @@ def test_a_body_that_hangs_after_it_has_waited_stalls_then_and_not_before(app, r
 def test_a_body_that_keeps_its_slot_while_it_waits_does_not_stall_either(tmp_path):
     with living(tmp_path, max_waiting=1) as app:
         app.start()
-        slow = app.request("quiet", seconds=4.5)
+        slow = app.request("quiet", seconds=7.2)  # two looks at who is silent lie before its end, one soon after it
         waiters = [app.request("WaitsAndGoesOn", id=slow.id) for _ in range(2)]
         for handle in waiters:
             app.started(handle)
