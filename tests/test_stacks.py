@@ -16,6 +16,7 @@ from conftest import App, wait_until
 
 from bgsupervisor import NoStack, processes, stacks
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.enforcement import STACK_WAIT_S
 from bgsupervisor.processes import ProcessHandle
 
 BODIES = """
@@ -474,3 +475,4 @@ def test_the_stack_is_kept_also_without_any_grace(tmp_path):
         record = app.wait(app.service.request("appx:LateInABlockingCall"))
     assert "in run" in record.stack
     assert "SIGKILL was sent" in record.detail
+    assert (record.ended_at - record.started_at).total_seconds() >= 0.5 + STACK_WAIT_S
