@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 
@@ -128,6 +129,17 @@ class WaitsAndGoesOn(Task):
         time.sleep(1.7)
         self.progress(1)
         time.sleep(1.7)
+        return "got on"
+
+@task
+def reaches_and_goes_on(seconds: float) -> None:
+    current().reach("p")
+    time.sleep(seconds)
+
+class WaitsForAPart(Stalling):
+    def run(self, id: int) -> str:
+        self.wait_for(id, part="p")
+        time.sleep(0.5)
         return "got on"
 
 class GetsOnUntilTheGate(Stalling):
@@ -257,6 +269,32 @@ def test_a_body_that_keeps_its_slot_while_it_waits_does_not_stall_either(tmp_pat
         with_slot = [one for one in app.service.ledger.starts() if one.slot is not None and one.id != slow.id]
         assert len(with_slot) == 1
         assert [app.service.result(app.wait(handle).id) for handle in waiters] == ["got on", "got on"]
+
+
+def test_a_body_that_has_waited_long_for_its_slot_to_come_back_does_not_stall(tmp_path):
+    with living(tmp_path, slots=1) as app:
+        app.start()
+        planned = app.service.request("appx:reaches_and_goes_on", {"seconds": 4.5}, delay_s=0.5)
+        waiter = app.request("WaitsForAPart", id=planned.id)
+        wait_until(
+            lambda: [row["kind"] for row in app.service.ledger.waits.rows()] == ["slot"], "it waits for its slot only"
+        )
+        assert app.service.result(app.wait(waiter).id) == "got on"
+
+
+def test_a_child_that_has_not_dialled_the_new_supervisor_is_not_judged(tmp_path):
+    with living(tmp_path) as app:
+        app.start().kill()
+        app.start()
+        record = app.begun("GetsOnUntilTheGate")
+        app.supervisors[-1].kill()
+        os.kill(record.pid, signal.SIGSTOP)
+        app.start()
+        fences = [app.wait(app.request("quiet", seconds=1.5)) for _ in range(3)]
+        assert [fence.status for fence in fences] == ["DONE"] * 3
+        os.kill(record.pid, signal.SIGCONT)
+        app.open_gate(record)
+        assert app.service.result(app.wait(record.id).id) == "got on"
 
 
 def test_nobody_stalls_while_no_supervisor_can_hear_it(tmp_path):

@@ -81,7 +81,9 @@ class Stalls(Task):
         ready()
         while not pathlib.Path(f"gate-{self.id}").exists():
             self.progress(1)
-            time.sleep(0.8)
+            busy = time.process_time()
+            while time.process_time() < busy + 0.3:  # this clock stands still with the process, unlike that of a sleep
+                pass
         return "got on"
 """
 
