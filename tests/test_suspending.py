@@ -84,6 +84,7 @@ class Stalls(Task):
             busy = time.process_time()
             while time.process_time() < busy + 0.3:  # this clock stands still with the process, unlike that of a sleep
                 pass
+        self.progress(2)  # raises if it was asked to end
         return "got on"
 """
 
