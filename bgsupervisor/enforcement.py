@@ -254,9 +254,8 @@ class Enforcement:
                 ward.forget_question()
                 rest = "\n... the rest is left out\n" if len(text) > STACK_KEPT_CHARS else ""
                 ward.stack = ward.note.stack = text[:STACK_KEPT_CHARS] + rest or None
-        if ward.stack is not None and ward.end is not None and ward.end.reason is not None:
+        if ward.stack is not None and ward.end is not None and ward.end.reason is not None and ward.end.stack is None:
             ward.end = msgspec.structs.replace(ward.end, stack=ward.stack)  # its note may not have been written yet
-            ward.stack = None
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage
