@@ -399,8 +399,8 @@ def test_a_tree_that_grows_while_it_is_stopped_stands_still_and_goes_on(start):
     with handle:
         stopped = processes.signal_tree(handle, signal.SIGSTOP)
         tree = [process.pid, *processes.descendants(process.pid)]
+        still = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)  # who had ended, and cannot be reaped now
         for pid in tree:
-            still = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)  # who had ended and cannot be reaped now
             until(lambda pid=pid: psutil.Process(pid).status() in still, f"{pid} does not stand still")
         assert processes.is_stopped(process.pid)
         assert stopped > 5
