@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import time
@@ -279,6 +280,21 @@ def test_stack_of_a_suspended_task_says_how_to_let_it_go_on(app):
     assert "in at_the_gate" in app.cli("stack", str(record.id)).stdout
     app.open_gate(record)
     app.wait(record.id)
+
+
+def test_who_waits_for_a_suspended_task_is_told_that_it_is(app):
+    other = app.begun("at_the_gate")
+    waiter = app.begun("waits", id=other.id)
+    wait_until(lambda: app.service.get(waiter.id).slot is None, "it waits without a slot")
+    app.suspended(other)
+    why = app.cli("why", str(waiter.id)).stdout
+    assert re.search(
+        rf"the end of task {other.id}, which is START, running for \d+ s, suspended by jana for \d+ s", why
+    )
+    assert re.search(rf"{other.id} at_the_gate +START +suspended by jana for \d+ s", app.cli("ps", "--tree").stdout)
+    app.resumed(other)
+    app.open_gate(other)
+    assert app.service.result(app.wait(waiter.id).id) == "opened"
 
 
 # ---- who is ended meanwhile ----

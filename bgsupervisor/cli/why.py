@@ -239,4 +239,6 @@ class _Sight:
             return words
         runtime_s = self.facts.runtime_s(other)
         words += "" if other.fraction is None else f" {percent(other.fraction)}%"
-        return words + ("" if runtime_s is None else f", running for {duration(runtime_s)}")
+        words += "" if runtime_s is None else f", running for {duration(runtime_s)}"
+        suspension = self.facts.suspension(other)
+        return words + (f", {suspension}" if suspension else "")
