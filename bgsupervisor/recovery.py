@@ -133,11 +133,12 @@ class Recovery:
     def _judge_by_lease(self, record: TaskRecord) -> None:
         """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID.
 
-        The silence of one that is suspended says nothing; once somebody has resumed it, it does.
+        The silence of one that is suspended says nothing; once somebody has resumed or cancelled it, it does.
         """
         seen = record.heartbeat_at or record.started_at
         silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
-        if silent_s > self.config.lease_s and record.suspend_requested_at is None:
+        may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
+        if silent_s > self.config.lease_s and not may_be_silent:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
         elif record.slot is not None:

@@ -468,20 +468,22 @@ def test_a_suspended_task_whose_cancel_was_asked_without_a_supervisor_is_ended_b
 def test_a_task_suspended_in_another_pid_namespace_is_not_lost_for_its_silence(tmp_path):
     with living(tmp_path, heartbeat_s=0.2, lease_s=1) as app:
         supervisor = app.start()
-        record = app.suspended(app.begun("at_the_gate"))
+        records = [app.suspended(app.begun("at_the_gate")) for _ in range(2)]
         supervisor.kill()
         database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
         with contextlib.closing(database), database:
             database.execute("UPDATE bgsupervisor_task SET pid_ns = 7")
-        os.kill(record.pid, signal.SIGKILL)
+        for record in records:
+            os.kill(record.pid, signal.SIGKILL)
         wait_until(
-            lambda: (SystemClock().now() - app.service.get(record.id).heartbeat_at).total_seconds() > 2.0,
-            "it has been silent past its lease",
+            lambda: (SystemClock().now() - app.service.get(records[1].id).heartbeat_at).total_seconds() > 2.0,
+            "they have been silent past their lease",
         )
         app.start()
         fence = app.begun("at_the_gate")
         app.open_gate(fence)
         app.wait(fence.id)
-        assert app.service.get(record.id).status == "START"
-        app.service.resume(record.id)
-        assert app.wait(record.id).reason == "HOST_LOST"
+        assert [app.service.get(record.id).status for record in records] == ["START", "START"]
+        app.service.resume(records[0].id)
+        app.service.cancel(records[1].id)
+        assert [app.wait(record.id).reason for record in records] == ["HOST_LOST", "HOST_LOST"]
