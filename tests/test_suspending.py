@@ -215,7 +215,7 @@ def test_ps_why_and_show_say_that_a_task_is_suspended_and_by_whom(app):
     assert (health.returncode, "unresponsive=0;" in health.stdout) == (0, True), health.stdout
 
     app.resumed(record)
-    assert "suspended" not in app.cli("ps").stdout
+    assert "suspended by" not in app.cli("ps").stdout
     assert "suspended" not in app.cli("why", str(record.id)).stdout
     app.open_gate(record)
     app.wait(record.id)
