@@ -28,6 +28,8 @@ log = logging.getLogger("bgsupervisor")
 
 SILENT_S = 0.7
 """A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
+START_S = (0.0, 1.0, 5.0, 15.0)
+"""Pauses before a board that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
 """So long a new board may take to start on a busy machine."""
 
@@ -46,7 +48,8 @@ class Boards:
         self._who: Who | None = None
         self._handle: ProcessHandle | None = None
         self._peer: Peer | None = None
-        self._deadline = 0.0
+        self._deadline = self._start_at = 0.0
+        self._deaths = 0
         self._wanted = False
 
     @property
@@ -57,8 +60,7 @@ class Boards:
     def want(self) -> None:
         """Have a board from now on: a task waits."""
         self._wanted = True
-        if self._who is None:
-            self._start()
+        self.check()
 
     def ring(self, keys: Sequence[str]) -> None:
         """Ring bells; whoever waits looks at the rows."""
@@ -86,6 +88,7 @@ class Boards:
             self._who = hello.who
             self._ears.watch_process(hello.who, self._handle)
         self._peer = peer
+        self._deaths = 0
         self._wanted = True
         self.take_beat()
         self.ring([EVERYBODY])
@@ -106,15 +109,19 @@ class Boards:
             self._handle.close()
         self._process = self._who = self._handle = self._peer = None
         log.warning("the board died; waiters look by themselves until the next one is there")
-        if self._wanted:
-            self._start()
+        self._put_off_start()
+        self.check()
 
     def due_at(self) -> float | None:
         """Return when `check` has something to do, monotonic."""
-        return None if self._who is None else self._deadline
+        if self._who is None:
+            return self._start_at if self._wanted else None
+        return self._deadline
 
     def check(self) -> None:
-        """Kill a board that does not beat."""
+        """Start a board if one is wanted, kill one that does not beat."""
+        if self._who is None and self._wanted and self._clock.monotonic() >= self._start_at:
+            self._start()
         if self._who is None or self._handle is None or self._clock.monotonic() < self._deadline:
             return
         log.warning("the board, PID %d, does not answer; replacing it", self._who.pid)
@@ -127,14 +134,25 @@ class Boards:
             self._ears.send(self._peer, wire.Leave())
 
     def _start(self) -> None:
-        self._process = multiprocessing.get_context("spawn").Process(
+        process = multiprocessing.get_context("spawn").Process(
             target=board.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
         )
-        self._process.start()
-        pid = self._process.pid or 0
+        try:
+            process.start()
+        except OSError as error:  # no processes or no memory left; waiters look by themselves meanwhile
+            log.error("cannot start a board: %s", error)  # noqa: TRY400 - the sentence says it
+            self._deaths = len(START_S)
+            self._put_off_start()
+            return
+        self._process = process
+        pid = process.pid or 0
         processes.restore_descriptor_limit(pid)
         self._who = Who(pid, processes.start_ticks(pid) or -1)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
         _, self._handle = processes.look(self._identity_of(self._who))
         if self._handle is not None:
             self._ears.watch_process(self._who, self._handle)
+
+    def _put_off_start(self) -> None:
+        self._start_at = self._clock.monotonic() + START_S[min(self._deaths, len(START_S) - 1)]
+        self._deaths += 1

@@ -122,6 +122,7 @@ class Supervisor:
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
+        self._row_at = clock.monotonic() + BEAT_EVERY_S
         self._data_version = -1
         self._touched_looks_at: list[float] = []
         self._last_complaint = ""
@@ -566,7 +567,7 @@ class Supervisor:
     def _is_worth_a_row(self) -> bool:
         """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
         known = self._nurseries.ours() is not None or self._catalogue is not None
-        return known or (self._clock.now() - self._started_at).total_seconds() > BEAT_EVERY_S
+        return known or self._clock.monotonic() >= self._row_at
 
     def _own_record(self) -> SupervisorRecord:
         home = self._nurseries.ours()
@@ -647,7 +648,7 @@ class Supervisor:
     def _check_files(self) -> None:
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
-        elif self._store.inode() != self._database_inode:
+        elif self._store.inode() not in (None, self._database_inode):
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"

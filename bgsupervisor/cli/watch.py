@@ -11,7 +11,7 @@ from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.service import SUPERVISOR_SILENT_S
-from bgsupervisor.statedir import StateDir, StopMark
+from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -36,6 +36,7 @@ class Watch:
         failures: Module and last line of the error, for each that failed to load.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
+        mute: Those alive that have not written for long, though their loop turns: the database is away.
     """
 
     alive: Sequence[SupervisorRecord] = ()
@@ -44,6 +45,7 @@ class Watch:
     failures: Sequence[tuple[str, str]] = field(default=())
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
+    mute: Sequence[SupervisorRecord] = ()
 
     def lacks(self, name: str) -> bool:
         """Tell whether living supervisors are known to have no code for a task's name."""
@@ -54,7 +56,15 @@ class Watch:
         found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
         if not self.alive:
             found.insert(0, self.absence(now=now))
-        return found
+        return [*self.silence(now=now), *found]
+
+    def silence(self, *, now: datetime) -> list[str]:
+        """Return a sentence for each that lives and cannot write."""
+        return [
+            f"the supervisor, PID {one.pid}, lives but could not write to the database since "
+            f"{local(one.heartbeat_at, now=now)}; logs/supervisor.log says why, and bodies go on"
+            for one in self.mute
+        ]
 
     def absence(self, *, now: datetime) -> str:
         """Return the sentence that says that no supervisor is alive."""
@@ -67,7 +77,9 @@ class Watch:
 def watch(service: Service, *, now: datetime) -> Watch:
     """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
     supervisors = service.ledger.supervisors()
-    alive = [one for one in supervisors if _lives(one, now=now)]
+    state_dir = StateDir(service.config.state_dir)
+    turns = _turns(state_dir)
+    alive = [one for one in supervisors if _lives(one, now=now, turns=turns)]
     catalogues = [_names(one, now=now) for one in alive]
     known = [names for names in catalogues if names is not None]
     return Watch(
@@ -76,17 +88,32 @@ def watch(service: Service, *, now: datetime) -> Watch:
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
         failures=[failure for one in alive for failure in _failures(one)],
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
-        stopped=StopMark.read(StateDir(service.config.state_dir).stop_mark),
+        stopped=StopMark.read(state_dir.stop_mark),
+        mute=[one for one in alive if _is_silent(one, now=now)],
     )
 
 
-def _lives(one: SupervisorRecord, *, now: datetime) -> bool:
-    if one.left_at is not None or now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S):
+def _turns(state_dir: StateDir) -> bool:
+    """Whether the loop of whoever holds the lock was seen to turn of late, database or not."""
+    try:
+        age_s = Lock(state_dir.lock).age_s()
+    except OSError:  # this user may not look into the state directory
+        return False
+    return age_s is not None and age_s <= STUCK_S
+
+
+def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:
+    return now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S)
+
+
+def _lives(one: SupervisorRecord, *, now: datetime, turns: bool) -> bool:
+    if one.left_at is not None or (_is_silent(one, now=now) and not turns):
         return False
     found, handle = processes.look(ProcessIdentity(one.host, one.boot_id, one.pid_ns, one.pid, one.start_ticks))
     if handle is not None:
         handle.close()
-    return found is not Verdict.DEAD
+    # A row of another PID namespace cannot be compared with the lock, so its silence counts.
+    return found is Verdict.ALIVE or (found is Verdict.UNKNOWN and not _is_silent(one, now=now))
 
 
 def _names(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:
