@@ -489,8 +489,8 @@ class Store:
         before = getattr(self.database, "timeout", 0.0)
         self.set_busy_timeout(wait_s)
         try:
-            with self.writing():
-                pass
+            with self.writing():  # on files that it may not write, SQLite only finds out with a statement that writes
+                self.tables.Supervisor.delete().where(peewee.SQL("0")).execute()
         except (AccessError, DatabaseError) as error:
             return str(error)
         finally:

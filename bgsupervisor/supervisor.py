@@ -65,6 +65,8 @@ NOTES_EVERY_S = 0.25
 """Progress and heartbeats reach the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
+COMPLAIN_EVERY_S = 60.0
+"""What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -126,6 +128,7 @@ class Supervisor:
         self._data_version = -1
         self._touched_looks_at: list[float] = []
         self._last_complaint = ""
+        self._complain_at = 0.0
         self._look, self._backlog = True, False
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
@@ -243,6 +246,8 @@ class Supervisor:
         attempt = Attempt(message.id, message.attempt)
         if attempt in (ward.attempt, ward.says):
             ward.end = message.end
+            if attempt != ward.attempt:
+                self._recover_at = 0.0  # only the rows can tell what it is to us
         elif ward.peer is not None:
             self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait
 
@@ -458,7 +463,9 @@ class Supervisor:
             self._put_off(error, now)
             return
         self._put_offs = 0
-        self._last_complaint = ""
+        if self._last_complaint:
+            self._last_complaint = ""
+            log.info("the database can be written again")
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
@@ -560,8 +567,9 @@ class Supervisor:
         self._enforcement.carry_out_unrecorded()
 
     def _complain(self, error: BgSupervisorError) -> None:
-        if str(error) != self._last_complaint:
-            self._last_complaint = str(error)
+        now = self._clock.monotonic()
+        if str(error) != self._last_complaint or now >= self._complain_at:
+            self._last_complaint, self._complain_at = str(error), now + COMPLAIN_EVERY_S
             log.error("%s; bodies go on, trying again", error)
 
     def _is_worth_a_row(self) -> bool:
