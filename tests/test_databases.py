@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -335,6 +336,30 @@ def test_a_child_that_dies_while_the_database_is_locked_gets_its_true_reason_aft
     assert (record.reason, record.signal) == (Reason.SIGNALLED, 9)
 
 
+def test_a_supervisor_that_starts_while_the_database_is_locked_adopts_and_records_afterwards(make_app):
+    app = make_app(APP, spares=0)
+    first = app.start()
+    killed, ends, lives = [
+        app.started(app.service.request("appx:until", {"name": name})) for name in ("never", "end", "last")
+    ]
+    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
+    with contextlib.closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        first.kill()
+        os.kill(killed.pid, 9)
+        (app.folder / "end").touch()
+        second = app.start(wait=False)
+        wait_until(lambda: "is locked by another writer" in second.log, "the supervisor has met the lock")
+        wait_until(lambda: f"is run by PID {lives.pid}; looking after it" in second.log, "it has adopted what runs")
+        assert {record.status for record in app.service.list()} == {Status.START}
+        other.execute("COMMIT")
+    assert (app.wait(killed.id).reason, app.wait(killed.id).signal) == (Reason.SIGNALLED, 9)
+    assert app.wait(ends.id).status is Status.DONE
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+    assert app.service.get(lives.id).status is Status.START
+    assert second.process.poll() is None
+
+
 # ---- away for long ----
 
 
@@ -388,18 +413,25 @@ class Outage:
         wait_until(lambda: told in self.log, f"its log says {told!r}")
         wait_until(lambda: not self.limited.is_running(), "the time limit is kept though nobody can record it")
         ticks = (app.folder / "ticks").stat().st_size
-        wait_until(lambda: time.monotonic() - self.began_at >= at_least_s, "some time passes", limit_s=2 * at_least_s)
+        words = []
+
+        def time_has_passed():
+            words.extend(said_to(self.manager))  # its queue is short
+            return time.monotonic() - self.began_at >= at_least_s
+
+        wait_until(time_has_passed, "some time passes", limit_s=2 * at_least_s)
         wait_until(lambda: (app.folder / "ticks").stat().st_size > ticks, "the body goes on")
         assert psutil.pid_exists(self.running["ends"].pid), "its process keeps the end"
-        assert sum("WATCHDOG=1" in said for said in said_to(self.manager)) >= at_least_s / 3
+        assert sum("WATCHDOG=1" in word for word in words) >= at_least_s / 3
 
     def assert_healed(self):
         """See that all is recorded as it was, by the same supervisor, and that new tasks run."""
-        app = self.app
+        app, began = self.app, time.monotonic()
         records = {what: app.wait(handle) for what, handle in self.handles.items() if what != "ticks"}
         assert (records["ends"].status, app.service.result(records["ends"].id)) == (Status.DONE, "r" * 100_000)
         assert (records["killed"].reason, records["killed"].signal) == (Reason.SIGNALLED, signal.SIGKILL)
         assert records["limited"].reason is Reason.TIMED_OUT
+        assert time.monotonic() - began < 5.0
         assert app.wait(app.service.request("appx:quick")).status is Status.DONE
         assert app.service.get(self.handles["ticks"]).status is Status.START
         (app.folder / "last").touch()
@@ -420,19 +452,20 @@ class Outage:
             assert told in done.stderr
             assert done.stderr.startswith("bgsupervisor: ")
             assert "Traceback" not in done.stderr
-        assert told in (self.app.cli("health").stdout)
-        assert app.cli("health").returncode == 2
-        assert "bgsupervisor_database_writable" in app.cli("health", "--prometheus").stdout
+        done = app.cli("health")
+        assert done.returncode == 2
+        assert told in done.stdout
+        assert re.search(r"^bgsupervisor_database_writable\{.*\} 0$", app.cli("health", "--prometheus").stdout, re.M)
 
 
-@pytest.mark.parametrize("lock_s", [7.0, pytest.param(61.0, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
+@pytest.mark.parametrize("lock_s", [6.0, pytest.param(61.0, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
 def test_a_lock_that_is_held_for_long_delays_ends_and_loses_none(make_app, manager, lock_s):
-    app = make_app(APP, busy_timeout_s=1.0, grace_s=0.3)
+    app = make_app(APP, busy_timeout_s=0.5, grace_s=0.3)
     outage = Outage(app, manager)
     other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
     with contextlib.closing(other):
         other.execute("BEGIN IMMEDIATE")
-        outage.assert_refused("is locked by another writer for longer than 1 s; try again")
+        outage.assert_refused("is locked by another writer for longer than 0.5 s; try again")
         outage.live_through_it(lock_s, "is locked by another writer")
         shown = app.cli("ps")
         assert "is locked by another writer for longer than 1 s" in shown.stderr
@@ -451,7 +484,7 @@ def test_a_disk_that_is_full_under_database_and_state_directory_delays_ends_and_
         APP,
         database=f"sqlite:///{small_disk}/tasks.db",
         state_dir=f"{small_disk}/state",
-        busy_timeout_s=1.0,
+        busy_timeout_s=0.5,
         grace_s=0.3,
         spares=0,
     )
@@ -488,7 +521,7 @@ def lockable_disk(tmp_path):
 
 def test_a_database_that_becomes_read_only_delays_ends_and_loses_none(make_app, lockable_disk, manager):
     path = lockable_disk / "tasks.db"
-    app = make_app(APP, database=f"sqlite:///{path}", state_dir="state", busy_timeout_s=1.0, grace_s=0.3)
+    app = make_app(APP, database=f"sqlite:///{path}", state_dir="state", busy_timeout_s=0.5, grace_s=0.3)
     app.state_dir = app.folder / "state"
     outage = Outage(app, manager)
     files = [path, f"{path}-wal"]

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising nee
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and mount")
 
 TASKS = """
-    import os, pathlib, time
+    import ctypes, itertools, os, pathlib, signal, time
     from bgsupervisor import Task, task
 
     @task
@@ -49,6 +49,22 @@ TASKS = """
         while not pathlib.Path(name).exists():
             time.sleep(0.01)
         return "its end"
+
+    @task
+    def ignores_sigterm() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+    @task
+    def holds_the_gil(seconds: int) -> int:
+        pathlib.Path("holds").touch()
+        return ctypes.PyDLL(None).sleep(seconds)
+
+    class HoldsTheGil(Task):
+        timeout_s = 0.5
+
+        def run(self) -> None:
+            sum(itertools.repeat(1, 10**15))
 
     class HasALimit(Task):
         timeout_s = 1.5
@@ -122,6 +138,79 @@ def test_a_nursery_that_stands_still_is_replaced_within_a_minute(make_app):
     (app.folder / "end").touch()
     assert app.wait(lives.id).status is Status.DONE
     wait_until(lambda: not nursery.is_running(), "the old nursery has left")
+
+
+# ---- bodies that cannot move ----
+
+
+@pytest.fixture
+def freezer():
+    """A cgroup whose processes can be frozen, so that nothing reaches them, as in uninterruptible disk sleep."""
+    folder = Path(f"/sys/fs/cgroup/freezer/bgsupervisor-faults-{os.getpid()}")
+    try:
+        folder.mkdir()
+        (folder / "freezer.state").write_text("THAWED")
+    except OSError as error:
+        pytest.skip(f"no freezer that SIGKILL does not pass: {error}")
+    yield folder
+    (folder / "freezer.state").write_text("THAWED")
+
+    def removed():
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        return not folder.is_dir()
+
+    wait_until(removed, "the cgroup is empty and can be removed")
+
+
+def test_a_body_that_not_even_sigkill_reaches_keeps_its_slot_until_it_is_dead(make_app, freezer):
+    app = make_app(TASKS, slots=2, grace_s=0.2, heartbeat_s=0.5)
+    supervisor = app.start()
+    [frozen] = running(app, "never")
+    (freezer / "cgroup.procs").write_text(str(frozen.pid))
+    (freezer / "freezer.state").write_text("FROZEN")
+    wait_until(lambda: psutil.Process(frozen.pid).status() == psutil.STATUS_DISK_SLEEP, "it is frozen")
+    app.service.cancel(frozen.id, by="jana")
+    wait_until(lambda: f"sending SIGKILL to PID {frozen.pid} " in supervisor.log, "the last step is done")
+    handles = [app.service.request("appx:quick") for _ in range(5)]
+    assert {app.wait(handle).status for handle in handles} == {Status.DONE}
+    record = app.service.get(frozen.id)
+    assert (record.status, record.slot, record.ending) == (Status.START, frozen.slot, Reason.CANCELLED)
+    assert "SIGKILL" in app.cli("show", str(frozen.id)).stdout
+    (freezer / "freezer.state").write_text("THAWED")
+    record = app.wait(frozen.id)
+    assert (record.reason, record.signal) == (Reason.CANCELLED, signal.SIGKILL)
+    assert record.detail == "cancelled by jana; SIGKILL was sent"
+
+
+def test_a_body_that_lets_nobody_else_run_is_unresponsive_and_not_dead(make_app):
+    app = make_app(TASKS, heartbeat_s=0.3, grace_s=0.3)
+    app.start()
+    handle = app.service.request("appx:holds_the_gil", {"seconds": 4})
+    limited = app.service.request("appx:HoldsTheGil")
+    wait_until((app.folder / "holds").exists, "its body has begun")
+    wait_until(lambda: "unresponsive" in app.cli("ps").stdout, "it is called unresponsive")
+    assert app.service.status(handle) is Status.START
+    record = app.wait(limited)
+    assert (record.reason, record.signal) == (Reason.TIMED_OUT, signal.SIGKILL)
+    assert app.wait(handle).status is Status.DONE
+
+
+def test_a_kill_for_which_the_tree_cannot_be_seen_reaches_the_body_all_the_same(make_app):
+    app = make_app(TASKS, grace_s=0.2)
+    (app.folder / "sitecustomize.py").write_text(
+        "from bgsupervisor import processes\n"
+        "def signal_tree(handle, number):\n"
+        "    raise OSError(24, 'Too many open files')\n"
+        "processes.signal_tree = signal_tree\n"
+    )
+    source = str(Path(bgsupervisor.__file__).parents[1])
+    supervisor = app.start(environment={"PYTHONPATH": f"{app.folder}{os.pathsep}{source}"})
+    record = app.started(app.service.request("appx:ignores_sigterm"))
+    app.service.cancel(record.id, by="jana")
+    record = app.wait(record.id)
+    assert (record.reason, record.signal) == (Reason.CANCELLED, signal.SIGKILL)
+    assert "cannot be seen: [Errno 24] Too many open files; killing it alone" in supervisor.log
 
 
 # ---- the clock is set; the machine was suspended ----
