@@ -455,7 +455,8 @@ class Outage:
         done = app.cli("health")
         assert done.returncode == 2
         assert told in done.stdout
-        assert re.search(r"^bgsupervisor_database_writable\{.*\} 0$", app.cli("health", "--prometheus").stdout, re.M)
+        metrics = app.cli("health", "--prometheus").stdout
+        assert re.search(r"^bgsupervisor_database_writable\{.*\} 0$", metrics, re.MULTILINE)
 
 
 @pytest.mark.parametrize("lock_s", [6.0, pytest.param(61.0, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
