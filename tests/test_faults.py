@@ -17,6 +17,7 @@ import tempfile
 import textwrap
 import time
 from datetime import timedelta
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import psutil
@@ -26,11 +27,14 @@ from users import DEPLOY, their_python  # noqa: F401 - a fixture
 
 import bgsupervisor
 from bgsupervisor import processes
+from bgsupervisor.boards import Boards
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.nurseries import FORK_S
 from bgsupervisor.processes import Verdict
+from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
+from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Reason, Status
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
@@ -138,6 +142,55 @@ def test_a_nursery_that_stands_still_is_replaced_within_a_minute(make_app):
     (app.folder / "end").touch()
     assert app.wait(lives.id).status is Status.DONE
     wait_until(lambda: not nursery.is_running(), "the old nursery has left")
+
+
+# ---- no room for a board ----
+
+
+def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path, monkeypatch, caplog):
+    folder = StateDir(tmp_path / "state")
+    folder.create()
+    clock = SetClock()
+    ears = Reception(folder, clock)
+    own = processes.own_identity("here")
+    boards = Boards(folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
+    tries = []
+
+    def start(self):
+        tries.append(clock.monotonic())
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    assert boards.due_at() is None
+    for _ in range(3):
+        boards.want()
+    assert len(tries) == 1
+    assert "cannot start a board: [Errno 11] Resource temporarily unavailable" in caplog.text
+    assert boards.due_at() > clock.monotonic() + 10
+    clock.mono_s = 20.0
+    boards.check()
+    boards.check()
+    assert len(tries) == 2
+    ears.close()
+
+
+def test_boards_that_die_at_once_are_started_ever_more_seldom(tmp_path):
+    folder = StateDir(tmp_path / "state")
+    folder.create()
+    (folder.path / "authkey").mkdir()  # no board can live with it
+    clock = SetClock()
+    ears = Reception(folder, clock)
+    own = processes.own_identity("here")
+    boards = Boards(folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
+    began, deaths = time.monotonic(), 0
+    boards.want()
+    while time.monotonic() - began < 3.0:
+        for who in ears.hear(ears.rest(0.1)).deaths:
+            boards.died(who)
+            deaths += 1
+        boards.check()
+    ears.close()
+    assert 1 <= deaths <= 3
 
 
 # ---- bodies that cannot move ----

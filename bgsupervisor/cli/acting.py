@@ -47,7 +47,8 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
     now = SystemClock().now()
     seen = watch(service, now=now)
     if asked and not seen.alive:
-        warn(f"{seen.absence(now=now)}, which then asks for the end of what runs")
+        later = "" if seen.unheard is not None else ", which then asks for the end of what runs"
+        warn(f"{seen.absence(now=now)}{later}")
     raise click.exceptions.Exit(not done)
 
 

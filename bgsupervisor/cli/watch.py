@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "last_line", "watch"]
 
+TOUCHED_S = 5.0
+"""A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
 LOADING_S = 60.0
 """A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
 
@@ -37,6 +40,7 @@ class Watch:
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
         mute: Those alive that have not written for long, though their loop turns: the database is away.
+        unheard: The PID of one that holds the lock and that no row tells of.
     """
 
     alive: Sequence[SupervisorRecord] = ()
@@ -46,6 +50,7 @@ class Watch:
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
     mute: Sequence[SupervisorRecord] = ()
+    unheard: int | None = None
 
     def lacks(self, name: str) -> bool:
         """Tell whether living supervisors are known to have no code for a task's name."""
@@ -70,6 +75,9 @@ class Watch:
         """Return the sentence that says that no supervisor is alive."""
         if self.stopped is not None:
             return f"stopped by {self.stopped.by} at {self.stopped.at}; `bgsupervisor start` lifts that"
+        if self.unheard is not None:
+            loads = "it loads the application, or the database is away: logs/supervisor.log says which"
+            return f"a supervisor, PID {self.unheard}, is there and has written nothing yet; {loads}"
         since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
         return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
 
@@ -78,8 +86,9 @@ def watch(service: Service, *, now: datetime) -> Watch:
     """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
     supervisors = service.ledger.supervisors()
     state_dir = StateDir(service.config.state_dir)
-    turns = _turns(state_dir)
-    alive = [one for one in supervisors if _lives(one, now=now, turns=turns)]
+    lock = Lock(state_dir.lock)
+    age_s = _age_s(lock)
+    alive = [one for one in supervisors if _lives(one, now=now, turns=age_s <= STUCK_S)]
     catalogues = [_names(one, now=now) for one in alive]
     known = [names for names in catalogues if names is not None]
     return Watch(
@@ -90,16 +99,24 @@ def watch(service: Service, *, now: datetime) -> Watch:
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
         stopped=StopMark.read(state_dir.stop_mark),
         mute=[one for one in alive if _is_silent(one, now=now)],
+        unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
     )
 
 
-def _turns(state_dir: StateDir) -> bool:
-    """Whether the loop of whoever holds the lock was seen to turn of late, database or not."""
+def _age_s(lock: Lock) -> float:
+    """Return how long ago the loop of a supervisor was seen to turn, database or not; infinite if nobody can tell."""
     try:
-        age_s = Lock(state_dir.lock).age_s()
+        age_s = lock.age_s()
     except OSError:  # this user may not look into the state directory
+        return math.inf
+    return math.inf if age_s is None else age_s
+
+
+def _is_there(pid: int | None) -> bool:
+    try:
+        return pid is not None and processes.start_ticks(pid) is not None
+    except OSError:
         return False
-    return age_s is not None and age_s <= STUCK_S
 
 
 def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:
