@@ -490,7 +490,7 @@ class Store:
         self.set_busy_timeout(wait_s)
         try:
             with self.writing():  # on files that it may not write, SQLite only finds out with a statement that writes
-                self.tables.Supervisor.delete().where(peewee.SQL("0")).execute()
+                self.database.execute_sql(f'DELETE FROM "{self.tables.prefix}supervisor" WHERE 0')  # noqa: S608 - our own prefix
         except (AccessError, DatabaseError) as error:
             return str(error)
         finally:
