@@ -1,14 +1,15 @@
 """The board: a multiprocessing.Manager with bells, so that waiters need not poll. Holds no truth.
 
 A bell has a key ("task:5", "lock:smtp") and a count of its rings. A waiter asks for the counts, looks at the rows, and
-waits until a count has grown beyond what it saw; so no ring between the look and the wait is lost. Rings come from the
-supervisor over the control socket. The board may die or hang at any time: the supervisor ends and replaces it, and
-waiters look at the rows themselves meanwhile.
+waits until a count has grown beyond what it saw; so no ring between the look and the wait is lost. Rings come as
+datagrams from children, and from the supervisor over the control socket. The board may die or hang at any time: the
+supervisor ends and replaces it, and waiters look at the rows themselves meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import StateDir, connect, open_dir
+from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, open_dir
 from bgsupervisor.waits import EVERYBODY
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
@@ -43,6 +44,11 @@ CALL_S = 0.5
 """A call that should be answered at once is given up after this long."""
 LISTEN_BACKLOG = 1024
 KEY_BYTES = 32
+BELL_MODE = 0o600
+RING_BYTES = 256 * 1024
+RINGS_PER_TURN = 1000
+LEFT_MAX = 1000
+"""So many waits that were left before they were heard of are remembered."""
 KEYS_MAX = 100_000
 """Beyond so many bells all counts are forgotten but one: every waiter then looks once for nothing."""
 
@@ -51,35 +57,67 @@ class Bells:
     """Counts of rings, and who waits for them. Every method may be called from any thread."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         self._base = 0
-        self.waiting = 0
+        self._waiting: dict[str, set[threading.Event]] = {}  # hundreds wait: only those are woken who are meant
+        self._waits: dict[str, threading.Event] = {}
+        self._left: dict[str, None] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waits)
 
     def ring(self, keys: Sequence[str]) -> None:
         """Wake whoever waits for one of *keys*."""
-        with self._condition:
-            if len(self._counts) > KEYS_MAX:
+        with self._lock:
+            forgotten = len(self._counts) > KEYS_MAX
+            if forgotten:
                 self._base += max(self._counts.values()) + 1
                 self._counts.clear()
             for key in keys:
                 self._counts[key] = self._counts.get(key, 0) + 1
-            self._condition.notify_all()
+            for key in list(self._waiting) if forgotten else keys:
+                for event in self._waiting.get(key, ()):
+                    event.set()
 
     def seen(self, keys: Sequence[str]) -> list[int]:
         """Return how often each of *keys* has been rung."""
-        with self._condition:
+        with self._lock:
             return self._now(keys)
 
-    def wait_beyond(self, keys: Sequence[str], seen: list[int], timeout_s: float) -> list[int]:
-        """Block until one of *keys* has been rung since *seen*, at most *timeout_s*; return the counts of then."""
-        with self._condition:
-            self.waiting += 1
-            try:
-                self._condition.wait_for(lambda: self._now(keys) != seen, timeout_s)
-            finally:
-                self.waiting -= 1
+    def wait_beyond(self, wait: str, keys: Sequence[str], seen: list[int], timeout_s: float) -> list[int]:
+        """Block until one of *keys* has been rung since *seen*, at most *timeout_s*; return the counts of then.
+
+        *wait* names this call, for `leave`.
+        """
+        rung = threading.Event()
+        with self._lock:
+            if wait in self._left or self._now(keys) != seen:
+                self._left.pop(wait, None)
+                return self._now(keys)
+            self._waits[wait] = rung
+            for key in keys:
+                self._waiting.setdefault(key, set()).add(rung)
+        rung.wait(timeout_s)
+        with self._lock:
+            del self._waits[wait]
+            for key in set(keys):
+                self._waiting[key].discard(rung)
+                if not self._waiting[key]:
+                    del self._waiting[key]
             return self._now(keys)
+
+    def leave(self, wait: str) -> None:
+        """Have a call of `wait_beyond` return at once; its caller has something else to do."""
+        with self._lock:
+            if wait in self._waits:
+                self._waits[wait].set()
+            else:  # it may be on its way
+                self._left[wait] = None
+                while len(self._left) > LEFT_MAX:
+                    del self._left[next(iter(self._left))]
 
     def _now(self, keys: Sequence[str]) -> list[int]:
         return [self._base + self._counts.get(key, 0) for key in keys]
@@ -177,16 +215,17 @@ class _Caretaker:
         self._channel: Channel | None = None
         self._redial = Redial(self._clock)
         self._used_at = self._clock.monotonic()
+        self._beat_at = -BEAT_S
+        dir_fd = open_dir(folder)
+        self._rings = bind(dir_fd, BELL_SOCKET, socket.SOCK_DGRAM, BELL_MODE)
+        os.close(dir_fd)
 
     def run(self) -> None:
         """Serve until the board leaves."""
         while True:
             if self._channel is None:
                 self._dial()
-            if self._channel is None:
-                self._clock.sleep(min(self._redial.wait_s() or REDIAL_S, REDIAL_S))
-            else:
-                self._serve(self._channel)
+            self._serve(self._channel)
             if self._channel is not None or _bells.waiting:
                 self._used_at = self._clock.monotonic()
             elif self._clock.monotonic() - self._used_at > LONELY_S:
@@ -202,18 +241,39 @@ class _Caretaker:
             who = Who(pid, processes.start_ticks(pid) or 0)
             self._channel.send(wire.BoardHello(version=wire.PROTOCOL_VERSION, who=who))
 
-    def _serve(self, channel: Channel) -> None:
+    def _serve(self, channel: Channel | None) -> None:
         poll = select.poll()
-        poll.register(channel, select.POLLIN)
-        poll.poll(BEAT_S * 1000)
+        poll.register(self._rings, select.POLLIN)
+        if channel is not None:
+            poll.register(channel, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll((REDIAL_S if channel is None else BEAT_S) * 1000)}
+        if self._rings.fileno() in ready:
+            self._take_rings()
+        if channel is not None:
+            self._exchange(channel, heard=channel.fileno() in ready)
+
+    def _take_rings(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(RINGS_PER_TURN):
+                datagram = self._rings.recv(RING_BYTES)
+                with contextlib.suppress(ValueError, TypeError):  # whoever sent that is no child of ours
+                    said = json.loads(datagram)
+                    if isinstance(said, str):
+                        _bells.leave(said)
+                    else:
+                        _bells.ring([str(key) for key in said])
+
+    def _exchange(self, channel: Channel, *, heard: bool) -> None:
         with contextlib.suppress(WireError):
-            for message in channel.receive():
+            for message in channel.receive() if heard else []:
                 self._redial.heard()
                 if isinstance(message, wire.Ring):
                     _bells.ring(message.keys)
                 elif isinstance(message, wire.Leave):
                     os._exit(0)
-        if not channel.unsent_bytes:
+        now = self._clock.monotonic()
+        if now - self._beat_at >= BEAT_S and not channel.unsent_bytes:
+            self._beat_at = now
             channel.send(wire.BoardBeat())
         if channel.closed:
             channel.close()

@@ -28,7 +28,9 @@ log = logging.getLogger("bgsupervisor")
 
 SILENT_S = 0.7
 """A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
-START_S = (0.0, 1.0, 5.0, 15.0)
+RETRY_S = 1.0
+"""A board that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
+RESTART_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before a board that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
 """So long a new board may take to start on a busy machine."""
@@ -48,7 +50,7 @@ class Boards:
         self._who: Who | None = None
         self._handle: ProcessHandle | None = None
         self._peer: Peer | None = None
-        self._deadline = self._start_at = 0.0
+        self._deadline = 0.0
         self._deaths = 0
         self._wanted = False
 
@@ -59,8 +61,14 @@ class Boards:
 
     def want(self) -> None:
         """Have a board from now on: a task waits."""
-        self._wanted = True
-        self.check()
+        if self._who is None and not self._wanted:
+            self._wanted = True
+            self._start()
+
+    def expect(self) -> None:
+        """Have a board before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
+        if not self._wanted:
+            self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
 
     def ring(self, keys: Sequence[str]) -> None:
         """Ring bells; whoever waits looks at the rows."""
@@ -109,20 +117,23 @@ class Boards:
             self._handle.close()
         self._process = self._who = self._handle = self._peer = None
         log.warning("the board died; waiters look by themselves until the next one is there")
-        self._put_off_start()
+        self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
+        self._deaths += 1
         self.check()
 
     def due_at(self) -> float | None:
         """Return when `check` has something to do, monotonic."""
-        if self._who is None:
-            return self._start_at if self._wanted else None
-        return self._deadline
+        return self._deadline if self._wanted else None
 
     def check(self) -> None:
-        """Start a board if one is wanted, kill one that does not beat."""
-        if self._who is None and self._wanted and self._clock.monotonic() >= self._start_at:
+        """Kill a board that does not beat; start one that is missing."""
+        if not self._wanted or self._clock.monotonic() < self._deadline:
+            return
+        if self._who is None:
             self._start()
-        if self._who is None or self._handle is None or self._clock.monotonic() < self._deadline:
+            return
+        if self._handle is None:
+            self._deadline = self._clock.monotonic() + FIRST_HELLO_S
             return
         log.warning("the board, PID %d, does not answer; replacing it", self._who.pid)
         self._handle.send_signal(signal.SIGKILL)
@@ -134,25 +145,19 @@ class Boards:
             self._ears.send(self._peer, wire.Leave())
 
     def _start(self) -> None:
-        process = multiprocessing.get_context("spawn").Process(
+        self._process = multiprocessing.get_context("spawn").Process(
             target=board.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
         )
         try:
-            process.start()
-        except OSError as error:  # no processes or no memory left; waiters look by themselves meanwhile
-            log.error("cannot start a board: %s", error)  # noqa: TRY400 - the sentence says it
-            self._deaths = len(START_S)
-            self._put_off_start()
+            self._process.start()
+        except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
+            log.error("cannot start the board: %s; trying again", error)  # noqa: TRY400 - the sentence says it
+            self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
             return
-        self._process = process
-        pid = process.pid or 0
+        pid = self._process.pid or 0
         processes.restore_descriptor_limit(pid)
         self._who = Who(pid, processes.start_ticks(pid) or -1)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
         _, self._handle = processes.look(self._identity_of(self._who))
         if self._handle is not None:
             self._ears.watch_process(self._who, self._handle)
-
-    def _put_off_start(self) -> None:
-        self._start_at = self._clock.monotonic() + START_S[min(self._deaths, len(START_S) - 1)]
-        self._deaths += 1

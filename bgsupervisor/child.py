@@ -180,8 +180,8 @@ class AttemptContext(tasks.Context):
         return_interrupted: bool = False,
     ) -> Any:  # noqa: ANN401 - whatever the other task has given
         """Wait for a part, or the end, of others; see `Context.wait_for`."""
-        several = isinstance(task, Sequence)
-        ids = [int(one) for one in task] if isinstance(task, Sequence) else [int(task)]
+        several = isinstance(task, Sequence) and not isinstance(task, str | bytes)
+        ids = tasks.checked_ids(task if isinstance(task, Sequence) and several else [task])
         values = self._coordination.wait_for(ids, part, timeout_s=timeout_s, return_interrupted=return_interrupted)
         return values if several else values[0]
 
@@ -252,7 +252,13 @@ class Child:
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
             self._open_log()
         coordination = Coordination(
-            order, self._link, self._ledger, self._config, self._clock, is_given_up=tasks.is_given_up
+            order,
+            self._link,
+            self._ledger,
+            self._config,
+            self._clock,
+            is_given_up=tasks.is_given_up,
+            waits_alone=tasks.waits_alone,
         )
         context = AttemptContext(order, self._link, coordination, self._config, self._clock)
         self._phase = "body"
@@ -389,7 +395,7 @@ class Child:
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             else:
-                self._link.say(wire.Ring(keys))
+                self._link.ring(keys)
                 return
             if self._link.acknowledged.wait(pause):
                 return
@@ -408,8 +414,10 @@ class Child:
 
     def _give_back_unbegun(self) -> None:
         if self._link.disconnected.is_set():
+            keys: list[str] = []
             with contextlib.suppress(BgSupervisorError, OSError):
-                self._ledger().unclaim_unbegun(self._identity)
+                self._ledger().unclaim_unbegun(self._identity, keys)
+            self._link.ring(keys)
 
     # Leaving
 

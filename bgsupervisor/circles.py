@@ -1,7 +1,8 @@
 """Who can never go on: the graph of who waits for whom. Pure; knows no rows and no processes.
 
-A task that waits goes on when *all* it waits for can happen. A lock's permit can come from *any* of its holders, so it
-is not enough to follow edges: a task is stuck only if no order of events would ever let it go on.
+A task that waits goes on when *all* it waits for can happen. A lock's permit can come from *any* of its holders, and
+a barrier needs several that come, so it is not enough to follow edges: a task is stuck only if no order of events
+would ever let it go on.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 __all__ = ["Need", "circle"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """One thing that a task waits for: it can come from any of *sources*.
+    """One thing that a task waits for: some of *sources* must bring it about.
 
     Attributes:
         what: For people, as 'part "loaded" of task 5'.
-        sources: The tasks that can bring it about; empty is something that comes by itself.
+        sources: The tasks that can bring it about, one as often as it can; there are at least *needed*.
+        needed: How many of them must.
     """
 
     what: str
-    sources: frozenset[int]
+    sources: Collection[int]
+    needed: int = 1
+
+    def can_come(self, stuck: Collection[int]) -> bool:
+        """Whether enough of its sources are not *stuck*."""
+        return sum(source not in stuck for source in self.sources) >= self.needed
 
 
 def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, str]] | None:
@@ -47,9 +54,9 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
     task = start
     while task not in places:
         places[task] = len(path)
-        need = next(need for need in needs[task] if need.sources and need.sources <= stuck)
+        need = next(need for need in needs[task] if not need.can_come(stuck))
         path.append((task, need.what))
-        task = min(need.sources)
+        task = min(source for source in need.sources if source in stuck)
     return path[places[task] :]
 
 
@@ -57,7 +64,7 @@ def _stuck(needs: Mapping[int, Iterable[Need]]) -> set[int]:
     """Return the tasks that can never go on: take away whoever can, until nobody else can."""
     stuck = set(needs)
     while True:
-        free = {task for task in stuck if all(not need.sources or need.sources - stuck for need in needs[task])}
+        free = {task for task in stuck if all(need.can_come(stuck) for need in needs[task])}
         if not free:
             return stuck
         stuck -= free

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
+import secrets
 import select
 import threading
 from multiprocessing import AuthenticationError
@@ -17,11 +19,21 @@ from multiprocessing import connection as connections
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bgsupervisor import payload, wire
+from bgsupervisor.barriers import PASSED, barrier_key
 from bgsupervisor.board import CALL_S, BoardManager, read_key
-from bgsupervisor.errors import BarrierBroken, Cancelled, PartNotReached, UnknownTask, WaitTimeout
+from bgsupervisor.errors import (
+    BarrierBroken,
+    Cancelled,
+    DatabaseError,
+    NotInTask,
+    PartNotReached,
+    UnknownTask,
+    WaitTimeout,
+)
 from bgsupervisor.ledger import ID_MAX
-from bgsupervisor.statedir import open_dir
-from bgsupervisor.waits import EVERYBODY, PASSED, Held, Queued, Waiting, barrier_key, lock_key, task_key
+from bgsupervisor.needs import parent_scope
+from bgsupervisor.statedir import leave_board, open_dir
+from bgsupervisor.waits import EVERYBODY, Held, Queued, Waiter, Waiting, task_key, turn_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +43,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Ledger
     from bgsupervisor.link import Link
-    from bgsupervisor.waits import Found
+    from bgsupervisor.waits import Found, Waits
     from bgsupervisor.wire import Run
 
 __all__ = ["Bell", "Coordination"]
@@ -48,18 +60,25 @@ LONG_S = 30.0
 """With both the bell wakes a waiter; this is the net below it."""
 SLOT_LOOK_S = 0.2
 """Without a supervisor a returning waiter tries so often to take a slot itself."""
-GRANT_S = 5.0
-"""A supervisor that has not answered for so long may be stopped: the waiter looks for a free slot itself."""
+GRANT_S = (1.0, 1.0, 2.0, 5.0)
+"""A supervisor that has not answered for so long may be stopped: the waiter looks for a free slot itself, and again."""
 NAME_CHARS = 200
+AWAITED_MAX = 10_000
+PARTIES_MAX = 1_000_000
+AWAY_S = 600.0
+"""For so long a body waits for a database that is locked, full or away before its call fails."""
 
 
 class Bell:
-    """A client of the board that never hangs longer than CALL_S, whatever the board does."""
+    """A client of the board that never hangs longer than CALL_S, whatever the board does. For one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._directory: int | None = None
         self._proxy: Any = None
+        self._name = secrets.token_hex(8)
+        self._calls = itertools.count()
+        self.pid = os.getpid()
 
     def seen(self, keys: Sequence[str]) -> list[int] | None:
         """Return the counts of *keys*; None if there is no board that answers."""
@@ -73,10 +92,13 @@ class Bell:
 
     def wait_beyond(self, keys: Sequence[str], seen: list[int], timeout_s: float, wake_fd: int) -> list[int] | None:
         """Wait for a ring, for *wake_fd* to become readable, or *timeout_s*; return the counts, None if unknown."""
+        wait = f"{self._name}.{next(self._calls)}"
         try:
             wire_end = self._proxy._tls.connection  # noqa: SLF001 - a proxy's own call could not be woken
-            wire_end.send((self._proxy._id, "wait_beyond", (list(keys), seen, timeout_s), {}))  # noqa: SLF001
+            wire_end.send((self._proxy._id, "wait_beyond", (wait, list(keys), seen, timeout_s), {}))  # noqa: SLF001
             ready = connections.wait([wire_end, wake_fd], timeout_s + CALL_S)
+            if wire_end not in ready and leave_board(self._folder, wait):  # else its thread there would wait on
+                ready = connections.wait([wire_end], CALL_S)
             if wire_end in ready:
                 kind, counts = wire_end.recv()
                 if kind == "#RETURN":
@@ -128,6 +150,7 @@ class Coordination:
         clock: Clock,
         *,
         is_given_up: Callable[[], bool] = lambda: False,
+        waits_alone: Callable[[], bool] = lambda: True,
     ) -> None:
         self._id, self._attempt, self._parent_id = order.id, order.attempt, order.parent_id
         self._link = link
@@ -136,9 +159,13 @@ class Coordination:
         self._config = config
         self._clock = clock
         self._is_given_up = is_given_up
-        self._bells: dict[int, Bell] = {}
+        self._waits_alone = waits_alone
+        self._numbers = itertools.count()
+        self._bell: Bell | None = None
         self._slot_turn = threading.Lock()
         self._has_slot = True
+        self._pending = 0
+        self._closed = False
 
     # What a body calls
 
@@ -146,119 +173,137 @@ class Coordination:
         """Record a part, then ring."""
         text = payload.encode_result(value, limit_bytes=self._config.data_max_bytes)
         self._check_cancel()
-        if self._ledger.waits.reach(self._id, self._attempt, _checked(part, "part"), text):
-            self._link.say_from_body(wire.Ring([task_key(self._id)]))
+        name, slots = _checked(part, "part"), self._config.slots
+        if self._patiently(lambda: self._waits.reach(self._id, self._attempt, name, text, slots=slots)):
+            self._link.ring([task_key(self._id)])
 
     def wait_for(
         self, ids: Sequence[int], part: str | None, *, timeout_s: float | None, return_interrupted: bool
     ) -> list[Any]:
         """Wait for a part, or the end, of all of *ids*; return the values in order."""
+        timeout_s = _checked_timeout(timeout_s)
         if part is not None:
             _checked(part, "part")
+        if len(ids) > AWAITED_MAX:
+            raise ValueError(f"{len(ids)} tasks are too many to wait for at once; at most {AWAITED_MAX}")
         unknown = next((id for id in ids if not 0 < id <= ID_MAX), None)
         if unknown is not None:
             raise UnknownTask(unknown)
 
         def look() -> list[Any] | None:
-            found = self._ledger.waits.find(ids, part)
+            found = self._patiently(lambda: self._waits.find(ids, part))
             return _values(ids, found, part, return_interrupted=return_interrupted)
 
         ready = look()
         if ready is not None:
             self._check_cancel()
             return ready
-        waiting = [Waiting("end" if part is None else "part", target_id=id, target=part) for id in ids]
         what = f'part "{part}"' if part is not None else "the end"
         sentence = f"{what} of task {', '.join(map(str, ids))}"
-        with self._slot_given(waiting):
-            return self._until(look, [task_key(id) for id in ids], timeout_s, sentence)
+        if timeout_s == 0:
+            raise _waited_in_vain(sentence, timeout_s)
+        waiting = [Waiting("end" if part is None else "part", target_id=id, target=part) for id in dict.fromkeys(ids)]
+        with self._slot_given(waiting) as begin_again:
+
+            def look_again() -> list[Any] | None:
+                values = look()
+                if values is None:
+                    begin_again()  # a slot came with a part, and a retry has cleared the part before we saw it
+                return values
+
+            return self._until(look_again, [task_key(id) for id in ids], timeout_s, sentence)
 
     def acquire(self, name: str, permits: int, timeout_s: float | None) -> Held:
         """Take a permit of a lock, waiting for it if all are taken."""
+        timeout_s = _checked_timeout(timeout_s)
         _checked(name, "lock")
-        queued: Queued | None = None
-
-        def take() -> Held | None:
-            nonlocal queued
-            if queued is not None and not self._ledger.waits.may_take(self._id, name, permits):
-                return None
-            with self._slot_turn:
-                found = self._ledger.waits.acquire(
-                    self._id,
-                    self._attempt,
-                    name,
-                    permits,
-                    slots=self._config.slots,
-                    max_waiting=self._config.max_waiting,
-                    waits_already=queued is not None,
-                )
-                if isinstance(found, Held):
-                    if found.slot is not None:
-                        self._note_slot(found.slot)
-                    return found
-                if queued is None:
-                    queued = found
-                    self._note_begun(slot_given=queued.slot_given)
-            return None
-
         self._check_cancel()
-        held = take()
-        if held is not None:
-            return held
+        waiter, sentence = self._new_waiter(), f'lock "{name}"'
+        limits = {"slots": self._config.slots, "max_waiting": self._config.max_waiting}
+        with self._slot_turn:
+            found = self._patiently(lambda: self._waits.acquire(waiter, name, permits, **limits, wait=timeout_s != 0))
+            if isinstance(found, Queued):
+                self._note_begun(slot_given=found.slot_given)
+        if isinstance(found, Held):
+            return found
+        if found is None:
+            raise _waited_in_vain(sentence, 0)
+
+        def look() -> Held | None:
+            return self._patiently(lambda: self._waits.held(self._id, self._attempt, name))
+
         try:
-            held = self._until(take, [lock_key(name)], timeout_s, f'lock "{name}"')
+            held = self._until(look, [turn_key(self._id)], timeout_s, sentence)
         except BaseException as error:
-            self._give_up([lock_key(name)], patiently=not isinstance(error, Cancelled))
+            self._give_up(waiter, name, want_slot=not isinstance(error, Cancelled))
             raise
         try:
-            if held.slot is None:
-                self._regain_slot()
+            self._regain_slot(waiter, held.slot)
         except BaseException:
             self.release(name)
             raise
         return held
 
     def release(self, name: str) -> None:
-        """Give a permit back, then ring."""
-        keys = self._ledger.waits.release(self._id, self._attempt, name)
-        if keys:
-            self._link.say_from_body(wire.Ring(keys))
+        """Give a permit to whoever has waited longest, then ring."""
+        slots = self._config.slots
+        keys = self._patiently(
+            lambda: self._waits.release(self._id, self._attempt, name, slots=slots), though_cancelled=True
+        )
+        self._link.ring(keys)
 
     def barrier(self, name: str, parties: int, *, scope: str | None, timeout_s: float | None) -> None:
         """Wait until *parties* have arrived."""
+        timeout_s = _checked_timeout(timeout_s)
         _checked(name, "barrier")
-        if isinstance(parties, bool) or not isinstance(parties, int) or parties < 1:
-            raise ValueError(f"parties is {parties!r}; it must be a whole number above 0")
+        if isinstance(parties, bool) or not isinstance(parties, int) or not 0 < parties <= PARTIES_MAX:
+            raise ValueError(f"parties is {parties!r}; it must be a whole number from 1 to {PARTIES_MAX}")
         if scope is None and self._parent_id is None:
             raise ValueError(f'the barrier "{name}" has no scope: no task requested this one; give scope="..."')
-        area = scope if scope is not None else f"parent {self._parent_id}"
+        area = f"scope {_checked(scope, 'scope')}" if scope is not None else parent_scope(self._parent_id or 0)
         self._check_cancel()
-        waits = self._ledger.waits
-        generation, keys = waits.arrive(self._id, self._attempt, area, name, parties)
-        if keys:
-            self._link.say_from_body(wire.Ring(keys))
-
-        def look() -> str | None:
-            return waits.barrier_outcome(self._id, area, name, generation)
-
-        try:
-            outcome = look()
-            if outcome is None:
-                with self._slot_given([Waiting("barrier", target=name)]):
-                    outcome = self._until(look, [barrier_key(area, name)], timeout_s, f'barrier "{name}"')
-        except Cancelled:
-            raise  # its row stays: with the end of this attempt it breaks the barrier for the others
-        except BaseException:
-            waits.leave_barrier(self._id, area, name, generation)
-            raise
-        waits.leave_barrier(self._id, area, name, generation)
+        barriers = self._waits.barriers
+        generation, keys = self._patiently(lambda: barriers.arrive(self._id, self._attempt, area, name, parties))
+        self._link.ring(keys)
+        place = (self._id, area, name, generation)
+        outcome = self._await_barrier(place, timeout_s)
+        self._patiently(lambda: barriers.leave(*place), though_cancelled=True)
         if outcome != PASSED:
             raise BarrierBroken(name, outcome)
 
+    def _await_barrier(self, place: tuple[int, str, str, int], timeout_s: float | None) -> str:
+        """Return what becomes of a barrier; who goes before that leaves it at once, and counts no more."""
+        _, area, name, _ = place
+        barriers = self._waits.barriers
+
+        def look() -> str | None:
+            return self._patiently(lambda: barriers.outcome(*place))
+
+        def left() -> str | None:
+            return self._patiently(lambda: barriers.leave(*place), though_cancelled=True)
+
+        outcome = look()
+        if outcome is not None:
+            return outcome
+        try:
+            with self._slot_given([Waiting("barrier", target=name)]):
+                try:
+                    return self._until(look, [barrier_key(area, name)], timeout_s, f'barrier "{name}"')
+                except WaitTimeout:
+                    if (outcome := left()) is None:
+                        raise
+                    return outcome  # it opened just now
+        except Cancelled:
+            raise  # its row stays: with the end of this attempt it breaks the barrier for the others
+        except BaseException:
+            left()
+            raise
+
     def close(self) -> None:
         """Close what was opened for waiting."""
-        for bell in self._bells.values():
-            bell.drop()
+        self._closed = True
+        if self._bell is not None:
+            self._bell.drop()
         if self._made is not None:
             with contextlib.suppress(Exception):
                 self._made.store.close()
@@ -267,115 +312,170 @@ class Coordination:
     # Within
 
     @property
-    def _ledger(self) -> Ledger:
+    def _waits(self) -> Waits:
+        if self._closed:
+            raise NotInTask("the body has ended; what is left of it can neither wait nor reach anything")
         if self._made is None:
             self._made = self._make_ledger()
-        return self._made
+        return self._made.waits
 
-    @property
-    def _has_slot(self) -> bool:
-        return not self._link.waiting
+    def _patiently(self, call: Callable[[], T], *, though_cancelled: bool = False) -> T:
+        """Do what needs the database; while that is away the body waits, at most AWAY_S."""
+        deadline = self._clock.monotonic() + AWAY_S
+        while True:
+            try:
+                return call()
+            except DatabaseError as error:
+                if self._clock.monotonic() >= deadline:
+                    raise
+                log.warning("%s; trying again", error)
+            if not though_cancelled:
+                self._check_cancel()
+            self._clock.sleep(LOOK_S)
 
-    @_has_slot.setter
-    def _has_slot(self, has: bool) -> None:
-        self._link.waiting = not has  # who waits has little to say, and beats slower
-
-    @property
-    def _bell(self) -> Bell:
-        return self._bells.setdefault(threading.get_ident(), Bell(self._config.state_dir))
+    def _new_waiter(self) -> Waiter:
+        return Waiter(self._id, self._attempt, next(self._numbers), self._waits_alone())
 
     @contextlib.contextmanager
-    def _slot_given(self, waiting: Sequence[Waiting]) -> Iterator[None]:
+    def _slot_given(self, waiting: Sequence[Waiting]) -> Iterator[Callable[[], None]]:
+        """Give the slot to others while the block waits; yields what has the wait begin again if its rows are gone."""
+        waiter, limits = self._new_waiter(), {"slots": self._config.slots, "max_waiting": self._config.max_waiting}
+
+        def begin() -> bool:
+            return self._patiently(lambda: self._waits.begin(waiter, waiting, **limits))
+
+        def begin_again() -> None:
+            if not self._patiently(lambda: self._waits.is_waiting(waiter)):
+                with self._slot_turn:
+                    begin()
+
         with self._slot_turn:
-            given = self._ledger.waits.begin(self._id, self._attempt, waiting, max_waiting=self._config.max_waiting)
-            self._note_begun(slot_given=given)
+            self._note_begun(slot_given=begin())
         try:
-            yield
+            yield begin_again
         except BaseException as error:
-            self._give_up([], patiently=not isinstance(error, Cancelled))
+            self._give_up(waiter, None, want_slot=not isinstance(error, Cancelled))
             raise
-        self._regain_slot()
+        self._regain_slot(waiter, None)
 
     def _note_begun(self, *, slot_given: bool) -> None:
+        self._pending += 1
         if slot_given:
             self._has_slot = False
-            self._link.say_from_body(wire.Waiting(self._id, self._attempt))
+            self._link.set_waiting(True)
+        self._link.say_from_body(wire.Waiting(self._id, self._attempt, not slot_given))
 
-    def _note_slot(self, slot: int) -> None:
-        if not self._has_slot:
+    def _note_slot(self, slot: int | None) -> None:
+        """Go on in a slot that was taken without the supervisor."""
+        if slot is not None and not self._has_slot:
             self._has_slot = True
+            self._link.set_waiting(False)
             self._link.say_from_body(wire.Resumed(self._id, self._attempt, slot))
 
-    def _give_up(self, keys: list[str], *, patiently: bool) -> None:
-        """Take the wait's rows away before all else: who waits in vain must not seem to wait, nor stand in a queue."""
-        with self._slot_turn:
-            slot = self._resume()
-        if keys:
-            self._link.say_from_body(wire.Ring(keys))  # whoever stood behind moves up
-        if slot is None and patiently:
-            self._regain_slot()
+    def _give_up(self, waiter: Waiter, lock: str | None, *, want_slot: bool) -> None:
+        """End a wait in vain. Its rows go before all else: who does not wait must not seem to, nor stand in a queue."""
+        slots, keys = self._config.slots, list[str]()
 
-    def _resume(self) -> int | None:
-        slot = self._ledger.waits.resume(self._id, self._attempt, slots=self._config.slots)
-        if slot is not None:
-            self._note_slot(slot)
-        return slot
+        def leave() -> int | None:
+            alone = self._pending == 1
+            slot, rung = self._waits.give_up(waiter, lock, slots=slots if alone else None)
+            keys.extend(rung)
+            return slot
+
+        with self._slot_turn:
+            self._note_slot(self._patiently(leave, though_cancelled=True))
+            self._pending -= not want_slot
+        self._link.ring(keys)
+        if want_slot:
+            self._regain_slot(waiter, None)
 
     def _until(self, look: Callable[[], T | None], keys: list[str], timeout_s: float | None, what: str) -> T:
         """Look until there is something: after each ring, and now and then without one."""
-        deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
+        lasting = threading.current_thread() is threading.main_thread()
+        bell = self._bell if lasting and self._bell is not None and self._bell.pid == os.getpid() else None
+        bell = bell or Bell(self._config.state_dir)
+        try:
+            with self._link.waking() as wake:
+                deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
+                found = self._until_rung(bell, wake, look, [*dict.fromkeys(keys), EVERYBODY], deadline)
+        finally:
+            if lasting:
+                self._bell = bell
+            else:
+                bell.drop()
+        if found is None:
+            raise _waited_in_vain(what, timeout_s)
+        return found
+
+    def _until_rung(
+        self, bell: Bell, wake: int, look: Callable[[], T | None], keys: list[str], deadline: float | None
+    ) -> T | None:
+        """Return what *look* finds in the end, None if that is not before *deadline*."""
         seen: list[int] | None = None
-        watched = [*keys, EVERYBODY]
         pauses = itertools.chain(FIRST_LOOKS_S, itertools.repeat(LOOK_S))
         while True:
+            self._link.quiet(wake)
             self._check_cancel()
             if self._is_given_up():
                 raise _GivenUp
             if seen is None:
-                seen = self._bell.seen(watched)
+                seen = bell.seen(keys)
             found = look()
             if found is not None:
                 return found
             left = LONG_S if deadline is None else deadline - self._clock.monotonic()
             if left <= 0:
-                raise WaitTimeout(f"{what} was waited for in vain for {timeout_s:g} s")
-            wake = self._link.wake_descriptor()
+                return None
             if seen is None:
                 _poll(wake, min(left, next(pauses)))
             else:
                 rung_by_nobody = self._link.disconnected.is_set()
-                limit = min(left, LOOK_S if rung_by_nobody else LONG_S)
-                seen = self._bell.wait_beyond(watched, seen, limit, wake)
-            self._link.quiet()
+                seen = bell.wait_beyond(keys, seen, min(left, LOOK_S if rung_by_nobody else LONG_S), wake)
 
-    def _regain_slot(self) -> None:
-        """Take a slot again: the next that the supervisor hands out, or a free one if it is away; end the waiting."""
+    def _regain_slot(self, waiter: Waiter, slot: int | None) -> None:
+        """End a wait, with a slot again unless the body still waits for something else.
+
+        The slot may have come with what was waited for; else it is the next that the supervisor hands out, or, if that
+        is away, a free one.
+        """
+        limits_s = itertools.chain(GRANT_S, itertools.repeat(GRANT_S[-1]))
         with self._slot_turn:
-            if self._has_slot:  # it was kept, or another wait of this body has taken it again
-                self._resume()
+            self._pending -= 1
+            if self._has_slot or self._pending:
+                self._patiently(lambda: self._waits.forget(waiter), though_cancelled=True)
+                return
+            if slot is None:
+                slot = self._patiently(lambda: self._waits.slot(self._id, self._attempt))
+            self._note_slot(slot)
+            silent = self._link.disconnected.is_set()
             while not self._has_slot:
-                granted = not self._link.disconnected.is_set() and self._is_granted()
-                if granted or (self._resume() is None and self._is_granted()):
+                if (not silent or self._resume(waiter) is None) and self._is_granted(waiter, next(limits_s)):
                     self._has_slot = True
+                    self._link.set_waiting(False)
+                silent = True
 
-    def _is_granted(self) -> bool:
-        """Ask the supervisor for a slot, and wait for it; False if the supervisor is away."""
-        self._link.want_slot(self._id, self._attempt)
+    def _resume(self, waiter: Waiter) -> int | None:
+        slot = self._patiently(lambda: self._waits.resume(waiter, slots=self._config.slots))
+        self._note_slot(slot)
+        return slot
+
+    def _is_granted(self, waiter: Waiter, limit_s: float) -> bool:
+        """Ask the supervisor for a slot, and wait for it; False if the supervisor is away, or silent for *limit_s*."""
+        self._link.want_slot(self._id, self._attempt, waiter.number)
         try:
-            return self._wait_for_grant()
+            with self._link.waking() as wake:
+                return self._wait_for_grant(wake, self._clock.monotonic() + limit_s)
         finally:
             self._link.want_no_slot()
 
-    def _wait_for_grant(self) -> bool:
-        """Wait for the supervisor's word; False if it is away or silent, and the slot must be looked for again."""
-        deadline = self._clock.monotonic() + GRANT_S
-        while self._clock.monotonic() < deadline:
+    def _wait_for_grant(self, wake: int, deadline: float) -> bool:
+        while (left_s := deadline - self._clock.monotonic()) > 0:
+            self._link.quiet(wake)
             self._check_cancel()
             if self._link.slot_granted.is_set():
                 return True
             away = self._link.disconnected.is_set()
-            _poll(self._link.wake_descriptor(), SLOT_LOOK_S if away else LOOK_S)
-            self._link.quiet()
+            _poll(wake, min(left_s, SLOT_LOOK_S if away else LOOK_S))
             if away:
                 return False
         return False
@@ -412,7 +512,22 @@ def _values(
     return None if missing else values
 
 
-def _checked(name: str, what: str) -> str:
+def _waited_in_vain(what: str, timeout_s: float | None) -> WaitTimeout:
+    return WaitTimeout(f"{what} was waited for in vain for {timeout_s:g} s")
+
+
+def _checked(name: object, what: str) -> str:
+    told = f"the name of a {what} is {str(name)[:50]!r}; it must be"
     if not isinstance(name, str) or not name or len(name) > NAME_CHARS:
-        raise ValueError(f"the name of a {what} is {name!r}; it must be a text of 1 to {NAME_CHARS} characters")
+        raise ValueError(f"{told} a text of 1 to {NAME_CHARS} characters")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{told} text that can be stored; half a surrogate pair cannot")
     return name
+
+
+def _checked_timeout(timeout_s: object) -> float | None:
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s):
+        raise ValueError(f"timeout_s is {timeout_s!r}; it must be a number of seconds, or None for no limit")
+    return None if timeout_s == math.inf else max(0.0, float(timeout_s))

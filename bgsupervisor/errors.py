@@ -249,14 +249,14 @@ class Deadlock(BgSupervisorError):
 
 
 class LockHeld(BgSupervisorError):
-    """This attempt holds the lock already; waiting for itself would never end.
+    """This attempt holds the lock already, or another of its coroutines waits for it.
 
     Attributes:
         name: The lock.
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(f'this task holds the lock "{name}" already')
+        super().__init__(f'this task holds the lock "{name}" already, or waits for it')
         self.name = name
 
 

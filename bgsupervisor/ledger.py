@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
@@ -38,6 +38,7 @@ __all__ = [
     "Note",
     "Outcome",
     "Request",
+    "Return",
     "Transition",
 ]
 
@@ -158,11 +159,30 @@ class Note:
     rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
 
+    def __bool__(self) -> bool:
+        """Whether anything is known; asked of hundreds of notes in every pass."""
+        return self != _NOTHING_NEW
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether there is something that a person may be waiting to see."""
+        return (self.progress_done, self.progress_total, self.message) != (None, None, None)
+
     def values(self) -> dict[str, Any]:
         """Return the columns to write."""
         return {
             field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
         }
+
+
+_NOTHING_NEW = Note()
+
+
+class Return(NamedTuple):
+    """A slot for an attempt that has waited; `number` is the wait after which it wants it."""
+
+    number: int
+    slot: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -173,7 +193,7 @@ class Batch:
     unclaims: set[Attempt] = dataclasses.field(default_factory=set)
     endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
     notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
-    returns: dict[Attempt, int] = dataclasses.field(default_factory=dict)
+    returns: dict[Attempt, Return] = dataclasses.field(default_factory=dict)
     claims: list[Claim] = dataclasses.field(default_factory=list)
     supervisor: SupervisorRecord | None = None
 
@@ -306,7 +326,7 @@ class Ledger:
             with self.store.writing():
                 return self._apply(batch, guard=_no_guard)
         except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
-            log.warning("a batch could not be written (%s); writing it row by row", error)
+            log.log(_level(error), "a batch could not be written (%s); writing it row by row", error)
             with self.store.writing():
                 return self._apply(batch, guard=self._guarded)
 
@@ -319,8 +339,8 @@ class Ledger:
                 outcome.endings.add(attempt)
         for attempt, note in batch.notes.items():
             guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
-        for attempt, slot in batch.returns.items():
-            if guard(lambda a=attempt, n=slot: self.waits.grant(a.id, a.attempt, n), f"the slot of task {attempt.id}"):  # type: ignore[misc]
+        for attempt, back in batch.returns.items():
+            if guard(lambda a=attempt, b=back: self.waits.grant(a.id, a.attempt, *b), f"the slot of task {attempt.id}"):  # type: ignore[misc]
                 outcome.returned.add(attempt)
         for claim in batch.claims:
             if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
@@ -339,7 +359,7 @@ class Ledger:
             else:
                 outcome.keys.append(EVERYBODY)  # whoever recorded it may not have been able to ring
         for attempt in batch.unclaims:
-            if self._unclaim(attempt):
+            if self._unclaim(attempt, outcome.keys):
                 outcome.unclaimed.add(attempt)
 
     def _guarded(self, write: Callable[[], bool], what: str) -> bool:
@@ -349,7 +369,7 @@ class Ledger:
         except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
             if is_passing(error):
                 raise
-            log.error("%s cannot be written: %s", what, error)  # noqa: TRY400 - the row is known, a traceback is noise
+            log.log(_level(error, logging.ERROR), "%s cannot be written: %s", what, error)
             return False
 
     def _claim(self, claim: Claim) -> bool:
@@ -369,12 +389,12 @@ class Ledger:
         }
         return self._move("claim", Attempt(claim.due.id, claim.due.attempt), values)
 
-    def _unclaim(self, attempt: Attempt) -> bool:
+    def _unclaim(self, attempt: Attempt, keys: list[str]) -> bool:
         record = self.get(attempt.id)
         if not self._move("unclaim", attempt, _CLEARED):
             return False
         if record is not None and record.cancel_requested_at is not None:
-            self._withdraw(attempt, by=record.cancel_requested_by, keys=[])
+            self._withdraw(attempt, by=record.cancel_requested_by, keys=keys)
         return True
 
     def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
@@ -398,8 +418,11 @@ class Ledger:
             keys += outcome.keys
         return attempt in outcome.ended
 
-    def unclaim_unbegun(self, identity: ProcessIdentity) -> int:
-        """Give back what was claimed for a child that leaves without having begun anything; return how many."""
+    def unclaim_unbegun(self, identity: ProcessIdentity, keys: list[str]) -> int:
+        """Give back what was claimed for a child that leaves without having begun anything; return how many.
+
+        The keys to ring after the commit are added to *keys*.
+        """
         with self.store.writing():
             attempts = [
                 Attempt(record.id, record.attempt)
@@ -407,7 +430,7 @@ class Ledger:
                 if (record.pid, record.start_ticks, record.boot_id)
                 == (identity.pid, identity.start_ticks, identity.boot_id)
             ]
-            return sum(self._unclaim(attempt) for attempt in attempts)
+            return sum(self._unclaim(attempt, keys) for attempt in attempts)
 
     def _end(self, attempt: Attempt, end: End, keys: list[str]) -> bool:
         now = self._clock.now()
@@ -456,6 +479,7 @@ class Ledger:
 
     def _settle_withdrawn(self, id: int, keys: list[str]) -> list[Dependent]:
         keys.append(task_key(id))
+        self.waits.barriers.miss(id, self._get(id).reason, keys)
         self.waits.forget_dependencies(id)
         return self.waits.settle(id, done=False, keys=keys)
 
@@ -717,6 +741,11 @@ class Ledger:
 
 def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded
     return write()
+
+
+def _level(error: Exception, level: int = logging.WARNING) -> int:
+    """Return how loud to tell of it: that a child has just taken the slot which was in mind for another is no news."""
+    return logging.INFO if isinstance(error, peewee.IntegrityError) else level
 
 
 def _unwritable(end: End) -> End:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import wire
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import connect
+from bgsupervisor.statedir import connect, ring_board
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Run, Who
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
@@ -72,7 +73,8 @@ class Link(threading.Thread):
         self.last_progress: wire.Progress | None = None
         self.slot_granted = threading.Event()
         self._wanted: wire.WantSlot | None = None
-        self._wake: int | None = None
+        self._wakes: set[int] = set()
+        self._stir: int | None = None
         self._redial = Redial(clock)
         self._leaving = False
         self._last_beat = 0.0
@@ -131,6 +133,11 @@ class Link(threading.Thread):
         finally:
             self.main_inside = False
 
+    def ring(self, keys: Sequence[str]) -> None:
+        """Ring bells: at the board itself; where none listens, through the supervisor. A ring may be lost."""
+        if keys and not ring_board(self._folder, keys):
+            self.say_from_body(wire.Ring(list(keys)))
+
     def drop(self) -> None:
         """Close the connection; the child is leaving."""
         with self._lock:
@@ -141,26 +148,33 @@ class Link(threading.Thread):
 
     # For waiting
 
-    def wake_descriptor(self) -> int:
-        """Return a descriptor that becomes readable when a cancel or a slot has come; `quiet` calms it."""
-        if self._wake is None or not _is_open(self._wake):
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            if self.cancel_order is not None or self.slot_granted.is_set():
-                self.rouse()
-        return self._wake
+    @contextlib.contextmanager
+    def waking(self) -> Iterator[int]:
+        """Yield a descriptor of the caller's own that is readable once there is news: a cancel, a slot, no connection.
 
-    def quiet(self) -> None:
-        """Calm the descriptor; what has come is seen in `cancel_order` and `slot_granted`."""
-        if self._wake is not None and self.cancel_order is None:  # a cancel is for every thread that waits
-            with contextlib.suppress(OSError):
-                os.eventfd_read(self._wake)
+        `quiet` calms it; the news stands in `cancel_order`, `slot_granted` and `disconnected`.
+        """
+        wake = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable at first: what has come before counts
+        self._wakes.add(wake)
+        try:
+            yield wake
+        finally:
+            self._wakes.discard(wake)
+            with contextlib.suppress(OSError):  # the body may have closed all that is open
+                os.close(wake)
 
-    def want_slot(self, id: int, attempt: int) -> None:
-        """Ask for a slot, now and of every later supervisor, until `want_no_slot`."""
+    @staticmethod
+    def quiet(wake: int) -> None:
+        """Calm a descriptor, before the look at what it tells of."""
+        with contextlib.suppress(OSError):
+            os.eventfd_read(wake)
+
+    def want_slot(self, id: int, attempt: int, number: int) -> None:
+        """Ask for a slot after a wait, now and of every later supervisor, until `want_no_slot`."""
         with self._lock:
             self.slot_granted.clear()
-            self._wanted = wire.WantSlot(id, attempt)
-        self.say_from_body(wire.WantSlot(id, attempt))
+            self._wanted = wire.WantSlot(id, attempt, number)
+        self.say_from_body(wire.WantSlot(id, attempt, number))
 
     def want_no_slot(self) -> None:
         """Ask no more."""
@@ -168,9 +182,19 @@ class Link(threading.Thread):
 
     def rouse(self) -> None:
         """Have whoever waits look again."""
-        if self._wake is not None:
+        for wake in list(self._wakes):
             with contextlib.suppress(OSError):
-                os.eventfd_write(self._wake, 1)
+                os.eventfd_write(wake, 1)
+
+    def set_waiting(self, waiting: bool) -> None:
+        """Beat slower while the body waits without a slot: hundreds may, and have little to say."""
+        with self._lock:
+            self.waiting = waiting
+            if waiting and self._stir is None:  # only now: a body that runs may close descriptors, and reuse numbers
+                self._stir = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            if self._stir is not None:
+                with contextlib.suppress(OSError):
+                    os.eventfd_write(self._stir, 1)  # the thread sleeps until its next beat, which may be sooner now
 
     # The thread
 
@@ -184,14 +208,26 @@ class Link(threading.Thread):
         channel = self._channel
         timeout_s = self._next_look_s() if channel is not None else self._redial.wait_s() or REDIAL_S
         poll = select.poll()
+        if self._stir is not None:
+            poll.register(self._stir, select.POLLIN)
         if channel is not None:
             events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
             with contextlib.suppress(OSError, ValueError):
                 poll.register(channel, events)
         poll.poll(timeout_s * 1000)
+        self._calm()
         if channel is not None:
             self._exchange(channel)
         self._look()
+
+    def _calm(self) -> None:
+        with self._lock:
+            if self._stir is not None:
+                self.quiet(self._stir)
+            if self._stir is not None and not self.waiting:
+                with contextlib.suppress(OSError):
+                    os.close(self._stir)
+                self._stir = None
 
     def _exchange(self, channel: Channel) -> None:
         with self._lock:
@@ -306,6 +342,10 @@ class Link(threading.Thread):
         if self._channel is not None:
             self._channel.forget()
             self._channel = None
+        self._wakes = set()  # the body's own; a fork that reads them would take its news
+        self._stir = None
+        self._wanted = None
+        self.disconnected.set()
         self._lock.release()
 
 
@@ -315,11 +355,3 @@ def _above_standard(sock: socket.socket) -> socket.socket:
         return sock
     with sock:
         return socket.socket(fileno=fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 3))
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True

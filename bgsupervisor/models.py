@@ -184,6 +184,8 @@ class Tables:
             id = peewee.AutoField()
             task_id = peewee.IntegerField()
             attempt = peewee.IntegerField()
+            number = peewee.IntegerField(default=0)
+            whole = peewee.BooleanField(default=True)
             kind = peewee.TextField()
             target_id = peewee.IntegerField(null=True)
             target = peewee.TextField(null=True)

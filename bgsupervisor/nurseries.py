@@ -63,6 +63,9 @@ class Home:
         return self.ordered + len(self.expected)
 
 
+_NO_OPTIONS = TaskOptions()
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class _Started:
     """A nursery process of ours; *callers* wait for what becomes of it."""
@@ -121,8 +124,11 @@ class Nurseries:
 
     def options(self, name: str) -> TaskOptions:
         """Return the options of a task's class as our nursery, or else an older one, has loaded it."""
-        homes = sorted(self._homes.values(), key=lambda home: home.hello.who != self.our_who)
-        return next((home.hello.catalogue[name] for home in homes if name in home.hello.catalogue), TaskOptions())
+        ours = None if self.our_who is None else self._homes.get(self.our_who)
+        if ours is not None and name in ours.hello.catalogue:
+            return ours.hello.catalogue[name]
+        older = (home.hello.catalogue for home in self._homes.values())
+        return next((catalogue[name] for catalogue in older if name in catalogue), _NO_OPTIONS)
 
     def failures(self) -> list[wire.LoadFailure]:
         """Return what failed to load, in our nursery and in the last that was not let in."""

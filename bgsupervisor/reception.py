@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
 from bgsupervisor.statedir import StateDir, bind, open_dir
-from bgsupervisor.wire import PROTOCOL_VERSION, BoardHello, CallerHello, Channel, ChildHello, Message, NurseryHello, Who
+from bgsupervisor.wire import (
+    PROTOCOL_VERSION,
+    Beat,
+    BoardBeat,
+    BoardHello,
+    CallerHello,
+    Channel,
+    ChildHello,
+    Message,
+    NurseryHello,
+    Who,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +75,14 @@ class Heard:
     rung: bool = False
     keys: list[str] = dataclasses.field(default_factory=list)
     database_touched: bool = False
+    someone_left: bool = False
+
+    @property
+    def matters(self) -> bool:
+        """Whether there is more than signs of life in it; a write to the database file is none until it is seen."""
+        if self.deaths or self.signals or self.rung or self.someone_left:
+            return True
+        return not all(isinstance(message, Beat | BoardBeat) for _, message in self.messages)
 
 
 class Reception:
@@ -243,6 +262,7 @@ class Reception:
             self._tell_refusal(peer.pid, str(error))
             peer.channel.closed = True
         if peer.channel.closed:
+            heard.someone_left = True
             self.let_go(peer)
         else:
             self._want(peer)

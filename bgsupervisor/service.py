@@ -190,7 +190,7 @@ class Service:
             priority=priority,
             key=key,
             unique=unique,
-            after=tuple(int(one) for one in after),
+            after=_after(after),
             after_any_end=after_any_end,
         )
         return self._record(task, [data], options)[0]
@@ -458,6 +458,12 @@ class Service:
 
     def _ring(self, keys: Sequence[str] = ()) -> None:
         send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:RING_KEYS]).encode())
+
+
+def _after(after: Sequence[Handle | int]) -> tuple[int, ...]:
+    if isinstance(after, str | bytes):
+        raise ValueError(f"after is {after!r}; it must be a list of handles or ids")  # noqa: TRY004 - as all bad arguments
+    return tuple(tasks.checked_ids(after))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

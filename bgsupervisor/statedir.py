@@ -19,7 +19,7 @@ from bgsupervisor.clock import Clock, SystemClock
 from bgsupervisor.errors import AccessError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 __all__ = ["Lock", "StateDir", "StopMark", "access_error", "bind", "connect", "open_dir", "send_datagram", "user_name"]
@@ -32,6 +32,9 @@ LOCK_TRIES = 5
 LOCK_READ_BYTES = 16384
 TAKE_OVER_LOOK_S = 0.05
 LISTEN_BACKLOG = 1024
+BELL_SOCKET = "bell.sock"
+BELLS_AT_ONCE = 50
+"""So many keys are sent in one datagram; they stay far below what a socket takes."""
 """More than all children of the largest configuration, so that none is refused when all dial at once."""
 SHORT_ADDRESS_BYTES = 100
 """Longer addresses go through the directory descriptor; systems allow 104 to 108 bytes."""
@@ -400,6 +403,17 @@ def send_datagram(path: Path, payload: bytes = b"") -> bool:
     except OSError:
         return False
     return True
+
+
+def ring_board(folder: Path, keys: Sequence[str]) -> bool:
+    """Ring bells at the board of a state directory; False where none listens. Never blocks, never raises."""
+    some = [keys[first : first + BELLS_AT_ONCE] for first in range(0, len(keys), BELLS_AT_ONCE)]
+    return all(send_datagram(folder / BELL_SOCKET, json.dumps(list(these)).encode()) for these in some)
+
+
+def leave_board(folder: Path, wait: str) -> bool:
+    """Have a wait at the board end that nobody waits for any more; as `ring_board`."""
+    return send_datagram(folder / BELL_SOCKET, json.dumps(wait).encode())
 
 
 def _address(dir_fd: int, name: str) -> str:

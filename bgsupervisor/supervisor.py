@@ -22,7 +22,7 @@ from bgsupervisor.boards import Boards
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.housekeeping import Housekeeping
-from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note
+from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note, Return
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
@@ -62,7 +62,7 @@ RECOVER_EVERY_S = 5.0
 EXAMINE_EVERY_S = 0.02
 """While it is not known how a dead child ended, it is asked again so often."""
 NOTES_EVERY_S = 0.25
-"""Progress and heartbeats reach the rows at most so often, unless something else is written anyway."""
+"""Progress reaches the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
 COMPLAIN_EVERY_S = 60.0
@@ -167,8 +167,16 @@ class Supervisor:
     # hear
 
     def _hear(self) -> Heard:
-        """Rest until something happens or is due, and take it in."""
-        heard = self._ears.hear(self._ears.rest(self._rest_s()))
+        """Rest until something happens or is due, and take it in; signs of life alone are no reason for a pass."""
+        until = self._clock.monotonic() + self._rest_s()
+        while True:
+            moment = min([until, *self._touched_looks_at[:1]])
+            heard = self._ears.hear(self._ears.rest(max(0.0, moment - self._clock.monotonic())))
+            self._take_in(heard)
+            if heard.matters or self._look or self._clock.monotonic() >= until:
+                return heard
+
+    def _take_in(self, heard: Heard) -> None:
         for peer, message in heard.messages:
             self._take(peer, message)
         for number in heard.signals:
@@ -183,7 +191,6 @@ class Supervisor:
         if self._touched_looks_at and now >= self._touched_looks_at[0]:
             del self._touched_looks_at[0]
             self._look_if_changed()
-        return heard
 
     def _take(self, peer: Peer, message: wire.Message) -> None:
         ward = self._wards.get(peer.who)
@@ -255,9 +262,10 @@ class Supervisor:
         """Note that a body waits without a slot, goes on with one, or would go on."""
         if Attempt(message.id, message.attempt) not in (ward.attempt, ward.says):
             return
-        ward.wants_slot = isinstance(message, wire.WantSlot)
+        ward.run_place = None  # it has been told: it speaks of it
+        ward.wants_slot = message.number if isinstance(message, wire.WantSlot) else None
         if isinstance(message, wire.Waiting):
-            ward.slot = None
+            ward.slot = ward.slot if message.slot_kept else None
             self._boards.want()
         elif isinstance(message, wire.Resumed):
             ward.slot = message.slot
@@ -265,6 +273,7 @@ class Supervisor:
     def _take_note(self, ward: Ward, message: wire.Beat | wire.Progress) -> None:
         if ward.attempt != Attempt(message.id, message.attempt):
             return
+        ward.run_place = None  # it has been told: it speaks of it
         ward.note.heartbeat_at = self._clock.now()
         if isinstance(message, wire.Progress):
             ward.note.progress_done = message.done
@@ -393,6 +402,8 @@ class Supervisor:
             self._recover_at = now + PUT_OFF_S[0]
         else:
             self._recover_at = now + RECOVER_EVERY_S
+            if any(ward.slot is None for ward in self._wards.running()):
+                self._boards.expect()
             self._look = True  # what could not be read when it was asked for is asked for again
 
     # enforce
@@ -444,7 +455,7 @@ class Supervisor:
 
     def _returning(self) -> list[Ward]:
         """Return the wards that have waited and want a slot again, in the order in which they began."""
-        wanting = [ward for ward in self._wards.running() if ward.wants_slot and ward.end is None]
+        wanting = [ward for ward in self._wards.running() if ward.wants_slot is not None and ward.end is None]
         return sorted(wanting, key=lambda ward: ward.started_mono)
 
     # write
@@ -482,11 +493,11 @@ class Supervisor:
             elif ward.order is not None and ward.order.unsent:
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
         for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
-            if ward.attempt is not None and ward.dead_since is None:
-                batch.returns[ward.attempt] = slot
+            if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
+                batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
-            batch.notes = {attempt: note for attempt, note in noted.items() if note.values()}
+            batch.notes = {attempt: note for attempt, note in noted.items() if note}
         if now >= self._beat_at and self._is_worth_a_row():
             batch.supervisor = self._own_record()
         return batch
@@ -509,8 +520,8 @@ class Supervisor:
             elif ward.order is not None:
                 ward.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
-        for attempt, slot in batch.returns.items():
-            self._give_slot(by_attempt[attempt], attempt, slot, granted=attempt in outcome.returned)
+        for attempt, back in batch.returns.items():
+            self._give_slot(by_attempt[attempt], attempt, back.slot, granted=attempt in outcome.returned)
         for attempt in batch.notes:
             by_attempt[attempt].note = Note()
         self._boards.ring(outcome.keys)
@@ -518,7 +529,7 @@ class Supervisor:
 
     def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
         """Let a body go on that has waited."""
-        ward.wants_slot = False
+        ward.wants_slot = None
         if granted and ward.peer is not None:
             ward.slot = slot
             self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
@@ -605,7 +616,7 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
-        moments += [self._write_due_at(), self._examine_due_at(now), *self._touched_looks_at[:1]]
+        moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
     def _nursery_due_at(self) -> float | None:
@@ -619,7 +630,7 @@ class Supervisor:
         for ward in self._wards.running():
             if ward.end is not None or ward.never_told or (ward.order is not None and ward.order.unsent):
                 return self._put_off_until
-            if ward.note.values():
+            if ward.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))
         return min(moments, default=None)
 

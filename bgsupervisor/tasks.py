@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, overload
 
 from bgsupervisor.errors import NotInTask, TaskDefinitionError
 from bgsupervisor.payload import Signature
@@ -34,6 +34,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 MAX_TIMEOUT_S = 10 * 365 * 86_400.0
+PERMITS_MAX = 10_000
 
 
 class Context:
@@ -187,8 +188,8 @@ class Lock:
     """
 
     def __init__(self, context: Context, name: str, permits: int, timeout_s: float | None) -> None:
-        if isinstance(permits, bool) or not isinstance(permits, int) or permits < 1:
-            raise ValueError(f"permits is {permits!r}; it must be a whole number above 0")
+        if isinstance(permits, bool) or not isinstance(permits, int) or not 0 < permits <= PERMITS_MAX:
+            raise ValueError(f"permits is {permits!r}; it must be a whole number from 1 to {PERMITS_MAX}")
         self._context = context
         self._name = name
         self._permits = permits
@@ -217,30 +218,76 @@ class Lock:
         await _in_thread(self.__exit__)
 
 
-_given_up: contextvars.ContextVar[threading.Event] = contextvars.ContextVar("bgsupervisor_given_up")
+def checked_ids(awaited: Iterable[object]) -> list[int]:
+    """Return the ids of tasks that are named by handles, records or ids.
+
+    Raises:
+        ValueError: One of them is something else, as a text or a truth value.
+    """
+    ids = []
+    for one in awaited:
+        id = one if isinstance(one, int) else getattr(one, "id", None)
+        if isinstance(id, bool) or not isinstance(id, int):
+            raise ValueError(f"{one!r} is not a task; give a handle or an id")  # noqa: TRY004 - as all bad arguments
+        ids.append(id)
+    return ids
+
+
+class _Beside(NamedTuple):
+    """What the thread of an async wait must know of its coroutine.
+
+    Attributes:
+        given_up: The loop has cancelled the coroutine, as asyncio.timeout does.
+        alone: No other coroutine of the loop goes on beside it.
+    """
+
+    given_up: threading.Event
+    alone: bool
+
+
+_beside: contextvars.ContextVar[_Beside] = contextvars.ContextVar("bgsupervisor_beside")
 
 
 def is_given_up() -> bool:
-    """Whether the coroutine that this thread waits for was cancelled by its loop, as by asyncio.timeout."""
-    given_up = _given_up.get(None)
-    return given_up is not None and given_up.is_set()
+    """Whether the coroutine that this thread waits for was cancelled by its loop."""
+    beside = _beside.get(None)
+    return beside is not None and beside.given_up.is_set()
+
+
+def waits_alone() -> bool:
+    """Whether nothing of the body goes on beside the wait of this thread: not another coroutine, nor another thread.
+
+    Of a wait in the main thread that is taken for granted: threads that a library has left idle do not count.
+    """
+    beside = _beside.get(None)
+    return threading.current_thread() is threading.main_thread() if beside is None else beside.alone
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Call what blocks in a thread of the loop's own pool; a coroutine that is cancelled waits for the thread's end."""
+    """Call what blocks in a thread of its own; a coroutine that is cancelled waits for the thread's end.
+
+    Not in one of the loop's own pool: that has few, and who holds a lock must find one to give it back in.
+    """
     import asyncio  # noqa: PLC0415 - 40 ms that only an async body pays
+    from concurrent.futures import Future  # noqa: PLC0415 - as above
 
-    given_up = threading.Event()
+    beside = _Beside(threading.Event(), alone=len(asyncio.all_tasks()) == 1)
+    answer: Future[T] = Future()
 
-    def called() -> T:
-        _given_up.set(given_up)  # in the thread's own copy of the coroutine's context
-        return call()
+    def called() -> None:
+        _beside.set(beside)
+        try:
+            answer.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the coroutine is to have it
+            answer.set_exception(error)
 
-    waiting = asyncio.ensure_future(asyncio.to_thread(called))
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(called,), name="bgsupervisor wait", daemon=True).start()
+    waiting = asyncio.wrap_future(answer)
     try:
         return await asyncio.shield(waiting)
     except asyncio.CancelledError:
-        given_up.set()
+        beside.given_up.set()
         _context._rouse()  # noqa: SLF001 - its half
         await asyncio.wait([waiting])
         if not waiting.cancelled():

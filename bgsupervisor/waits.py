@@ -1,4 +1,4 @@
-"""The rows of waiting: parts, holds, waits, dependencies, barriers. The ledger's second half; writes no status.
+"""The rows of waiting: parts, holds, waits, dependencies. The ledger's second half; writes no status.
 
 Every method is one transaction, or part of the ledger's: what a dead task held is freed in the very transaction that
 records its end. Keys that are returned are to be rung after the commit (see `board`).
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
-from bgsupervisor.circles import Need, circle
-from bgsupervisor.errors import Deadlock, LockHeld
+from bgsupervisor.barriers import Barriers
+from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
+from bgsupervisor.needs import Needs
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
@@ -28,19 +29,21 @@ __all__ = [
     "Found",
     "Held",
     "Queued",
+    "Waiter",
     "Waiting",
     "Waits",
-    "barrier_key",
-    "lock_key",
     "task_key",
+    "turn_key",
 ]
 
 _IS_START = peewee.SQL("\"status\" = 'START'")
-PASSED = "passed"
 EVERYBODY = "*"
 """The key that every waiter listens to."""
 DUE = "due"
 """The key that says that tasks may start which had to come after others."""
+ROWS_AT_ONCE = 1000
+HANDED_SLOTS = 2
+"""Who reaches a part gives so many waiters their slots back with it; more are left to the supervisor's one commit."""
 
 
 def task_key(id: int) -> str:
@@ -48,14 +51,9 @@ def task_key(id: int) -> str:
     return f"task:{id}"
 
 
-def lock_key(name: str) -> str:
-    """Return the key that rings when a permit becomes free."""
-    return f"lock:{name}"
-
-
-def barrier_key(scope: str, name: str) -> str:
-    """Return the key that rings when a barrier is passed or broken."""
-    return f"barrier:{scope}:{name}"
+def turn_key(id: int) -> str:
+    """Return the key that rings when a task has been given a permit that it waited for."""
+    return f"turn:{id}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class Held:
     Attributes:
         permit: Its number, from 0.
         abandoned_by: The task that died with it before, if one did.
-        slot: The slot that was taken back with it, if the attempt had waited.
+        slot: The slot that the attempt has now; None if it has waited and must still take one.
     """
 
     permit: int
@@ -89,6 +87,21 @@ class Queued:
     """A permit that is waited for; `slot_given` says whether others may use the attempt's slot meanwhile."""
 
     slot_given: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waiter:
+    """One wait of an attempt; an async body can have several at once.
+
+    Attributes:
+        number: Which wait of this attempt it is; its rows have it.
+        whole: Nothing of the body goes on beside it. Only then can the body be part of a circle.
+    """
+
+    id: int
+    attempt: int
+    number: int = 0
+    whole: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,18 +130,24 @@ class Waits:
         self._clock = clock
         tables = store.tables
         self._task, self._part, self._hold = tables.Task, tables.Part, tables.Hold
-        self._wait, self._dependency, self._party = tables.Wait, tables.Dependency, tables.Party
+        self._wait, self._dependency = tables.Wait, tables.Dependency
+        self._needs = Needs(store)
+        self.barriers = Barriers(store, self._needs)
 
     # Parts and ends
 
-    def reach(self, id: int, attempt: int, part: str, value: str) -> bool:
-        """Record a part of a running attempt, durably; again overwrites its value. False if it was superseded."""
+    def reach(self, id: int, attempt: int, part: str, value: str, *, slots: int) -> bool:
+        """Record a part of a running attempt, durably; again overwrites its value. False if it was superseded.
+
+        A few who wait for nothing else get a slot with it, if one is free.
+        """
         with self._store.writing():
             if not self._is_running(id, attempt):
                 return False
             mine = (self._part.task_id == id) & (self._part.name == part)
             if not self._part.update(value=value, reached_at=self._clock.now()).where(mine).execute():
                 self._part.insert(task_id=id, name=part, value=value, reached_at=self._clock.now()).execute()
+            self._hand_slots(id, part, slots)
             return True
 
     def find(self, ids: Sequence[int], part: str | None) -> list[Found | None]:
@@ -158,33 +177,70 @@ class Waits:
 
     # Waiting
 
-    def begin(self, id: int, attempt: int, waiting: Sequence[Waiting], *, max_waiting: int) -> bool:
+    def begin(self, waiter: Waiter, waiting: Sequence[Waiting], *, slots: int, max_waiting: int) -> bool:
         """Record what an attempt waits for and give its slot to others; return whether it is without one now.
 
         A slot is kept if *max_waiting* others wait without one.
 
         Raises:
             Deadlock: This wait would close a circle; nothing is recorded.
+            NotInTask: The attempt has ended.
         """
         with self._store.writing():
-            self._record(id, attempt, waiting)
-            return self._give_slot(id, attempt, max_waiting)
+            return self._begin(waiter, waiting, slots, max_waiting)
 
-    def resume(self, id: int, attempt: int, *, slots: int) -> int | None:
-        """End the waiting and take a slot again; None if none is free: then it is waited for (kind "slot")."""
+    def slot(self, id: int, attempt: int) -> int | None:
+        """Return the slot of a running attempt; None while it waits."""
+        task = self._task
+        with self._store.connected():
+            found = task.select(task.slot).where(_IS_START & (task.id == id) & (task.attempt == attempt)).scalar()
+        return None if found is None else int(found)
+
+    def resume(self, waiter: Waiter, *, slots: int) -> int | None:
+        """End a wait and take a slot again; None if none is free: then it is waited for (kind "slot")."""
         with self._store.writing():
-            return self._resume(id, attempt, slots)
+            return self._resume(waiter, slots)
 
-    def grant(self, id: int, attempt: int, slot: int) -> bool:
-        """Give a slot to an attempt that has waited, and end its waiting; part of the supervisor's batch.
+    def give_up(self, waiter: Waiter, lock: str | None, *, slots: int | None) -> tuple[int | None, list[str]]:
+        """End a wait in vain, for a lock if one is named; return (slot or None, keys to ring).
+
+        A slot is taken if one of *slots* is free; None: not yet, for the body still waits for something else. A permit
+        that has come just now goes on to the next.
+        """
+        with self._store.writing():
+            slot = None
+            if slots is not None:
+                slot = self._resume(waiter, slots)
+            else:
+                self._wait.delete().where(self._rows_of(waiter)).execute()
+            if lock is None:
+                return slot, []
+            self._hold.delete().where(self._held_by(waiter.id, waiter.attempt, lock)).execute()
+            return slot, self._hand_over(lock, slots)
+
+    def grant(self, id: int, attempt: int, number: int, slot: int) -> bool:
+        """Give a slot to an attempt, and end the wait after which it wants it; part of the supervisor's batch.
 
         Many come back at once when a part is reached: one commit for all of them, instead of one by each child.
         """
+        rows = self._rows_of(Waiter(id, attempt, number))
         mine = _IS_START & (self._task.id == id) & (self._task.attempt == attempt) & self._task.slot.is_null()
+        if not self._wait.select(self._wait.id).where(rows).exists():
+            return False  # it has taken a slot itself, and may wait for something else by now
         if not self._task.update(slot=slot).where(mine).execute():
             return False
-        self._wait.delete().where(self._wait.task_id == id).execute()
+        self._wait.delete().where(rows).execute()
         return True
+
+    def is_waiting(self, waiter: Waiter) -> bool:
+        """Whether a wait stands in the rows; it does not once a slot was given for what was waited for."""
+        with self._store.connected():
+            return bool(self._wait.select(self._wait.id).where(self._rows_of(waiter)).exists())
+
+    def forget(self, waiter: Waiter) -> None:
+        """End a wait of a body that needs no slot for it: it has one, or still waits for something else."""
+        with self._store.writing():
+            self._wait.delete().where(self._rows_of(waiter)).execute()
 
     def rows(self, ids: Collection[int] | None = None) -> list[dict[str, Any]]:
         """Return the rows of `wait`, of some tasks or of all, in the order in which they are served."""
@@ -197,88 +253,49 @@ class Waits:
     # Locks
 
     def acquire(
-        self, id: int, attempt: int, name: str, permits: int, *, slots: int, max_waiting: int, waits_already: bool
-    ) -> Held | Queued:
-        """Take a permit if it is this attempt's turn, else wait for it (first come, first served).
+        self, waiter: Waiter, name: str, permits: int, *, slots: int, max_waiting: int, wait: bool = True
+    ) -> Held | Queued | None:
+        """Take a permit if one is free and nobody waits for it, else wait (first come, first served).
 
-        With the permit the attempt also takes its slot back if it can; if it cannot, a wait for a slot is left.
+        A lock is free for who asks with *permits* while fewer than those are taken, whatever the others asked with.
+        None, and nothing recorded, if it is not free and *wait* is false.
 
         Raises:
-            LockHeld: It holds a permit of this lock already.
+            LockHeld: It holds a permit of this lock already, or waits for one.
             Deadlock: Waiting would close a circle.
+            NotInTask: The attempt has ended.
         """
-        hold, wait = self._hold, self._wait
+        hold, queue = self._hold, self._queue(name)
         with self._store.writing():
+            self._must_run(waiter.id, waiter.attempt)
             rows = list(hold.select().where(hold.name == name).dicts())
-            if any(row["task_id"] == id for row in rows):
+            asks = queue.where(self._wait.task_id == waiter.id)
+            if any(row["task_id"] == waiter.id for row in rows) or asks.exists():
                 raise LockHeld(name)
-            taken = {row["permit"] for row in rows if row["task_id"] is not None}
-            free = [permit for permit in range(permits) if permit not in taken]
-            before = wait.select(peewee.fn.COUNT(wait.id)).where((wait.kind == "lock") & (wait.target == name))
-            if waits_already:
-                mine = wait.select(peewee.fn.MIN(wait.id)).where((wait.task_id == id) & (wait.target == name))
-                before = before.where(wait.id < mine)
-            if len(free) > before.scalar():
-                held = self._take(id, attempt, name, free[0], rows)
-                return dataclasses.replace(held, slot=self._resume(id, attempt, slots)) if waits_already else held
-            if waits_already:
-                return Queued(slot_given=False)
-            self._record(id, attempt, [Waiting("lock", target=name, permits=permits)])
-            return Queued(self._give_slot(id, attempt, max_waiting))
+            permit = _free_permit(rows, permits)
+            if permit is not None and not queue.exists():
+                return self._take(waiter.id, waiter.attempt, name, permit, rows)
+            if not wait:
+                return None
+            waiting = [Waiting("lock", target=name, permits=permits)]
+            return Queued(self._begin(waiter, waiting, slots, max_waiting))
 
-    def may_take(self, id: int, name: str, permits: int) -> bool:
-        """Tell whether it is the turn of a waiting attempt; only a look, so that a crowd of waiters takes no turns."""
-        hold, wait = self._hold, self._wait
+    def held(self, id: int, attempt: int, name: str) -> Held | None:
+        """Return the permit that a waiting attempt has been given meanwhile, with its slot; None if none yet."""
+        hold, task = self._hold, self._task
         with self._store.looking():
-            taken = hold.select(peewee.fn.COUNT(hold.id)).where((hold.name == name) & hold.task_id.is_null(False))
-            mine = wait.select(peewee.fn.MIN(wait.id)).where((wait.task_id == id) & (wait.target == name))
-            before = wait.select(peewee.fn.COUNT(wait.id)).where(
-                (wait.kind == "lock") & (wait.target == name) & (wait.id < mine)
-            )
-            return bool(permits - taken.scalar() > before.scalar())
+            query = hold.select(hold.permit, hold.abandoned_by).where(self._held_by(id, attempt, name))
+            rows = list(query.tuples())
+            if not rows:
+                return None
+            return Held(*rows[0], task.select(task.slot).where(task.id == id).scalar())  # type: ignore[call-arg]
 
-    def release(self, id: int, attempt: int, name: str) -> list[str]:
-        """Give a permit back; return the keys to ring."""
-        hold = self._hold
+    def release(self, id: int, attempt: int, name: str, *, slots: int) -> list[str]:
+        """Give a permit to who has waited longest, with a slot if one is free; return the keys to ring."""
         with self._store.writing():
-            mine = (hold.name == name) & (hold.task_id == id) & (hold.attempt == attempt)
-            return [lock_key(name)] if hold.delete().where(mine).execute() else []
-
-    # Barriers
-
-    def arrive(self, id: int, attempt: int, scope: str, name: str, parties: int) -> tuple[int, list[str]]:
-        """Arrive at a barrier; return (generation, keys to ring). The last party to arrive opens it for all."""
-        party = self._party
-        with self._store.writing():
-            here = (party.scope == scope) & (party.name == name)
-            waiting = list(party.select().where(here & party.outcome.is_null()).dicts())
-            last = party.select(peewee.fn.MAX(party.generation)).where(here).scalar()
-            generation = waiting[0]["generation"] if waiting else (0 if last is None else last + 1)
-            if any(row["task_id"] == id for row in waiting):  # a retried party counts once
-                party.update(attempt=attempt).where(here & party.outcome.is_null() & (party.task_id == id)).execute()
-            else:
-                row = {"scope": scope, "name": name, "generation": generation, "task_id": id, "attempt": attempt}
-                party.insert(**row, parties=parties).execute()
-                waiting.append(row)
-            if len(waiting) < parties:
-                return generation, []
-            party.update(outcome=PASSED).where(here & (party.generation == generation)).execute()
-            return generation, [barrier_key(scope, name)]
-
-    def barrier_outcome(self, id: int, scope: str, name: str, generation: int) -> str | None:
-        """Return None while the barrier is closed, "passed", or the sentence that says who broke it."""
-        party = self._party
-        mine = (party.scope == scope) & (party.name == name) & (party.generation == generation) & (party.task_id == id)
-        with self._store.connected():
-            rows = list(party.select(party.outcome).where(mine).tuples())
-        return rows[0][0] if rows else PASSED
-
-    def leave_barrier(self, id: int, scope: str, name: str, generation: int) -> None:
-        """Take this party's row away, after it has gone through or given up."""
-        party = self._party
-        with self._store.writing():
-            mine = (party.scope == scope) & (party.name == name) & (party.generation == generation)
-            party.delete().where(mine & (party.task_id == id)).execute()
+            if not self._hold.delete().where(self._held_by(id, attempt, name)).execute():
+                return []
+            return self._hand_over(name, slots)
 
     # Dependencies
 
@@ -315,25 +332,20 @@ class Waits:
 
     def free(self, id: int, attempt: int, *, reason: str | None) -> list[str]:
         """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
-        hold, party, wait = self._hold, self._party, self._wait
-        keys = [task_key(id)]
+        hold, wait = self._hold, self._wait
         queued = wait.select(wait.target).where((wait.task_id == id) & (wait.kind == "lock"))
-        keys += [lock_key(name) for (name,) in list(queued.tuples())]  # whoever stood behind moves up
-        self._wait.delete().where(self._wait.task_id == id).execute()
+        names = [name for (name,) in list(queued.tuples())]  # whoever stood behind moves up
+        wait.delete().where(wait.task_id == id).execute()
         mine = (hold.task_id == id) & (hold.attempt == attempt)
-        names = [name for (name,) in hold.select(hold.name).where(mine).tuples()]
+        names += [name for (name,) in list(hold.select(hold.name).where(mine).tuples())]
         if reason is None:
             hold.delete().where(mine).execute()
         else:
             hold.update(task_id=None, attempt=None, abandoned_by=id).where(mine).execute()
-        keys += [lock_key(name) for name in names]
-        for row in list(party.select().where(party.task_id == id).dicts()):
-            same = (party.scope == row["scope"]) & (party.name == row["name"]) & (party.generation == row["generation"])
-            if row["outcome"] is None and reason is not None:
-                told = f"task {id} was interrupted ({reason}) while it waited there"
-                party.update(outcome=told).where(same & (party.task_id != id)).execute()
-                keys.append(barrier_key(row["scope"], row["name"]))
-            party.delete().where(same & (party.task_id == id)).execute()
+        keys = [task_key(id)]
+        for name in dict.fromkeys(names):
+            keys += self._hand_over(name, None)
+        self.barriers.miss(id, reason, keys)
         return keys
 
     # Within
@@ -342,14 +354,38 @@ class Waits:
         task = self._task
         return bool(task.select(task.id).where(_IS_START & (task.id == id) & (task.attempt == attempt)).exists())
 
-    def _record(self, id: int, attempt: int, waiting: Iterable[Waiting]) -> None:
-        now = self._clock.now()
-        self._wait.delete().where(self._wait.task_id == id).execute()
-        for one in waiting:
-            self._wait.insert(task_id=id, attempt=attempt, since=now, **dataclasses.asdict(one)).execute()
-        found = circle(id, self._needs_from(id))
-        if found is not None:
-            raise Deadlock(found)
+    def _must_run(self, id: int, attempt: int) -> None:
+        """See that rows are made for running attempts only: nobody would ever take those of another away."""
+        if not self._is_running(id, attempt):
+            raise NotInTask(f"attempt {attempt} of task {id} has ended; what is left of its body cannot wait any more")
+
+    def _rows_of(self, waiter: Waiter) -> Any:  # noqa: ANN401 - a Peewee condition
+        wait = self._wait
+        return (wait.task_id == waiter.id) & (wait.attempt == waiter.attempt) & (wait.number == waiter.number)
+
+    def _queue(self, name: str) -> Any:  # noqa: ANN401 - a Peewee query
+        wait = self._wait
+        return wait.select().where((wait.kind == "lock") & (wait.target == name)).order_by(wait.id)
+
+    def _held_by(self, id: int, attempt: int, name: str) -> Any:  # noqa: ANN401 - a Peewee condition
+        hold = self._hold
+        return (hold.name == name) & (hold.task_id == id) & (hold.attempt == attempt)
+
+    def _begin(self, waiter: Waiter, waiting: Sequence[Waiting], slots: int, max_waiting: int) -> bool:
+        self._must_run(waiter.id, waiter.attempt)
+        rows = [self._row(waiter, one) for one in waiting]
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            self._wait.insert_many(rows[first : first + ROWS_AT_ONCE]).execute()
+        given = self._give_slot(waiter.id, waiter.attempt, max_waiting)
+        if waiter.whole:
+            found = self._needs.circle(waiter.id, () if given else self._needs.who_has_slots(slots))
+            if found is not None:
+                raise Deadlock(found)
+        return given
+
+    def _row(self, waiter: Waiter, waiting: Waiting) -> dict[str, Any]:
+        who = {"task_id": waiter.id, "attempt": waiter.attempt, "number": waiter.number, "whole": waiter.whole}
+        return {**who, "since": self._clock.now(), **dataclasses.asdict(waiting)}
 
     def _give_slot(self, id: int, attempt: int, max_waiting: int) -> bool:
         task = self._task
@@ -359,21 +395,25 @@ class Waits:
             return bool(task.update(slot=None).where(mine).execute())
         return bool(task.select(task.id).where(mine & task.slot.is_null()).exists())
 
-    def _resume(self, id: int, attempt: int, slots: int) -> int | None:
-        task, wait = self._task, self._wait
-        mine = _IS_START & (task.id == id) & (task.attempt == attempt)
-        slot = task.select(task.slot).where(mine).scalar()
-        if slot is None:
-            slot = self._take_slot(id, slots)
-            if slot is not None and not task.update(slot=slot).where(mine).execute():
-                return slot  # superseded: it has no row to write to any more
-        if slot is None:
-            wait.delete().where((wait.task_id == id) & (wait.kind != "slot")).execute()
-            if not wait.select(wait.id).where(wait.task_id == id).exists():
-                wait.insert(task_id=id, attempt=attempt, kind="slot", since=self._clock.now()).execute()
-            return None
-        wait.delete().where(wait.task_id == id).execute()
-        return int(slot)
+    def _resume(self, waiter: Waiter, slots: int | None) -> int | None:
+        """End a wait; take a slot if there is a free one among *slots* (None: leave that to the waiter)."""
+        task, wait, rows = self._task, self._wait, self._rows_of(waiter)
+        mine = _IS_START & (task.id == waiter.id) & (task.attempt == waiter.attempt)
+        found = list(task.select(task.slot).where(mine).tuples())
+        if not found:
+            raise NotInTask(f"attempt {waiter.attempt} of task {waiter.id} has ended")
+        slot = found[0][0]
+        if slot is None and slots is not None:
+            slot = self._take_slot(waiter.id, slots)
+            if slot is not None:
+                task.update(slot=slot).where(mine).execute()
+        if slot is not None:
+            wait.delete().where(rows).execute()
+            return int(slot)
+        wait.delete().where(rows & (wait.kind != "slot")).execute()
+        if not wait.select(wait.id).where(rows).exists():
+            wait.insert(**self._row(waiter, Waiting("slot"))).execute()
+        return None
 
     def _take_slot(self, id: int, slots: int) -> int | None:
         """Return a free slot if it is this task's turn among those who come back."""
@@ -387,56 +427,50 @@ class Waits:
         free = [slot for slot in range(slots - 1, -1, -1) if slot not in taken]
         return free[0] if slots - len(taken) > before.scalar() and free else None
 
-    def _take(self, id: int, attempt: int, name: str, permit: int, rows: Iterable[dict[str, Any]]) -> Held:
+    def _hand_slots(self, id: int, part: str, slots: int) -> None:
+        """Give slots to the few who wait for this part alone: they need not ask for one."""
+        wait = self._wait
+        query = wait.select().where((wait.kind == "part") & (wait.target == part) & (wait.target_id == id) & wait.whole)
+        rows = list(query.limit(HANDED_SLOTS + 1).dicts())
+        for row in rows if len(rows) <= HANDED_SLOTS else []:
+            if wait.select(wait.id).where(self._rows_of(_waiter(row))).count() == 1:
+                self._resume(_waiter(row), slots)
+
+    def _take(self, id: int, attempt: int, name: str, permit: int, rows: Collection[dict[str, Any]]) -> Held:
         hold, now = self._hold, self._clock.now()
         known = next((row for row in rows if row["permit"] == permit), None)
         if known is None:
             hold.insert(name=name, permit=permit, task_id=id, attempt=attempt, since=now).execute()
             return Held(permit, None)
-        hold.update(task_id=id, attempt=attempt, since=now, abandoned_by=None).where(hold.id == known["id"]).execute()
+        hold.update(task_id=id, attempt=attempt, since=now).where(hold.id == known["id"]).execute()
         return Held(permit, known["abandoned_by"])
 
-    def _needs_from(self, start: int) -> dict[int, list[Need]]:
-        """Return the needs of all tasks that *start*'s waiting leads to."""
-        needs: dict[int, list[Need]] = {}
-        todo = {start}
-        while todo:
-            found = self._needs_of(todo)
-            needs |= {id: found.get(id, []) for id in todo}
-            todo = {source for one in found.values() for need in one for source in need.sources} - needs.keys()
-        return {id: found for id, found in needs.items() if found}
-
-    def _needs_of(self, ids: set[int]) -> dict[int, list[Need]]:
-        wait, dependency = self._wait, self._dependency
-        needs: dict[int, list[Need]] = {}
-        for row in list(wait.select().where(wait.task_id.in_(list(ids))).dicts()):
-            need = self._need(row)
-            if need is not None:
-                needs.setdefault(row["task_id"], []).append(need)
-        query = dependency.select(dependency.task_id, dependency.on_id).where(dependency.task_id.in_(list(ids)))
-        for id, on_id in query.tuples():
-            needs.setdefault(id, []).append(Need(f"the end of task {on_id}", frozenset({on_id})))
-        return needs
-
-    def _need(self, row: dict[str, Any]) -> Need | None:
-        if row["kind"] == "part" and self._is_reached(row["target_id"], row["target"]):
-            return None  # it has only not yet woken
-        if row["kind"] in ("part", "end"):
-            what = f'part "{row["target"]}" of' if row["kind"] == "part" else "the end of"
-            return Need(f"{what} task {row['target_id']}", frozenset({row["target_id"]}))
-        if row["kind"] == "lock":
-            hold = self._hold
-            mine = (hold.name == row["target"]) & hold.task_id.is_null(False)
-            holders = frozenset(id for (id,) in hold.select(hold.task_id).where(mine).tuples())
-            if len(holders) < (row["permits"] or 1):
-                return None
-            return Need(f'lock "{row["target"]}", held by {_tasks(holders)}', holders)
-        return None  # who else comes to a barrier is not known, and slots become free
-
-    def _is_reached(self, id: int, name: str) -> bool:
-        part = self._part
-        return bool(part.select(part.id).where((part.task_id == id) & (part.name == name)).exists())
+    def _hand_over(self, name: str, slots: int | None) -> list[str]:
+        """Give the free permits of a lock to those who have waited longest; return the keys to ring."""
+        hold, keys = self._hold, list[str]()
+        while first := list(self._queue(name).limit(1).dicts()):
+            row, waiter = first[0], _waiter(first[0])
+            rows = list(hold.select().where(hold.name == name).dicts())
+            permit = _free_permit(rows, row["permits"] or 1)
+            if permit is None:
+                break  # whoever comes after waits for this one too
+            self._take(waiter.id, waiter.attempt, name, permit, rows)
+            if waiter.whole:
+                self._resume(waiter, slots)
+            else:  # it may still wait for something else: only its child knows
+                self._wait.delete().where(self._rows_of(waiter)).execute()
+            keys.append(turn_key(waiter.id))
+        return keys
 
 
-def _tasks(ids: Iterable[int]) -> str:
-    return ", ".join(f"task {id}" for id in sorted(ids))
+def _waiter(row: dict[str, Any]) -> Waiter:
+    return Waiter(row["task_id"], row["attempt"], row["number"], row["whole"])
+
+
+def _free_permit(rows: Collection[dict[str, Any]], permits: int) -> int | None:
+    """Return a permit that nobody holds if fewer than *permits* are held: an abandoned one first, for that is news."""
+    taken = {row["permit"] for row in rows if row["task_id"] is not None}
+    abandoned = {row["permit"] for row in rows} - taken
+    if len(taken) >= permits:
+        return None
+    return min(abandoned, default=next(permit for permit in range(permits) if permit not in taken))

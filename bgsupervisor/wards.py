@@ -77,6 +77,7 @@ class Ward:
         dead_since: When its death was seen, monotonic.
         note: What is known and not yet written.
         leave_by: When it is killed if it has not left by itself, monotonic.
+        wants_slot: The number of the wait after which it wants a slot again.
     """
 
     identity: ProcessIdentity
@@ -97,7 +98,7 @@ class Ward:
     cpu_seen: tuple[float, float] | None = None
     peak_rss_bytes: int = 0
     leave_by: float | None = None
-    wants_slot: bool = False
+    wants_slot: int | None = None
 
     @property
     def who(self) -> Who:
@@ -131,7 +132,7 @@ class Ward:
         """Have no attempt any more."""
         self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
         self.note = Note()
-        self.wants_slot = False
+        self.wants_slot = None
         self.peak_rss_bytes = 0
 
 

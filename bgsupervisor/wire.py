@@ -261,10 +261,11 @@ class Ring(msgspec.Struct, frozen=True, tag=True):
 
 
 class Waiting(msgspec.Struct, frozen=True, tag=True):
-    """An attempt waits, and its slot is free for others (committed)."""
+    """An attempt waits, and its slot is free for others unless it is kept (committed)."""
 
     id: int
     attempt: int
+    slot_kept: bool = False
 
 
 class Resumed(msgspec.Struct, frozen=True, tag=True):
@@ -276,10 +277,11 @@ class Resumed(msgspec.Struct, frozen=True, tag=True):
 
 
 class WantSlot(msgspec.Struct, frozen=True, tag=True):
-    """An attempt would go on, and waits for a slot."""
+    """An attempt would go on after its wait *number*, and waits for a slot."""
 
     id: int
     attempt: int
+    number: int
 
 
 class SlotGranted(msgspec.Struct, frozen=True, tag=True):

@@ -348,9 +348,9 @@ def test_a_child_gives_back_only_what_was_claimed_for_itself(ledger):
     ledger.end(done, End(result="1"))
     same_pid_later = dataclasses.replace(identity_of(), start_ticks=1)
     same_pid_after_reboot = dataclasses.replace(identity_of(), boot_id="another")
-    assert ledger.unclaim_unbegun(same_pid_later) == 0
-    assert ledger.unclaim_unbegun(same_pid_after_reboot) == 0
-    assert ledger.unclaim_unbegun(identity_of()) == 1
+    assert ledger.unclaim_unbegun(same_pid_later, []) == 0
+    assert ledger.unclaim_unbegun(same_pid_after_reboot, []) == 0
+    assert ledger.unclaim_unbegun(identity_of(), []) == 1
     assert [ledger.get(id).status for id in (mine.id, other, done.id)] == [Status.REQUEST, Status.START, Status.DONE]
 
 

@@ -33,6 +33,8 @@ FLOORS = (
     {"board"},
     {"ledger"},
     {"waits"},
+    {"barriers"},
+    {"needs"},
     {"models"},
     {"migrations"},
     {"bodies"},
@@ -184,10 +186,10 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_only_the_ledger_writes_rows():
     holders = who(lambda m: any(isinstance(n, ast.Attribute) and n.attr == "tables" for n in ast.walk(m.tree)))
-    assert holders == {"ledger", "waits", "models", "migrations", "cli.rows"}
+    assert holders == {"ledger", "waits", "barriers", "needs", "models", "migrations", "cli.rows"}
     writes = (".insert", ".insert_many", ".update", ".delete", ".create", ".save", ".bulk_create")
     writers = who(lambda module: any(call.endswith(writes) for call in module.calls()))
-    assert writers & holders == {"ledger", "waits"}  # `ps` reads the tables for itself
+    assert writers & holders == {"ledger", "waits", "barriers"}  # `ps` reads the tables for itself
     assert who(lambda module: any(call.endswith("execute_sql") for call in module.calls())) <= {
         "models",
         "migrations",
@@ -195,7 +197,17 @@ def test_only_the_ledger_writes_rows():
         "testing",  # a temporary table of the application's connection, rolled back with it
     }
     importers = who(lambda m: any("peewee" in ast.unparse(n) for n in ast.walk(m.tree) if isinstance(n, ast.Import)))
-    assert importers == {"ledger", "waits", "models", "service", "cli.rows", "cli.migrate", "testing"}
+    assert importers == {
+        "ledger",
+        "waits",
+        "barriers",
+        "needs",
+        "models",
+        "service",
+        "cli.rows",
+        "cli.migrate",
+        "testing",
+    }
     assert not any(call.startswith("peewee.") for call in MODULES["service"].calls())
 
 
@@ -273,7 +285,7 @@ def test_a_web_process_that_imports_the_package_does_not_pay_for_supervising():
         f"bgsupervisor.{room}"
         for room in (
             *("clock", "config", "errors", "ledger", "models", "payload"),
-            *("circles", "service", "statedir", "statuses", "tasks", "waits", "wire"),
+            *("barriers", "circles", "needs", "service", "statedir", "statuses", "tasks", "waits", "wire"),
         )
     }
 

@@ -773,7 +773,7 @@ def test_a_barrier_without_scope_of_a_task_without_parent_is_refused(app):
 def test_a_barrier_of_nobody_is_refused_and_one_of_a_single_party_opens_at_once(app, request):
     name = unique(request)
     kind, words = app.result_of(app.request("meets", name=name, parties=0, scope="s"))
-    assert (kind, words) == ("ValueError", "parties is 0; it must be a whole number above 0")
+    assert (kind, words) == ("ValueError", "parties is 0; it must be a whole number from 1 to 1000000")
     assert app.result_of(app.request("meets", name=name, parties=1, scope="s")) == "met"
 
 

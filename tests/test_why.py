@@ -17,7 +17,7 @@ from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Ending, Note, Reques
 from bgsupervisor.models import SupervisorRecord
 from bgsupervisor.statedir import StateDir, StopMark
 from bgsupervisor.statuses import Reason
-from bgsupervisor.waits import Waiting
+from bgsupervisor.waits import Waiter, Waiting
 from bgsupervisor.wire import End
 
 TASKS = """
@@ -179,7 +179,7 @@ def test_a_wait_for_a_part_names_it_and_the_state_of_the_other_task(app):
     _wait(app, task, *(Waiting("part", target_id=one.id, target="loaded") for one in (planned, other)))
     assert _why(app, task)[0][1] == f"{begin} tasks {planned.id}, {other.id}; task {planned.id} is REQUEST"
 
-    app.service.ledger.waits.reach(other.id, other.attempt, "loaded", "3")
+    app.service.ledger.waits.reach(other.id, other.attempt, "loaded", "3", slots=100)
     assert _why(app, task)[0][1] == f"{begin} task {planned.id}, which is REQUEST", "the other has reached it"
 
 
@@ -210,7 +210,7 @@ def test_a_wait_for_a_lock_names_the_holder(app):
 def test_a_wait_at_a_barrier_counts_who_is_there(app):
     first, second = _running(app), _running(app)
     for one in (first, second):
-        app.service.ledger.waits.arrive(one.id, one.attempt, "scope", "phase-1", 3)
+        app.service.ledger.waits.barriers.arrive(one.id, one.attempt, "scope s", "phase-1", 3)
         _wait(app, one, Waiting("barrier", target="phase-1"))
     _supervise(app)
 
@@ -221,7 +221,7 @@ def test_a_wait_for_a_slot_counts_the_slots(app):
     task, other = _running(app), _requested(app)
     _wait(app, task, Waiting("end", target_id=other.id))
     _running(app, slot=0)
-    assert app.service.ledger.waits.resume(task.id, task.attempt, slots=1) is None
+    assert app.service.ledger.waits.resume(Waiter(task.id, task.attempt), slots=1) is None
     _supervise(app, slots=1)
     sentence = "it has what it waited for, and has waited N s for a slot: 1 of 1 are taken"
 
@@ -456,7 +456,7 @@ def test_on_a_terminal_the_tree_is_no_wider_than_it(app, columns):
 
 def test_show_lists_parts_holds_waits_dependencies_and_children(app):
     task = _running(app)
-    app.service.ledger.waits.reach(task.id, task.attempt, "loaded", '{"rows":3}')
+    app.service.ledger.waits.reach(task.id, task.attempt, "loaded", '{"rows":3}', slots=100)
     _acquire(app, task, "smtp")
     child = _requested(app, parent_id=task.id)
     _wait(app, task, Waiting("end", target_id=child.id))
@@ -504,12 +504,13 @@ def _end(app, attempt, end):
 
 
 def _wait(app, attempt, *waiting):
-    app.service.ledger.waits.begin(attempt.id, attempt.attempt, waiting, max_waiting=100)
+    waits, waiter = app.service.ledger.waits, Waiter(attempt.id, attempt.attempt)
+    waits.forget(waiter)
+    waits.begin(waiter, waiting, slots=100, max_waiting=100)
 
 
 def _acquire(app, attempt, name):
-    limits = {"slots": 100, "max_waiting": 100, "waits_already": False}
-    app.service.ledger.waits.acquire(attempt.id, attempt.attempt, name, 1, **limits)
+    app.service.ledger.waits.acquire(Waiter(attempt.id, attempt.attempt), name, 1, slots=100, max_waiting=100)
 
 
 def _supervise(app, **columns):

@@ -119,12 +119,15 @@ CREATE TABLE "{p}hold" (
 )
 """
 
-# In the order of their ids waiters are served. kind: part, end, lock, barrier, slot.
+# In the order of their ids waiters are served. kind: part, end, lock, barrier, slot. An async body can have several
+# waits at once, which "number" tells apart; "whole" says that nothing of the body goes on beside this one.
 WAIT = """
 CREATE TABLE "{p}wait" (
     "id" INTEGER PRIMARY KEY AUTOINCREMENT,
     "task_id" INTEGER NOT NULL,
     "attempt" INTEGER NOT NULL,
+    "number" INTEGER NOT NULL DEFAULT 0,
+    "whole" INTEGER NOT NULL DEFAULT 1,
     "kind" TEXT NOT NULL CHECK ("kind" IN ('part', 'end', 'lock', 'barrier', 'slot')),
     "target_id" INTEGER,
     "target" TEXT,
