@@ -137,8 +137,8 @@ class _GivenUp(BaseException):
 class Coordination:
     """What one attempt may do with others. Closed when the attempt has ended.
 
-    An async body may wait for several things at once, each in a thread of its own: it has no slot while it waits for
-    any of them and nothing has come, and whatever comes first takes the slot again for all.
+    An async body may wait for several things at once, each in a thread of its own: it has no slot from the first of
+    these waits to the end of the last.
     """
 
     def __init__(

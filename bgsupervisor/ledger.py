@@ -514,8 +514,7 @@ class Ledger:
             found = [Attempt(id, attempt) for id, attempt in list(query.tuples())]
             ids = [attempt.id for attempt in found]
             self._interruption.delete().where(self._interruption.task_id.in_(ids)).execute()
-            for id in ids:
-                self.waits.forget_parts(id)
+            self.waits.forget_tasks(ids)
             self._task.delete().where(self._task.id.in_(ids)).execute()
             return found
 

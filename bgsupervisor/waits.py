@@ -175,6 +175,12 @@ class Waits:
         """Clear the parts of a task that is to be tried again."""
         self._part.delete().where(self._part.task_id == id).execute()
 
+    def forget_tasks(self, ids: Collection[int]) -> None:
+        """Clear what old tasks have left: their parts, and the marks on permits that they died with."""
+        hold = self._hold
+        self._part.delete().where(self._part.task_id.in_(list(ids))).execute()
+        hold.delete().where(hold.task_id.is_null() & hold.abandoned_by.in_(list(ids))).execute()
+
     # Waiting
 
     def begin(self, waiter: Waiter, waiting: Sequence[Waiting], *, slots: int, max_waiting: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from datetime import timedelta
 
 import pytest
 
@@ -537,6 +538,20 @@ def test_who_died_with_a_permit_is_told_once(rows):
     assert rows.acquire(second) == Held(0, first)
     rows.release(second)
     assert rows.acquire(third) == Held(0, None)
+
+
+def test_a_task_that_is_pruned_takes_its_parts_and_abandoned_permits_with_it(rows):
+    first, second = rows.running(), rows.running()
+    rows.reach(first)
+    for id, name in ((first, "l"), (second, "m")):
+        rows.acquire(id, name)
+    rows.end(first, KILLED)
+    before = SystemClock().now() + timedelta(seconds=1)
+    rows.ledger.prune(before=before, statuses=[Status.INTERRUPTED], names=None, limit=10)
+    tables = rows.store.tables
+    with rows.store.connected():
+        assert list(tables.Part.select().dicts()) == []
+        assert [row["name"] for row in tables.Hold.select().dicts()] == ["m"]
 
 
 # ---- barriers ----
