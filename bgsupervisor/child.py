@@ -29,7 +29,7 @@ from bgsupervisor import logs, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.coordination import Coordination
-from bgsupervisor.errors import BgSupervisorError, Cancelled, DatabaseError
+from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ledger import Attempt, Ledger
 from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
@@ -89,9 +89,11 @@ def main(birth: Birth) -> NoReturn:
     with contextlib.suppress(KeyboardInterrupt):
         _become_child(birth)
         if birth.load:
-            from bgsupervisor.nursery import load_application  # noqa: PLC0415 - only a spawned child loads by itself
+            # Only a spawned child loads by itself.
+            from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
             load_application(birth.config)
+            import_what_children_need()
         Child(birth, SystemClock()).live()
     os._exit(0)
 
@@ -405,11 +407,14 @@ class Child:
     def _record(self, attempt: Attempt, end: End) -> None:
         ledger = self._ledger()
         keys: list[str] = []
+        told = ""
         for pause in _repeat_last(RECORD_RETRY_S):
             try:
                 ledger.end(attempt, end, keys)
             except (BgSupervisorError, OSError) as error:
-                log.warning("the end of task %d cannot be recorded yet: %s", attempt.id, error)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("the end of task %d cannot be recorded yet: %s", attempt.id, error)
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             else:
@@ -420,7 +425,8 @@ class Child:
 
     def _ledger(self) -> Ledger:
         config = self._config
-        store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
+        # A database that is away may come back, or be restored; an empty one in its place would know of no attempt.
+        store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s, creates=False)
         return Ledger(store, self._clock)
 
     def _keep_log(self, order: Run) -> None:
@@ -432,7 +438,7 @@ class Child:
     def _give_back_unbegun(self) -> None:
         if self._link.disconnected.is_set():
             keys: list[str] = []
-            with contextlib.suppress(DatabaseError):
+            with contextlib.suppress(BgSupervisorError, OSError):
                 self._ledger().unclaim_unbegun(self._identity, keys)
             self._link.ring(keys)
 

@@ -166,8 +166,13 @@ class Enforcement:
 
     def _kill(self, ward: Ward, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)
-        if ward.handle is not None:
+        if ward.handle is None:
+            return
+        try:
             processes.signal_tree(ward.handle, signal.SIGKILL)
+        except OSError as error:  # no descriptors left, or no process table; what it started falls to the nursery
+            log.error("what PID %d started cannot be seen: %s; killing it alone", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
+            ward.handle.send_signal(signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
         """While the database is away, have nurseries send what is overdue; they report the reason with the exit."""

@@ -52,6 +52,10 @@ _OF_ONE_ROW = (peewee.IntegrityError, peewee.DataError, peewee.InterfaceError, p
 """What is wrong with a row's values, not with the database."""
 
 
+_FULL = "the disk is full; free some space and try again"
+FULL_BYTES = 64 * 1024
+"""With less room than this no transaction fits."""
+
 _REASONS = frozenset(str(reason) for reason in Reason)
 
 
@@ -411,10 +415,18 @@ class Store:
         self._threads = threading.local()
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
+        self.creates = True
 
     @classmethod
     def open(
-        cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False, durable: bool = True
+        cls,
+        url: str,
+        prefix: str,
+        *,
+        busy_timeout_s: float,
+        checkpointer: bool = False,
+        durable: bool = True,
+        creates: bool = True,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -424,6 +436,7 @@ class Store:
             busy_timeout_s: How long a call may wait for another writer.
             checkpointer: True in the one process that writes checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
+            creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
         """
         path = sqlite_path(url)
         pragmas = {
@@ -440,6 +453,7 @@ class Store:
             check_same_thread=False,
         )
         store = cls(database, prefix, owned=True, path=path)
+        store.creates = creates
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
 
@@ -485,6 +499,20 @@ class Store:
         if not self.database.is_closed():
             self.database.close()
         self._threads.__dict__.clear()
+
+    def write_problem(self, *, wait_s: float) -> str | None:
+        """Return why nobody can write now, in one sentence; None if one can. Blocks for at most *wait_s*."""
+        before = getattr(self.database, "timeout", 0.0)
+        self.set_busy_timeout(wait_s)
+        try:
+            with self.writing():  # on files that it may not write, SQLite only finds out with a statement that writes
+                self.database.execute_sql(f'DELETE FROM "{self.tables.prefix}supervisor" WHERE 0')  # noqa: S608 - our own prefix
+        except (AccessError, DatabaseError) as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(peewee.PeeweeException):
+                self.set_busy_timeout(before)
+        return f"the database {self.path} cannot be written, {_FULL}" if _is_full(self.path) else None
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has committed (SQLite)."""
@@ -532,7 +560,7 @@ class Store:
             waited_s = getattr(self.database, "timeout", 0.0)
             return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
         if "full" in text:
-            return DatabaseError(f"{where} cannot be written, the disk is full; free some space and try again")
+            return DatabaseError(f"{where} cannot be written, {_FULL}")
         return DatabaseError(f"{where} cannot be used: {text}")
 
     def _missing_right(self) -> AccessError | None:
@@ -561,7 +589,10 @@ class Store:
 
     def _connect(self) -> None:
         if self.owned and self.path is not None:
-            _create_file(self.path)
+            if self.creates:
+                _create_file(self.path)
+            elif self.inode() == 0:
+                raise DatabaseError(f"the database {self.path} is not there, or is empty")
             self._connect_in_wal_mode()
             self._threads.connection = _ThreadConnection(self.database)
             self._threads.inode = self.inode()
@@ -628,6 +659,17 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _is_full(path: Path | None) -> bool:
+    """Whether the file system has no room for a transaction of this user."""
+    try:
+        found = os.statvfs(path.parent) if path is not None and hasattr(os, "statvfs") else None
+    except OSError:
+        return False
+    if found is None:
+        return False
+    return found.f_frsize * (found.f_bavail if os.geteuid() else found.f_bfree) < FULL_BYTES
 
 
 def _readable(text: bytes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from bgsupervisor import wire
@@ -135,14 +136,27 @@ class Recovery:
 
         The silence of one that is suspended says nothing; once somebody has resumed or cancelled it, it does.
         """
-        seen = record.heartbeat_at or record.started_at
-        silent_s = float("inf") if seen is None else (self._clock.now() - seen).total_seconds()
         may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
-        if silent_s > self.config.lease_s and not may_be_silent:
+        if self._silent_s(record) > self.config.lease_s and not may_be_silent:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
         elif record.slot is not None:
             self.foreign_slots.add(record.slot)
+
+    def _silent_s(self, record: TaskRecord) -> float:
+        """Return for how long a task has not been heard of, infinite if never.
+
+        The wall clock alone would take a step of it, or the sleep of a suspended machine, for silence. Of the same boot
+        is the monotonic time of the claim; so a silence counts that both clocks have seen.
+        """
+        seen = record.heartbeat_at or record.started_at
+        if seen is None:
+            return math.inf
+        silent_s = (self._clock.now() - seen).total_seconds()
+        if record.started_mono is None or record.started_at is None:
+            return silent_s
+        age_s = self._clock.monotonic() - record.started_mono
+        return min(silent_s, age_s - (seen - record.started_at).total_seconds())
 
 
 def attempt_of(attempt: Attempt, record: TaskRecord) -> tuple[int, str, int]:

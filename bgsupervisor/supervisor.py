@@ -65,6 +65,8 @@ NOTES_EVERY_S = 0.25
 """Progress reaches the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
+COMPLAIN_EVERY_S = 60.0
+"""What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -122,9 +124,11 @@ class Supervisor:
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
+        self._row_at = clock.monotonic() + BEAT_EVERY_S
         self._data_version = -1
         self._touched_looks_at: list[float] = []
         self._last_complaint = ""
+        self._complain_at = 0.0
         self._look, self._backlog = True, False
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
@@ -250,6 +254,8 @@ class Supervisor:
         attempt = Attempt(message.id, message.attempt)
         if attempt in (ward.attempt, ward.says):
             ward.end = message.end
+            if attempt != ward.attempt:
+                self._recover_at = 0.0  # only the rows can tell what it is to us
         elif ward.peer is not None:
             self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait
 
@@ -481,7 +487,9 @@ class Supervisor:
             self._put_off(error, now)
             return
         self._put_offs = 0
-        self._last_complaint = ""
+        if self._last_complaint:
+            self._last_complaint = ""
+            log.info("the database can be written again")
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
@@ -596,14 +604,15 @@ class Supervisor:
         self._enforcement.carry_out_unrecorded()
 
     def _complain(self, error: BgSupervisorError) -> None:
-        if str(error) != self._last_complaint:
-            self._last_complaint = str(error)
+        now = self._clock.monotonic()
+        if str(error) != self._last_complaint or now >= self._complain_at:
+            self._last_complaint, self._complain_at = str(error), now + COMPLAIN_EVERY_S
             log.error("%s; bodies go on, trying again", error)
 
     def _is_worth_a_row(self) -> bool:
         """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
         known = self._nurseries.ours() is not None or self._catalogue is not None
-        return known or (self._clock.now() - self._started_at).total_seconds() > BEAT_EVERY_S
+        return known or self._clock.monotonic() >= self._row_at
 
     def _own_record(self) -> SupervisorRecord:
         home = self._nurseries.ours()
@@ -685,7 +694,7 @@ class Supervisor:
     def _check_files(self) -> None:
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
-        elif self._store.inode() != self._database_inode:
+        elif self._store.inode() not in (None, self._database_inode):
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"

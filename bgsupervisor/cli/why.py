@@ -116,7 +116,9 @@ class _Sight:
         if not seen.alive:
             stopped = seen.stopped
             known = {"since": to_json(seen.seen_at), "stopped_by": None if stopped is None else stopped.by}
-            yield Because("no_supervisor", f"no supervisor is alive: {seen.absence(now=now)}", known)
+            told = seen.absence(now=now)
+            told = told if seen.unheard is not None else f"no supervisor is alive: {told}"
+            yield Because("no_supervisor", told, known)
         elif seen.stopped is not None:
             told = f"the supervisor starts nothing more, it is to {seen.stopped.mode}: {seen.absence(now=now)}"
             yield Because("draining", told, {"mode": seen.stopped.mode, "stopped_by": seen.stopped.by})
