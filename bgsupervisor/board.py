@@ -26,7 +26,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, open_dir
 from bgsupervisor.waits import EVERYBODY
-from bgsupervisor.wire import Channel, Who
+from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,12 +38,12 @@ log = logging.getLogger("bgsupervisor")
 
 BEAT_S = 0.25
 """The board tells the supervisor so often that it lives."""
-REDIAL_S = 0.2
 LONELY_S = 60.0
 """It leaves when no supervisor has been there and nobody has waited for so long."""
 CALL_S = 0.5
 """A call that should be answered at once is given up after this long."""
 LISTEN_BACKLOG = 1024
+KEY_BYTES = 32
 BELL_MODE = 0o600
 RING_BYTES = 256 * 1024
 RINGS_PER_TURN = 1000
@@ -191,10 +191,18 @@ def main(folder: Path) -> NoReturn:
 
 
 def _make_key(folder: Path) -> bytes:
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(folder / "authkey", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        os.write(descriptor, secrets.token_bytes(32))
+    """Return the key, made where it is missing; whole or not at all: an empty one, of a full disk, would let all in."""
+    path, temporary = folder / "authkey", folder / f".authkey.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        if len(key := read_key(folder)) == KEY_BYTES:
+            return key
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, secrets.token_bytes(KEY_BYTES))
+        temporary.replace(path)
+    finally:
         os.close(descriptor)
+        temporary.unlink(missing_ok=True)
     return read_key(folder)
 
 
@@ -205,6 +213,7 @@ class _Caretaker:
         self._folder = StateDir(folder)
         self._clock = SystemClock()
         self._channel: Channel | None = None
+        self._redial = Redial(self._clock)
         self._used_at = self._clock.monotonic()
         self._beat_at = -BEAT_S
         dir_fd = open_dir(folder)
@@ -223,8 +232,11 @@ class _Caretaker:
                 os._exit(0)
 
     def _dial(self) -> None:
+        if self._redial.wait_s() > 0:
+            return
         with contextlib.suppress(OSError):
             self._channel = Channel(connect(self._folder.path, "control.sock", socket.SOCK_STREAM))
+            self._redial.connected()
             pid = os.getpid()
             who = Who(pid, processes.start_ticks(pid) or 0)
             self._channel.send(wire.BoardHello(version=wire.PROTOCOL_VERSION, who=who))
@@ -254,6 +266,7 @@ class _Caretaker:
     def _exchange(self, channel: Channel, *, heard: bool) -> None:
         with contextlib.suppress(WireError):
             for message in channel.receive() if heard else []:
+                self._redial.heard()
                 if isinstance(message, wire.Ring):
                     _bells.ring(message.keys)
                 elif isinstance(message, wire.Leave):
@@ -265,4 +278,5 @@ class _Caretaker:
         if channel.closed:
             channel.close()
             self._channel = None
+            self._redial.lost()
             _bells.ring([EVERYBODY])

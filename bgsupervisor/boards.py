@@ -30,6 +30,8 @@ SILENT_S = 0.7
 """A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
 RETRY_S = 1.0
 """A board that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
+RESTART_S = (0.0, 1.0, 5.0, 15.0)
+"""Pauses before a board that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
 """So long a new board may take to start on a busy machine."""
 
@@ -49,6 +51,7 @@ class Boards:
         self._handle: ProcessHandle | None = None
         self._peer: Peer | None = None
         self._deadline = 0.0
+        self._deaths = 0
         self._wanted = False
 
     @property
@@ -93,6 +96,7 @@ class Boards:
             self._who = hello.who
             self._ears.watch_process(hello.who, self._handle)
         self._peer = peer
+        self._deaths = 0
         self._wanted = True
         self.take_beat()
         self.ring([EVERYBODY])
@@ -113,15 +117,16 @@ class Boards:
             self._handle.close()
         self._process = self._who = self._handle = self._peer = None
         log.warning("the board died; waiters look by themselves until the next one is there")
-        if self._wanted:
-            self._start()
+        self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
+        self._deaths += 1
+        self.check()
 
     def due_at(self) -> float | None:
         """Return when `check` has something to do, monotonic."""
         return self._deadline if self._wanted else None
 
     def check(self) -> None:
-        """Kill a board that does not beat; start one that could not be started."""
+        """Kill a board that does not beat; start one that is missing."""
         if not self._wanted or self._clock.monotonic() < self._deadline:
             return
         if self._who is None:

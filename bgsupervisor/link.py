@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import math
 import os
 import queue
 import select
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor import wire
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import connect, ring_board
-from bgsupervisor.wire import Channel, Run, Who
+from bgsupervisor.wire import REDIAL_S, Channel, Redial, Run, Who
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,51 +28,15 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.wire import End
 
-__all__ = ["Link", "Redial"]
+__all__ = ["Link"]
 
 log = logging.getLogger("bgsupervisor")
 
-REDIAL_S = 0.2
-REDIAL_MAX_S = 5.0
-"""The longest pause between two tries to reach a supervisor that refuses: another protocol, another PID namespace."""
 LONELY_S = 10.0
 """An idle child leaves when no supervisor has come for this long: the next one starts children of its own."""
 WAITING_BEATS = 12
 """A body that waits beats so many times slower; `ps` does not expect more of it."""
 PARENT_LOOK_S = 10.0
-
-
-class Redial:
-    """When to try again: at once, but after refusals ever later, REDIAL_S to REDIAL_MAX_S.
-
-    A connection that brings no message and does not last REDIAL_MAX_S was a refusal.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._since = self._due_at = clock.monotonic()
-        self._pause_s = REDIAL_S
-
-    def wait_s(self) -> float:
-        """Return how long not to try yet."""
-        return max(0.0, self._due_at - self._clock.monotonic())
-
-    def connected(self) -> None:
-        """Note that there is a connection."""
-        self._since = self._clock.monotonic()
-
-    def heard(self) -> None:
-        """Note that it brought a message."""
-        self._since = -math.inf
-
-    def lost(self) -> None:
-        """Note that it has ended."""
-        now = self._clock.monotonic()
-        if now - self._since >= REDIAL_MAX_S:
-            self._pause_s = REDIAL_S
-        else:
-            self._due_at = now + self._pause_s
-            self._pause_s = min(2 * self._pause_s, REDIAL_MAX_S)
 
 
 class Link(threading.Thread):
@@ -112,7 +75,6 @@ class Link(threading.Thread):
         self._wanted: wire.WantSlot | None = None
         self._wakes: set[int] = set()
         self._stir: int | None = None
-        self._alone_since: float | None = clock.monotonic()
         self._redial = Redial(clock)
         self._leaving = False
         self._last_beat = 0.0
@@ -293,7 +255,6 @@ class Link(threading.Thread):
             channel.close()
             self._channel = None
             self._redial.lost()
-            self._alone_since = self._clock.monotonic()
             self.disconnected.set()
             self.rouse()  # nobody may ring now: a waiter has to look by itself
 
@@ -332,7 +293,6 @@ class Link(threading.Thread):
                 channel.send(self._wanted)
             self._channel = channel
             self._redial.connected()
-            self._alone_since = None
             self.disconnected.clear()
 
     def _hello(self) -> wire.ChildHello:
@@ -361,7 +321,7 @@ class Link(threading.Thread):
             self._last_look = now
             if os.getppid() != self._parent and self._channel is None:
                 self._leave_alone()
-        if self._alone_since is not None and now - self._alone_since >= LONELY_S:
+        if self._redial.alone_s() >= LONELY_S:
             self._leave_alone()
 
     def _beat_s(self) -> float:

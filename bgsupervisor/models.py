@@ -21,7 +21,7 @@ import peewee
 
 from bgsupervisor import postgres
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import is_postgres, sqlite_path
+from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
@@ -53,6 +53,10 @@ _PASSING_CODES = {
 _OF_ONE_ROW = (peewee.IntegrityError, peewee.DataError, peewee.InterfaceError, peewee.ProgrammingError)
 """What is wrong with a row's values, not with the database."""
 
+
+_FULL = "the disk is full; free some space and try again"
+FULL_BYTES = 64 * 1024
+"""With less room than this no transaction fits."""
 
 _REASONS = frozenset(str(reason) for reason in Reason)
 
@@ -132,6 +136,12 @@ class Tables:
             peak_rss_bytes = peewee.BigIntegerField(null=True)
             cancel_requested_at = UtcField(null=True)
             cancel_requested_by = peewee.TextField(null=True)
+            suspend_requested_at = UtcField(null=True)
+            suspend_requested_by = peewee.TextField(null=True)
+            suspended_at = UtcField(null=True)
+            suspended_mono = peewee.DoubleField(null=True)
+            suspended_s = peewee.DoubleField(null=True)
+            stack = peewee.TextField(null=True)
             parent_id = peewee.IntegerField(null=True)
 
         class Interruption(Base):
@@ -141,6 +151,7 @@ class Tables:
             reason = peewee.TextField()
             detail = peewee.TextField(null=True)
             error = peewee.TextField(null=True)
+            stack = peewee.TextField(null=True)
             exit_code = peewee.IntegerField(null=True)
             signal = peewee.IntegerField(null=True)
             host = peewee.TextField(null=True)
@@ -265,6 +276,12 @@ class TaskRecord:
     peak_rss_bytes: int | None
     cancel_requested_at: datetime | None
     cancel_requested_by: str | None
+    suspend_requested_at: datetime | None
+    suspend_requested_by: str | None
+    suspended_at: datetime | None
+    suspended_mono: float | None
+    suspended_s: float | None
+    stack: str | None
     parent_id: int | None
     position: int | None = None
     """Place in the queue, 1 is next; known for a waiting task that `Service.get` returned."""
@@ -309,6 +326,7 @@ class TaskRecord:
             "started_at": None if self.started_at is None else self.started_at.isoformat(),
             "ended_at": None if self.ended_at is None else self.ended_at.isoformat(),
             "cancel_requested": self.cancel_requested_at is not None,
+            "suspended": self.suspended_at is not None,
             "position": self.position,
             "no_supervisor_since": None if since is None else since.isoformat(),
         }
@@ -414,10 +432,18 @@ class Store:
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
         self._lock_key = postgres.lock_key(prefix)
+        self.creates = True
 
     @classmethod
     def open(
-        cls, url: str, prefix: str, *, busy_timeout_s: float, checkpointer: bool = False, durable: bool = True
+        cls,
+        url: str,
+        prefix: str,
+        *,
+        busy_timeout_s: float,
+        checkpointer: bool = False,
+        durable: bool = True,
+        creates: bool = True,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -427,13 +453,16 @@ class Store:
             busy_timeout_s: How long a call may wait for another writer.
             checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
+            creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
         """
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
-            return cls(server, prefix, owned=True, path=None)
+            store = cls(server, prefix, owned=True, path=None)
+            store.creates = creates
+            return store
         path = sqlite_path(url)
         pragmas = {
             "journal_mode": "wal",
@@ -449,6 +478,7 @@ class Store:
             check_same_thread=False,
         )
         store = cls(database, prefix, owned=True, path=path)
+        store.creates = creates
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
 
@@ -525,6 +555,20 @@ class Store:
             self.database.close()
         self._threads.__dict__.clear()
 
+    def write_problem(self, *, wait_s: float) -> str | None:
+        """Return why nobody can write now, in one sentence; None if one can. Blocks for at most *wait_s*."""
+        before = getattr(self.database, "timeout", 0.0)
+        self.set_busy_timeout(wait_s)
+        try:
+            with self.writing():  # on files that it may not write, SQLite only finds out with a statement that writes
+                self.database.execute_sql(f'DELETE FROM "{self.tables.prefix}supervisor" WHERE 1 = 0')  # noqa: S608 - our own prefix
+        except (AccessError, DatabaseError) as error:
+            return str(error)
+        finally:
+            with contextlib.suppress(peewee.PeeweeException):
+                self.set_busy_timeout(before)
+        return f"the database {self.place} cannot be written, {_FULL}" if _is_full(self.path) else None
+
     def data_version(self) -> int:
         """Return a number that changes when another connection has committed; in PostgreSQL also when we have."""
         with self.connected():
@@ -536,6 +580,11 @@ class Store:
         """Change how long this thread's connection waits for another writer."""
         if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
+
+    @property
+    def place(self) -> str:
+        """How to name the database to people: its file, or its address without the password."""
+        return str(self.path or masked(getattr(self.database, "url", "") or str(self.database.database)))
 
     def inode(self) -> int | None:
         """Return the inode of the database file as its path has it now; None if nobody can tell.
@@ -585,7 +634,7 @@ class Store:
             waited_s = getattr(self.database, "timeout", 0.0)
             return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
         if "full" in text:
-            return DatabaseError(f"{where} cannot be written, the disk is full; free some space and try again")
+            return DatabaseError(f"{where} cannot be written, {_FULL}")
         return DatabaseError(f"{where} cannot be used: {text}")
 
     def _missing_right(self) -> AccessError | None:
@@ -614,7 +663,10 @@ class Store:
 
     def _connect(self) -> None:
         if self.owned and self.path is not None:
-            _create_file(self.path)
+            if self.creates:
+                _create_file(self.path)
+            elif self.inode() == 0:
+                raise DatabaseError(f"the database {self.path} is not there, or is empty")
             self._connect_in_wal_mode()
             self._threads.inode = self.inode()
         else:
@@ -689,6 +741,17 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _is_full(path: Path | None) -> bool:
+    """Whether the file system has no room for a transaction of this user."""
+    try:
+        found = os.statvfs(path.parent) if path is not None and hasattr(os, "statvfs") else None
+    except OSError:
+        return False
+    if found is None:
+        return False
+    return found.f_frsize * (found.f_bavail if os.geteuid() else found.f_bfree) < FULL_BYTES
 
 
 def _readable(text: bytes) -> str:

@@ -30,11 +30,10 @@ from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
-from bgsupervisor.link import REDIAL_S, Redial
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.statedir import StateDir, connect
-from bgsupervisor.wire import Channel, Exited, LoadFailure, Who
+from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.statuses import Reason
 
-__all__ = ["Loaded", "Nursery", "load_application", "main", "strays_of_this_process"]
+__all__ = ["Loaded", "Nursery", "import_what_children_need", "load_application", "main", "strays_of_this_process"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -110,6 +109,13 @@ def load_application(config: Config) -> Loaded:
     return Loaded(failures, _warnings())
 
 
+def import_what_children_need() -> None:
+    """Import all that a child uses once its body has begun: by then a deploy may have replaced the files."""
+    modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
+    for module in ("psutil", "sqlite3", "bgsupervisor.migrations", "bgsupervisor.service", *modules):
+        importlib.import_module(module)
+
+
 def strays_of_this_process(known: set[int]) -> list[int]:
     """Return the PIDs of this process's children that are neither *known* nor multiprocessing's resource tracker.
 
@@ -157,7 +163,6 @@ class Nursery:
         self._exits: dict[Who, Exited] = {}
         self._retired = False
         self._leave = False
-        self._alone_since: float | None = clock.monotonic()
         self._redial = Redial(clock)
         self._stray_left = False
         self._poll = select.poll()
@@ -175,7 +180,7 @@ class Nursery:
             self._loaded.warnings.append(SIGCHLD_TAKEN)
         self._listen_to_deaths()
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
-        self._import_what_children_need()
+        import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
         gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
@@ -208,7 +213,6 @@ class Nursery:
         self._channel = Channel(sock)
         self._poll.register(self._channel, select.POLLIN)
         self._redial.connected()
-        self._alone_since = None
         self._channel.send(
             wire.NurseryHello(
                 version=wire.PROTOCOL_VERSION,
@@ -250,7 +254,6 @@ class Nursery:
             channel.close()
             self._channel = None
             self._redial.lost()
-            self._alone_since = self._clock.monotonic()
 
     def _take(self, message: wire.Message) -> None:
         if isinstance(message, wire.Spawn):
@@ -301,11 +304,8 @@ class Nursery:
         if self._leave:
             return True
         if self._exits:  # somebody must still be told
-            return self._alone_s() >= EXITS_KEPT_S
-        return self._retired or self._alone_s() >= LONELY_S
-
-    def _alone_s(self) -> float:
-        return 0.0 if self._alone_since is None else self._clock.monotonic() - self._alone_since
+            return self._redial.alone_s() >= EXITS_KEPT_S
+        return self._retired or self._redial.alone_s() >= LONELY_S
 
     # Work
 
@@ -363,11 +363,6 @@ class Nursery:
                         processes.signal_tree(handle, order.signal)
                 except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
                     log.error("cannot send signal %d to PID %d: %s", order.signal, order.who.pid, error)  # noqa: TRY400 - the sentence says it
-
-    def _import_what_children_need(self) -> None:
-        modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
-        for module in ("psutil", "sqlite3", "bgsupervisor.migrations", *modules):
-            importlib.import_module(module)
 
 
 @dataclasses.dataclass(slots=True)

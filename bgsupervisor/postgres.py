@@ -81,11 +81,14 @@ class Server(peewee.PostgresqlDatabase):
     def timeout(self, seconds: float) -> None:
         self._timeout_s = seconds
         if not self.is_closed():
-            self._initialize_connection(_connection(self))
+            execute: Any = self.execute_sql
+            execute(self._set_timeout())
 
     def _initialize_connection(self, conn: Any) -> None:  # noqa: ANN401 - psycopg may not be installed
-        # 0 would mean for ever.
-        conn.execute(f"SET lock_timeout = {max(1, math.ceil(self._timeout_s * 1000))}")
+        conn.execute(self._set_timeout())
+
+    def _set_timeout(self) -> str:
+        return f"SET lock_timeout = {max(1, math.ceil(self._timeout_s * 1000))}"  # 0 would mean for ever
 
 
 def open_server(url: str, *, busy_timeout_s: float, durable: bool) -> Server:

@@ -49,6 +49,8 @@ HELLO_S = 10.0
 """Who dials and does not say hello for so long is let go."""
 ACCEPTS_PER_PASS = 256
 RINGS_PER_PASS = 1000
+REFUSALS_KEPT = 1000
+"""So many refused connections are remembered: whoever is refused dials again and again, and is told of once."""
 RING_BYTES = 4096
 """A ring may name the bells that it is for, one a line; what does not fit is found by looking."""
 
@@ -107,6 +109,7 @@ class Reception:
         self._peers: dict[int, Peer] = {}
         self._handles: dict[Who, ProcessHandle] = {}
         self._watch: Watch | None = None
+        self._refused: set[tuple[int, str]] = set()
         self._deaf = False
         self._control: socket.socket | None = None
         self._wake: socket.socket | None = None
@@ -273,13 +276,20 @@ class Reception:
                 self._check(peer, message)
                 heard.messages.append((peer, message))
         except WireError as error:
-            log.warning("the connection of PID %d is closed: %s", peer.pid, error)
+            self._tell_refusal(peer.pid, str(error))
             peer.channel.closed = True
         if peer.channel.closed:
             heard.someone_left = True
             self.let_go(peer)
         else:
             self._want(peer)
+
+    def _tell_refusal(self, pid: int, why: str) -> None:
+        if (pid, why) not in self._refused:
+            if len(self._refused) >= REFUSALS_KEPT:
+                self._refused.clear()
+            self._refused.add((pid, why))
+            log.warning("the connection of PID %d is closed: %s", pid, why)
 
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""

@@ -167,6 +167,10 @@ class StopMark:
             raise access_error(path, "write", error, "stop as the folder's owner") from error
 
 
+STUCK_S = 60.0
+"""A supervisor whose lock file was not touched for so long does not turn its loop any more."""
+
+
 class Lock:
     """The right to be the one supervisor of a state directory; dies with its process.
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger import Due, Outcome
+    from bgsupervisor.ledger import Due, Outcome, Suspension
     from bgsupervisor.notify import Notifier
     from bgsupervisor.reception import Heard, Peer
     from bgsupervisor.statedir import Lock, StateDir
@@ -66,6 +66,8 @@ NOTES_EVERY_S = 0.25
 """Progress reaches the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
+COMPLAIN_EVERY_S = 60.0
+"""What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -123,9 +125,11 @@ class Supervisor:
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
+        self._row_at = clock.monotonic() + BEAT_EVERY_S
         self._data_version = -1
         self._touched_looks_at: list[float] = []
         self._last_complaint = ""
+        self._complain_at = 0.0
         self._look, self._backlog = True, False
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
@@ -224,6 +228,7 @@ class Supervisor:
         self._nurseries.met(hello.who)
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
         ward.peer, ward.nursery, ward.leave_by = peer, hello.nursery, None
+        ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
         if hello.id is None:
             # It has read its last connection to the end: what was claimed for it, and is not in its hands, never began.
             ward.says = None
@@ -250,6 +255,8 @@ class Supervisor:
         attempt = Attempt(message.id, message.attempt)
         if attempt in (ward.attempt, ward.says):
             ward.end = message.end
+            if attempt != ward.attempt:
+                self._recover_at = 0.0  # only the rows can tell what it is to us
         elif ward.peer is not None:
             self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait
 
@@ -259,6 +266,7 @@ class Supervisor:
             return
         ward.run_place = None  # it has been told: it speaks of it
         ward.wants_slot = message.number if isinstance(message, wire.WantSlot) else None
+        ward.got_on_at = self._clock.monotonic()
         if isinstance(message, wire.Waiting):
             ward.slot = ward.slot if message.slot_kept else None
             self._boards.want()
@@ -271,6 +279,7 @@ class Supervisor:
         ward.run_place = None  # it has been told: it speaks of it
         ward.note.heartbeat_at = self._clock.now()
         if isinstance(message, wire.Progress):
+            ward.got_on_at = self._clock.monotonic()
             ward.note.progress_done = message.done
             ward.note.progress_total = message.total
             ward.note.message = message.message
@@ -404,12 +413,22 @@ class Supervisor:
     # enforce
 
     def _enforce(self) -> None:
-        """See to cancels and limits."""
+        """See to cancels, suspensions and limits."""
         if self._look:
             try:
-                self._enforcement.cancel(self._ledger.cancel_requests())
+                self._enforcement.heed(self._ledger.wishes())
             except (DatabaseError, AccessError) as error:
                 self._complain(error)
+        stalled = self._enforcement.stalled()
+        if stalled:
+            try:
+                ids = [ward.attempt.id for ward in stalled if ward.attempt is not None]
+                waiting = {row["task_id"] for row in self._ledger.waits.rows(ids)}
+            except (DatabaseError, AccessError) as error:
+                self._complain(error)
+                self._enforcement.put_off_stalls()
+            else:
+                self._enforcement.end_stalled(stalled, waiting)
         self._enforcement.enforce()
 
     # admit
@@ -469,7 +488,9 @@ class Supervisor:
             self._put_off(error, now)
             return
         self._put_offs = 0
-        self._last_complaint = ""
+        if self._last_complaint:
+            self._last_complaint = ""
+            log.info("the database can be written again")
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
@@ -485,6 +506,8 @@ class Supervisor:
                 batch.unclaims.add(attempt)
             elif ward.order is not None and ward.order.unsent:
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
+            if ward.suspension_unsaved and ward.end is None:
+                batch.suspensions[attempt] = ward.suspension
         for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
             if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
                 batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
@@ -513,6 +536,8 @@ class Supervisor:
             elif ward.order is not None:
                 ward.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
+        for attempt, suspension in batch.suspensions.items():
+            self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
         for attempt, back in batch.returns.items():
             self._give_slot(by_attempt[attempt], attempt, back.slot, granted=attempt in outcome.returned)
         for attempt in batch.notes:
@@ -520,9 +545,18 @@ class Supervisor:
         self._boards.ring(outcome.keys)
         self._look = self._look or DUE in outcome.keys
 
+    def _take_suspension(self, ward: Ward, suspension: Suspension, *, recorded: bool) -> None:
+        """Have a child stand still whose row says that it does."""
+        ward.suspension_unsaved = False
+        if recorded and suspension.lasts:
+            self._enforcement.suspend(ward)
+        elif not recorded:
+            self._recover_at = 0.0  # the row is not running any more
+
     def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
         """Let a body go on that has waited."""
         ward.wants_slot = None
+        ward.got_on_at = self._clock.monotonic()
         if granted and ward.peer is not None:
             ward.slot = slot
             self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
@@ -571,14 +605,15 @@ class Supervisor:
         self._enforcement.carry_out_unrecorded()
 
     def _complain(self, error: BgSupervisorError) -> None:
-        if str(error) != self._last_complaint:
-            self._last_complaint = str(error)
+        now = self._clock.monotonic()
+        if str(error) != self._last_complaint or now >= self._complain_at:
+            self._last_complaint, self._complain_at = str(error), now + COMPLAIN_EVERY_S
             log.error("%s; bodies go on, trying again", error)
 
     def _is_worth_a_row(self) -> bool:
         """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
         known = self._nurseries.ours() is not None or self._catalogue is not None
-        return known or (self._clock.now() - self._started_at).total_seconds() > BEAT_EVERY_S
+        return known or self._clock.monotonic() >= self._row_at
 
     def _own_record(self) -> SupervisorRecord:
         home = self._nurseries.ours()
@@ -620,7 +655,8 @@ class Supervisor:
             return self._put_off_until
         moments = []
         for ward in self._wards.running():
-            if ward.end is not None or ward.never_told or (ward.order is not None and ward.order.unsent):
+            is_ordered = ward.order is not None and ward.order.unsent
+            if ward.end is not None or ward.never_told or is_ordered or ward.suspension_unsaved:
                 return self._put_off_until
             if ward.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))
@@ -659,7 +695,7 @@ class Supervisor:
     def _check_files(self) -> None:
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
-        elif self._store.inode() != self._database_inode:
+        elif self._store.inode() not in (None, self._database_inode):
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"

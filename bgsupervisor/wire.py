@@ -6,6 +6,7 @@ PROTOCOL_VERSION. Nothing here is ever unpickled.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import struct
@@ -20,8 +21,12 @@ from bgsupervisor.statuses import Reason  # noqa: TC001 - msgspec reads the anno
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from bgsupervisor.clock import Clock
+
 __all__ = [
     "PROTOCOL_VERSION",
+    "REDIAL_MAX_S",
+    "REDIAL_S",
     "Ack",
     "Beat",
     "BoardBeat",
@@ -40,6 +45,7 @@ __all__ = [
     "Message",
     "NurseryHello",
     "Progress",
+    "Redial",
     "Reload",
     "Reloaded",
     "Resumed",
@@ -61,6 +67,9 @@ MAX_FRAME_BYTES = 80 * 1024 * 1024
 """A longer frame is a peer gone mad; data and results are limited far below (data_max_bytes)."""
 RECEIVE_BYTES = 256 * 1024
 """Read at most so much of one peer before the others get their turn."""
+REDIAL_S = 0.2
+REDIAL_MAX_S = 5.0
+"""The longest pause between two tries to reach a supervisor that refuses: another protocol, another PID namespace."""
 UNRESPONSIVE_BYTES = 4 * 1024 * 1024
 """A peer that has left so much unread is unresponsive: what may be lost (beats, progress) is no longer sent."""
 
@@ -84,6 +93,7 @@ class End(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str | None = None
     result: str | None = None
     error: str | None = None
+    stack: str | None = None
     exit_code: int | None = None
     signal: int | None = None
     cpu_s: float | None = None
@@ -97,6 +107,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """What a supervisor must know of a task class; it never imports the class itself."""
 
     timeout_s: float | None = None
+    stall_s: float | None = None
     memory_limit_bytes: int | None = None
     secret: tuple[str, ...] = ()
 
@@ -487,3 +498,44 @@ class Channel:
                 yield _decode(body)
             except (msgspec.MsgspecError, ValueError) as error:  # text that is no UTF-8 is a ValueError
                 raise WireError(f"a message of {length} bytes cannot be read: {error}") from error
+
+
+class Redial:
+    """When to try again: at once, but after refusals ever later, REDIAL_S to REDIAL_MAX_S.
+
+    A connection that brings no message and does not last REDIAL_MAX_S was a refusal.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since = self._due_at = self._alone_since = clock.monotonic()
+        self._pause_s = REDIAL_S
+        self._is_connected = False
+
+    def wait_s(self) -> float:
+        """Return how long not to try yet."""
+        return max(0.0, self._due_at - self._clock.monotonic())
+
+    def alone_s(self) -> float:
+        """Return for how long there has been nobody but who refuses; 0 while there is a connection."""
+        return 0.0 if self._is_connected else self._clock.monotonic() - self._alone_since
+
+    def connected(self) -> None:
+        """Note that there is a connection."""
+        self._since = self._clock.monotonic()
+        self._is_connected = True
+
+    def heard(self) -> None:
+        """Note that it brought a message."""
+        self._since = -math.inf
+
+    def lost(self) -> None:
+        """Note that it has ended."""
+        now = self._clock.monotonic()
+        self._is_connected = False
+        if now - self._since >= REDIAL_MAX_S:
+            self._pause_s = REDIAL_S
+            self._alone_since = now
+        else:
+            self._due_at = now + self._pause_s
+            self._pause_s = min(2 * self._pause_s, REDIAL_MAX_S)

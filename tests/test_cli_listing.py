@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import sqlite3
 import subprocess
 import sys
 import time
@@ -119,7 +120,10 @@ def test_json_has_the_columns_of_the_table_without_what_may_be_large_or_secret(a
     _fill(app)
     found = json.loads(app.cli("ps", "--json").stdout)
     columns = app.service.ledger.store.tables.Task._meta.sorted_field_names
-    expected = [name for name in columns if name not in {"data", "result", "error"}] + ["waiting_for", "unresponsive"]
+    expected = [name for name in columns if name not in {"data", "result", "error", "stack"}] + [
+        "waiting_for",
+        "unresponsive",
+    ]
 
     assert all(list(one) == expected for one in found)
     assert found[0]["requested_at"].endswith("+00:00")
@@ -168,6 +172,45 @@ def test_the_absence_of_a_supervisor_is_told_with_its_time(app):
     assert re.search(r"no supervisor has been seen since .*\d\d:\d\d:\d\d; start", app.cli("ps").stderr)
     _supervise(app, start_ticks=1)
     assert "no supervisor has been seen since" in app.cli("ps").stderr, "its process is another one now"
+
+
+def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_there(app):
+    app.service.request("appx:add")
+    lock = app.state_dir / "supervisor.lock"
+    app.state_dir.mkdir()
+    lock.write_text(json.dumps({"pid": os.getpid()}))
+    told = app.cli("ps").stderr
+    assert f"a supervisor, PID {os.getpid()}, is there and has written nothing yet" in told
+    assert "start one" not in told
+    assert "no supervisor is alive" not in app.cli("why", "1").stdout
+
+    _supervise(app, heartbeat_at=_ago(50))
+    told = app.cli("ps").stderr
+    assert re.search(
+        rf"the supervisor, PID {os.getpid()}, lives but could not write to the database since .*\d\d:\d\d", told
+    )
+    assert "no supervisor" not in told
+    _supervise(app, heartbeat_at=_ago(0))
+    assert "could not write" not in app.cli("ps").stderr
+
+    old = time.time() - 61
+    os.utime(lock, (old, old))
+    _supervise(app, heartbeat_at=_ago(50))
+    assert "no supervisor has been seen since" in app.cli("ps").stderr
+    lock.write_text(json.dumps({"pid": 2**22 - 1}))
+    _supervise(app, start_ticks=1)
+    assert "no supervisor has been seen since" in app.cli("ps").stderr
+
+
+def test_what_keeps_everybody_from_writing_is_told(app):
+    app.service.request("appx:add")
+    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        told = app.cli("ps", "--json")
+        assert "is locked by another writer for longer than 1 s; try again. Bodies go on" in told.stderr
+        assert len(json.loads(told.stdout)) == 1
+        other.execute("ROLLBACK")
+    assert "locked" not in app.cli("ps").stderr
 
 
 def test_code_that_is_missing_or_does_not_load_is_told(app):

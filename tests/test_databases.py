@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
+import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peewee
+import psutil
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
 from conftest import wait_until
 from playhouse import migrations as _loaded_for_nobody  # noqa: F401 - another user may be unable to read it
 
 import bgsupervisor
-from bgsupervisor import Service, Status, migrations
+from bgsupervisor import Service, Status, board, migrations
 from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
 from bgsupervisor.models import Store
 from bgsupervisor.statuses import Reason
@@ -26,7 +32,7 @@ from bgsupervisor.statuses import Reason
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 APP = """
 import pathlib, time
-from bgsupervisor import task
+from bgsupervisor import Task, task
 
 def wait_for(name):
     while not pathlib.Path(name).exists():
@@ -40,6 +46,19 @@ def until(name: str, size: int = 1) -> str:
 @task
 def quick() -> int:
     return 1
+
+@task
+def ticks() -> None:
+    while not pathlib.Path("last").exists():
+        with open("ticks", "a") as file:
+            file.write(".")
+        time.sleep(0.05)
+
+class HasALimit(Task):
+    timeout_s = 1.5
+
+    def run(self) -> None:
+        time.sleep(600)
 """
 
 
@@ -315,6 +334,345 @@ def test_a_child_that_dies_while_the_database_is_locked_gets_its_true_reason_aft
     other.close()
     record = app.wait(record.id)
     assert (record.reason, record.signal) == (Reason.SIGNALLED, 9)
+
+
+def test_a_supervisor_that_starts_while_the_database_is_locked_adopts_and_records_afterwards(make_app):
+    app = make_app(APP, spares=0)
+    first = app.start()
+    killed, ends, lives = [
+        app.started(app.service.request("appx:until", {"name": name})) for name in ("never", "end", "last")
+    ]
+    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
+    with contextlib.closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        first.kill()
+        os.kill(killed.pid, 9)
+        (app.folder / "end").touch()
+        second = app.start(wait=False)
+        wait_until(lambda: "is locked by another writer" in second.log, "the supervisor has met the lock")
+        wait_until(lambda: f"is run by PID {lives.pid}; looking after it" in second.log, "it has adopted what runs")
+        assert {record.status for record in app.service.list()} == {Status.START}
+        other.execute("COMMIT")
+    assert (app.wait(killed.id).reason, app.wait(killed.id).signal) == (Reason.SIGNALLED, 9)
+    assert app.wait(ends.id).status is Status.DONE
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+    assert app.service.get(lives.id).status is Status.START
+    assert second.process.poll() is None
+
+
+# ---- away for long ----
+
+
+@pytest.fixture
+def manager(tmp_path):
+    """A service manager that listens, and has not been told anything yet."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify.sock"))
+        listener.setblocking(False)
+        yield listener
+
+
+def said_to(manager):
+    """Return what the service manager was told since it was last asked."""
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            said.append(manager.recv(4096).decode())
+    return said
+
+
+class Outage:
+    """An application whose database is taken away while bodies of all kinds run."""
+
+    def __init__(self, app, manager, **environment):
+        self.app = app
+        self.manager = manager
+        self.supervisor = app.start(environment={"NOTIFY_SOCKET": manager.getsockname(), **environment})
+        bodies = {
+            "ends": ("until", {"name": "end", "size": 100_000}),
+            "killed": ("until", {"name": "never"}),
+            "ticks": ("ticks", {}),
+            "limited": ("HasALimit", {}),
+        }
+        self.handles = {what: app.service.request(f"appx:{body}", data) for what, (body, data) in bodies.items()}
+        self.running = {what: app.started(handle) for what, handle in self.handles.items()}
+        self.limited = psutil.Process(self.running["limited"].pid)
+        said_to(manager)
+        self.began_at = time.monotonic()
+
+    @property
+    def log(self):
+        """What the supervisor has said."""
+        return (self.app.state_dir / "logs" / "supervisor.log").read_text()
+
+    def live_through_it(self, at_least_s, told=""):
+        """Have bodies end, be killed and pass their limit, and see that loop, watchdog and bodies go on meanwhile."""
+        app = self.app
+        (app.folder / "end").touch()
+        os.kill(self.running["killed"].pid, signal.SIGKILL)
+        wait_until(lambda: told in self.log, f"its log says {told!r}")
+        wait_until(lambda: not self.limited.is_running(), "the time limit is kept though nobody can record it")
+        ticks = (app.folder / "ticks").stat().st_size
+        words = []
+
+        def time_has_passed():
+            words.extend(said_to(self.manager))  # its queue is short
+            return time.monotonic() - self.began_at >= at_least_s
+
+        wait_until(time_has_passed, "some time passes", limit_s=2 * at_least_s)
+        wait_until(lambda: (app.folder / "ticks").stat().st_size > ticks, "the body goes on")
+        assert psutil.pid_exists(self.running["ends"].pid), "its process keeps the end"
+        assert sum("WATCHDOG=1" in word for word in words) >= at_least_s / 3
+
+    def assert_healed(self):
+        """See that all is recorded as it was, by the same supervisor, and that new tasks run."""
+        app, began = self.app, time.monotonic()
+        records = {what: app.wait(handle) for what, handle in self.handles.items() if what != "ticks"}
+        assert (records["ends"].status, app.service.result(records["ends"].id)) == (Status.DONE, "r" * 100_000)
+        assert (records["killed"].reason, records["killed"].signal) == (Reason.SIGNALLED, signal.SIGKILL)
+        assert records["limited"].reason is Reason.TIMED_OUT
+        assert time.monotonic() - began < 5.0
+        assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+        assert app.service.get(self.handles["ticks"]).status is Status.START
+        (app.folder / "last").touch()
+        assert app.wait(self.handles["ticks"]).status is Status.DONE
+        assert self.supervisor.process.poll() is None
+        assert "Traceback" not in self.log
+
+    def assert_refused(self, told):
+        """See that who wants to write hears why in time, and that `ps` and `health` say so."""
+        app = self.app
+        before = time.monotonic()
+        with pytest.raises((DatabaseError, AccessError), match=told):
+            app.service.request("appx:quick")
+        assert time.monotonic() - before < app.service.config.busy_timeout_s + 2
+        for command in (["request", "appx:quick"], ["cancel", str(self.handles["ticks"].id)]):
+            done = app.cli(*command)
+            assert done.returncode == 1, done
+            assert told in done.stderr
+            assert done.stderr.startswith("bgsupervisor: ")
+            assert "Traceback" not in done.stderr
+        done = app.cli("health")
+        assert done.returncode == 2
+        assert told in done.stdout
+        metrics = app.cli("health", "--prometheus").stdout
+        assert re.search(r"^bgsupervisor_database_writable\{.*\} 0$", metrics, re.MULTILINE)
+
+
+@pytest.mark.parametrize("lock_s", [6.0, pytest.param(61.0, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
+def test_a_lock_that_is_held_for_long_delays_ends_and_loses_none(make_app, manager, lock_s):
+    app = make_app(APP, busy_timeout_s=0.5, grace_s=0.3)
+    outage = Outage(app, manager)
+    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
+    with contextlib.closing(other):
+        other.execute("BEGIN IMMEDIATE")
+        outage.assert_refused("is locked by another writer for longer than 0.5 s; try again")
+        outage.live_through_it(lock_s, "is locked by another writer")
+        shown = app.cli("ps")
+        assert "is locked by another writer for longer than 1 s" in shown.stderr
+        assert "no supervisor" not in shown.stderr
+        assert ("lives but could not write to the database since" in shown.stderr) == (lock_s > 60)
+        assert {app.service.get(handle).status for handle in outage.handles.values()} == {Status.START}
+        other.execute("ROLLBACK")
+    outage.assert_healed()
+    assert "is locked" not in app.cli("ps").stderr
+
+
+def test_a_disk_that_is_full_under_database_and_state_directory_delays_ends_and_loses_none(
+    make_app, small_disk, manager
+):
+    app = make_app(
+        APP,
+        database=f"sqlite:///{small_disk}/tasks.db",
+        state_dir=f"{small_disk}/state",
+        busy_timeout_s=0.5,
+        grace_s=0.3,
+        spares=0,
+    )
+    app.state_dir = small_disk / "state"
+    outage = Outage(app, manager)
+    ballast = fill(small_disk)
+    outage.assert_refused("the disk is full; free some space and try again")
+    outage.live_through_it(6.0)  # the log is on the full disk, too
+    assert "cannot be written, the disk is full" in app.cli("ps").stderr
+    ballast.unlink()
+    outage.assert_healed()
+    assert "the database can be written again" in outage.log
+
+
+@pytest.fixture
+def lockable_disk(tmp_path):
+    """A file system whose files can be made unchangeable under those who have them open."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    folder, image = tmp_path / "ext4", tmp_path / "ext4.img"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    for command in (["mkfs.ext4", "-q", "-O", "^has_journal", image], ["mount", "-o", "loop", image, folder]):
+        try:
+            done = subprocess.run(command, capture_output=True, check=False)
+        except FileNotFoundError:
+            pytest.skip(f"there is no {command[0]} here")
+        if done.returncode != 0:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.decode()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_database_that_becomes_read_only_delays_ends_and_loses_none(make_app, lockable_disk, manager):
+    path = lockable_disk / "tasks.db"
+    app = make_app(APP, database=f"sqlite:///{path}", state_dir="state", busy_timeout_s=0.5, grace_s=0.3)
+    app.state_dir = app.folder / "state"
+    outage = Outage(app, manager)
+    files = [path, f"{path}-wal"]
+    subprocess.run(["chattr", "+i", *files], check=True)
+    try:
+        outage.assert_refused(f"the database file {path} cannot be written by user root")
+        outage.live_through_it(6.0, f"the database file {path} cannot be written by user root")
+        assert "cannot be written by user root" in app.cli("ps").stderr
+    finally:
+        subprocess.run(["chattr", "-i", *files], check=True)
+    outage.assert_healed()
+
+
+# ---- gone, and back ----
+
+
+def parts_of(path):
+    return [one for one in path.parent.glob(f"{path.name}*") if one.is_file()]
+
+
+def test_a_database_that_is_moved_away_and_comes_back_gets_the_ends_of_that_time(make_app):
+    app = make_app(APP, spares=0)
+    first = app.start()
+    handles = [app.service.request("appx:until", {"name": "end"}) for _ in range(2)]
+    records = [app.started(handle) for handle in handles]
+    app.service.close()
+    path, away = app.folder / "bgsupervisor.db", app.folder / "away"
+    away.mkdir()
+    for one in parts_of(path):
+        one.rename(away / one.name)
+    assert wait_until(lambda: first.process.poll() is not None, "the supervisor has left")
+    (app.folder / "end").touch()
+    log = app.state_dir / "logs" / f"process-{records[0].pid}-{records[0].start_ticks}.log"
+    wait_until(lambda: log.exists() and "cannot be recorded yet" in log.read_text(), "the child has tried to record")
+    assert f"the database {path} is not there, or is empty" in log.read_text()
+    assert not path.exists(), "it has made none"
+    assert all(psutil.pid_exists(record.pid) for record in records)
+    for one in parts_of(away / path.name):
+        one.rename(path.parent / one.name)
+    for handle in handles:  # by its child: nobody supervises
+        assert app.wait(handle).status is Status.DONE
+        assert app.service.result(handle) == "r"
+    app.start()
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+
+
+def test_after_a_database_was_deleted_the_next_run_begins_with_an_empty_one(make_app):
+    app = make_app(APP, spares=0)
+    first = app.start()
+    record = app.started(app.service.request("appx:until", {"name": "end"}))
+    child = psutil.Process(record.pid)
+    app.service.close()
+    for one in parts_of(app.folder / "bgsupervisor.db"):
+        one.unlink()
+    assert wait_until(lambda: first.process.poll() is not None, "the supervisor has left")
+    second = app.start()
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+    assert [one.name for one in app.service.list()] == ["appx:quick"]
+    (app.folder / "end").touch()
+    wait_until(lambda: not child.is_running(), "the body of a task that no row knows has ended and left")
+    assert "Traceback" not in second.log
+    assert second.process.poll() is None
+
+
+def test_after_a_restore_the_next_run_adopts_what_the_backup_knows_as_running(make_app):
+    app = make_app(APP, spares=0)
+    first = app.start()
+    known = app.started(app.service.request("appx:until", {"name": "end"}))
+    path = app.folder / "bgsupervisor.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("VACUUM INTO ?", [str(app.folder / "backup.db")])
+    unknown = app.started(app.service.request("appx:until", {"name": "end"}))
+    app.service.close()
+    for one in parts_of(path):
+        if one != path:
+            one.unlink()
+    shutil.move(app.folder / "backup.db", path)
+    assert wait_until(lambda: first.process.poll() is not None, "the supervisor has left")
+    app.start()
+    assert app.service.get(unknown.id) is None
+    children = [psutil.Process(record.pid) for record in (known, unknown)]
+    (app.folder / "end").touch()
+    record = app.wait(known.id)
+    assert (record.status, record.pid) == (Status.DONE, known.pid)
+    for child in children:
+        wait_until(lambda one=child: not one.is_running(), "it has left")
+    assert app.service.get(unknown.id) is None
+
+
+def test_a_store_that_creates_nothing_refuses_what_is_not_there_and_works_on_what_is(tmp_path, filled):
+    missing, empty, foreign = (tmp_path / name for name in ("missing.db", "empty.db", "foreign.db"))
+    empty.touch()
+    with contextlib.closing(sqlite3.connect(foreign)) as connection, connection:
+        connection.execute("CREATE TABLE theirs (id)")
+    for path, told in ((missing, "is not there, or is empty"), (empty, "is empty"), (foreign, "has no tables")):
+        store = Store.open(f"sqlite:///{path}", "bgsupervisor_", busy_timeout_s=1.0, creates=False)
+        with pytest.raises(DatabaseError, match=told), store.connected():
+            pass
+        store.close()
+    assert not missing.exists()
+    assert empty.stat().st_size == 0
+    store = Store.open(f"sqlite:///{filled}", "bgsupervisor_", busy_timeout_s=1.0, creates=False)
+    with store.writing():
+        assert store.tables.Task.select().count() == 300
+    store.close()
+
+
+def test_a_path_that_cannot_be_looked_at_is_not_taken_for_a_replaced_file(make_app):
+    app = make_app(APP)
+    folder = app.folder / "closed"
+    folder.mkdir()
+    app.configure(database="sqlite:///closed/tasks.db", state_dir="state", tasks=["appx", "hides"])
+    app.state_dir = app.folder / "state"
+    hides = app.folder / "sitecustomize.py"
+    hides.write_text(
+        "import pathlib\n"
+        "from bgsupervisor.models import Store\n"
+        "def inode(self, inode=Store.inode):\n"
+        "    return None if pathlib.Path('hidden').exists() else inode(self)\n"
+        "Store.inode = inode\n"
+    )
+    started = app.start(environment={"PYTHONPATH": f"{app.folder}{os.pathsep}{SOURCE}"})
+    (app.folder / "hidden").touch()
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 2.0, "it has looked at its files")
+    assert started.process.poll() is None
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE
+
+
+# ---- a key on a full disk ----
+
+
+def test_a_key_that_a_full_disk_cut_short_is_made_anew(tmp_path, monkeypatch):
+    (tmp_path / "authkey").touch()
+    assert len(board._make_key(tmp_path)) == 32
+    kept = board._make_key(tmp_path)
+    assert board.read_key(tmp_path) == kept
+    (tmp_path / "authkey").unlink()
+
+    def full(descriptor, data):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            board._make_key(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert board._make_key(tmp_path) != kept
+    assert secrets.compare_digest(board.read_key(tmp_path), board._make_key(tmp_path))
+    assert (tmp_path / "authkey").stat().st_mode & 0o777 == 0o600
 
 
 # ---- the schema ----

@@ -114,6 +114,14 @@ def test_a_database_that_cannot_be_read_is_critical(app):
     assert "is damaged" in sentence
 
 
+def test_a_supervisor_that_has_not_been_able_to_write_for_long_is_a_warning(app):
+    app.start()
+    sql(app, "UPDATE bgsupervisor_supervisor SET heartbeat_at = ?", ago(50))
+    code, sentence, _ = ask(app)
+    assert code == WARNING
+    assert "lives but could not write to the database since" in sentence
+
+
 def test_wrong_usage_is_unknown_and_not_critical(app):
     for wrong in (["--max-wait-s", "soon"], ["--max-wait-s", "0"], ["--max-interrupted", "-1"], ["--nonsense"]):
         done = app.cli("health", *wrong)
@@ -250,6 +258,7 @@ def test_metrics_tell_what_is_there(make_app):
     assert samples.pop(("wal_bytes", None)) > 0
     assert samples == {
         ("database_readable", None): 1,
+        ("database_writable", None): 1,
         ("supervisor_up", None): 1,
         ("supervisor_stopped", None): 0,
         ("slots", None): 3,

@@ -15,10 +15,9 @@ import pytest
 from conftest import LIMIT_S, wait_until
 
 from bgsupervisor import nursery, processes, wire
-from bgsupervisor.link import REDIAL_MAX_S, REDIAL_S, Redial
 from bgsupervisor.statedir import bind, open_dir
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.wire import Who
+from bgsupervisor.wire import REDIAL_MAX_S, REDIAL_S, Redial, Who
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 

@@ -318,6 +318,17 @@ def test_a_supervisor_that_hangs_makes_run_say_so_and_fail(app):
     assert f"PID {supervising.process.pid}" in told.stderr
 
 
+def test_a_lock_file_that_is_old_only_since_the_machine_slept_is_no_hanging_supervisor(app):
+    app.start()
+    lock = app.state_dir / "supervisor.lock"
+    old = time.time() - 3600
+    os.utime(lock, (old, old))  # the loop touches it within a second
+
+    told = app.cli("run")
+
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+
+
 def test_a_declared_secret_is_masked_by_show_though_its_class_is_not_imported_there(make_app):
     app = make_app("from bgsupervisor import task\n@task(secret=('iban',))\ndef pay(iban: str, amount: int): pass\n")
     app.start()

@@ -72,7 +72,7 @@ MESSAGES = [
     wire.Ring(["task:5", "lock:smtp"]),
     wire.Waiting(1, 2),
     wire.Resumed(1, 2, 15),
-    wire.WantSlot(1, 2),
+    wire.WantSlot(1, 2, 3),
     wire.SlotGranted(1, 2),
     wire.Reload(force=True),
     wire.Reloaded(done=False, detail="it does not load"),

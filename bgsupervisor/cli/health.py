@@ -67,6 +67,7 @@ class Sight:
     Attributes:
         watch: The supervisors.
         absence: The sentence about a supervisor that is not alive.
+        silence: Sentences about those that live and cannot write.
         live: Tasks by status, REQUEST and START.
         waiting: How many of those that run wait for others, without a slot.
         ended: Tasks that ended within a day by status, DONE and INTERRUPTED.
@@ -75,10 +76,12 @@ class Sight:
         silence_s: Seconds since a supervisor was last heard; None if there never was one.
         unresponsive: Running tasks that were not heard for three heartbeats.
         wal_bytes: The size of the -wal file.
+        write_problem: Why the database cannot be written; None if it can.
     """
 
     watch: Watch
     absence: str
+    silence: list[str]
     live: dict[Status, int]
     waiting: int
     ended: dict[Status, int]
@@ -87,6 +90,7 @@ class Sight:
     silence_s: float | None
     unresponsive: tuple[int, ...]
     wal_bytes: int
+    write_problem: str | None
 
     @classmethod
     def take(cls, service: Service, clock: Clock) -> Sight:
@@ -106,6 +110,7 @@ class Sight:
         return cls(
             watch=seen,
             absence=seen.absence(now=now),
+            silence=seen.silence(now=now),
             live=ledger.live_counts(),
             waiting=ledger.waiting_count(),
             ended=ledger.ended_counts(now - DAY),
@@ -114,6 +119,7 @@ class Sight:
             silence_s=None if seen.seen_at is None else max(0.0, (now - seen.seen_at).total_seconds()),
             unresponsive=tuple(record.id for record in ledger.starts() if facts.is_unresponsive(record)),
             wal_bytes=wal_bytes,
+            write_problem=ledger.store.write_problem(wait_s=service.config.busy_timeout_s),
         )
 
     def judge(self, *, max_wait_s: float, max_interrupted: int | None) -> list[tuple[State, str]]:
@@ -123,6 +129,9 @@ class Sight:
             found.append((State.WARNING, self.absence if not self.watch.alive else f"stopping: {self.absence}"))
         elif not self.watch.alive:
             found.append((State.CRITICAL, self.absence))
+        if self.write_problem is not None:
+            found.append((State.CRITICAL, self.write_problem))
+        found += [(State.WARNING, told) for told in self.silence]
         if self.oldest_wait_s > max_wait_s:
             state = State.CRITICAL if self.oldest_wait_s > CRITICAL_FACTOR * max_wait_s else State.WARNING
             why = f", all {self.slots} slots are busy" if self.live[Status.START] - self.waiting >= self.slots else ""
@@ -232,6 +241,8 @@ def _metrics(sight: Sight | None, *, prefix: str, host: str) -> Iterator[str]:
     yield from metric("database_readable", "Whether the database could be read.", (sight is not None, {}))
     if sight is None:
         return
+    writable = sight.write_problem is None
+    yield from metric("database_writable", "Whether the database could be written.", (writable, {}))
     stopped = sight.watch.stopped is not None
     yield from metric("supervisor_up", "Whether a supervisor is alive.", (bool(sight.watch.alive), {}))
     yield from metric("supervisor_stopped", "Whether somebody has stopped it on purpose.", (stopped, {}))

@@ -29,6 +29,8 @@ ENDED_SHOWN = 10
 LIMIT = 100
 LIMIT_ALL = 1000
 LIMIT_MAX = 1_000_000
+WRITE_WAIT_S = 1.0
+"""Who has the database for longer is told of."""
 
 
 @click.command()
@@ -84,6 +86,9 @@ def ps(
     facts = cells.Facts.gather(service, positions=rows.positions(), clock=clock, causes=causes)
     for sentence in facts.watch.warnings(now=facts.now):
         warn(sentence)
+    problem = service.ledger.store.write_problem(wait_s=WRITE_WAIT_S)
+    if problem is not None:
+        warn(f"{problem}. Bodies go on, their ends are recorded later")
     if as_json:
         print_json([_object(record, facts, service) for record in records])
         return

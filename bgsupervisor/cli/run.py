@@ -18,7 +18,7 @@ from bgsupervisor.config import take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
 from bgsupervisor.notify import Notifier
 from bgsupervisor.stamp import code_stamp, read_stamp
-from bgsupervisor.statedir import Lock, StateDir, StopMark, access_error
+from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark, access_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["run", "supervise"]
 
-STUCK_S = 60.0
-"""A supervisor whose lock file was not touched for so long does not turn its loop any more."""
 LOCK_LOOK_S = 1.0
 """Under a service manager the lock is tried so often while another supervisor holds it."""
+HANG_LOOK_S = 1.5
+"""The lock file of a living supervisor is touched within a second, also when the clock was set or the machine slept."""
 TAKE_OVER_S = 5.0
 """A supervisor of another installation leaves within a second; one that hangs is not waited for any longer."""
 PROGRAM = f"{sys.prefix} {__version__}"
@@ -98,7 +98,7 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
         if notifier.listened_to:
             mark = _wait_for_lock(lock, state_dir, notifier, clock)
         elif not _takes_over(lock, config):
-            return _leave_it_to_the_other(lock, config, state_dir)
+            return _leave_it_to_the_other(lock, config, state_dir, clock)
     if mark is not None:
         return _tell_of_the_stop(mark, notifier)
     lock.touch()
@@ -155,8 +155,10 @@ def _takes_over(lock: Lock, config: Config) -> bool:
     return lock.take_over(wait_s=TAKE_OVER_S)
 
 
-def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir) -> int:
+def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, clock: Clock) -> int:
     """Leave, but have the living supervisor load code that a deploy has changed, and say if it hangs."""
+    if _tell_if_hanging(lock) is not None:
+        clock.sleep(HANG_LOOK_S)
     hanging = _tell_if_hanging(lock)
     if hanging is not None:
         click.echo(hanging, err=True)

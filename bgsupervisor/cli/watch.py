@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.service import SUPERVISOR_SILENT_S
-from bgsupervisor.statedir import StateDir, StopMark
+from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "last_line", "watch"]
 
+TOUCHED_S = 5.0
+"""A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
 LOADING_S = 60.0
 """A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
 
@@ -36,6 +39,8 @@ class Watch:
         failures: Module and last line of the error, for each that failed to load.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
+        mute: Those alive that have not written for long, though their loop turns: the database is away.
+        unheard: The PID of one that holds the lock and that no row tells of.
     """
 
     alive: Sequence[SupervisorRecord] = ()
@@ -44,6 +49,8 @@ class Watch:
     failures: Sequence[tuple[str, str]] = field(default=())
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
+    mute: Sequence[SupervisorRecord] = ()
+    unheard: int | None = None
 
     def lacks(self, name: str) -> bool:
         """Tell whether living supervisors are known to have no code for a task's name."""
@@ -54,12 +61,23 @@ class Watch:
         found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
         if not self.alive:
             found.insert(0, self.absence(now=now))
-        return found
+        return [*self.silence(now=now), *found]
+
+    def silence(self, *, now: datetime) -> list[str]:
+        """Return a sentence for each that lives and cannot write."""
+        return [
+            f"the supervisor, PID {one.pid}, lives but could not write to the database since "
+            f"{local(one.heartbeat_at, now=now)}; logs/supervisor.log says why, and bodies go on"
+            for one in self.mute
+        ]
 
     def absence(self, *, now: datetime) -> str:
         """Return the sentence that says that no supervisor is alive."""
         if self.stopped is not None:
             return f"stopped by {self.stopped.by} at {self.stopped.at}; `bgsupervisor start` lifts that"
+        if self.unheard is not None:
+            loads = "it loads the application, or the database is away: logs/supervisor.log says which"
+            return f"a supervisor, PID {self.unheard}, is there and has written nothing yet; {loads}"
         since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
         return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
 
@@ -67,7 +85,10 @@ class Watch:
 def watch(service: Service, *, now: datetime) -> Watch:
     """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
     supervisors = service.ledger.supervisors()
-    alive = [one for one in supervisors if _lives(one, now=now)]
+    state_dir = StateDir(service.config.state_dir)
+    lock = Lock(state_dir.lock)
+    age_s = _age_s(lock)
+    alive = [one for one in supervisors if _lives(one, now=now, turns=age_s <= STUCK_S)]
     catalogues = [_names(one, now=now) for one in alive]
     known = [names for names in catalogues if names is not None]
     return Watch(
@@ -76,17 +97,40 @@ def watch(service: Service, *, now: datetime) -> Watch:
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
         failures=[failure for one in alive for failure in _failures(one)],
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
-        stopped=StopMark.read(StateDir(service.config.state_dir).stop_mark),
+        stopped=StopMark.read(state_dir.stop_mark),
+        mute=[one for one in alive if _is_silent(one, now=now)],
+        unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
     )
 
 
-def _lives(one: SupervisorRecord, *, now: datetime) -> bool:
-    if one.left_at is not None or now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S):
+def _age_s(lock: Lock) -> float:
+    """Return how long ago the loop of a supervisor was seen to turn, database or not; infinite if nobody can tell."""
+    try:
+        age_s = lock.age_s()
+    except OSError:  # this user may not look into the state directory
+        return math.inf
+    return math.inf if age_s is None else age_s
+
+
+def _is_there(pid: int | None) -> bool:
+    try:
+        return pid is not None and processes.start_ticks(pid) is not None
+    except OSError:
+        return False
+
+
+def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:
+    return now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S)
+
+
+def _lives(one: SupervisorRecord, *, now: datetime, turns: bool) -> bool:
+    if one.left_at is not None or (_is_silent(one, now=now) and not turns):
         return False
     found, handle = processes.look(ProcessIdentity(one.host, one.boot_id, one.pid_ns, one.pid, one.start_ticks))
     if handle is not None:
         handle.close()
-    return found is not Verdict.DEAD
+    # A row of another PID namespace cannot be compared with the lock, so its silence counts.
+    return found is Verdict.ALIVE or (found is Verdict.UNKNOWN and not _is_silent(one, now=now))
 
 
 def _names(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:

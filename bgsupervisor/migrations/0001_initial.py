@@ -59,6 +59,12 @@ CREATE TABLE "{{p}}task" (
     "peak_rss_bytes" INTEGER,
     "cancel_requested_at" TEXT,
     "cancel_requested_by" TEXT,
+    "suspend_requested_at" TEXT,
+    "suspend_requested_by" TEXT,
+    "suspended_at" TEXT,
+    "suspended_mono" REAL,
+    "suspended_s" REAL,
+    "stack" TEXT,
     "parent_id" INTEGER,
     CHECK ("status" <> 'INTERRUPTED' OR "reason" IS NOT NULL)
 )
@@ -72,6 +78,7 @@ CREATE TABLE "{p}interruption" (
     "reason" TEXT NOT NULL,
     "detail" TEXT,
     "error" TEXT,
+    "stack" TEXT,
     "exit_code" INTEGER,
     "signal" INTEGER,
     "host" TEXT,
@@ -189,7 +196,7 @@ INDEXES = (
 )
 
 
-# For PostgreSQL alone: whoever commits a request, a cancel or a retry, also by hand, wakes who listens.
+# For PostgreSQL alone: whoever commits a request, or what is wanted of a task, also by hand, wakes who listens.
 WAKE = (
     """CREATE FUNCTION "{p}wake"() RETURNS trigger LANGUAGE plpgsql AS
        $$ BEGIN PERFORM pg_notify(TG_ARGV[0], ''); RETURN NULL; END $$""",
@@ -197,7 +204,9 @@ WAKE = (
        FOR EACH STATEMENT EXECUTE FUNCTION "{p}wake"('{p}wake')""",
     """CREATE TRIGGER "{p}task_asked" AFTER UPDATE ON "{p}task" FOR EACH ROW
        WHEN (OLD."status" = 'INTERRUPTED' AND NEW."status" = 'REQUEST'
-             OR OLD."cancel_requested_at" IS NULL AND NEW."cancel_requested_at" IS NOT NULL)
+             OR OLD."status" = 'START' AND NEW."status" = 'START'
+             AND (OLD."cancel_requested_at" IS DISTINCT FROM NEW."cancel_requested_at"
+                  OR OLD."suspend_requested_at" IS DISTINCT FROM NEW."suspend_requested_at"))
        EXECUTE FUNCTION "{p}wake"('{p}wake')""",
 )
 

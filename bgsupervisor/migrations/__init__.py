@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgsupervisor.errors import SchemaError
+from bgsupervisor.errors import DatabaseError, SchemaError
 
 if TYPE_CHECKING:
     from bgsupervisor.models import Store
@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 __all__ = ["applied", "available", "ensure", "migrate"]
 
 _FOLDER = Path(__file__).parent
+_NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("[0-9]*.py")))
+"""Known from the import on: a child that outlives a deploy must not take the folder's new contents for its own."""
 _OLDEST_USABLE = 1
 """Code works on the newest schema and on the one before it; older ones need `migrate` first."""
 
 
 def available() -> list[str]:
     """Return the names of all migrations of this version, oldest first."""
-    return sorted(path.stem for path in _FOLDER.glob("[0-9]*.py"))
+    return list(_NAMES)
 
 
 def applied(store: Store) -> list[str]:
@@ -32,13 +34,16 @@ def applied(store: Store) -> list[str]:
 
 
 def ensure(store: Store) -> None:
-    """Create the tables in a database that has none; check the schema of one that has.
+    """Create the tables in a database that has none, if the store may; check the schema of one that has.
 
     Raises:
+        DatabaseError: There are no tables, and the store creates nothing.
         SchemaError: The schema is older than the one before this version's, or newer than this version.
     """
     have, known = applied(store), available()
     if not have:
+        if not store.creates:
+            raise DatabaseError(f"the database {store.place} has no tables (any more)")
         migrate(store)
         return
     unknown = [name for name in have if name not in known]
