@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, payload, processes, tasks, wire
+from bgsupervisor import logs, pauses, payload, processes, tasks, wire
 from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.coordination import Coordination
@@ -226,6 +226,7 @@ class Child:
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
+        pauses.at("child.born")
         self._link.start()
         last = None
         for more in reversed(range(self._config.reuse)):
@@ -234,7 +235,9 @@ class Child:
                 self._give_back_unbegun()
                 break
             last = order
+            pauses.at("child.beginning")
             end = self._perform(order)
+            pauses.at("child.over")
             self._report(order, end)
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
@@ -364,6 +367,7 @@ class Child:
         """Return when the end is recorded: by the supervisor, or by ourselves if nobody acknowledges."""
         link = self._link
         link.report(end)
+        pauses.at("child.reported")
         deadline = self._clock.monotonic() + ACK_WAIT_S
         link.push(ACK_WAIT_S)
         while not link.acknowledged.wait(0.05):
@@ -374,6 +378,7 @@ class Child:
         self._phase = "idle"
 
     def _record(self, attempt: Attempt, end: End) -> None:
+        pauses.at("child.recording")
         ledger = self._ledger()
         keys: list[str] = []
         for pause in _repeat_last(RECORD_RETRY_S):
@@ -384,6 +389,7 @@ class Child:
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             else:
+                pauses.at("child.recorded")
                 self._link.say(wire.Ring(keys))
                 return
             if self._link.acknowledged.wait(pause):
@@ -402,6 +408,7 @@ class Child:
 
     def _give_back_unbegun(self) -> None:
         if self._link.disconnected.is_set():
+            pauses.at("child.unclaiming")
             with contextlib.suppress(DatabaseError):
                 self._ledger().unclaim_unbegun(self._identity)
 
@@ -421,6 +428,7 @@ class Child:
     def _leave(self, last: Run | None) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
         self._phase = "ending"
+        pauses.at("child.leaving")
         self._left_in_order.value = 1
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True

@@ -16,7 +16,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing import connection as connections
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bgsupervisor import payload, wire
+from bgsupervisor import pauses, payload, wire
 from bgsupervisor.board import CALL_S, BoardManager, read_key
 from bgsupervisor.errors import BarrierBroken, Cancelled, PartNotReached, UnknownTask, WaitTimeout
 from bgsupervisor.ledger import ID_MAX
@@ -193,6 +193,7 @@ class Coordination:
                     waits_already=queued is not None,
                 )
                 if isinstance(found, Held):
+                    pauses.at("child.locked")
                     if found.slot is not None:
                         self._note_slot(found.slot)
                     return found
@@ -221,6 +222,7 @@ class Coordination:
     def release(self, name: str) -> None:
         """Give a permit back, then ring."""
         keys = self._ledger.waits.release(self._id, self._attempt, name)
+        pauses.at("child.unlocked")
         if keys:
             self._link.say_from_body(wire.Ring(keys))
 
@@ -298,6 +300,7 @@ class Coordination:
 
     def _note_begun(self, *, slot_given: bool) -> None:
         if slot_given:
+            pauses.at("child.slot_given")
             self._has_slot = False
             self._link.say_from_body(wire.Waiting(self._id, self._attempt))
 

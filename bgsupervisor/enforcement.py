@@ -7,7 +7,7 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
-from bgsupervisor import logs, processes, wire
+from bgsupervisor import logs, pauses, processes, wire
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wards import Order, Stage
 
@@ -104,6 +104,7 @@ class Enforcement:
                 self._kill(ward, order.why)
         except OSError as error:  # another user's process by now, or no descriptors left
             log.error("PID %d cannot be signalled: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
+        pauses.at("supervisor.struck")
 
     def _kill(self, ward: Ward, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)

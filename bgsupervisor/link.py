@@ -17,7 +17,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
-from bgsupervisor import wire
+from bgsupervisor import pauses, wire
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import connect
 from bgsupervisor.wire import Channel, Run, Who
@@ -266,6 +266,7 @@ class Link(threading.Thread):
         present = self.run_order
         if isinstance(message, Run):
             self.run_order = message
+            pauses.at("child.ordered")
             self.orders.put(message)
         elif isinstance(message, wire.Leave):
             self.orders.put(None)
@@ -289,6 +290,7 @@ class Link(threading.Thread):
             sock = _above_standard(connect(self._folder, "control.sock", socket.SOCK_STREAM))
         except OSError:
             return
+        pauses.at("child.dialled")
         with self._lock:
             channel = Channel(sock)
             channel.send(self._hello())

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from bgsupervisor import nursery, processes, wire
+from bgsupervisor import nursery, pauses, processes, wire
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.stamp import code_stamp, write_stamp
 from bgsupervisor.wire import TaskOptions, Who
@@ -219,6 +219,7 @@ class Nurseries:
         if self._candidate is not None:  # it may have read half of the new code
             callers += self._candidate.callers
         self._start(force=force or self.our_who is None, callers=callers)
+        pauses.at("supervisor.reloading")
 
     def spawn(self, count: int) -> None:
         """Order children of our nursery."""
@@ -300,9 +301,10 @@ class Nurseries:
 
     def _let_in(self, candidate: _Started, hello: wire.NurseryHello) -> None:
         old = self.ours()
-        if old is not None:
-            self._ears.send(old.peer, wire.Retire())
         self.our_who = hello.who
+        if old is not None:
+            pauses.at("supervisor.reloaded")
+            self._ears.send(old.peer, wire.Retire())
         self._deaths = 0
         self.rejected = []
         failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""

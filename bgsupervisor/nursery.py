@@ -25,7 +25,7 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, processes, tasks, wire
+from bgsupervisor import child, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
@@ -179,6 +179,7 @@ class Nursery:
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
         gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+        pauses.at("nursery.loaded")
 
     def live(self) -> NoReturn:
         """Serve until there is nothing left to serve; never returns."""
@@ -277,8 +278,10 @@ class Nursery:
             if not forked.left_in_order.value:
                 self._exits[forked.who] = exited
             self._stray_left = True
+            pauses.at("nursery.buried")
             if self._channel is not None:
                 self._channel.send(exited)
+                pauses.at("nursery.told")
 
     def _sweep_strays(self) -> None:
         """Kill what a dead task left: it was reparented to us, and we did not fork it."""
@@ -334,6 +337,7 @@ class Nursery:
         )
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
         process.start()
+        pauses.at("nursery.forked")
         with contextlib.ExitStack() as undo:
             undo.callback(_undo_start, process)
             pidfd = os.pidfd_open(process.pid)
@@ -351,6 +355,7 @@ class Nursery:
         for descriptor, forked in self._children.items():
             if forked.who == order.who:
                 forked.ordered = order.reason
+                pauses.at("nursery.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,

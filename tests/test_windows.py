@@ -1,0 +1,472 @@
+"""Whoever dies or stops between two durable facts: the row tells the truth in the end, and no body begins twice.
+
+Each case brings the processes to one of the points of `bgsupervisor.pauses`, kills or stops some of them there, starts
+the next supervisor where one is missing, and looks at what is left in the end.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import os
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import App, wait_until
+
+from bgsupervisor import Status, linux, pauses
+
+BODIES = """
+import os, time
+from pathlib import Path
+from bgsupervisor import Task, current, task
+
+def say(what):
+    descriptor = os.open("oracle", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, f"{what} {current().id} {current().attempt}\\n".encode())
+    os.close(descriptor)
+
+def gate():
+    while not Path("gate").exists():
+        time.sleep(0.005)
+
+@task
+def plain():
+    say("in")
+    say("out")
+
+@task
+def gated():
+    say("in")
+    gate()
+    say("out")
+
+@task
+def endless():
+    say("in")
+    while True:
+        time.sleep(600)
+
+@task
+def holds():
+    say("in")
+    with current().lock("smtp"):
+        gate()
+    say("out")
+
+@task
+def keeps():
+    '''Still holds a lock when it ends.'''
+    say("in")
+    current().lock("smtp").__enter__()
+    gate()
+    say("out")
+
+@task
+def reaches():
+    current().reach("loaded")
+
+@task
+def waits(id: int):
+    say("in")
+    current().wait_for(id, part="loaded")
+    say("out")
+"""
+S, N, C = "supervisor", "nursery", "child"
+SETTLE_S = 1.5
+"""While one is stopped, the others have so long to come to an end without it."""
+
+
+class Stage(App):
+    """An application whose processes wait at armed points."""
+
+    def __init__(self, folder, **options):
+        options = {"slots": 1, "spares": 0, "grace_s": 0.4, "heartbeat_s": 0.5, "busy_timeout_s": 2.0, **options}
+        super().__init__(folder, BODIES, **options)
+        self.points = folder / "points"
+        self.points.mkdir()
+        self.marker = {"STAGE": str(folder), "PAUSES": str(self.points)}
+        self.more = {}
+
+    def start(self, *, wait=True):
+        pausing = {"PYTHONPATH": str(Path(__file__).parent / "pausing"), **self.marker, **self.more}
+        return super().start(wait=wait, environment=pausing)
+
+    @property
+    def supervisor(self):
+        return self.supervisors[-1]
+
+    def request(self, body, **data):
+        return self.service.request(f"appx:{body}", data)
+
+    def arm(self, point, kind=None):
+        new = self.points / f"{point}.new"
+        new.write_text(kind or kind_of(point))
+        new.rename(self.points / f"{point}.armed")
+
+    def reached(self, point):
+        """Return the PID of the process that waits at the point."""
+        path = self.points / f"{point}.reached"
+        wait_until(path.exists, f"{point} is reached")
+        return int(path.read_text())
+
+    def let_go(self):
+        (self.folder / "gate").touch()
+        for point in pauses.POINTS:
+            (self.points / f"{point}.armed").unlink(missing_ok=True)
+            (self.points / f"{point}.go").touch()
+
+    def oracle(self):
+        path = self.folder / "oracle"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def said(self, what, handle):
+        wait_until(lambda: any(line[:2] == [what, str(handle.id)] for line in self.oracle()), f"it has said {what}")
+
+    def nursery_pid(self):
+        [path] = self.state_dir.glob("nursery-*-*")
+        return int(path.name.split("-")[1])
+
+    def processes(self):
+        """Return all living processes that descend from this stage's supervisors, zombies left out."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("STAGE") == self.marker["STAGE"]:
+                    found.append(process)
+        return found
+
+    def rows(self, table, where="1"):
+        with contextlib.closing(sqlite3.connect(self.folder / "bgsupervisor.db")) as connection:
+            return connection.execute(f"SELECT * FROM bgsupervisor_{table} WHERE {where}").fetchall()
+
+    def end(self):
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        super().end()
+
+
+def kind_of(point):
+    return point.partition(".")[0]
+
+
+# ---- how a point is reached ----
+
+
+def running(app, body="gated"):
+    app.start()
+    handle = app.request(body)
+    app.said("in", handle)
+    return handle
+
+
+def on_its_way(app, point, body="gated"):
+    app.start()
+    app.arm(point)
+    return app.request(body)
+
+
+def at_the_first_start(app, point):
+    app.arm(point)
+    app.start(wait=False)
+    return app.request("plain")
+
+
+def at_its_end(app, point):
+    return on_its_way(app, point, "plain")
+
+
+def in_the_transaction_of_its_end(app, point):
+    handle = running(app, "keeps")
+    app.arm(point, S)
+    (app.folder / "gate").touch()
+    return handle
+
+
+def in_its_own_transaction(app, point):
+    handle = running(app, "keeps")
+    app.supervisor.kill()
+    app.arm(point, C)
+    (app.folder / "gate").touch()
+    return handle
+
+
+def without_a_supervisor(app, point):
+    handle = running(app)
+    app.supervisor.kill()
+    app.arm(point)
+    (app.folder / "gate").touch()
+    return handle
+
+
+def by_the_next_supervisor(app, point):
+    handle = running(app)
+    app.supervisor.kill()
+    app.arm(point)
+    app.start(wait=False)
+    return handle
+
+
+def claimed_in_vain(app, point):
+    handle = on_its_way(app, "supervisor.claimed")
+    app.reached("supervisor.claimed")
+    app.supervisor.kill()
+    app.arm(point)
+    if kind_of(point) == S:
+        app.start(wait=False)
+    return handle
+
+
+def lonely(app, point):
+    app.more = {"LONELY_S": "0.5"}
+    return claimed_in_vain(app, point)
+
+
+def cancelled(app, point):
+    handle = running(app, "endless")
+    app.arm(point)
+    app.service.cancel(handle, by="jana")
+    return handle
+
+
+def reloaded(app, point):
+    handle = running(app)
+    app.arm(point)
+    app.supervisor.process.send_signal(signal.SIGHUP)
+    return handle
+
+
+def told_to_leave(app, point):
+    handle = running(app)
+    app.arm(point)
+    app.supervisor.process.send_signal(signal.SIGTERM)
+    return handle
+
+
+def killed_before(app, point):
+    handle = running(app)
+    app.arm(point)
+    os.kill(app.service.get(handle).pid, signal.SIGKILL)
+    return handle
+
+
+def waiting_for_another(app, point):
+    """The awaited task, of lower priority, finds no slot before the waiter has given its own."""
+    app.arm(point)
+    handle = app.service.request("appx:waits", {"id": 2}, priority=1)
+    assert app.request("reaches").id == 2
+    app.start()
+    return handle
+
+
+def giving_a_lock_back(app, point):
+    handle = running(app, "holds")
+    app.arm(point)
+    (app.folder / "gate").touch()
+    return handle
+
+
+def taking_a_lock(app, point):
+    return on_its_way(app, point, "holds")
+
+
+# ---- what is true in the end ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """How a point is reached, and what becomes of the task.
+
+    `lives` is how it ends if its child lives; `dies` if its child is killed there, `dies_with` if the supervisor is
+    killed there too. "again": it had not begun, and is done by another child. "lost": as its signal says, or unknown if
+    nobody could see.
+    """
+
+    reach: object
+    lives: str = "DONE"
+    dies: str = "lost"
+    dies_with: str = ""
+    has_child: bool = True
+    has_supervisor: bool = True
+
+    def truth(self, killed):
+        if C not in killed:
+            return self.lives
+        truth = (self.dies_with or self.dies) if S in killed or not self.has_supervisor else self.dies
+        return "unknown" if truth == "lost" and {N, C} <= killed and (S in killed or not self.has_supervisor) else truth
+
+
+WINDOWS = {
+    "supervisor.claiming": Window(on_its_way, dies="again"),
+    "supervisor.claimed": Window(on_its_way, dies="again", dies_with="lost"),
+    "supervisor.ordered": Window(on_its_way),
+    "supervisor.ending": Window(at_its_end, dies="DONE", dies_with="lost"),
+    "supervisor.ended": Window(at_its_end, dies="DONE"),
+    "supervisor.acknowledged": Window(at_its_end, has_child=False),
+    "supervisor.unclaiming": Window(claimed_in_vain, dies="again", dies_with="lost"),
+    "supervisor.unclaimed": Window(claimed_in_vain, dies="again"),
+    "supervisor.condemning": Window(cancelled, lives="CANCELLED", dies="CANCELLED", dies_with="lost"),
+    "supervisor.condemned": Window(cancelled, lives="CANCELLED", dies="CANCELLED"),
+    "supervisor.struck": Window(cancelled, lives="CANCELLED", has_child=False),
+    "supervisor.granted": Window(waiting_for_another),
+    "supervisor.adopting": Window(by_the_next_supervisor),
+    "supervisor.adopted": Window(by_the_next_supervisor),
+    "supervisor.reloading": Window(reloaded),
+    "supervisor.reloaded": Window(reloaded),
+    "supervisor.leaving": Window(told_to_leave),
+    "nursery.loaded": Window(at_the_first_start, has_child=False),
+    "nursery.forked": Window(on_its_way, dies="again"),
+    "nursery.buried": Window(killed_before, lives="lost", has_child=False),
+    "nursery.told": Window(killed_before, lives="lost", has_child=False),
+    "child.born": Window(on_its_way, dies="again"),
+    "child.dialled": Window(on_its_way, dies="again"),
+    "child.ordered": Window(on_its_way),
+    "child.beginning": Window(on_its_way),
+    "child.over": Window(at_its_end),
+    "child.reported": Window(at_its_end, dies="DONE"),
+    "child.recording": Window(without_a_supervisor, has_supervisor=False),
+    "child.recorded": Window(without_a_supervisor, dies="DONE", has_supervisor=False),
+    "child.leaving": Window(at_its_end, dies="DONE"),
+    "child.unclaiming": Window(lonely, has_supervisor=False),
+    "child.slot_given": Window(waiting_for_another),
+    "child.locked": Window(taking_a_lock),
+    "child.unlocked": Window(giving_a_lock_back),
+}
+WINDOWS |= {
+    ("ledger.ended", S): Window(in_the_transaction_of_its_end, dies="DONE", dies_with="lost"),
+    ("ledger.freed", S): Window(in_the_transaction_of_its_end, dies="DONE", dies_with="lost"),
+    ("ledger.ended", C): Window(in_its_own_transaction, has_supervisor=False),
+    ("ledger.freed", C): Window(in_its_own_transaction, has_supervisor=False),
+}
+
+
+def whoever_is_at(app, window, name, handle):
+    """Return the PIDs of supervisor, nursery and child when the point is reached."""
+    point, kind = name if isinstance(name, tuple) else (name, kind_of(name))
+    there = app.reached(point)
+    found = {S: app.supervisor.process.pid} if window.has_supervisor else {}
+    if point == "child.reported":
+        wait_until(lambda: app.service.get(handle).status.ended, "the end is recorded")
+    if kind == C:
+        found[C] = there
+    elif window.has_child:
+        record = app.service.get(handle)
+        [idle] = [record.pid] if record.status == "START" else [one.pid for one in children(app.nursery_pid())]
+        found[C] = idle
+    found[N] = psutil.Process(found[C]).ppid() if C in found else app.nursery_pid()
+    assert found.get(kind, there) == there
+    return found
+
+
+def children(pid):
+    return [one for one in psutil.Process(pid).children() if "resource_tracker" not in " ".join(one.cmdline())]
+
+
+def kill(app, pids, victims):
+    """Kill all at once: none of them sees the death of another."""
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGSTOP)
+    for victim in victims:
+        wait_until(lambda one=pids[victim]: psutil.Process(one).status() == "stopped", "it is stopped")
+    for victim in (C, N, S):
+        if victim in victims:
+            os.kill(pids[victim], signal.SIGKILL)
+    if S in victims:
+        app.supervisor.process.wait()
+    for victim in set(victims) - {S}:
+        # A zombie would still tell how it died.
+        wait_until(lambda one=pids[victim]: S not in victims or not psutil.pid_exists(one), "init has reaped it")
+
+
+def stop(app, pids, victims, handle):
+    """Stop some, have another supervisor do what it can without them, and let them go on."""
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGSTOP)
+    if S in victims:
+        (app.state_dir / "supervisor.lock").unlink(missing_ok=True)
+    elif S in pids:
+        app.supervisor.kill()
+    app.start(wait=False)
+    (app.folder / "gate").touch()
+    deadline = time.monotonic() + SETTLE_S
+    wait_until(lambda: app.service.get(handle).status.ended or time.monotonic() > deadline, "it had its time")
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGCONT)
+
+
+def see_the_truth(app, handle, truth):
+    record = app.wait(handle)
+    oracle = app.oracle()
+    told = (record.status, record.reason, record.signal)
+    begun = [line for line in oracle if line[:2] == ["in", str(handle.id)]]
+    if truth in ("DONE", "again"):
+        assert told == ("DONE", None, None)
+        assert ["out", str(handle.id), str(record.attempt)] in oracle
+        assert len(begun) == 1
+        assert record.tries == 0
+    elif truth == "lost":
+        assert told == ("INTERRUPTED", "SIGNALLED", signal.SIGKILL)
+    elif truth == "unknown":
+        assert told == ("INTERRUPTED", "VANISHED", None)
+    else:
+        assert told[:2] == ("INTERRUPTED", truth)
+        assert "jana" in record.detail
+    assert len(begun) <= 1
+    return record
+
+
+def see_that_nothing_is_left(app, record):
+    app.wait(following := app.request("plain"))
+    assert app.service.get(following).status is Status.DONE
+    assert app.service.get(record.id) == record, "an end is final"
+    assert app.rows("hold", "task_id IS NOT NULL") == []
+    assert app.rows("wait") == app.rows("party") == []
+    assert app.rows("task", "status IN ('START', 'REQUEST') OR slot IS NOT NULL") == []
+    assert app.supervisor.stop() == 0
+    for started in app.supervisors:
+        assert started.process.wait(5) in (0, -signal.SIGKILL)
+    wait_until(lambda: not app.processes(), "no process is left")
+    assert "Traceback" not in app.supervisor.log
+
+
+def play(app, name, does, victims):
+    window = WINDOWS[name]
+    handle = window.reach(app, name[0] if isinstance(name, tuple) else name)
+    pids = whoever_is_at(app, window, name, handle)
+    if does == "kill":
+        kill(app, pids, victims)
+        if S in victims or S not in pids:
+            app.start(wait=False)
+    else:
+        stop(app, pids, victims, handle)
+    app.let_go()
+    truth = window.truth(set(victims) if does == "kill" else set())
+    see_that_nothing_is_left(app, see_the_truth(app, handle, truth))
+
+
+@pytest.fixture
+def stage(tmp_path):
+    app = Stage(tmp_path / "stage")
+    yield app
+    app.end()
+
+
+def cases():
+    for name, window in WINDOWS.items():
+        here = [one for one in (S, N, C) if one == N or (window.has_supervisor if one == S else window.has_child)]
+        for does in ("kill", "stop"):
+            for mask in range(1, 2 ** len(here)):
+                victims = tuple(one for bit, one in enumerate(here) if mask >> bit & 1)
+                point = "-".join(name) if isinstance(name, tuple) else name
+                yield pytest.param(name, does, victims, id=f"{point}-{does}-{'+'.join(victims)}")
+
+
+@pytest.mark.parametrize(("name", "does", "victims"), list(cases()))
+def test_the_row_is_true_in_the_end(stage, name, does, victims):
+    play(stage, name, does, victims)
