@@ -29,6 +29,9 @@ LIMITS_EVERY_S = 0.5
 """Memory limits and log sizes are looked at so often while something runs."""
 LEAVE_SLACK_S = 5.0
 """A child whose end is recorded is killed if it is still there grace_s and this long later."""
+KILL_AGAIN_S = 2.0
+"""A SIGKILL that has not brought death is sent again after grace_s, at least this long: it may have been lost with the
+nursery that was to send it."""
 KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
 
@@ -87,7 +90,7 @@ class Enforcement:
             timeout_s = self._nurseries.options(ward.name).timeout_s
             if ward.order is None and timeout_s is not None:
                 moments.append(ward.started_mono + timeout_s)
-            elif ward.order is not None and ward.order.stage < Stage.KILL:
+            elif ward.order is not None and not _waits_for_kill(ward.order):
                 moments.append(ward.order.next_at)
         return min(moments, default=None)
 
@@ -142,13 +145,13 @@ class Enforcement:
         timeout_s = self._nurseries.options(ward.name).timeout_s
         if timeout_s is not None and ward.order is None and now - ward.started_mono >= timeout_s:
             self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
-        if ward.order is not None and now >= ward.order.next_at and ward.order.stage < Stage.KILL:
+        if ward.order is not None and now >= ward.order.next_at and not _waits_for_kill(ward.order):
             self.ask(ward, ward.order)
-            self._escalate(ward.order, Stage(ward.order.stage + 1), now)
+            self._escalate(ward.order, Stage(min(ward.order.stage + 1, Stage.KILL)), now)
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage
-        order.next_at = now + self.config.grace_s
+        order.next_at = now + (self.config.grace_s if stage < Stage.KILL else max(self.config.grace_s, KILL_AGAIN_S))
         order.unsent = True
         order.due_since = now
 
@@ -184,3 +187,8 @@ class Enforcement:
         ward.note.cpu_s = round(used.cpu_s, 3)
         ward.note.rss_bytes = used.rss_bytes
         ward.note.peak_rss_bytes = ward.peak_rss_bytes
+
+
+def _waits_for_kill(order: Order) -> bool:
+    """Whether the last stage has come and its signal waits for its reason to be committed."""
+    return order.stage is Stage.KILL and order.unsent

@@ -454,7 +454,7 @@ class Supervisor:
         if now < self._put_off_until:
             return
         batch = self._compose([claim for claim, _ in claims], now)
-        if not batch:
+        if not batch or self._is_replaced():
             return
         _pause_before(batch)
         try:
@@ -655,10 +655,17 @@ class Supervisor:
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
-    def _check_files(self) -> None:
+    def _is_replaced(self) -> bool:
+        """See whether another may supervise: one that was stopped for long must not start tasks in its slots."""
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
-        elif self._store.inode() != self._database_inode:
+            return True
+        return False
+
+    def _check_files(self) -> None:
+        if self._is_replaced():
+            return
+        if self._store.inode() != self._database_inode:
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"
@@ -710,7 +717,7 @@ class Supervisor:
         if not self._wards.running():
             self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
-            if self._is_worth_a_row():
+            if self._is_worth_a_row() and self._lock.is_intact():  # else the row is the next one's
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())
                 self._ledger.apply(Batch(supervisor=gone))
             self._store.close()

@@ -3,6 +3,8 @@
 Python imports this file at its start when its folder is on PYTHONPATH. A test arms a point with a file POINT.armed that
 names the kind of process which is to wait there; the first such process that comes by takes the file, writes its PID
 into POINT.reached, and waits until there is a file POINT.go.
+
+LONELY_S in the environment is how long nursery, idle children and board wait for a supervisor.
 """
 
 import multiprocessing
@@ -42,6 +44,6 @@ if "PAUSES" in os.environ:
 
     pauses.at = at
 if "LONELY_S" in os.environ:
-    from bgsupervisor import link
+    from bgsupervisor import board, link, nursery
 
-    link.LONELY_S = float(os.environ["LONELY_S"])
+    link.LONELY_S = nursery.LONELY_S = board.LONELY_S = float(os.environ["LONELY_S"])
