@@ -311,7 +311,8 @@ def measure_adoption(bench: Bench) -> None:
         bench.service.wait(handle, timeout_s=30)
     for what, times in (("", known), (", nursery stopped", deaf)):
         from_exec, from_lock = (sorted(column) for column in zip(*times, strict=True))
-        found = f"{ms(statistics.median(from_exec))}  (max {ms(from_exec[-1])}; from the lock {ms(statistics.median(from_lock))})"
+        since_lock = f"from its lock {ms(statistics.median(from_lock))}"
+        found = f"{ms(statistics.median(from_exec))}  (max {ms(from_exec[-1])}; {since_lock})"
         say(f"next supervisor starts -> 16 children adopted{what}", found, "500 ms")
 
 

@@ -1,8 +1,8 @@
 """Named points between two durable facts, at which tests stop a process on purpose; knows nothing else.
 
-In production `at` is a call that does nothing: one look-up of an attribute, no environment and no file is read. Tests put
-a function of their own in its place, in the supervisor, the nursery and the children alike, which waits there; then they
-kill or stop whom they like, and look at what the rows say in the end.
+In production `at` is a call that does nothing: one look-up of an attribute; no environment and no file is read. Tests
+put a function of their own in its place, in the supervisor, the nursery and the children alike, which waits there; then
+they kill or stop whom they like, and look at what the rows say in the end.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What runs when a supervisor is killed is the next one's as if nothing had happened; what nobody needs leaves by itself.
+"""What runs when a supervisor is killed is the next one's as if nothing had happened; what nobody needs leaves.
 
 Reasons of ends across a change of supervisors are told in test_endings, waiting across it in test_waiting, and what
 happens in between on purpose in test_windows.
@@ -62,12 +62,9 @@ SLOTS = 4
 class Adopting(App):
     """An application that sees its processes by a mark in their environment."""
 
-    more: dict[str, str] = {}
-
-    def start(self, *arguments, wait=True, **more):
-        self.mark = {"ADOPTING": str(self.folder)}
-        pausing = {"PYTHONPATH": str(Path(__file__).parent / "pausing"), **self.mark, **self.more, **more}
-        return super().start(*arguments, wait=wait, environment=pausing)
+    def start(self, **shorter):
+        mark = {"ADOPTING": str(self.folder), "PYTHONPATH": str(Path(__file__).parent / "pausing")}
+        return super().start(environment={**mark, **shorter})
 
     def request(self, body, **data):
         return self.service.request(f"appx:{body}", data)
@@ -170,8 +167,7 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
 
 
 def test_an_exit_is_kept_by_a_nursery_that_waits_alone_longer_than_one_that_knows_nothing(app):
-    app.more = {"LONELY_S": "0.3"}
-    supervisor = app.start()
+    supervisor = app.start(NURSERY_LONELY_S="0.3")
     exiting, killed = app.request("exits"), app.request("gated", name="never")
     pids = [app.started(handle).pid for handle in (exiting, killed)]
     [nursery] = nurseries(app)
@@ -196,17 +192,17 @@ def nurseries(app):
 
 
 def test_idle_children_nursery_and_board_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
-    app.more = {"LONELY_S": "0.5"}
-    supervisor = app.start()
+    supervisor = app.start(LINK_LONELY_S="0.5", NURSERY_LONELY_S="0.5", BOARD_LONELY_S="0.5")
     body = app.request("gated", name="go")
     waiter = app.request("waits", id=body.id)
     app.started(waiter)
-    wait_until(lambda: (app.state_dir / "board.sock").exists(), "there is a board")
+    wait_until((app.state_dir / "board.sock").exists, "there is a board")
     supervisor.kill()
-    spares = wait_until(lambda: len(app.processes()) <= 5 and app.processes(), "the idle children have left")
+    # Two bodies, nursery, board, and multiprocessing's resource tracker.
+    left = wait_until(lambda: len(found := app.processes()) == 5 and found, "the idle children have left")
     left_alone_at = time.monotonic()
     wait_until(lambda: time.monotonic() - left_alone_at > 1.0, "twice as long has passed")
-    assert {process.pid for process in app.processes()} == {process.pid for process in spares}
+    assert {process.pid for process in app.processes()} == {process.pid for process in left}
     assert {app.service.get(handle).status for handle in (body, waiter)} == {"START"}
 
     app.open("go")

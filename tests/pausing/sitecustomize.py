@@ -4,9 +4,11 @@ Python imports this file at its start when its folder is on PYTHONPATH. A test a
 names the kind of process which is to wait there; the first such process that comes by takes the file, writes its PID
 into POINT.reached, and waits until there is a file POINT.go.
 
-LONELY_S in the environment is how long nursery, idle children and board wait for a supervisor.
+LINK_LONELY_S, NURSERY_LONELY_S and BOARD_LONELY_S in the environment are how long idle children, nursery and board wait
+for a supervisor.
 """
 
+import importlib
 import multiprocessing
 import os
 import time
@@ -43,7 +45,6 @@ if "PAUSES" in os.environ:
     from bgsupervisor import pauses
 
     pauses.at = at
-if "LONELY_S" in os.environ:
-    from bgsupervisor import board, link, nursery
-
-    link.LONELY_S = nursery.LONELY_S = board.LONELY_S = float(os.environ["LONELY_S"])
+for module in ("link", "nursery", "board"):
+    if f"{module.upper()}_LONELY_S" in os.environ:
+        importlib.import_module(f"bgsupervisor.{module}").LONELY_S = float(os.environ[f"{module.upper()}_LONELY_S"])
