@@ -19,7 +19,11 @@ import psutil
 import pytest
 from conftest import LIMIT_S, App, wait_until
 
-from bgsupervisor import Status, linux, pauses
+from bgsupervisor import Status, linux, pauses, processes
+from bgsupervisor.boards import Boards
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.reception import Reception
+from bgsupervisor.statedir import StateDir
 
 BODIES = """
 import os, time
@@ -590,6 +594,46 @@ def test_a_kill_through_the_nursery_keeps_its_reason_though_the_supervisor_dies(
 
     assert (record.reason, record.signal) == ("CANCELLED", signal.SIGKILL)
     see_that_nothing_is_left(stage, record)
+
+
+def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
+    stage.start()
+    old = stage.supervisor.process
+    handle = stage.request("gated")
+    stage.said("in", handle)
+    stage.arm("supervisor.ending")
+    os.kill(stage.service.get(handle).pid, signal.SIGKILL)
+    os.kill(stage.reached("supervisor.ending"), signal.SIGSTOP)
+    (stage.state_dir / "supervisor.lock").unlink()
+    stage.start()
+    assert stage.wait(handle).reason == "SIGNALLED"
+    stage.service.retry(handle)
+    wait_until(lambda: ["in", str(handle.id), "2"] in stage.oracle(), "the second attempt has begun")
+    (stage.points / "supervisor.ending.go").touch()
+
+    os.kill(old.pid, signal.SIGCONT)
+
+    assert old.wait(LIMIT_S) == 0
+    assert stage.service.get(handle).status == "START"
+    stage.let_go()
+    record = stage.wait(handle)
+    assert (record.status, record.attempt, record.tries) == ("DONE", 2, 1)
+    see_that_nothing_is_left(stage, record)
+
+
+def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
+    state_dir, clock = StateDir(tmp_path / "state"), SystemClock()
+    state_dir.create()
+    ears = Reception(state_dir, clock)
+    boards = Boards(state_dir, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
+    own = processes.own_identity("test")
+    boards.want()
+
+    boards.leave()
+
+    [pid] = boards.pids
+    assert os.waitpid(pid, 0) == (pid, signal.SIGKILL)
+    ears.close()
 
 
 # ---- the list of points ----
