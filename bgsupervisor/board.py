@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import StateDir, connect, open_dir
+from bgsupervisor.statedir import StateDir, connect, inode_of, is_another, open_dir
 from bgsupervisor.waits import EVERYBODY
 from bgsupervisor.wire import Channel, Who
 
@@ -167,6 +167,7 @@ class _Caretaker:
         self._folder = StateDir(folder)
         self._clock = SystemClock()
         self._channel: Channel | None = None
+        self._dialled: int | None = None
         self._used_at = self._clock.monotonic()
 
     def run(self) -> None:
@@ -184,6 +185,7 @@ class _Caretaker:
                 os._exit(0)
 
     def _dial(self) -> None:
+        self._dialled = inode_of(self._folder.control)
         with contextlib.suppress(OSError):
             self._channel = Channel(connect(self._folder.path, "control.sock", socket.SOCK_STREAM))
             pid = os.getpid()
@@ -202,7 +204,7 @@ class _Caretaker:
                     os._exit(0)
         if not channel.unsent_bytes:
             channel.send(wire.BoardBeat())
-        if channel.closed:
+        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor rings nobody
             channel.close()
             self._channel = None
             _bells.ring([EVERYBODY])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import pauses, wire
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import connect
+from bgsupervisor.statedir import connect, inode_of, is_another
 from bgsupervisor.wire import Channel, Run, Who
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = ["Link", "Redial"]
 
 log = logging.getLogger("bgsupervisor")
 
+CONTROL = "control.sock"
 REDIAL_S = 0.2
 REDIAL_MAX_S = 5.0
 """The longest pause between two tries to reach a supervisor that refuses: another protocol, another PID namespace."""
@@ -96,6 +97,7 @@ class Link(threading.Thread):
         self._who = who
         self._clock = clock
         self._folder = state_dir
+        self._dialled: int | None = None
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._parent = os.getppid()
@@ -286,8 +288,9 @@ class Link(threading.Thread):
         if self._channel is not None or self._leaving or self._redial.wait_s() > 0:
             return
         sock = None
+        self._dialled = inode_of(self._folder / CONTROL)
         try:
-            sock = _above_standard(connect(self._folder, "control.sock", socket.SOCK_STREAM))
+            sock = _above_standard(connect(self._folder, CONTROL, socket.SOCK_STREAM))
         except OSError:
             return
         pauses.at("child.dialled")
@@ -314,6 +317,7 @@ class Link(threading.Thread):
 
     def _look(self) -> None:
         now = self._clock.monotonic()
+        self._change_over()
         order = self.run_order
         if order is not None and now - self._last_beat >= self._beat_s():
             self._last_beat = now
@@ -329,6 +333,14 @@ class Link(threading.Thread):
                 self._leave_alone()
         if self._alone_since is not None and now - self._alone_since >= LONELY_S:
             self._leave_alone()
+
+    def _change_over(self) -> None:
+        """Leave a supervisor in whose place another listens: it may be stopped, and never close the connection."""
+        channel = self._channel
+        if channel is not None and is_another(self._folder / CONTROL, self._dialled):
+            with self._lock:
+                channel.broken = True
+                self._forget_if_closed(channel)
 
     def _beat_s(self) -> float:
         """Return the time between two heartbeats: hundreds may wait, and what they have to say can wait too."""

@@ -106,6 +106,8 @@ class Nurseries:
         # Such as the other half of `gunicorn & exec bgsupervisor run`.
         self._not_ours = nursery.strays_of_this_process(set())
         self._awaited = self._find_living()
+        for who in self._awaited:
+            self._wake(who)
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
 
     # What the supervisor asks
@@ -343,6 +345,13 @@ class Nurseries:
             else:
                 found.add(who)
         return found
+
+    def _wake(self, who: Who) -> None:
+        """Have a nursery look whom it talks to: a supervisor that is stopped would never let go of it."""
+        _, handle = processes.look(self._identity_of(who))
+        if handle is not None:
+            with handle, contextlib.suppress(OSError):
+                handle.send_signal(signal.SIGCHLD)  # which ends its rest, and does nothing where it is not awaited
 
     def _identity_of(self, who: Who) -> ProcessIdentity:
         return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)

@@ -33,7 +33,7 @@ from bgsupervisor.errors import WireError
 from bgsupervisor.link import REDIAL_S, Redial
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
-from bgsupervisor.statedir import StateDir, connect
+from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import Channel, Exited, LoadFailure, Who
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ class Nursery:
         self._state_dir = StateDir(config.state_dir)
         self._record = self._state_dir.nursery_path(self._who.pid, self._who.start_ticks)
         self._channel: Channel | None = None
+        self._dialled: int | None = None
         self._children: dict[int, _Forked] = {}
         self._exits: dict[Who, Exited] = {}
         self._retired = False
@@ -202,6 +203,7 @@ class Nursery:
     def _dial(self) -> None:
         if self._channel is not None or self._redial.wait_s() > 0:
             return
+        self._dialled = inode_of(self._state_dir.control)
         try:
             sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
         except OSError:
@@ -234,7 +236,10 @@ class Nursery:
 
     def _hear(self) -> None:
         channel = self._channel
-        if channel is None or channel.fileno() not in self._ready:
+        if channel is None:
+            return
+        replaced = is_another(self._state_dir.control, self._dialled)  # the old supervisor may be stopped for ever
+        if channel.fileno() not in self._ready and not replaced:
             return
         channel.flush()
         try:
@@ -246,7 +251,7 @@ class Nursery:
         for message in messages:
             self._redial.heard()
             self._take(message)
-        if channel.closed:
+        if channel.closed or replaced:
             self._poll.unregister(channel)
             channel.close()
             self._channel = None

@@ -57,6 +57,12 @@ def endless():
         time.sleep(600)
 
 @task
+def counts():
+    say("in")
+    for _ in current().track(range(10**9)):
+        time.sleep(0.01)
+
+@task
 def holds():
     say("in")
     with current().lock("smtp"):
@@ -621,12 +627,36 @@ def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     see_that_nothing_is_left(stage, record)
 
 
+def test_bodies_and_nursery_change_over_from_a_supervisor_that_is_stopped_for_ever(stage):
+    stage.configure(slots=2, spares=0, grace_s=10.0, heartbeat_s=0.5)
+    stage.start()
+    handles = [stage.request(body) for body in ("counts", "endless")]
+    for handle in handles:
+        stage.said("in", handle)
+    os.kill(stage.supervisor.process.pid, signal.SIGSTOP)
+    (stage.state_dir / "supervisor.lock").unlink()
+    stage.start()
+
+    os.kill(stage.service.get(handles[1]).pid, signal.SIGKILL)
+    stage.service.cancel(handles[0], by="jana")
+
+    record = see_the_truth(stage, handles[0], "CANCELLED")
+    assert "asked" in record.detail
+    see_the_truth(stage, handles[1], "lost")
+    os.kill(stage.supervisors[0].process.pid, signal.SIGCONT)
+    see_that_nothing_is_left(stage, record)
+
+
 def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
     state_dir, clock = StateDir(tmp_path / "state"), SystemClock()
     state_dir.create()
     ears = Reception(state_dir, clock)
-    boards = Boards(state_dir, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
     own = processes.own_identity("test")
+
+    def identity_of(who):
+        return dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks)
+
+    boards = Boards(state_dir, identity_of, ears, clock)
     boards.want()
 
     boards.leave()
