@@ -167,7 +167,7 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
 
 
 def test_an_exit_is_kept_by_a_nursery_that_waits_alone_longer_than_one_that_knows_nothing(app):
-    supervisor = app.start(NURSERY_LONELY_S="0.3")
+    supervisor = app.start(NURSERY_LONELY_S="0.3", LINK_LONELY_S="0.3")
     exiting, killed = app.request("exits"), app.request("gated", name="never")
     pids = [app.started(handle).pid for handle in (exiting, killed)]
     [nursery] = nurseries(app)

@@ -602,6 +602,24 @@ def test_a_kill_through_the_nursery_keeps_its_reason_though_the_supervisor_dies(
     see_that_nothing_is_left(stage, record)
 
 
+def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
+    stage.start()
+    handle = stage.request("endless")
+    stage.said("in", handle)
+    stage.arm("supervisor.condemned")
+    for _ in range(2):
+        stage.supervisor.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "still running" in stage.supervisor.log, "Ctrl-C is heard")
+    stage.reached("supervisor.condemned")
+    stage.supervisor.kill()
+    stage.start()
+
+    record = stage.wait(handle)
+
+    assert (record.status, record.reason) == ("INTERRUPTED", "STOPPED")
+    see_that_nothing_is_left(stage, record)
+
+
 def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     stage.start()
     old = stage.supervisor.process
