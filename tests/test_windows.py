@@ -659,7 +659,7 @@ def test_bodies_and_nursery_change_over_from_a_supervisor_that_is_stopped_for_ev
     stage.service.cancel(handles[0], by="jana")
 
     record = see_the_truth(stage, handles[0], "CANCELLED")
-    assert "asked" in record.detail
+    assert record.detail == "cancelled by jana; the body ended when it was asked"
     see_the_truth(stage, handles[1], "lost")
     os.kill(stage.supervisors[0].process.pid, signal.SIGCONT)
     see_that_nothing_is_left(stage, record)
