@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, payload, processes, tasks, wire
+from bgsupervisor import logs, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.coordination import Coordination
@@ -55,6 +55,8 @@ RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
 PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
+ALIVE_EVERY_S = 1.0
+"""Progress that says nothing new is sent so often: it tells that the body gets on (`stall_s`)."""
 LEFTOVER_GRACE_S = 2.0
 """What a body left running gets SIGTERM, and SIGKILL after this long."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -155,21 +157,36 @@ class AttemptContext(tasks.Context):
             known[1] if total is None else float(total),
             known[2] if message is None else storable(str(message))[:1000],
         )
-        now = self._clock.monotonic()
-        if self.last != self._sent and self.id is not None:
-            done, total, message = self.last
-            word = wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message)
-            self._link.last_progress = word  # the next heartbeat takes along what is not sent now
-            if now - self._sent_at >= PROGRESS_EVERY_S:
-                self._sent_at, self._sent, self._link.last_progress = now, self.last, None
-                self._link.say_from_body(word)
+        self._get_on()
         order = self._link.cancel_order
         if order is not None:
             raise Cancelled(order.reason, order.by, order.why)
 
+    def _get_on(self) -> None:
+        """Tell that the body gets on, and how far it is; if that is nothing new, now and then."""
+        now, is_news = self._clock.monotonic(), self.last != self._sent
+        is_time = now - self._sent_at >= (PROGRESS_EVERY_S if is_news else ALIVE_EVERY_S)
+        if self.id is None or not (is_news or is_time):
+            return
+        done, total, message = self.last
+        word = wire.Progress(id=self.id, attempt=self.attempt, done=done, total=total, message=message)
+        self._link.last_progress = word  # the next heartbeat takes along what is not sent now
+        if is_time:
+            self._sent_at, self._sent, self._link.last_progress = now, self.last, None
+            self._link.say_from_body(word)
+
+    @contextlib.contextmanager
+    def _getting_on_after(self) -> Iterator[None]:
+        """Tell that the body gets on again, after it has waited."""
+        try:
+            yield
+        finally:
+            self._get_on()
+
     def reach(self, part: str, value: object = None) -> None:
         """Record a part of this task; see `Context.reach`."""
         self._coordination.reach(part, value)
+        self._get_on()
 
     def wait_for(
         self,
@@ -182,12 +199,14 @@ class AttemptContext(tasks.Context):
         """Wait for a part, or the end, of others; see `Context.wait_for`."""
         several = isinstance(task, Sequence) and not isinstance(task, str | bytes)
         ids = tasks.checked_ids(task if isinstance(task, Sequence) and several else [task])
-        values = self._coordination.wait_for(ids, part, timeout_s=timeout_s, return_interrupted=return_interrupted)
+        with self._getting_on_after():
+            values = self._coordination.wait_for(ids, part, timeout_s=timeout_s, return_interrupted=return_interrupted)
         return values if several else values[0]
 
     def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
         """Wait until so many have arrived; see `Context.barrier`."""
-        self._coordination.barrier(name, parties, scope=scope, timeout_s=timeout_s)
+        with self._getting_on_after():
+            self._coordination.barrier(name, parties, scope=scope, timeout_s=timeout_s)
 
     def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - as Context
         """Request a task whose parent is this one; see `Context.request`."""
@@ -196,7 +215,8 @@ class AttemptContext(tasks.Context):
         return Service.of_task(self._config, self.id).request(task, data, **options)
 
     def _acquire(self, name: str, permits: int, timeout_s: float | None) -> int | None:
-        return self._coordination.acquire(name, permits, timeout_s).abandoned_by
+        with self._getting_on_after():
+            return self._coordination.acquire(name, permits, timeout_s).abandoned_by
 
     def _release(self, name: str) -> None:
         self._coordination.release(name)
@@ -222,6 +242,7 @@ class Child:
         self._phase = "idle"
         self._term_came = False
         self._home = (Path.cwd(), _umask())
+        self._stack_memory: int | None = None
 
     def live(self) -> NoReturn:
         """Take orders until told to leave; never returns."""
@@ -251,6 +272,8 @@ class Child:
             OSError
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
             self._open_log()
+        with contextlib.suppress(OSError):
+            self._stack_memory = stacks.get_ready(self._stack_memory)
         coordination = Coordination(
             order,
             self._link,

@@ -66,6 +66,8 @@ def end_of(ward: Ward, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
         if evidence is not None:
             return End(reason=Reason.OUT_OF_MEMORY, detail=evidence, **facts)
         detail = f"killed by {_signal_name(exit.signal)}, which bgsupervisor did not send"
+        if ward.suspension.lasts:
+            detail += ", while it was suspended"
         return End(reason=Reason.SIGNALLED, detail=detail, **facts)
     if exit.exit_code is not None:
         detail = f"the process exited with code {exit.exit_code} before it reported an end"

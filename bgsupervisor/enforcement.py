@@ -1,4 +1,4 @@
-"""Cancels, time limits, memory limits and log limits: who is to end, in stages, and with which reason."""
+"""Cancels, limits of time, memory and logs: who is to end, in stages, and with which reason; who is to stand still."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from bgsupervisor import logs, processes, wire
+from bgsupervisor.errors import NoStack
+from bgsupervisor.ledger import Suspension
+from bgsupervisor.stacks import ANSWER_S, Question
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wards import Order, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger import Attempt
+    from bgsupervisor.ledger import Wish
     from bgsupervisor.nurseries import Nurseries
     from bgsupervisor.reception import Reception
     from bgsupervisor.wards import Ward, Wards
@@ -31,6 +36,16 @@ LEAVE_SLACK_S = 5.0
 """A child whose end is recorded is killed if it is still there grace_s and this long later."""
 KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
+STALL_SLACK_S = 2.0
+"""A stall is told so much later: a child tells only now and then that its body gets on (`ALIVE_EVERY_S`)."""
+STALL_LOOK_S = 1.0
+"""While the rows cannot tell whether a silent body waits for others, they are asked so often."""
+STACK_WAIT_S = 0.5
+"""A body whose time is up gets SIGTERM this much later at the earliest, so that its stack can be kept."""
+QUESTION_LOOK_S = 0.05
+"""While a stack was asked for, it is looked for so often."""
+STACK_KEPT_CHARS = 65_536
+"""A longer stack (100 threads) loses its end in the row."""
 
 
 class Enforcement:
@@ -44,6 +59,7 @@ class Enforcement:
         self._clock = clock
         self._limits_at = 0.0
         self._usage_at = 0.0
+        self._stalls_at = 0.0
 
     def enforce(self) -> None:
         """See whose time has come."""
@@ -51,6 +67,9 @@ class Enforcement:
         running = self._endable()
         for ward in running:
             self._enforce_time(ward, now)
+        for ward in self._wards:
+            self._enforce_suspension(ward, now)
+            self._keep_stack(ward, now)
         if running and now >= self._limits_at:
             self._limits_at = now + LIMITS_EVERY_S
             self._enforce_sizes(running, now)
@@ -61,19 +80,45 @@ class Enforcement:
                 with contextlib.suppress(OSError):
                     processes.signal_tree(ward.handle, signal.SIGKILL)
 
-    def cancel(self, requests: Iterable[tuple[Attempt, str | None]]) -> None:
-        """Ask the bodies that somebody wants cancelled to end."""
-        by_attempt = self._wards.by_attempt()
-        for attempt, by in requests:
-            ward = by_attempt.get(attempt)
-            if ward is not None and ward.order is None and ward.end is None:
+    def heed(self, wishes: Iterable[Wish]) -> None:
+        """Ask the bodies that somebody wants cancelled to end; note which ones are to be suspended, and which not."""
+        known = {wish.attempt: wish for wish in wishes}
+        for attempt, ward in self._wards.by_attempt().items():
+            wish = known.get(attempt)
+            ward.to_be_suspended = wish is not None and wish.suspended
+            if wish is not None and wish.cancelled and ward.order is None and ward.end is None:
+                by = wish.cancelled_by
                 self.order(ward, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
+
+    def stalled(self) -> list[Ward]:
+        """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
+        now = self._clock.monotonic()
+        if now < self._stalls_at:
+            return []
+        dues = [(ward, self._stall_due_at(ward)) for ward in self._endable()]
+        return [ward for ward, due_at in dues if due_at is not None and now >= due_at]
+
+    def end_stalled(self, stalled: Iterable[Ward], waiting: Collection[int]) -> None:
+        """Begin to end those; the clock of who waits for others (by id) begins anew."""
+        for ward in stalled:
+            if ward.attempt is not None and ward.attempt.id in waiting:
+                ward.got_on_at = self._clock.monotonic()
+            else:
+                stall_s = self._nurseries.options(ward.name).stall_s or 0.0
+                self.order(ward, Reason.TIMED_OUT, f"made no progress for its stall_s of {stall_s:g} s")
+
+    def put_off_stalls(self) -> None:
+        """Ask later: the rows cannot be read now."""
+        self._stalls_at = self._clock.monotonic() + STALL_LOOK_S
 
     def order(self, ward: Ward, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED) -> None:
         """Begin to end an attempt, or go to *stage* at once; the first reason stands."""
         now = self._clock.monotonic()
         if ward.order is None:
-            ward.order = Order(reason, why, by, now + self.config.grace_s)
+            is_late = reason is Reason.TIMED_OUT
+            ward.order = Order(reason, why, by, now + max(self.config.grace_s, STACK_WAIT_S if is_late else 0.0))
+            if is_late:
+                self._ask_for_stack(ward)
             log.info("task %d (%s) is to end: %s", ward.attempt.id if ward.attempt else 0, ward.name, why)
         self.ask(ward, ward.order)
         if stage > ward.order.stage:
@@ -84,11 +129,15 @@ class Enforcement:
         running = self._endable()
         moments = [self._limits_at] if running else []
         for ward in running:
-            timeout_s = self._nurseries.options(ward.name).timeout_s
-            if ward.order is None and timeout_s is not None:
-                moments.append(ward.started_mono + timeout_s)
-            elif ward.order is not None and ward.order.stage < Stage.KILL:
+            if ward.order is None:
+                stall_at = self._stall_due_at(ward)
+                moments += [] if stall_at is None else [max(stall_at, self._stalls_at)]
+                time_at = self._time_due_at(ward)
+                moments += [] if time_at is None else [time_at]
+            elif ward.order.stage < Stage.KILL:
                 moments.append(ward.order.next_at)
+            if ward.question is not None:
+                moments.append(self._clock.monotonic() + QUESTION_LOOK_S)
         return min(moments, default=None)
 
     def carry_out(self, ward: Ward, order: Order) -> None:
@@ -104,6 +153,16 @@ class Enforcement:
                 self._kill(ward, order.why)
         except OSError as error:  # another user's process by now, or no descriptors left
             log.error("PID %d cannot be signalled: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
+
+    def suspend(self, ward: Ward) -> None:
+        """Have a child and all that it started stand still; that it does is in the row."""
+        if ward.handle is None or not ward.suspension.lasts:
+            return
+        log.info("stopping PID %d and all that it started, until somebody resumes it", ward.who.pid)
+        try:
+            processes.signal_tree(ward.handle, signal.SIGSTOP)
+        except OSError as error:
+            log.error("PID %d cannot be stopped: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
 
     def _kill(self, ward: Ward, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)
@@ -143,12 +202,65 @@ class Enforcement:
         return [ward for ward in self._wards.running() if ward.end is None and ward.dead_since is None]
 
     def _enforce_time(self, ward: Ward, now: float) -> None:
-        timeout_s = self._nurseries.options(ward.name).timeout_s
-        if timeout_s is not None and ward.order is None and now - ward.started_mono >= timeout_s:
+        due_at = self._time_due_at(ward)
+        if due_at is not None and ward.order is None and now >= due_at:
+            timeout_s = self._nurseries.options(ward.name).timeout_s
             self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
         if ward.order is not None and now >= ward.order.next_at and ward.order.stage < Stage.KILL:
             self.ask(ward, ward.order)
             self._escalate(ward.order, Stage(ward.order.stage + 1), now)
+
+    def _time_due_at(self, ward: Ward) -> float | None:
+        """Return when its timeout_s is over, monotonic; None while it has none, or while it is suspended."""
+        timeout_s = self._nurseries.options(ward.name).timeout_s
+        if timeout_s is None or ward.suspension.lasts:
+            return None
+        return ward.started_mono + ward.suspension.total_s + timeout_s
+
+    def _stall_due_at(self, ward: Ward) -> float | None:
+        """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
+        stall_s = self._nurseries.options(ward.name).stall_s
+        if stall_s is None or ward.order is not None or ward.suspension.lasts:
+            return None
+        if ward.slot is None or not ward.connected:
+            return None
+        return ward.got_on_at + stall_s + STALL_SLACK_S
+
+    def _enforce_suspension(self, ward: Ward, now: float) -> None:
+        """Have stand still who is to, after the commit; let go on who is not, or has to see that it is to end."""
+        if ward.dead_since is not None:
+            return
+        must_see = ward.order is not None and ward.order.stage < Stage.KILL
+        wanted = ward.to_be_suspended and ward.end is None and not must_see
+        if wanted and not ward.suspension.lasts and ward.order is None:
+            ward.suspension = Suspension(self._clock.now(), now, ward.suspension.total_s)
+            ward.suspension_unsaved = True
+        elif not wanted and ward.suspension.lasts and ward.handle is not None:
+            # The other way round: were this supervisor to die in between, the next would do the same once more.
+            with contextlib.suppress(OSError):
+                processes.signal_tree(ward.handle, signal.SIGCONT)
+                log.info("letting PID %d go on", ward.who.pid)
+                ward.suspension, ward.suspension_unsaved = ward.suspension.ended(now), ward.attempt is not None
+                ward.got_on_at = now
+
+    def _ask_for_stack(self, ward: Ward) -> None:
+        """Ask what it is doing, before it is asked to end; the answer is read in a later pass."""
+        if ward.handle is not None:
+            ward.question_by = self._clock.monotonic() + ANSWER_S
+            with contextlib.suppress(NoStack):
+                ward.question = Question.ask(ward.handle)
+
+    def _keep_stack(self, ward: Ward, now: float) -> None:
+        """Take what was answered, when it is whole or no more can come, to the row, or to the end if that is known."""
+        if ward.question is not None and (ward.end is not None or ward.dead_since is None):
+            is_over = ward.end is not None or now >= ward.question_by
+            text = ward.question.text() if is_over else ward.question.answer(now)
+            if text is not None:
+                ward.forget_question()
+                rest = "\n... the rest is left out\n" if len(text) > STACK_KEPT_CHARS else ""
+                ward.stack = ward.note.stack = text[:STACK_KEPT_CHARS] + rest or None
+        if ward.stack is not None and ward.end is not None and ward.end.reason is not None and ward.end.stack is None:
+            ward.end = msgspec.structs.replace(ward.end, stack=ward.stack)  # its note may not have been written yet
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage

@@ -16,6 +16,8 @@
     ├── Interrupted            the task ended INTERRUPTED, so it has no result
     ├── NotRetryable           only an INTERRUPTED task can be retried
     ├── AlreadyLive            a live task holds the same unique key
+    ├── NotSuspendable         only a task that runs and is not to end can be suspended
+    ├── NoStack                the stack of a task cannot be shown now
     ├── WaitTimeout            a wait reached its limit
     │   (a wait inside a body raises it too)
     ├── PartNotReached         the awaited task ended without reaching the part, or without DONE
@@ -47,9 +49,11 @@ __all__ = [
     "Deadlock",
     "Interrupted",
     "LockHeld",
+    "NoStack",
     "NotEnded",
     "NotInTask",
     "NotRetryable",
+    "NotSuspendable",
     "PartNotReached",
     "RequestRefused",
     "SchemaError",
@@ -210,6 +214,32 @@ class AlreadyLive(BgSupervisorError):
         super().__init__(f"task {id} is live and holds the same unique key {unique_key!r}")
         self.id = id
         self.unique_key = unique_key
+
+
+class NotSuspendable(BgSupervisorError):
+    """Only a task that runs, and is not to end, can be suspended.
+
+    Attributes:
+        id: The task.
+        status: Its status now.
+    """
+
+    def __init__(self, id: int, status: str, why: str) -> None:
+        super().__init__(f"task {id} cannot be suspended: {why}")
+        self.id = id
+        self.status = status
+
+
+class NoStack(BgSupervisorError):
+    """The stack of a task cannot be shown now; says why.
+
+    Attributes:
+        pid: The process that was to show it; None where there is none.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
 
 
 class WaitTimeout(BgSupervisorError, TimeoutError):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
-from bgsupervisor.errors import AlreadyLive, NotRetryable, UnknownTask
+from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
@@ -39,7 +39,9 @@ __all__ = [
     "Outcome",
     "Request",
     "Return",
+    "Suspension",
     "Transition",
+    "Wish",
 ]
 
 log = logging.getLogger("bgsupervisor")
@@ -79,12 +81,15 @@ _ATTEMPT_COLUMNS = (
     "reason", "detail", "started_at", "started_mono", "ended_at", "heartbeat_at", "ending", "host", "boot_id",
     "pid_ns", "pid", "start_ticks", "slot", "progress_done", "progress_total", "message", "result", "error",
     "exit_code", "signal", "cpu_s", "cpu_percent", "rss_bytes", "peak_rss_bytes", "cancel_requested_at",
-    "cancel_requested_by",
+    "cancel_requested_by", "suspend_requested_at", "suspend_requested_by", "suspended_at", "suspended_mono",
+    "suspended_s", "stack",
 )  # fmt: skip
-_HEAVY = frozenset({"data", "result", "error"})
+_HEAVY = frozenset({"data", "result", "error", "stack"})
 PRIORITIES_MAX = 50
 """So many priorities are asked for one by one; the rest is sorted."""
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
+_NEVER_ENDED: dict[str, Any] = dict.fromkeys(("ending", "detail", "stack"))
+"""What the order to end an attempt has left in its row; a body that returns all the same is DONE."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +151,40 @@ class Ending:
     detail: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wish:
+    """What people want of a running attempt."""
+
+    attempt: Attempt
+    cancelled: bool
+    cancelled_by: str | None
+    suspended: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Suspension:
+    """How long an attempt has been suspended.
+
+    Attributes:
+        since: Since when it is; None if it is not.
+        since_mono: The same, monotonic.
+        total_s: How long it was before.
+    """
+
+    since: datetime | None = None
+    since_mono: float | None = None
+    total_s: float = 0.0
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is suspended."""
+        return self.since_mono is not None
+
+    def ended(self, now_mono: float) -> Suspension:
+        """Return what it comes to if it goes on now."""
+        return Suspension(total_s=self.total_s + max(0.0, now_mono - (self.since_mono or now_mono)))
+
+
 @dataclasses.dataclass(slots=True)
 class Note:
     """What is known of a running attempt at the moment; None leaves the column as it is."""
@@ -158,6 +197,7 @@ class Note:
     cpu_percent: float | None = None
     rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    stack: str | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is known; asked of hundreds of notes in every pass."""
@@ -192,6 +232,7 @@ class Batch:
     ends: dict[Attempt, End] = dataclasses.field(default_factory=dict)
     unclaims: set[Attempt] = dataclasses.field(default_factory=set)
     endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
+    suspensions: dict[Attempt, Suspension] = dataclasses.field(default_factory=dict)
     notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
     returns: dict[Attempt, Return] = dataclasses.field(default_factory=dict)
     claims: list[Claim] = dataclasses.field(default_factory=list)
@@ -199,8 +240,8 @@ class Batch:
 
     def __bool__(self) -> bool:
         """Whether there is anything to write."""
-        rows = self.ends or self.unclaims or self.endings or self.notes or self.returns or self.claims
-        return bool(rows or self.supervisor)
+        rows = self.ends or self.unclaims or self.endings or self.suspensions or self.notes or self.returns
+        return bool(rows or self.claims or self.supervisor)
 
 
 @dataclasses.dataclass(slots=True)
@@ -210,6 +251,7 @@ class Outcome:
     ended: set[Attempt] = dataclasses.field(default_factory=set)
     unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
     endings: set[Attempt] = dataclasses.field(default_factory=set)
+    suspensions: set[Attempt] = dataclasses.field(default_factory=set)
     claimed: list[Claim] = dataclasses.field(default_factory=list)
     returned: set[Attempt] = dataclasses.field(default_factory=set)
     keys: list[str] = dataclasses.field(default_factory=list)
@@ -294,6 +336,35 @@ class Ledger:
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
+    def suspend(self, id: int, *, by: str | None) -> TaskRecord:
+        """Mark a running task, for its supervisor to suspend; one that is marked already is left alone.
+
+        Raises:
+            UnknownTask: No such task.
+            NotSuspendable: It does not run, or is to end.
+        """
+        with self.store.writing():
+            record = self._get(id)
+            if record.status is not Status.START:
+                raise NotSuspendable(id, record.status, f"it is {record.status}, only a running task can be")
+            if record.cancel_requested_at is not None or record.ending is not None:
+                raise NotSuspendable(id, record.status, "it is being ended")
+            if record.suspend_requested_at is None:
+                asked = {"suspend_requested_at": self._clock.now(), "suspend_requested_by": by}
+                self._where(Attempt(id, record.attempt), (Status.START,), asked)
+            return self._get(id)
+
+    def resume(self, id: int) -> TaskRecord:
+        """Take the mark of a suspended task away, for its supervisor to let it go on; any other is left alone.
+
+        Raises:
+            UnknownTask: No such task.
+        """
+        with self.store.writing():
+            record = self._get(id)
+            self._where(Attempt(id, record.attempt), (Status.START,), {"suspend_requested_at": None})
+            return self._get(id)
+
     def retry(self, id: int) -> TaskRecord:
         """Plan an interrupted task again, as it was requested; what its attempt left stays in `interruption`.
 
@@ -337,6 +408,9 @@ class Ledger:
             values = {"ending": ending.reason, "detail": ending.detail}
             if guard(lambda a=attempt, v=values: self._where(a, (Status.START,), v), f"an ending of task {attempt.id}"):  # type: ignore[misc]
                 outcome.endings.add(attempt)
+        for attempt, suspension in batch.suspensions.items():
+            if guard(lambda a=attempt, s=suspension: self._suspend(a, s), f"that task {attempt.id} is suspended"):  # type: ignore[misc]
+                outcome.suspensions.add(attempt)
         for attempt, note in batch.notes.items():
             guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
         for attempt, back in batch.returns.items():
@@ -388,6 +462,14 @@ class Ledger:
             "heartbeat_at": now,
         }
         return self._move("claim", Attempt(claim.due.id, claim.due.attempt), values)
+
+    def _suspend(self, attempt: Attempt, suspension: Suspension) -> bool:
+        values = {
+            "suspended_at": suspension.since,
+            "suspended_mono": suspension.since_mono,
+            "suspended_s": round(suspension.total_s, 3),
+        }
+        return self._where(attempt, (Status.START,), values)
 
     def _unclaim(self, attempt: Attempt, keys: list[str]) -> bool:
         record = self.get(attempt.id)
@@ -444,12 +526,13 @@ class Ledger:
         }
         values: dict[str, Any] = {column: value for column, value in known.items() if value is not None}
         values |= {"ended_at": now, "slot": None, "cpu_percent": None, "rss_bytes": None}
+        values |= {"suspend_requested_at": None, "suspended_at": None, "suspended_mono": None}
         if end.peak_rss_bytes is not None:
             values["peak_rss_bytes"] = peewee.fn.MAX(
                 peewee.fn.COALESCE(self._task.peak_rss_bytes, 0), end.peak_rss_bytes
             )
         if end.reason is None:
-            if not self._move("finish", attempt, {**values, "result": end.result, "ending": None, "detail": None}):
+            if not self._move("finish", attempt, {**values, "result": end.result, **_NEVER_ENDED}):
                 return False
             self._let_go(attempt, None, keys)
             return True
@@ -458,6 +541,8 @@ class Ledger:
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
         detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
         values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
+        if end.stack is not None:
+            values["stack"] = end.stack
         if not self._move("interrupt", attempt, values):
             return False
         self._let_go(attempt, self._remember_interruption(attempt), keys)
@@ -491,6 +576,7 @@ class Ledger:
             reason=record.reason,
             detail=record.detail,
             error=record.error,
+            stack=record.stack,
             exit_code=record.exit_code,
             signal=record.signal,
             host=record.host,
@@ -633,17 +719,22 @@ class Ledger:
         return {status: int(found.get(status.value, 0)) for status in (Status.DONE, Status.INTERRUPTED)}
 
     def starts(self) -> list[TaskRecord]:
-        """Return all running tasks, in order of their ids; without data, result and error."""
+        """Return all running tasks, in order of their ids; without data, result, error and stack."""
         with self.store.connected():
             return self._starts()
 
-    def cancel_requests(self) -> list[tuple[Attempt, str | None]]:
-        """Return the running attempts that somebody wants cancelled, and who asked."""
+    def wishes(self) -> list[Wish]:
+        """Return the running attempts that somebody wants cancelled or suspended, and who asked."""
         task = self._task
-        query = task.select(task.id, task.attempt, task.cancel_requested_by)
-        query = query.where(_IS_START & task.cancel_requested_at.is_null(False))
+        cancelled, suspended = task.cancel_requested_at.is_null(False), task.suspend_requested_at.is_null(False)
+        query = task.select(task.id, task.attempt, cancelled, task.cancel_requested_by, suspended)
         with self.store.connected():
-            return [(Attempt(id, attempt), by) for id, attempt, by in query.tuples()]
+            return [
+                Wish(Attempt(id, attempt), bool(is_cancelled), by, bool(is_suspended))
+                for id, attempt, is_cancelled, by, is_suspended in query.where(
+                    _IS_START & (cancelled | suspended)
+                ).tuples()
+            ]
 
     def due(self, names: Collection[str], *, limit: int) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
@@ -715,11 +806,11 @@ class Ledger:
             query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
 
     def _starts(self) -> list[TaskRecord]:
-        """Return the running tasks without data, result and error, which may be megabytes."""
+        """Return the running tasks without data, result, error and stack, which may be megabytes."""
         task = self._task
         columns = [field for field in task._meta.sorted_fields if field.name not in _HEAVY]  # noqa: SLF001 - documented
         query = task.select(*columns).where(_IS_START).order_by(task.id)
-        light = {"data": "", "result": None, "error": None}
+        light = {"data": "", "result": None, "error": None, "stack": None}
         return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
 
     def _get(self, id: int) -> TaskRecord:

@@ -134,6 +134,12 @@ class Tables:
             peak_rss_bytes = peewee.BigIntegerField(null=True)
             cancel_requested_at = UtcField(null=True)
             cancel_requested_by = peewee.TextField(null=True)
+            suspend_requested_at = UtcField(null=True)
+            suspend_requested_by = peewee.TextField(null=True)
+            suspended_at = UtcField(null=True)
+            suspended_mono = peewee.DoubleField(null=True)
+            suspended_s = peewee.DoubleField(null=True)
+            stack = peewee.TextField(null=True)
             parent_id = peewee.IntegerField(null=True)
 
         class Interruption(Base):
@@ -143,6 +149,7 @@ class Tables:
             reason = peewee.TextField()
             detail = peewee.TextField(null=True)
             error = peewee.TextField(null=True)
+            stack = peewee.TextField(null=True)
             exit_code = peewee.IntegerField(null=True)
             signal = peewee.IntegerField(null=True)
             host = peewee.TextField(null=True)
@@ -267,6 +274,12 @@ class TaskRecord:
     peak_rss_bytes: int | None
     cancel_requested_at: datetime | None
     cancel_requested_by: str | None
+    suspend_requested_at: datetime | None
+    suspend_requested_by: str | None
+    suspended_at: datetime | None
+    suspended_mono: float | None
+    suspended_s: float | None
+    stack: str | None
     parent_id: int | None
     position: int | None = None
     """Place in the queue, 1 is next; known for a waiting task that `Service.get` returned."""
@@ -311,6 +324,7 @@ class TaskRecord:
             "started_at": None if self.started_at is None else self.started_at.isoformat(),
             "ended_at": None if self.ended_at is None else self.ended_at.isoformat(),
             "cancel_requested": self.cancel_requested_at is not None,
+            "suspended": self.suspended_at is not None,
             "position": self.position,
             "no_supervisor_since": None if since is None else since.isoformat(),
         }

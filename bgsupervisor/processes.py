@@ -42,6 +42,7 @@ __all__ = [
     "end_descendants",
     "host_id",
     "identity_of",
+    "is_stopped",
     "kill_child",
     "look",
     "own_identity",
@@ -385,13 +386,22 @@ def _sum_up(root: int, table: dict[int, _Row], children: dict[int, list[_Row]]) 
     )
 
 
-# ---- how to end it ----
+# ---- how to end it, or to hold it up ----
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process stands still, by SIGSTOP or a debugger.
+
+    Raises:
+        OSError: There is no such process, or its row is not readable.
+    """
+    return _read_row(pid).state in (b"T", b"t")
 
 
 def signal_tree(handle: ProcessHandle, number: int) -> int:
     """Send a signal to a process and all its descendants, each through a pidfd.
 
-    For SIGKILL the tree is stopped first (SIGSTOP), look after look until nobody new appears: what stands still
+    SIGSTOP is sent look after look until nobody new appears. For SIGKILL the tree is stopped first: what stands still
     can neither fork nor lose its place in the tree.
 
     Returns:
@@ -401,7 +411,9 @@ def signal_tree(handle: ProcessHandle, number: int) -> int:
         return 0
     with _Tree(handle.identity.pid, os.dup(handle.fileno())) as tree:
         tree.grow()
-        return tree.kill() if number == signal.SIGKILL else tree.send(number, tree.pids)
+        if number == signal.SIGKILL:
+            return tree.kill()
+        return tree.stop() if number == signal.SIGSTOP else tree.send(number, tree.pids)
 
 
 def kill_child(pid: int) -> None:
@@ -522,14 +534,19 @@ class _Tree:
         return sent
 
     def kill(self) -> int:
-        """Stop the tree until it no longer grows, then kill it; return how many got SIGKILL."""
-        new = self.pids
+        """Stop the tree, then kill it; return how many got SIGKILL."""
+        self.stop()
+        return self.send(signal.SIGKILL, self.pids)
+
+    def stop(self) -> int:
+        """Stop the tree until it no longer grows; return how many were stopped."""
+        stopped, new = 0, self.pids
         for _ in range(KILL_ROUNDS):
-            self.send(signal.SIGSTOP, new)
+            stopped += self.send(signal.SIGSTOP, new)
             new = self.grow()
             if not new:
                 break
-        return self.send(signal.SIGKILL, self.pids)
+        return stopped
 
     def await_end(self, deadline: float, clock: Clock) -> None:
         """Wait until all who are held are dead, or for the deadline, and let go of the dead."""
@@ -612,6 +629,7 @@ class _Row(NamedTuple):
     """One process in the table; *exit_status* is meaningful for a zombie that we may trace."""
 
     pid: int
+    state: bytes
     parent: int
     start_ticks: int
     cpu_ticks: int
@@ -639,6 +657,7 @@ def _read_row(pid: int) -> _Row:
     fields = line[line.rindex(b")") + 2 :].split()
     return _Row(
         pid=pid,
+        state=fields[0],
         parent=int(fields[1]),
         start_ticks=int(fields[19]),
         cpu_ticks=int(fields[11]) + int(fields[12]) + int(fields[13]) + int(fields[14]),

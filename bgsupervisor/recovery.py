@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bgsupervisor import wire
-from bgsupervisor.ledger import Attempt
+from bgsupervisor.ledger import Attempt, Suspension
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wards import Order, Stage
 from bgsupervisor.wire import End, Who
@@ -98,6 +98,9 @@ class Recovery:
         ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
         ward.started_mono = self._clock.monotonic() if record.started_mono is None else record.started_mono
         ward.says = ward.leave_by = None
+        ward.to_be_suspended = record.suspend_requested_at is not None
+        ward.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
+        ward.suspension_unsaved = ward.suspension.lasts  # the commit may have been an earlier supervisor's last act
         if record.ending is not None and ward.order is None:
             self._resume_order(ward, record, record.ending)
 
@@ -129,8 +132,12 @@ class Recovery:
             )
 
     def _judge_by_lease(self, record: TaskRecord) -> None:
-        """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID."""
-        if self._silent_s(record) > self.config.lease_s:
+        """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID.
+
+        The silence of one that is suspended says nothing; once somebody has resumed or cancelled it, it does.
+        """
+        may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
+        if self._silent_s(record) > self.config.lease_s and not may_be_silent:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
             self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
         elif record.slot is not None:

@@ -1,4 +1,4 @@
-"""What a web application calls: request tasks, ask for their status, wait, cancel, retry.
+"""What a web application calls: request tasks, ask for their status, wait, cancel, suspend, retry.
 
 A Service opens nothing before its first call, may be shared by threads, and opens anew after a fork.
 """
@@ -23,6 +23,7 @@ from bgsupervisor.errors import (
     BgSupervisorError,
     ConfigError,
     Interrupted,
+    NoStack,
     NotEnded,
     RequestRefused,
     TaskNotConfigured,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.models import TaskRecord
+    from bgsupervisor.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
 
@@ -329,6 +331,23 @@ class Service:
             raise Interrupted(record.id, record.reason or Reason.VANISHED, record.detail or "")
         return payload.decode_value(record.result)
 
+    def stack(self, task: Handle | int) -> str:
+        """Return the Python stacks of all threads of a running task, as faulthandler writes them; the task goes on.
+
+        Only on the machine, in the container and as the user that the task runs on and as.
+
+        Raises:
+            UnknownTask: There is no such task.
+            NoStack: It does not run, or its process cannot answer, or has not within 5 s; says why.
+
+        Blocks for at most 5 s, usually for 0.1 s.
+        """
+        from bgsupervisor import stacks  # noqa: PLC0415 - only on Linux, and a web process seldom asks
+
+        record = self._known(task)
+        with self._process_of(record) as handle:
+            return stacks.stack_of(handle, timeout_s=stacks.ANSWER_S, clock=self._clock)
+
     # Acting
 
     def cancel(self, task: Handle | int, *, by: str | None = None) -> TaskRecord:
@@ -347,6 +366,34 @@ class Service:
         keys: list[str] = []
         record = self._ledger.cancel(int(task), by=_checked_text("by", by or None), keys=keys)
         self._store.database.after_commit(functools.partial(self._ring, keys))
+        return record
+
+    def suspend(self, task: Handle | int, *, by: str | None = None) -> TaskRecord:
+        """Ask that a running task stands still, with all that it started, and return it as it is now.
+
+        Its supervisor stops it (SIGSTOP) until `resume`; without one it waits for the next. It keeps its slot and its
+        locks; its time limits do not run meanwhile. One that is suspended already is returned unchanged.
+
+        Args:
+            task: Which.
+            by: Who asks, recorded with it.
+
+        Raises:
+            UnknownTask: There is no such task.
+            NotSuspendable: It does not run, or is to end.
+        """
+        record = self._ledger.suspend(int(task), by=_checked_text("by", by or None))
+        self._store.database.after_commit(self._ring)
+        return record
+
+    def resume(self, task: Handle | int) -> TaskRecord:
+        """Ask that a suspended task goes on, and return it as it is now; any other is returned unchanged.
+
+        Raises:
+            UnknownTask: There is no such task.
+        """
+        record = self._ledger.resume(int(task))
+        self._store.database.after_commit(self._ring)
         return record
 
     def retry(self, task: Handle | int) -> TaskRecord:
@@ -407,6 +454,35 @@ class Service:
         if record is None:
             raise UnknownTask(int(task))
         return record
+
+    def _process_of(self, record: TaskRecord) -> ProcessHandle:
+        """Return the process of a running task. Raises NoStack where it cannot be had."""
+        from bgsupervisor import processes  # noqa: PLC0415 - as above
+
+        if record.status is not Status.START:
+            kept = f"; `bgsupervisor show {record.id}` has what was kept when its time was up" if record.stack else ""
+            raise NoStack(f"task {record.id} is not running, it is {record.status}{kept}")
+        if record.suspended_at is not None:
+            raise NoStack(
+                f"task {record.id} is suspended, and what stands still cannot answer; "
+                f"`bgsupervisor resume {record.id}` lets it go on",
+                pid=record.pid,
+            )
+        if record.pid is None or record.pid_ns is None or record.start_ticks is None or record.boot_id is None:
+            raise NoStack(f"task {record.id} runs in no process of its own")
+        identity = processes.ProcessIdentity(
+            record.host or "", record.boot_id, record.pid_ns, record.pid, record.start_ticks
+        )
+        found, handle = processes.look(identity)
+        if handle is not None and found is processes.Verdict.ALIVE:
+            return handle
+        if handle is not None:
+            handle.close()
+        if found is processes.Verdict.DEAD:
+            why = "its process has ended; a supervisor records how"
+        else:
+            why = f"it runs on another machine or in another container (host {record.host}); ask there"
+        raise NoStack(f"task {record.id} shows no stack: {why}", pid=record.pid)
 
     def _resolve(self, task: TaskLike) -> tuple[str, tasks.Definition | None]:
         definition = tasks.definition_of(task)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger import Due, Outcome
+    from bgsupervisor.ledger import Due, Outcome, Suspension
     from bgsupervisor.notify import Notifier
     from bgsupervisor.reception import Heard, Peer
     from bgsupervisor.statedir import Lock, StateDir
@@ -227,6 +227,7 @@ class Supervisor:
         self._nurseries.met(hello.who)
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
         ward.peer, ward.nursery, ward.leave_by = peer, hello.nursery, None
+        ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
         if hello.id is None:
             # It has read its last connection to the end: what was claimed for it, and is not in its hands, never began.
             ward.says = None
@@ -264,6 +265,7 @@ class Supervisor:
             return
         ward.run_place = None  # it has been told: it speaks of it
         ward.wants_slot = message.number if isinstance(message, wire.WantSlot) else None
+        ward.got_on_at = self._clock.monotonic()
         if isinstance(message, wire.Waiting):
             ward.slot = ward.slot if message.slot_kept else None
             self._boards.want()
@@ -276,6 +278,7 @@ class Supervisor:
         ward.run_place = None  # it has been told: it speaks of it
         ward.note.heartbeat_at = self._clock.now()
         if isinstance(message, wire.Progress):
+            ward.got_on_at = self._clock.monotonic()
             ward.note.progress_done = message.done
             ward.note.progress_total = message.total
             ward.note.message = message.message
@@ -409,12 +412,22 @@ class Supervisor:
     # enforce
 
     def _enforce(self) -> None:
-        """See to cancels and limits."""
+        """See to cancels, suspensions and limits."""
         if self._look:
             try:
-                self._enforcement.cancel(self._ledger.cancel_requests())
+                self._enforcement.heed(self._ledger.wishes())
             except (DatabaseError, AccessError) as error:
                 self._complain(error)
+        stalled = self._enforcement.stalled()
+        if stalled:
+            try:
+                ids = [ward.attempt.id for ward in stalled if ward.attempt is not None]
+                waiting = {row["task_id"] for row in self._ledger.waits.rows(ids)}
+            except (DatabaseError, AccessError) as error:
+                self._complain(error)
+                self._enforcement.put_off_stalls()
+            else:
+                self._enforcement.end_stalled(stalled, waiting)
         self._enforcement.enforce()
 
     # admit
@@ -492,6 +505,8 @@ class Supervisor:
                 batch.unclaims.add(attempt)
             elif ward.order is not None and ward.order.unsent:
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
+            if ward.suspension_unsaved and ward.end is None:
+                batch.suspensions[attempt] = ward.suspension
         for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
             if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
                 batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
@@ -520,6 +535,8 @@ class Supervisor:
             elif ward.order is not None:
                 ward.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
+        for attempt, suspension in batch.suspensions.items():
+            self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
         for attempt, back in batch.returns.items():
             self._give_slot(by_attempt[attempt], attempt, back.slot, granted=attempt in outcome.returned)
         for attempt in batch.notes:
@@ -527,9 +544,18 @@ class Supervisor:
         self._boards.ring(outcome.keys)
         self._look = self._look or DUE in outcome.keys
 
+    def _take_suspension(self, ward: Ward, suspension: Suspension, *, recorded: bool) -> None:
+        """Have a child stand still whose row says that it does."""
+        ward.suspension_unsaved = False
+        if recorded and suspension.lasts:
+            self._enforcement.suspend(ward)
+        elif not recorded:
+            self._recover_at = 0.0  # the row is not running any more
+
     def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
         """Let a body go on that has waited."""
         ward.wants_slot = None
+        ward.got_on_at = self._clock.monotonic()
         if granted and ward.peer is not None:
             ward.slot = slot
             self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
@@ -628,7 +654,8 @@ class Supervisor:
             return self._put_off_until
         moments = []
         for ward in self._wards.running():
-            if ward.end is not None or ward.never_told or (ward.order is not None and ward.order.unsent):
+            is_ordered = ward.order is not None and ward.order.unsent
+            if ward.end is not None or ward.never_told or is_ordered or ward.suspension_unsaved:
                 return self._put_off_until
             if ward.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))

@@ -59,7 +59,8 @@ class Context:
         """Tell how far the body is, in any unit: *done* of *total*, and one line of text.
 
         Cheap (some microseconds) and never blocks. Several times a second it reaches the row; what is said in between
-        does so with the next heartbeat, and the last word with the end.
+        does so with the next heartbeat, and the last word with the end. Every call tells that the body gets on
+        (`stall_s`), whatever the numbers.
 
         Raises:
             Cancelled: This attempt is to end.
@@ -374,11 +375,9 @@ def _name(own: object, qualified: str) -> str:
     return own
 
 
-def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object, secret: object) -> TaskOptions:
-    if timeout_s is not None and (
-        isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= MAX_TIMEOUT_S
-    ):
-        raise TaskDefinitionError(f"{owner}: timeout_s is {timeout_s!r}; it must be a number of seconds above 0")
+def _options(
+    owner: str, *, timeout_s: object, stall_s: object, memory_limit_bytes: object, secret: object
+) -> TaskOptions:
     if memory_limit_bytes is not None and (
         isinstance(memory_limit_bytes, bool) or not isinstance(memory_limit_bytes, int) or memory_limit_bytes <= 0
     ):
@@ -386,10 +385,19 @@ def _options(owner: str, *, timeout_s: object, memory_limit_bytes: object, secre
             f"{owner}: memory_limit_bytes is {memory_limit_bytes!r}; it must be a whole number of bytes above 0"
         )
     return TaskOptions(
-        timeout_s=None if timeout_s is None else float(timeout_s),
+        timeout_s=_seconds(owner, "timeout_s", timeout_s),
+        stall_s=_seconds(owner, "stall_s", stall_s),
         memory_limit_bytes=memory_limit_bytes,
         secret=_secret(owner, secret),
     )
+
+
+def _seconds(owner: str, option: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
+        raise TaskDefinitionError(f"{owner}: {option} is {value!r}; it must be a number of seconds above 0")
+    return float(value)
 
 
 def _secret(owner: str, secret: object) -> tuple[str, ...]:
@@ -403,7 +411,9 @@ class Task:
 
     Attributes:
         name: What rows call it; "module:QualName" if it is not set. Set it to be free to move the class.
-        timeout_s: How long an attempt may run, in seconds; None is for ever.
+        timeout_s: How long an attempt may run, in seconds; None is for ever. While it is suspended does not count.
+        stall_s: How long an attempt may go without a call of progress, track or reach, in seconds; None is for ever.
+            Any such call counts, with the same numbers too. While it waits for others, or is suspended, does not count.
         memory_limit_bytes: Resident memory that the body and all it starts may use; None is no limit. Looked at
             twice a second, so a short peak may pass unseen.
         secret: Keys of the data that are masked where data is shown.
@@ -411,6 +421,7 @@ class Task:
 
     name: ClassVar[str | None] = None
     timeout_s: ClassVar[float | None] = None
+    stall_s: ClassVar[float | None] = None
     memory_limit_bytes: ClassVar[int | None] = None
     secret: ClassVar[tuple[str, ...]] = ()
 
@@ -434,7 +445,11 @@ class Task:
                 function=function,
                 takes_self=True,
                 options=_options(
-                    name, timeout_s=cls.timeout_s, memory_limit_bytes=cls.memory_limit_bytes, secret=cls.secret
+                    name,
+                    timeout_s=cls.timeout_s,
+                    stall_s=cls.stall_s,
+                    memory_limit_bytes=cls.memory_limit_bytes,
+                    secret=cls.secret,
                 ),
             )
         )
@@ -557,6 +572,7 @@ def task(
     *,
     name: str | None = None,
     timeout_s: float | None = None,
+    stall_s: float | None = None,
     memory_limit_bytes: int | None = None,
     secret: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], FunctionTask[P, R]]: ...
@@ -566,6 +582,7 @@ def task(
     *,
     name: str | None = None,
     timeout_s: float | None = None,
+    stall_s: float | None = None,
     memory_limit_bytes: int | None = None,
     secret: tuple[str, ...] = (),
 ) -> Any:
@@ -585,7 +602,9 @@ def task(
             body=lambda: function,
             function=function,
             takes_self=False,
-            options=_options(own, timeout_s=timeout_s, memory_limit_bytes=memory_limit_bytes, secret=secret),
+            options=_options(
+                own, timeout_s=timeout_s, stall_s=stall_s, memory_limit_bytes=memory_limit_bytes, secret=secret
+            ),
         )
         return FunctionTask(function, _define(definition))
 

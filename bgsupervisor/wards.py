@@ -8,7 +8,7 @@ import enum
 from typing import TYPE_CHECKING
 
 from bgsupervisor import logs, processes
-from bgsupervisor.ledger import Attempt, Note
+from bgsupervisor.ledger import Attempt, Note, Suspension
 from bgsupervisor.oom import OomWatch
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.wire import Who
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bgsupervisor.oom import Counters
     from bgsupervisor.processes import ProcessHandle
     from bgsupervisor.reception import Peer, Reception
+    from bgsupervisor.stacks import Question
     from bgsupervisor.statuses import Reason
     from bgsupervisor.wire import End
 
@@ -78,6 +79,13 @@ class Ward:
         note: What is known and not yet written.
         leave_by: When it is killed if it has not left by itself, monotonic.
         wants_slot: The number of the wait after which it wants a slot again.
+        got_on_at: When the body last said that it gets on, or may have; monotonic.
+        to_be_suspended: Somebody wants it to stand still.
+        suspension: Whether it does, and how long it has.
+        suspension_unsaved: The row does not have that yet; what is to stop is stopped after the commit.
+        question: Its stack was asked for, because its time is up.
+        question_by: So long an answer is waited for, monotonic.
+        stack: What it answered.
     """
 
     identity: ProcessIdentity
@@ -99,6 +107,13 @@ class Ward:
     peak_rss_bytes: int = 0
     leave_by: float | None = None
     wants_slot: int | None = None
+    got_on_at: float = 0.0
+    to_be_suspended: bool = False
+    suspension: Suspension = dataclasses.field(default_factory=Suspension)
+    suspension_unsaved: bool = False
+    question: Question | None = None
+    question_by: float = 0.0
+    stack: str | None = None
 
     @property
     def who(self) -> Who:
@@ -127,13 +142,23 @@ class Ward:
         """Take up an attempt that was claimed for it."""
         self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
         self.started_mono, self.run_place = claim.started_mono, run_place
+        self.got_on_at, self.suspension = claim.started_mono, Suspension()
 
     def become_free(self) -> None:
-        """Have no attempt any more."""
+        """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
         self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
         self.note = Note()
         self.wants_slot = None
+        self.to_be_suspended = self.suspension_unsaved = False
         self.peak_rss_bytes = 0
+        self.stack = None
+        self.forget_question()
+
+    def forget_question(self) -> None:
+        """Wait no more for its stack."""
+        if self.question is not None:
+            self.question.close()
+            self.question = None
 
 
 class Wards:
@@ -189,6 +214,7 @@ class Wards:
 
     def forget(self, ward: Ward) -> None:
         """Let go of a dead child; its empty log goes with it."""
+        ward.forget_question()
         self._ears.unwatch_process(ward.who)
         if ward.handle is not None:
             ward.handle.close()

@@ -93,6 +93,7 @@ class End(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: str | None = None
     result: str | None = None
     error: str | None = None
+    stack: str | None = None
     exit_code: int | None = None
     signal: int | None = None
     cpu_s: float | None = None
@@ -106,6 +107,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """What a supervisor must know of a task class; it never imports the class itself."""
 
     timeout_s: float | None = None
+    stall_s: float | None = None
     memory_limit_bytes: int | None = None
     secret: tuple[str, ...] = ()
 

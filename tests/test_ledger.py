@@ -21,8 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bgsupervisor import ledger as ledger_module
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, UnknownTask
-from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request
+from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
+from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request, Suspension, Wish
 from bgsupervisor.models import Store, SupervisorRecord, UtcField
 from bgsupervisor.processes import ProcessIdentity
 from bgsupervisor.statuses import Reason, Status
@@ -362,7 +362,74 @@ def test_the_first_who_cancels_a_running_task_is_the_one_recorded(ledger, clock)
     first = ledger.cancel(attempt.id, by="jana")
     clock.sleep(5)
     assert ledger.cancel(attempt.id, by="petr") == first
-    assert ledger.cancel_requests() == [(attempt, "jana")]
+    assert ledger.wishes() == [Wish(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
+
+
+def test_the_first_who_suspends_a_running_task_is_the_one_recorded(ledger, clock):
+    attempt = started(ledger)
+    first = ledger.suspend(attempt.id, by="jana")
+    clock.sleep(5)
+    assert ledger.suspend(attempt.id, by="petr") == first
+    assert (first.suspend_requested_at, first.suspend_requested_by) == (START_OF_TIME, "jana")
+    assert ledger.wishes() == [Wish(attempt, cancelled=False, cancelled_by=None, suspended=True)]
+    assert ledger.resume(attempt.id).suspend_requested_at is None
+    assert ledger.wishes() == []
+
+
+@pytest.mark.parametrize("status", [Status.REQUEST, Status.DONE, Status.INTERRUPTED])
+def test_only_a_running_task_is_suspended_and_resume_changes_no_other(ledger, status):
+    attempt = task_in(ledger, status)
+    before = ledger.get(attempt.id)
+    with pytest.raises(NotSuspendable, match=f"it is {status}, only a running task can be"):
+        ledger.suspend(attempt.id, by="jana")
+    assert ledger.resume(attempt.id) == before
+    for ask in (lambda: ledger.suspend(4711, by=None), lambda: ledger.resume(4711)):
+        with pytest.raises(UnknownTask):
+            ask()
+
+
+def test_a_task_that_is_being_ended_is_not_suspended(ledger):
+    cancelled, ending = started(ledger), started(ledger)
+    ledger.cancel(cancelled.id, by=None)
+    ledger.apply(Batch(endings={ending: Ending(ending, Reason.TIMED_OUT, "too long")}))
+    for attempt in (cancelled, ending):
+        with pytest.raises(NotSuspendable, match="it is being ended"):
+            ledger.suspend(attempt.id, by="jana")
+
+
+def test_how_long_a_task_stood_still_is_kept_and_goes_with_its_attempt(ledger, clock):
+    attempt = started(ledger)
+    ledger.suspend(attempt.id, by="jana")
+    clock.sleep(1)
+    begun = Suspension(clock.now(), clock.monotonic(), 3.0)
+    assert ledger.apply(Batch(suspensions={attempt: begun})).suspensions == {attempt}
+    record = ledger.get(attempt.id)
+    assert (record.suspended_at, record.suspended_mono, record.suspended_s) == (clock.now(), 1.0, 3.0)
+    clock.sleep(4)
+    assert ledger.apply(Batch(suspensions={attempt: begun.ended(clock.monotonic())})).suspensions == {attempt}
+    record = ledger.get(attempt.id)
+    assert (record.suspended_at, record.suspended_mono, record.suspended_s) == (None, None, 7.0)
+
+    ledger.apply(Batch(suspensions={attempt: begun}))
+    ledger.end(attempt, End(reason=Reason.SIGNALLED, detail="killed", stack="line 7"))
+    record = ledger.get(attempt.id)
+    assert (record.suspend_requested_at, record.suspended_at, record.suspended_mono) == (None, None, None)
+    assert (record.suspend_requested_by, record.stack) == ("jana", "line 7")
+    assert ledger.interruptions(attempt.id)[0]["stack"] == "line 7"
+    assert ledger.apply(Batch(suspensions={attempt: begun})).suspensions == set()
+    assert ledger.get(attempt.id) == record
+
+    again = ledger.retry(attempt.id)
+    assert (again.suspend_requested_by, again.suspended_s, again.stack) == (None, None, None)
+
+
+def test_a_stack_that_was_noted_stays_when_the_end_brings_none_and_goes_when_the_task_is_done(ledger):
+    interrupted, done = started(ledger), started(ledger)
+    ledger.apply(Batch(notes={one: Note(stack="line 7") for one in (interrupted, done)}))
+    ledger.end(interrupted, End(reason=Reason.TIMED_OUT, detail="too long"))
+    ledger.end(done, End(result="1"))
+    assert [ledger.get(one.id).stack for one in (interrupted, done)] == ["line 7", None]
+    assert [record.stack for record in ledger.starts()] == []
 
 
 def test_a_cancelled_waiting_task_says_by_whom(ledger):
@@ -888,7 +955,7 @@ def recorded(database):
             "bgsupervisor_task_run_at",
         ),
         (lambda ledger: ledger.starts(), "bgsupervisor_task_start"),
-        (lambda ledger: ledger.cancel_requests(), "bgsupervisor_task_start"),
+        (lambda ledger: ledger.wishes(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_run_at"),
         (lambda ledger: ledger.live_counts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.ended_counts(START_OF_TIME + timedelta(days=300)), "bgsupervisor_task_ended"),

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S
 
+from bgsupervisor import stacks
 from bgsupervisor.cli import health
 from bgsupervisor.doctor import CHECKS
+from bgsupervisor.enforcement import STALL_SLACK_S
 from bgsupervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS
 from bgsupervisor.statuses import Reason, Status
 
@@ -120,6 +122,7 @@ def app(make_app):
 def test_every_code_block_of_the_page_is_run_by_a_test_of_its_section():
     kinds = {title: {language for language, _ in BLOCK.findall(text)} for title, text in SECTIONS.items()}
     assert {title: kind for title, kind in kinds.items() if kind} == {
+        "Tasks that hang": {"console"},
         "Backup": {"console"},
         "Restore": {"console"},
         "When the disk is full": {"console"},
@@ -129,6 +132,29 @@ def test_every_code_block_of_the_page_is_run_by_a_test_of_its_section():
         "Doctor": {"console"},
     }
     assert sum(len(BLOCK.findall(text)) for text in SECTIONS.values()) == TEXT.count("```") // 2
+
+
+# ---- tasks that hang ----
+
+
+def test_the_commands_for_a_task_that_hangs_do_what_the_page_says(app):
+    app.start()
+    running = app.started(app.service.request("appx:until", {"name": "never"}))
+    assert running.id == 1
+    follow(app, "Tasks that hang")
+    assert app.wait(running.id).reason is Reason.CANCELLED
+
+
+def test_what_stack_says_is_what_the_page_says():
+    package = Path(stacks.__file__).parent
+    said = " ".join((package / name).read_text() for name in ("stacks.py", "service.py"))
+    told = [row[0].strip("`") for row in table("Tasks that hang", "| it says | because |")]
+    assert len(told) == 8
+    assert [words for words in told if words not in said] == []
+
+
+def test_a_stall_is_told_as_late_as_the_page_says():
+    assert f"A stall is told {STALL_SLACK_S:g} s later" in SECTIONS["Tasks that hang"]
 
 
 # ---- backup and restore ----

@@ -392,6 +392,23 @@ def test_other_signals_reach_the_whole_tree_once(start):
     assert process.wait() == -signal.SIGTERM
 
 
+def test_a_tree_that_grows_while_it_is_stopped_stands_still_and_goes_on(start):
+    process = start("echo ready; while :; do sleep 1000 & sleep 0.001; done", ready=True)
+    until(lambda: len(processes.descendants(process.pid)) > 5, "the shell starts nobody")
+    _, handle = processes.look(identify(process.pid))
+    with handle:
+        stopped = processes.signal_tree(handle, signal.SIGSTOP)
+        tree = [process.pid, *processes.descendants(process.pid)]
+        still = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)  # who had ended, and cannot be reaped now
+        for pid in tree:
+            until(lambda pid=pid: psutil.Process(pid).status() in still, f"{pid} does not stand still")
+        assert processes.is_stopped(process.pid)
+        assert stopped > 5
+        assert processes.signal_tree(handle, signal.SIGCONT) > 5
+        until(lambda: len(processes.descendants(process.pid)) > len(tree), "it does not go on")
+        processes.signal_tree(handle, signal.SIGKILL)
+
+
 def test_that_nobody_was_left_behind_costs_nothing(lookup):
     work = lambda: processes.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)  # noqa: E731 - measured below
     assert as_subreaper(lambda: [work(), best_of(50, work) < 0.0001]) == [0, True]

@@ -41,6 +41,7 @@ FLOORS = (
     {"tasks"},
     {"payload"},
     {"wire"},
+    {"stacks"},
     {"processes", "oom", "logs", "notify", "stamp"},
     {"linux"},
     {"config"},
@@ -76,6 +77,7 @@ SENDS_SIGNALS = {
     "nursery": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
     "nurseries": "strays that a dead nursery left to the supervisor",
     "boards": "a board that does not answer",
+    "stacks": "a question for a stack, by a signal that who has no handler for it ignores",
     "child": "itself, when SIGTERM is to do what it does to any process",
     "cli.loading": "the process that `check` loads the application in",
 }

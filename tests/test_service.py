@@ -528,6 +528,7 @@ def test_what_a_browser_may_see_holds_nothing_secret(service):
         "fraction": 0.5,
         "message": "half",
         "cancel_requested": False,
+        "suspended": False,
         "position": None,
         "no_supervisor_since": None,
     }

@@ -46,6 +46,7 @@ class Telling(Context):
 def test_a_class_is_known_by_module_and_qualified_name():
     class Import(Task):
         timeout_s = 600
+        stall_s = 60
         memory_limit_bytes = 2**30
         secret = ("password",)
 
@@ -55,7 +56,9 @@ def test_a_class_is_known_by_module_and_qualified_name():
     definition = Import.definition()
     here = "test_a_class_is_known_by_module_and_qualified_name.<locals>.Import"
     assert (definition.name, definition.module) == (f"test_tasks:{here}", "test_tasks")
-    assert definition.options == TaskOptions(timeout_s=600.0, memory_limit_bytes=2**30, secret=("password",))
+    assert definition.options == TaskOptions(
+        timeout_s=600.0, stall_s=60.0, memory_limit_bytes=2**30, secret=("password",)
+    )
     assert definition.body()(ids=[1, 2]) == 2
     assert definition_of(Import) is definition_of(definition.name) is definitions()[definition.name] is definition
 
@@ -70,7 +73,7 @@ def test_each_attempt_gets_an_instance_of_its_own():
 
 
 def test_a_function_is_a_task_and_stays_a_function():
-    @task(name="send", timeout_s=5, secret=("token",))
+    @task(name="send", timeout_s=5, stall_s=1, secret=("token",))
     def send_mail(to: str, subject: str = "", token: str = "") -> str:
         """Send one mail."""
         return f"{to}: {subject}"
@@ -85,7 +88,7 @@ def test_a_function_is_a_task_and_stays_a_function():
     assert list(inspect.signature(send_mail).parameters) == ["to", "subject", "token"]
     assert repr(send_mail) == "<task send>"
     definition = send_mail.definition()
-    assert (definition.name, definition.options.timeout_s, definition.options.secret) == ("send", 5.0, ("token",))
+    assert (definition.name, definition.options) == ("send", TaskOptions(timeout_s=5.0, stall_s=1.0, secret=("token",)))
     assert definition_of(send_mail) is definition
     assert definition.body()(to="petr") == "petr: "
 
@@ -165,6 +168,8 @@ def test_a_module_that_is_loaded_again_defines_its_tasks_again():
         ("timeout_s", True, "timeout_s is True"),
         ("timeout_s", float("nan"), "timeout_s is nan"),
         ("timeout_s", float("inf"), "timeout_s is inf"),
+        ("stall_s", 0, "stall_s is 0; it must be a number of seconds above 0"),
+        ("stall_s", "60", "stall_s is '60'"),
         ("memory_limit_bytes", 0, "memory_limit_bytes is 0; it must be a whole number of bytes above 0"),
         ("memory_limit_bytes", 1.5, "memory_limit_bytes is 1.5"),
         ("memory_limit_bytes", True, "memory_limit_bytes is True"),

@@ -1,4 +1,4 @@
-"""`bgsupervisor cancel` and `retry`: what people ask of tasks that are there."""
+"""`bgsupervisor cancel`, `suspend`, `resume` and `retry`: what people ask of tasks that are there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import AlreadyLive, NotRetryable, UnknownTask
+from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.statedir import user_name
 from bgsupervisor.statuses import Status
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["cancel", "retry"]
+__all__ = ["cancel", "resume", "retry", "suspend"]
 
 
 @click.command()
@@ -44,11 +44,60 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
         return _told(before, after, service.config.grace_s)
 
     done = _for_each(ids, cancel_one)
-    now = SystemClock().now()
-    seen = watch(service, now=now)
-    if asked and not seen.alive:
-        later = "" if seen.unheard is not None else ", which then asks for the end of what runs"
-        warn(f"{seen.absence(now=now)}{later}")
+    if asked:
+        _warn_if_unsupervised(service, ", which then asks for the end of what runs")
+    raise click.exceptions.Exit(not done)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, type=int, required=True, metavar="ID...")
+@click.option("--by", help="Who asks, recorded with it; by default the name of this user.")
+@pass_session
+def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
+    """Have running tasks stand still until they are resumed.
+
+    Each is stopped with all that it started (SIGSTOP). It keeps its slot and its locks; its time limits do not run.
+    """
+    service = _service(session, ids)
+    asked = 0
+
+    def suspend_one(id: int) -> str:
+        nonlocal asked
+        before = service.get(id)
+        service.suspend(id, by=by or user_name(os.geteuid()))
+        asked += 1
+        if before is not None and before.suspend_requested_at is not None:
+            who = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
+            return f"task {id} had been suspended already{who}"
+        return f"task {id} is to stand still until `bgsupervisor resume {id}`; it keeps its slot and its locks"
+
+    done = _for_each(ids, suspend_one)
+    if asked:
+        _warn_if_unsupervised(service, ", which then stops it")
+    raise click.exceptions.Exit(not done)
+
+
+@click.command()
+@click.argument("ids", nargs=-1, type=int, required=True, metavar="ID...")
+@pass_session
+def resume(session: Session, *, ids: tuple[int, ...]) -> None:
+    """Have suspended tasks go on."""
+    service = _service(session, ids)
+    asked = 0
+
+    def resume_one(id: int) -> str:
+        nonlocal asked
+        before = service.get(id)
+        after = service.resume(id)
+        if before is None or (before.suspend_requested_at is None and before.suspended_at is None):
+            what = f"had ended {after.status}" if after.ended else "is not suspended"
+            return f"task {id} {what}; nothing changed"
+        asked += 1
+        return f"task {id} is to go on"
+
+    done = _for_each(ids, resume_one)
+    if asked:
+        _warn_if_unsupervised(service, ", which then lets it go on")
     raise click.exceptions.Exit(not done)
 
 
@@ -63,10 +112,8 @@ def retry(session: Session, *, ids: tuple[int, ...]) -> None:
         return f"task {id} waits for its attempt {service.retry(id).attempt + 1}"
 
     done = _for_each(ids, retry_one)
-    now = SystemClock().now()
-    seen = watch(service, now=now)
-    if done and not seen.alive:
-        warn(seen.absence(now=now))
+    if done:
+        _warn_if_unsupervised(service)
     raise click.exceptions.Exit(not done)
 
 
@@ -77,13 +124,20 @@ def _service(session: Session, ids: tuple[int, ...]) -> Service:
     return service
 
 
+def _warn_if_unsupervised(service: Service, what_then: str = "") -> None:
+    now = SystemClock().now()
+    seen = watch(service, now=now)
+    if not seen.alive:
+        warn(f"{seen.absence(now=now)}{what_then if seen.unheard is None else ''}")
+
+
 def _for_each(ids: tuple[int, ...], act: Callable[[int], str]) -> bool:
     """Act on each task, and say what became of it; tell whether all went well."""
     done = True
     for id in dict.fromkeys(ids):
         try:
             click.echo(act(id))
-        except (UnknownTask, NotRetryable, AlreadyLive) as error:
+        except (UnknownTask, NotRetryable, NotSuspendable, AlreadyLive) as error:
             warn(f"bgsupervisor: {error}")
             done = False
     return done

@@ -133,8 +133,26 @@ class Facts:
     def _silence(self, record: TaskRecord) -> timedelta | None:
         if record.status is not Status.START or record.heartbeat_at is None or record.slot is None:
             return None  # a body that waits has little to say
+        if record.suspended_at is not None:
+            return None  # and one that stands still nothing
         silent_for = self.now - record.heartbeat_at
         return silent_for if silent_for > timedelta(seconds=self.silent_s) else None
+
+    def suspension(self, record: TaskRecord) -> str:
+        """Return a word about a running task that is suspended, or is to be; "" about any other."""
+        if record.status is not Status.START or (record.suspended_at is None and record.suspend_requested_at is None):
+            return ""
+        by = f" by {clean(record.suspend_requested_by)}" if record.suspend_requested_by else ""
+        suspended_for_s = self.suspended_for_s(record)
+        return f"to be suspended{by}" if suspended_for_s is None else f"suspended{by} for {duration(suspended_for_s)}"
+
+    def suspended_for_s(self, record: TaskRecord) -> float | None:
+        """Return how long a task has stood still, None if it does not."""
+        if record.suspended_at is None:
+            return None
+        if record.suspended_mono is not None and record.boot_id == self.boot_id:
+            return self.monotonic - record.suspended_mono  # right also after the clock was set
+        return (self.now - record.suspended_at).total_seconds()
 
     def runtime_s(self, record: TaskRecord) -> float | None:
         """Return how long the attempt has run or ran, None if it has not begun."""
@@ -221,6 +239,8 @@ def _progress(
     if record.ended:
         return ended(record, facts, with_reason=with_reason)
     notes = [facts.silence(record)]
+    if record.ending is None and record.cancel_requested_at is None:
+        notes.append(facts.suspension(record))
     if record.ending is not None:
         notes.append(f"ending: {record.ending}")
     elif record.cancel_requested_at is not None:
@@ -286,4 +306,6 @@ def _progress_style(record: TaskRecord, facts: Facts) -> str:
         return ""
     if record.status is Status.REQUEST:
         return "red" if facts.watch.lacks(record.name) else "yellow"
+    if facts.suspension(record):
+        return "yellow"
     return "red" if facts.silence(record) else "cyan"

@@ -1,6 +1,6 @@
 """Which tasks a listing shows, in which order, and what ties them; rows without what may be large.
 
-What may be large are data, results and tracebacks. Only reads.
+What may be large are data, results, tracebacks and stacks. Only reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HEAVY", "Cause", "Rows", "Ties", "columns_of"]
 
-HEAVY = ("data", "result", "error")
+HEAVY = ("data", "result", "error", "stack")
 """The columns that listings leave out."""
 POSITIONS_MAX = 1000
 """Waiting tasks further back are shown without their position."""
@@ -71,7 +71,7 @@ class Cause:
 class Rows:
     """The tasks of a store that match all that is given, read when a method is called.
 
-    The records have empty `data`, and neither `result` nor `error`. Every method raises DatabaseError or
+    The records have empty `data`, and neither `result`, `error` nor `stack`. Every method raises DatabaseError or
     AccessError if the database cannot be used.
     """
 
@@ -191,7 +191,7 @@ class Rows:
             for condition in (*conditions, *self._filters()):
                 query = query.where(condition)
             rows = list(query.order_by(*order).limit(limit).dicts())
-        return [TaskRecord.from_row({**row, "data": "", "result": None, "error": None}) for row in rows]
+        return [TaskRecord.from_row({**row, **dict.fromkeys(HEAVY), "data": ""}) for row in rows]
 
     def _filters(self) -> list[Any]:
         task = self._task

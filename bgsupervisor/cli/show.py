@@ -44,6 +44,7 @@ _SPECIAL = {
     "data",
     "result",
     "error",
+    "stack",
     "detail",
     "progress_done",
     "progress_total",
@@ -95,6 +96,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
     for title, lines in around.blocks(record, facts):
         _print_block(title, "\n".join(lines))
     _print_block("error", record.error)
+    _print_block("stack when its time was up", record.stack)
     _print_interruptions(interruptions, facts.now)
     if path is not None:
         _print_fact("log", str(path))
@@ -184,6 +186,8 @@ def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple
         yield "position", _why_it_waits(record, facts)
     if facts.silence(record):
         yield "heard", facts.silence(record)
+    if facts.suspension(record):
+        yield "suspension", facts.suspension(record)
     told = _progress(record)
     if told:
         yield "progress", told
@@ -227,7 +231,7 @@ def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a 
         return f"{size(value)} ({value:,} bytes)"
     if name.endswith("_percent"):
         return f"{value:.0f}%"
-    if name == "cpu_s":
+    if name in ("cpu_s", "suspended_s"):
         return f"{value:.2f} s"
     return str(value)
 

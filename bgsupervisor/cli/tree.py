@@ -155,9 +155,9 @@ def _why(record: TaskRecord, tree: Tree, facts: cells.Facts, busy: int) -> str:
         return "; ".join(one.sentence() for one in needs)
     if record.status is Status.REQUEST:
         return _why_not_started(record, needs, facts, busy)
-    owed, silence = tree.owed(record.id), facts.silence(record)
-    if silence or owed is None:
-        return silence
+    owed, stands = tree.owed(record.id), facts.suspension(record) or facts.silence(record)
+    if stands or owed is None:
+        return stands
     if owed.kind == "lock":
         return f'holds lock "{clean(owed.name or "")}"'
     return f'part "{clean(owed.name or "")}" not reached' if owed.kind == "part" else ""

@@ -163,10 +163,20 @@ class _Sight:
             when = age(record.cancel_requested_at, now=self.facts.now)
             told = f"its end was asked for{by} {when}"
             yield Because("ending", told, {"reason": "CANCELLED", "by": record.cancel_requested_by})
+        elif self.facts.suspension(record):
+            yield self._suspended()
         if self.facts.silence(record):
             yield dataclasses.replace(self.running(), kind="unresponsive")
             if not self.facts.watch.alive:
                 yield from self._supervisors()
+
+    def _suspended(self) -> Because:
+        record = self.record
+        suspended_for_s = self.facts.suspended_for_s(record)
+        does = "has been" if suspended_for_s is not None else "is"
+        told = f"it {does} {self.facts.suspension(record)}; `bgsupervisor resume {record.id}` lets it go on"
+        known = {"since": to_json(record.suspended_at), "by": record.suspend_requested_by}
+        return Because("suspended", told, known)
 
     def running(self) -> Because:
         """Say that it runs: since when, how far it is, and when it was last heard."""
@@ -231,4 +241,6 @@ class _Sight:
             return words
         runtime_s = self.facts.runtime_s(other)
         words += "" if other.fraction is None else f" {percent(other.fraction)}%"
-        return words + ("" if runtime_s is None else f", running for {duration(runtime_s)}")
+        words += "" if runtime_s is None else f", running for {duration(runtime_s)}"
+        suspension = self.facts.suspension(other)
+        return words + (f", {suspension}" if suspension else "")

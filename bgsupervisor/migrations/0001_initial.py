@@ -57,6 +57,12 @@ CREATE TABLE "{{p}}task" (
     "peak_rss_bytes" INTEGER,
     "cancel_requested_at" TEXT,
     "cancel_requested_by" TEXT,
+    "suspend_requested_at" TEXT,
+    "suspend_requested_by" TEXT,
+    "suspended_at" TEXT,
+    "suspended_mono" REAL,
+    "suspended_s" REAL,
+    "stack" TEXT,
     "parent_id" INTEGER,
     CHECK ("status" <> 'INTERRUPTED' OR "reason" IS NOT NULL)
 )
@@ -70,6 +76,7 @@ CREATE TABLE "{p}interruption" (
     "reason" TEXT NOT NULL,
     "detail" TEXT,
     "error" TEXT,
+    "stack" TEXT,
     "exit_code" INTEGER,
     "signal" INTEGER,
     "host" TEXT,
