@@ -127,7 +127,7 @@ def _service(session: Session, ids: tuple[int, ...]) -> Service:
 def _warn_if_unsupervised(service: Service, what_then: str = "") -> None:
     now = SystemClock().now()
     seen = watch(service, now=now)
-    if not seen.alive:
+    if not seen.alive:  # one that lives and cannot write does it once it can
         warn(f"{seen.absence(now=now)}{what_then if seen.unheard is None else ''}")
 
 
