@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import random
 import re
 import secrets
@@ -17,9 +18,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.linux import pidfd_exit
 from torture import invariants
-from torture.actors import Cron, Observer, Producer
-from torture.arena import Arena, command_of, is_alive
+from torture.actors import Cron, Observer, Prober, Producer
+from torture.arena import Arena, Who, command_of, is_alive
 from torture.chaos import Chaos
 from torture.invariants import Evidence
 
@@ -32,6 +34,7 @@ GONE_S = 30.0
 """How long processes may take to leave once their supervisor has."""
 PRODUCERS = 2
 BACKLOG = 40
+CUT_OFF = ("EOFError: Ran out of input", "pickle data was truncated", "EOFError")
 
 
 def main() -> int:
@@ -83,11 +86,11 @@ def torture(arena: Arena, seed: str, options: argparse.Namespace) -> Evidence:
     print(", ".join(f"{key} {value}" for key, value in known.items()), flush=True)
     stop, quiet = threading.Event(), threading.Event()
     begun = time.monotonic()
-    observer = Observer(arena)
+    observer, prober = Observer(arena), Prober(arena)
     cron = Cron(arena, seed)
     producers = [Producer(arena, seed, number, backlog=BACKLOG) for number in range(1, PRODUCERS + 1)]
     chaos = Chaos(arena, seed, rate=options.rate)
-    threads = _start(observer.run, quiet.is_set)
+    threads = _start(observer.run, quiet.is_set) + _start(prober.run, quiet.is_set)
     actors = _start(cron.run, stop.is_set)
     for actor in (*producers, chaos):
         actors += _start(actor.run, stop.is_set)
@@ -106,8 +109,9 @@ def torture(arena: Arena, seed: str, options: argparse.Namespace) -> Evidence:
     quiet.set()
     for thread in threads:
         thread.join(10)
-    complaints += _send_home(arena)
-    return _evidence(arena, observer, complaints, slots=int(str(known["slots"])), slack=options.slack)
+    left, daemons = _send_home(arena)
+    complaints += left
+    return _evidence(arena, observer, prober, complaints, daemons, slots=int(str(known["slots"])), slack=options.slack)
 
 
 def _start(run: Callable[[Callable[[], bool]], None], until: Callable[[], bool]) -> list[threading.Thread]:
@@ -123,27 +127,32 @@ def _is_quiet(arena: Arena) -> bool:
     return False
 
 
-def _send_home(arena: Arena) -> list[str]:
-    """Have the last supervisor leave, and return who does not go."""
+def _send_home(arena: Arena) -> tuple[list[str], list[Who]]:
+    """Have the last supervisor leave; return sentences about who does not go, and the daemons of bodies that were left."""
     deadline = time.monotonic() + GONE_S
-    daemons = {line["pid"]: line["ticks"] for line in arena.oracle.lines() if line["what"] == "daemon"}
-    while time.monotonic() < deadline:
+    known = {line["pid"]: line["ticks"] for line in arena.oracle.lines() if line["what"] == "daemon"}
+    daemons: list[Who] = []
+    while time.monotonic() < deadline and arena.ours():
         arena.reap()
         for life in arena.living():
             arena.send(life.who, signal.SIGTERM)
         left = arena.ours()
-        if not left or all(daemons.get(who.pid) == who.ticks for who in left):
-            break
+        if left and all(known.get(who.pid) == who.ticks or _is_tracker(who) for who in left):
+            # They may have lost their nursery; and they keep open what multiprocessing's tracker waits for.
+            daemons += [who for who in left if known.get(who.pid) == who.ticks]
+            for who in daemons:
+                arena.send(who, signal.SIGKILL)
         time.sleep(0.2)
-    found = []
-    for who in arena.ours():
-        if daemons.get(who.pid) == who.ticks:
-            continue  # judged with the nursery that it lost
-        found.append(f"PID {who.pid} is still there: {command_of(who.pid)}")
-    return found
+    return [f"PID {who.pid} is still there: {command_of(who.pid)}" for who in arena.ours()], daemons
 
 
-def _evidence(arena: Arena, observer: Observer, complaints: list[str], *, slots: int, slack: float) -> Evidence:
+def _is_tracker(who: Who) -> bool:
+    return "multiprocessing.resource_tracker" in command_of(who.pid)
+
+
+def _evidence(
+    arena: Arena, observer: Observer, prober: Prober, complaints: list[str], daemons: list[Who], *, slots: int, slack: float
+) -> Evidence:
     with arena.connection() as connection:
         connection.row_factory = sqlite3.Row
         tasks = [dict(row) for row in connection.execute("SELECT * FROM bgsupervisor_task")]
@@ -156,17 +165,29 @@ def _evidence(arena: Arena, observer: Observer, complaints: list[str], *, slots:
         interruptions=interruptions,
         done_seen=observer.done,
         interrupted_seen=observer.interrupted,
+        away=prober.away + [(one.at, one.until) for one in arena.oracle.entries if one.what == "lock"],
         lives=arena.lives,
         supervised=supervised,
         leftovers=complaints + _left_in_files(arena),
         wall_minus_mono=time.time() - time.monotonic(),
         slots=slots,
         slack=slack,
+        kernel_tells=kernel_tells_exits(),
     )
-    known.leftovers += _left_daemons(arena, known)
+    known.leftovers += _left_daemons(daemons, known)
     known.adopted = len(re.findall("looking after it", log_of(arena)))
     known.longest_look_s = observer.longest_look_s
     return known
+
+
+def kernel_tells_exits() -> bool:
+    """Whether the kernel keeps the exit of a reaped process for who holds a pidfd of it (6.15 and later)."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    pidfd = os.pidfd_open(pid)
+    os.waitpid(pid, 0)
+    told = pidfd_exit(pidfd) is not None
+    os.close(pidfd)
+    return told
 
 
 def log_of(arena: Arena) -> str:
@@ -185,16 +206,20 @@ def _left_in_files(arena: Arena) -> list[str]:
     if integrity != [("ok",)]:
         found.append(f"the database is damaged: {integrity}")
     found += [f"PID {who.pid} was a nursery and its file is left" for who in arena.nurseries() if is_alive(who)]
-    log = log_of(arena)
-    found += [f"a traceback in the log: {text[:1500]}" for text in re.findall(r"Traceback.*?\n(?=\d{4}-|\Z)", log, re.S)]
-    return found
+    return found + [f"a traceback in the log: {text[:1500]}" for text in _tracebacks(log_of(arena))]
 
 
-def _left_daemons(arena: Arena, known: Evidence) -> list[str]:
+def _tracebacks(log: str) -> list[str]:
+    found = re.findall(r"^Traceback.*?\n(?=\d{4}-|Traceback|\Z)", log, re.DOTALL | re.MULTILINE)
+    # What a supervisor was just starting when it was killed cannot read its beginnings: multiprocessing's own words.
+    return [text for text in found if not ("spawn_main" in text and text.strip().endswith(CUT_OFF))]
+
+
+def _left_daemons(daemons: list[Who], known: Evidence) -> list[str]:
     """Return the daemons that outlived their task though somebody was there who had to end them."""
     nursery_of = {line["id"]: line["nursery"] for line in known.lines if line["what"] == "start"}
     killed = {one.pid for one in known.kills.values() if one.whom == "nursery"}
-    left = {who.pid: who.ticks for who in arena.ours()}
+    left = {who.pid: who.ticks for who in daemons}
     return [
         f"the daemon of task {line['id']}, PID {line['pid']}, is still there"
         for line in known.lines

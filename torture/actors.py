@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from torture.arena import Arena
 
-__all__ = ["Cron", "Observer", "Producer"]
+__all__ = ["Cron", "Observer", "Producer", "Prober"]
+
+NOTED_S = 0.2
+"""A writer that waits for so long is a sign that somebody holds the database."""
 
 RECENT_S = 5.0
 """An end becomes visible at most so long after the moment that its row names."""
@@ -188,3 +191,26 @@ class Observer:
         query = "SELECT id, attempt FROM bgsupervisor_task WHERE status = 'DONE' AND ended_at >= ?"
         for task, attempt in connection.execute(query, (f"{recently:%Y-%m-%d %H:%M:%S.%f}+00:00",)).fetchall():
             self.done.setdefault((task, attempt), time.monotonic())
+
+
+@dataclasses.dataclass(slots=True)
+class Prober:
+    """Asks for the write lock again and again, and keeps when it was not to be had.
+
+    Not only chaos holds it: whoever is stopped in the middle of a transaction does as well.
+    """
+
+    arena: Arena
+    away: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Ask until *until* says so."""
+        while not until():
+            asked_at = time.monotonic()
+            with contextlib.suppress(sqlite3.Error), self.arena.connection(timeout_s=60) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute("ROLLBACK")
+            had_at = time.monotonic()
+            if had_at - asked_at > NOTED_S:
+                self.away.append((asked_at, had_at))
+            time.sleep(0.1)

@@ -35,7 +35,8 @@ class Chaos:
         self._arena = arena
         self._random = random.Random(f"{seed}/chaos")
         self._rate = rate
-        self._thaw: list[tuple[float, Who, Entry]] = []
+        self._still: dict[Who, threading.Timer] = {}
+        self._threads: list[threading.Thread] = []
         self.deeds: dict[Callable[[], None], float] = {
             self.kill_child: 8,
             self.kill_spare: 1,
@@ -56,25 +57,18 @@ class Chaos:
         }
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Go on until *until* says so; then let all go on that stand still."""
+        """Go on until *until* says so; then wait until all go on that stand still."""
         due_at = time.monotonic()
         while not until():
             due_at += self._random.expovariate(self._rate)
-            self._rest(due_at, until)
+            while (now := time.monotonic()) < due_at and not until():
+                time.sleep(min(0.05, due_at - now))
             deed = self._random.choices(list(self.deeds), list(self.deeds.values()))[0]
             with contextlib.suppress(sqlite3.Error, OSError):
                 deed()
             due_at = max(due_at, time.monotonic() - 0.5)
-        self._rest(time.monotonic() + 10, lambda: not self._thaw)
-
-    def _rest(self, due_at: float, until: Callable[[], bool]) -> None:
-        while (now := time.monotonic()) < due_at and not until():
-            self._thaw.sort(key=lambda one: one[0])
-            while self._thaw and self._thaw[0][0] <= now:
-                _, who, _ = self._thaw.pop(0)
-                self._arena.send(who, signal.SIGCONT)
-            next_at = min([due_at, now + 0.05, *[one[0] for one in self._thaw[:1]]])
-            time.sleep(max(0.001, next_at - now))
+        for thread in [*self._threads, *self._still.values()]:
+            thread.join(10)
 
     # Kills
 
@@ -150,12 +144,16 @@ class Chaos:
         if not known:
             return
         who, at = self._random.choice(known), time.monotonic()
-        if any(who == one for _, one, _ in self._thaw):
+        if who in self._still and self._still[who].is_alive():
             return
         if self._arena.send(who, signal.SIGSTOP):
-            entry = Entry("stop", kind, at, at + seconds, who.pid, who.ticks)
-            self._arena.oracle.note(entry)
-            self._thaw.append((at + seconds, who, entry))
+            # In a thread of its own: whoever stands still may hold the database, for which chaos would wait.
+            self._still[who] = threading.Timer(seconds, self._let_go_on, (kind, who, at))
+            self._still[who].start()
+
+    def _let_go_on(self, kind: str, who: Who, at: float) -> None:
+        self._arena.send(who, signal.SIGCONT)
+        self._arena.oracle.note(Entry("stop", kind, at, time.monotonic(), who.pid, who.ticks))
 
     # What people do
 
@@ -196,7 +194,8 @@ class Chaos:
     def lock_database(self) -> None:
         """Hold the database's write lock for a while."""
         seconds = self._random.choice((0.3, 1, 2, 3))
-        threading.Thread(target=self._lock_database, args=(seconds,), daemon=True).start()
+        self._threads.append(threading.Thread(target=self._lock_database, args=(seconds,), daemon=True))
+        self._threads[-1].start()
 
     def _lock_database(self, seconds: float) -> None:
         with contextlib.suppress(sqlite3.Error), self._arena.connection() as connection:

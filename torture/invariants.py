@@ -39,6 +39,7 @@ SETTLING = ("end", "raise", "leave", "suicide")
 
 Row = dict[str, Any]
 Span = tuple[float, float]
+"""From, until; monotonic."""
 
 
 @dataclasses.dataclass
@@ -52,12 +53,16 @@ class Evidence:
         interruptions: The rows of interrupted attempts.
         done_seen: When each attempt was first seen to be DONE, monotonic.
         interrupted_seen: When each interruption was first seen, monotonic.
+        away: When the database's write lock was not to be had, from, until.
         lives: All `bgsupervisor run`.
         supervised: The PIDs of those that became supervisors.
         leftovers: What was still there at the end: processes, rows of holds and waits, files, complaints.
         wall_minus_mono: What to subtract from a row's time to get a monotonic one.
         slots: How many bodies may run at once.
         slack: What the limits of time are multiplied with, for a machine that is busy.
+        kernel_tells: The kernel tells the exit of a reaped process to who holds a pidfd of it.
+        adopted: How often a supervisor said that it looks after a task which another one started.
+        longest_look_s: How late the observer was at most.
     """
 
     lines: list[Line]
@@ -66,12 +71,14 @@ class Evidence:
     interruptions: list[Row]
     done_seen: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
     interrupted_seen: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
+    away: list[Span] = dataclasses.field(default_factory=list)
     lives: list[Life] = dataclasses.field(default_factory=list)
     supervised: set[int] = dataclasses.field(default_factory=set)
     leftovers: list[str] = dataclasses.field(default_factory=list)
     wall_minus_mono: float = 0.0
     slots: int = 16
     slack: float = 1.0
+    kernel_tells: bool = False
     adopted: int = 0
     longest_look_s: float = 0.0
 
@@ -117,14 +124,14 @@ class Evidence:
         kill = self.kill_of(attempted)
         moments = [math.inf if settled is None else settled["at"], math.inf if kill is None else kill.at]
         sooner = min(moments)
-        return self.by_attempt[attempted][-1]["at"] if sooner == math.inf else float(sooner)
+        if sooner < math.inf:
+            return float(sooner)
+        return float(self.by_attempt[attempted][-1]["at"]) if attempted in self.by_attempt else math.inf
 
     def database_locked(self, at: float, before_s: float = BUSY_S) -> bool:
-        """Whether chaos held the write lock shortly before a moment."""
+        """Whether the write lock was not to be had shortly before a moment."""
         return any(
-            one.at - LOCKED_SLACK_S <= at and at - before_s - LOCKED_SLACK_S <= one.until
-            for one in self.entries
-            if one.what == "lock"
+            since - LOCKED_SLACK_S <= at and at - before_s - LOCKED_SLACK_S <= until for since, until in self.away
         )
 
     def nursery_was_killed(self, attempted: Attempted) -> bool:
@@ -255,11 +262,20 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
         "EXITED": lambda: facts == (leave["code"] if leave is not None else 3 if error == "SystemExit" else "", None),
         "SIGNALLED": lambda: facts
         in {(None, signal.SIGKILL) if kill is not None else None, (None, suicide["signal"]) if suicide else None},
-        "VANISHED": lambda: not in_vain and known.nursery_was_killed(attempted),
+        "VANISHED": lambda: not in_vain and known.nursery_was_killed(attempted) and not _was_watched(known, attempted),
     }
     if row["reason"] not in explained:
         return "nobody can have done that"
     return None if explained[row["reason"]]() else "nothing that happened explains it"
+
+
+def _was_watched(known: Evidence, attempted: Attempted) -> bool:
+    """Whether one supervisor was there before the death and still there when it was told: it must have seen how."""
+    seen = known.interrupted_seen.get((attempted.id, attempted.attempt))
+    if seen is None or not known.kernel_tells:
+        return False
+    died = known.over(attempted)
+    return any(begin + RETURNING_S <= died and seen <= finish for begin, finish in able_spans(known))
 
 
 def _was_interrupted(known: Evidence, id: int) -> bool:
@@ -290,7 +306,6 @@ def _figures(times: Sequence[float]) -> str:
 
 def able_spans(known: Evidence) -> list[Span]:
     """Return when a supervisor lived that neither stood still nor had its database locked: from, until."""
-    away = [(one.at, one.until) for one in known.entries if one.what == "lock"]
     found: list[Span] = []
     for life in known.lives:
         if life.who.pid not in known.supervised:
@@ -300,7 +315,7 @@ def able_spans(known: Evidence) -> list[Span]:
         end = min(math.inf if life.ended_at is None else life.ended_at, math.inf if kill is None else kill.at)
         still = [(one.at, one.until) for one in known.entries if one.what == "stop" and (one.pid, one.ticks) == key]
         spans = [(life.started_at, end)]
-        for since, until in [*away, *still]:
+        for since, until in [*known.away, *still]:
             cut = []
             for begin, finish in spans:
                 if finish <= since or until <= begin:
