@@ -264,7 +264,7 @@ MUTANTS = (
         file="child.py",
         old="if os.getpid() != self._pid:",
         new="if False:",
-        test="test_guards.py::test_a_copy_that_a_body_forked_records_no_end",
+        test="test_guards.py::test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end",
     ),
     Mutant(
         name="SIGTERM is a cancel only if a cancel is known",
