@@ -16,8 +16,8 @@ from conftest import wait_until
 
 from bgsupervisor import deaths, processes
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.processes import Exit, Verdict
 from bgsupervisor.link import Link
+from bgsupervisor.processes import Exit, Verdict
 from bgsupervisor.reception import Peer, Reception
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.wards import Ward, Wards
@@ -93,7 +93,7 @@ def app(make_app):
 
 
 def exists(app, name):
-    return wait_until(lambda: (app.folder / name).exists(), f"the body says {name}")
+    return wait_until((app.folder / name).exists, f"the body says {name}")
 
 
 def living_child():
@@ -126,7 +126,7 @@ def test_the_nurserys_word_is_waited_for_before_other_evidence():
 
 
 def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "look", lambda identity: (Verdict.UNKNOWN, None))
+    monkeypatch.setattr(processes, "look", lambda _: (Verdict.UNKNOWN, None))
     wards = Wards(None, tmp_path, SystemClock())
     assert wards.meet(processes.own_identity("here")).dead_since is None
 
@@ -219,6 +219,7 @@ def test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end(app):
     app.start()
     record = app.wait(app.service.request("appx:returns_on_both_sides_of_a_fork", {}))
     assert (record.status, record.result, record.attempt) == ("DONE", '"original, the copy left with 0"', 1)
+
 
 def test_a_process_that_a_body_forked_does_not_keep_its_connection(app):
     app.start()

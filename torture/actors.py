@@ -1,4 +1,4 @@
-"""Who is there beside chaos: cron, which starts supervisors; producers, who request tasks; an observer, who reads rows."""
+"""Who is there beside chaos: cron starts supervisors, producers request tasks, an observer and a prober watch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torture.arena import Arena
 
-__all__ = ["Cron", "Observer", "Producer", "Prober"]
+__all__ = ["Cron", "Observer", "Prober", "Producer"]
 
 NOTED_S = 0.2
 """A writer that waits for so long is a sign that somebody holds the database."""
@@ -44,7 +44,7 @@ class Cron:
             if living and now < needless_at:
                 next_at = max(next_at, now + self._random.uniform(0, 0.5))
             elif now >= next_at or living:
-                for _ in range(1 if self._random.random() < 0.8 else 2):  # noqa: PLR2004 - one in five
+                for _ in range(1 if self._random.random() < 0.8 else 2):
                     self._arena.start_supervisor()
                 next_at = now + self._random.uniform(0.2, 1.0)
                 needless_at = now + self._random.uniform(2, 6)
@@ -88,7 +88,7 @@ class Producer:
             "printer": (lambda: {"kilobytes": self._random.choice((10, 300, 2000))}, 3),
             "stubborn": (lambda: {"seconds": self._seconds(2.0)}, 2),
             "hog": (lambda: {"millions": self._random.choice((5, 20))}, 1),
-            "late": (lambda: {"ignoring": self._random.random() < 0.5}, 1),  # noqa: PLR2004 - one in two
+            "late": (lambda: {"ignoring": self._random.random() < 0.5}, 1),
             "parts": (lambda: {"seconds": self._seconds(0.4)}, 6),
             "parent": (lambda: {"count": self._random.randint(1, 3)}, 2),
             "waiter": (dict, 8),
@@ -119,9 +119,9 @@ class Producer:
 
     def _options(self) -> dict[str, Any]:
         chance = self._random.random()
-        if chance < 0.08:  # noqa: PLR2004 - some
+        if chance < 0.08:
             return {"unique": f"{self._name} {self._random.randrange(3)}"}
-        if chance < 0.11 and self._others:  # noqa: PLR2004 - some
+        if chance < 0.11 and self._others:
             return {"after": [self._random.choice(self._others)[0]]}
         return {"priority": self._random.choice((0, 0, 0, 1, -1))}
 

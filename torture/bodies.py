@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def leaver(n: int, how: str) -> int:
             sys.exit(3)
         say("leave", code={"zero": 0, "seven": 7, "true": 0, "false": 1}[how])
         if how in ("true", "false"):
-            os.execv(f"/bin/{how}", [how])  # noqa: S606 - that is the point
+            os.execv(f"/bin/{how}", [how])
         os._exit({"zero": 0, "seven": 7}[how])
     return n
 
@@ -152,7 +153,7 @@ def locker(n: int, names: list[str], seconds: float) -> int:
     """Hold locks."""
     with told("locker"), contextlib.ExitStack() as held:
         for name in names:
-            waited("lock", lambda name=name: held.enter_context(_holding(name)))
+            waited("lock", functools.partial(held.enter_context, _holding(name)))
             time.sleep(seconds)
         return n
 
@@ -251,7 +252,7 @@ def parent(n: int, count: int) -> int:
     with told("parent"):
         handles = []
         for number in range(count):
-            child = current().request(sleeper, {"n": n + number, "seconds": random.uniform(0, 0.2)})  # noqa: S311
+            child = current().request(sleeper, {"n": n + number, "seconds": random.uniform(0, 0.2)})
             say("ack", task=child.id, created=True, n=n + number, kind="sleeper")
             handles.append(child)
         waited("ends", lambda: current().wait_for(handles, timeout_s=WAIT_S, return_interrupted=True))

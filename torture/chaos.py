@@ -176,7 +176,7 @@ class Chaos:
                 self._arena.oracle.note(Entry("retry", "task", at, time.monotonic(), task=found))
 
     def _any_task(self, condition: str) -> int | None:
-        rows = self._arena.rows(f"SELECT id FROM bgsupervisor_task WHERE {condition} ORDER BY id DESC LIMIT 50")  # noqa: S608 - ours
+        rows = self._arena.rows(f"SELECT id FROM bgsupervisor_task WHERE {condition} ORDER BY id DESC LIMIT 50")
         return self._random.choice(rows)[0] if rows else None
 
     def reload(self) -> None:

@@ -1,4 +1,4 @@
-"""What must be true when all is quiet again: the rows against the oracle. Each check returns the sentences of what is not.
+"""What must be true when all is quiet again: rows against oracle. Each check returns sentences about what is not.
 
 Where the oracle cannot know a moment exactly (a body that was killed tells no end), it takes the one that accuses
 nobody: so a sentence here is always a defect, of the product or of this page.
@@ -260,8 +260,10 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
         "CANCELLED": lambda: attempted.id in known.cancelled,
         "TIMED_OUT": lambda: known.tasks[attempted.id]["name"] == "bodies:late",
         "EXITED": lambda: facts == (leave["code"] if leave is not None else 3 if error == "SystemExit" else "", None),
-        "SIGNALLED": lambda: facts
-        in {(None, signal.SIGKILL) if kill is not None else None, (None, suicide["signal"]) if suicide else None},
+        "SIGNALLED": lambda: (
+            facts
+            in {(None, signal.SIGKILL) if kill is not None else None, (None, suicide["signal"]) if suicide else None}
+        ),
         "VANISHED": lambda: not in_vain and known.nursery_was_killed(attempted) and not _was_watched(known, attempted),
     }
     if row["reason"] not in explained:
@@ -454,7 +456,8 @@ def sayings(known: Evidence) -> Iterable[str]:
         if line["what"] == "wrong":
             yield f"task {line['id']} waited for {line['expected']} and got {line['value']}"
         elif line["what"] in ("raise", "refused") and line["error"] not in expected:
-            if line["error"] != "DatabaseError" or not known.database_locked(line["at"]):
+            locked = line["error"] == "DatabaseError" and known.database_locked(line["at"])
+            if not locked:
                 yield f"{line['what']} in task {line.get('id')}: {line['error']}: {line['text']}"
 
 
