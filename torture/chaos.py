@@ -38,9 +38,9 @@ class Chaos:
         self._still: dict[Who, threading.Timer] = {}
         self._threads: list[threading.Thread] = []
         self.deeds: dict[Callable[[], None], float] = {
-            self.kill_child: 8,
+            self.kill_child: 10,
             self.kill_spare: 1,
-            self.kill_supervisor: 3,
+            self.kill_supervisor: 2.5,
             self.kill_nursery: 0.5,
             self.kill_board: 0.8,
             self.kill_supervisor_and_nursery: 0.3,
