@@ -196,4 +196,6 @@ def test_the_table_of_mutants_on_the_page_is_that_of_the_code():
     page = (ROOT / "docs" / "reliability.md").read_text()
     table = page.split("| Without this guard | fails | the torture test too |")[1].split("\n\n")[0]
     told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert told == [[one.name, f"`{one.test}`", f"yes, {one.seconds} s" if one.seconds else ""] for one in mutants.MUTANTS]
+    assert told == [
+        [one.name, f"`{one.test}`", f"yes, {one.seconds} s" if one.seconds else ""] for one in mutants.MUTANTS
+    ]
