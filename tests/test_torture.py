@@ -59,7 +59,7 @@ def interruption(id, reason, **facts):
         "signal": None,
         "pid": 100 + id,
     }
-    return {**known, "started_at": "2026-01-01 00:00:01+00:00", "ended_at": "2026-01-01 00:00:05+00:00", **facts}
+    return {**known, "started_at": "1970-01-01 00:00:10+00:00", "ended_at": "1970-01-01 00:00:11+00:00", **facts}
 
 
 @pytest.fixture
@@ -118,6 +118,14 @@ def less(what, id):
     )
 
 
+def cancelled_at(moment):
+    def spoil(facts):
+        facts["entries"].append(Entry("cancel", "task", moment, moment, task=2))
+        facts["interruptions"][0].update(reason="CANCELLED")
+
+    return spoil
+
+
 SPOILED = {
     "a request without a row": ("requests", more(ack(9))),
     "a row without a request": ("requests", lambda facts: facts["tasks"].update({9: row(9)})),
@@ -135,6 +143,7 @@ SPOILED = {
     "a wrong signal": ("reasons", first_interruption(signal=15)),
     "VANISHED with a living nursery": ("reasons", first_interruption(reason="VANISHED", signal=None)),
     "a cancel that nobody asked for": ("reasons", lambda facts: facts["entries"].pop(1)),
+    "a cancel of another attempt": ("reasons", cancelled_at(9.0)),
     "an error that nobody raised": ("reasons", less("raise", 4)),
     "a truth that was told late": ("promptness", lambda facts: facts["interrupted_seen"].update({(2, 1): 11.6})),
     "too many bodies at once": ("slots", lambda facts: facts.update(slots=1)),
@@ -173,6 +182,11 @@ def test_a_truth_is_not_late_while_no_supervisor_can_tell_it(facts):
     assert found(facts) == set()
     facts["interrupted_seen"][2, 1] = 14.0
     assert found(facts) == {"promptness"}
+
+
+def test_a_cancel_explains_an_interruption_of_its_attempt(facts):
+    cancelled_at(10.4)(facts)
+    assert found(facts) == set()
 
 
 # ---- the mutants ----

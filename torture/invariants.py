@@ -12,6 +12,7 @@ import math
 import signal
 import statistics
 from collections import Counter, defaultdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from torture.bodies import PERMITS
@@ -34,6 +35,8 @@ BUSY_S = 5.0
 """How long a call waits for the locked database before it gives up (busy_timeout_s)."""
 LOCKED_SLACK_S = 1.0
 """Whoever waits behind a lock of chaos waits for the others who wait as well."""
+ROW_SLACK_S = 0.5
+"""A row's times come from another clock, a moment before their commit."""
 SETTLING = ("end", "raise", "leave", "suicide")
 """Lines after which a body does nothing more."""
 
@@ -103,8 +106,6 @@ class Evidence:
 
     def mono(self, text: str) -> float:
         """Return a row's time on the monotonic clock."""
-        from datetime import datetime  # noqa: PLC0415 - here only
-
         return datetime.fromisoformat(text).timestamp() - self.wall_minus_mono
 
     def kill_of(self, attempted: Attempted) -> Entry | None:
@@ -115,7 +116,7 @@ class Evidence:
         row = self.by_end.get(attempted)
         if row is None or row["started_at"] is None:
             return None
-        since, until = self.mono(row["started_at"]) - 1, self.mono(row["ended_at"]) + 1
+        since, until = self.mono(row["started_at"]) - ROW_SLACK_S, self.mono(row["ended_at"]) + ROW_SLACK_S
         return next((one for one in self.kills.values() if one.pid == row["pid"] and since <= one.at <= until), None)
 
     def over(self, attempted: Attempted) -> float:
@@ -257,7 +258,7 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
     explained: dict[str, Callable[[], bool]] = {
         "RAISED": lambda: error == "BoomError" or (error == "DatabaseError" and known.database_locked(raised["at"])),  # type: ignore[index]
         "DEADLOCKED": lambda: error == "Deadlock",
-        "CANCELLED": lambda: attempted.id in known.cancelled,
+        "CANCELLED": lambda: _was_cancelled(known, row),
         "TIMED_OUT": lambda: known.tasks[attempted.id]["name"] == "bodies:late",
         "EXITED": lambda: facts == (leave["code"] if leave is not None else 3 if error == "SystemExit" else "", None),
         "SIGNALLED": lambda: (
@@ -269,6 +270,13 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
     if row["reason"] not in explained:
         return "nobody can have done that"
     return None if explained[row["reason"]]() else "nothing that happened explains it"
+
+
+def _was_cancelled(known: Evidence, row: Row) -> bool:
+    """Whether somebody cancelled the task while this attempt ran."""
+    since, until = known.mono(row["started_at"]) - ROW_SLACK_S, known.mono(row["ended_at"]) + ROW_SLACK_S
+    cancels = [one for one in known.entries if one.what == "cancel" and one.task == row["task_id"]]
+    return any(since <= one.until and one.at <= until for one in cancels)
 
 
 def _was_watched(known: Evidence, attempted: Attempted) -> bool:
