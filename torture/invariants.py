@@ -7,6 +7,7 @@ nobody: so a sentence here is always a defect, of the product or of this page.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import signal
@@ -100,6 +101,11 @@ class Evidence:
         self.by_end = {Attempted(row["task_id"], row["attempt"]): row for row in self.interruptions}
         self.cancelled = {entry.task for entry in self.entries if entry.what == "cancel"}
 
+    @functools.cached_property
+    def able(self) -> list[Span]:
+        """When some supervisor lived that neither stood still nor had its database locked."""
+        return able_spans(self)
+
     def line(self, attempted: Attempted, *whats: str) -> Line | None:
         """Return the first line of that kind of an attempt."""
         return next((line for line in self.by_attempt.get(attempted, ()) if line["what"] in whats), None)
@@ -153,10 +159,9 @@ def requests(known: Evidence) -> Iterable[str]:
             yield f"task {id} was acknowledged and has no row"
         elif created > 1:
             yield f"task {id} was acknowledged as created {created} times"
-    for id, row in known.tasks.items():
-        parents = [one for one in known.by_attempt if one.id == row["parent_id"]]
-        cut_off = any(known.line(one, "end") is None for one in parents)
-        if id not in known.acks and not cut_off:
+    for id in known.tasks.keys() - known.acks.keys():
+        parents = [one for one in known.by_attempt if one.id == known.tasks[id]["parent_id"]]
+        if all(known.line(one, "end") is not None for one in parents):  # it was not cut off before it could tell
             yield f"task {id} has a row, and nobody was told of it"
 
 
@@ -285,7 +290,7 @@ def _was_watched(known: Evidence, attempted: Attempted) -> bool:
     if seen is None or not known.kernel_tells:
         return False
     died = known.over(attempted)
-    return any(begin + RETURNING_S <= died and seen <= finish for begin, finish in able_spans(known))
+    return any(begin + RETURNING_S <= died and seen <= finish for begin, finish in known.able)
 
 
 def _was_interrupted(known: Evidence, id: int) -> bool:
@@ -350,7 +355,7 @@ def deaths(known: Evidence) -> Iterable[tuple[Attempted, float, float]]:
 
 def latency(known: Evidence) -> Latency:
     """Return how long the truth took, where one able supervisor told it in one go."""
-    found, spans = Latency(), able_spans(known)
+    found, spans = Latency(), known.able
     for _, died, seen in deaths(known):
         for begin, finish in spans:
             if begin <= died and seen <= finish and died - begin >= SETTLED_S:
@@ -364,7 +369,7 @@ def latency(known: Evidence) -> Latency:
 
 def promptness(known: Evidence) -> Iterable[str]:
     """The truth is told within the promised time by each supervisor that was able to."""
-    spans = able_spans(known)
+    spans = known.able
     for attempted, died, seen in deaths(known):
         for begin, finish in spans:
             fresh = died < begin + RETURNING_S  # it had just come, or could just go on, when the child died
