@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import secrets
 import signal
@@ -15,8 +16,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torture import invariants, mutants  # noqa: E402 - no part of the package
-from torture.arena import Life, Who  # noqa: E402
+from torture import arena, invariants, mutants  # noqa: E402 - no part of the package
+from torture.arena import Arena, Life, Who  # noqa: E402
 from torture.invariants import Evidence  # noqa: E402
 from torture.oracle import Entry  # noqa: E402
 
@@ -27,6 +28,21 @@ def test_twenty_seconds_of_torture_break_no_promise():
     command = [sys.executable, "-m", "torture", "--seed", seed, "--seconds", "20", "--rate", "6", "--slack", "5"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
+
+
+def test_chaos_signals_its_own_descendants_alone_and_only_who_is_meant():
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        ticks = arena.start_ticks(child.pid)
+        assert not Arena.send(Who(child.pid, ticks + 1), signal.SIGKILL)
+        assert not Arena.send(Who(os.getppid(), arena.start_ticks(os.getppid())), 0)
+        assert child.poll() is None
+        assert Arena.send(Who(child.pid, ticks), signal.SIGKILL)
+        assert child.wait(15) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.wait(15)
+    assert not Arena.send(Who(child.pid, ticks), 0)
 
 
 # ---- the invariants ----

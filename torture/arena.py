@@ -166,7 +166,8 @@ class Arena:
                 found.append(Who(pid, ticks))
         return found
 
-    def send(self, who: Who, number: int) -> bool:
+    @staticmethod
+    def send(who: Who, number: int) -> bool:
         """Send a signal to a process that is still the one that is meant, and descends from this one."""
         try:
             pidfd = os.pidfd_open(who.pid)
