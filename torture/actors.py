@@ -151,7 +151,7 @@ class Producer:
         return round(self._random.uniform(0, most), 3)
 
     def _locks(self) -> dict[str, Any]:
-        names = self._random.sample(("one", "two", "three"), self._random.choice((1, 1, 1, 2)))
+        names = self._random.sample(("one", "other", "two"), self._random.choice((1, 1, 2, 3)))
         return {"names": names, "seconds": self._seconds(0.1)}
 
 

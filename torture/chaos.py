@@ -51,7 +51,7 @@ class Chaos:
             self.stop_board: 0.4,
             self.cancel: 3,
             self.retry: 2,
-            self.reload: 0.4,
+            self.reload: 0.8,
             self.lock_database: 0.6,
             self.delete_lock: 0.3,
         }
@@ -159,7 +159,7 @@ class Chaos:
 
     def cancel(self) -> None:
         """Cancel a task that waits or runs."""
-        found = self._any_task("status IN ('REQUEST', 'START')")
+        found = self._any_task(f"status = '{self._random.choice(('REQUEST', 'START', 'START'))}'")
         if found is not None:
             at = time.monotonic()
             with contextlib.suppress(BgSupervisorError):
