@@ -261,7 +261,7 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
     facts = (row["exit_code"], row["signal"])
     in_vain = leave is None and suicide is None and kill is None and error != "SystemExit"
     explained: dict[str, Callable[[], bool]] = {
-        "RAISED": lambda: error == "BoomError" or (error == "DatabaseError" and known.database_locked(raised["at"])),  # type: ignore[index]
+        "RAISED": lambda: raised is not None and _may_raise(known, raised),
         "DEADLOCKED": lambda: error == "Deadlock",
         "CANCELLED": lambda: _was_cancelled(known, row),
         "TIMED_OUT": lambda: known.tasks[attempted.id]["name"] == "bodies:late",
@@ -275,6 +275,13 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
     if row["reason"] not in explained:
         return "nobody can have done that"
     return None if explained[row["reason"]]() else "nothing that happened explains it"
+
+
+def _may_raise(known: Evidence, raised: Line) -> bool:
+    """Whether a body raised on purpose, or because the database was away for too long."""
+    return raised["error"] == "BoomError" or (
+        raised["error"] == "DatabaseError" and known.database_locked(raised["at"])
+    )
 
 
 def _was_cancelled(known: Evidence, row: Row) -> bool:
