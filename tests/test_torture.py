@@ -205,6 +205,18 @@ def test_a_cancel_explains_an_interruption_of_its_attempt(facts):
     assert found(facts) == set()
 
 
+def test_nobody_need_have_seen_a_death_whose_nursery_was_dead(facts):
+    first_interruption(reason="VANISHED", signal=None)(facts)
+    facts["entries"].append(Entry("kill", "nursery", 10.2, 10.2, 50, 1))
+    assert found(facts) == set()
+    facts["kernel_tells"] = True  # a supervisor was there throughout
+    assert found(facts) == {"reasons"}
+    facts["entries"].pop()
+    facts["lines"] = [{**one, "nursery": 7} if one["what"] == "start" else one for one in facts["lines"]]
+    facts["kernel_tells"], facts["reaper"] = False, 7
+    assert found(facts) == set()
+
+
 # ---- the mutants ----
 
 

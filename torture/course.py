@@ -17,6 +17,7 @@ from torture.actors import Cron, Observer, Prober, Producer
 from torture.arena import Who, command_of, is_alive
 from torture.chaos import Chaos
 from torture.invariants import Evidence
+from torture.oracle import Attempted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -149,6 +150,7 @@ def _evidence(arena: Arena, plan: Plan) -> Evidence:
         slots=plan.slots,
         slack=plan.slack,
         kernel_tells=kernel_tells_exits(),
+        reaper=os.getpid(),
         adopted=len(re.findall("looking after it", log)),
     )
 
@@ -190,11 +192,10 @@ def _tracebacks(log: str) -> list[str]:
 
 def _left_daemons(daemons: list[Who], known: Evidence) -> list[str]:
     """Return the daemons that outlived their task though somebody was there who had to end them."""
-    nursery_of = {line["id"]: line["nursery"] for line in known.lines if line["what"] == "start"}
-    killed = {one.pid for one in known.kills.values() if one.whom == "nursery"}
     left = {who.pid: who.ticks for who in daemons}
     return [
         f"the daemon of task {line['id']}, PID {line['pid']}, is still there"
         for line in known.lines
-        if line["what"] == "daemon" and left.get(line["pid"]) == line["ticks"] and nursery_of[line["id"]] not in killed
+        if line["what"] == "daemon" and left.get(line["pid"]) == line["ticks"]
+        if not known.nursery_was_killed(Attempted(line["id"], line["attempt"]))
     ]

@@ -65,6 +65,7 @@ class Evidence:
         slots: How many bodies may run at once.
         slack: What the limits of time are multiplied with, for a machine that is busy.
         kernel_tells: The kernel tells the exit of a reaped process to who holds a pidfd of it.
+        reaper: The PID of the torture test, which inherits whom nobody else does.
         adopted: How often a supervisor said that it looks after a task which another one started.
         longest_look_s: How late the observer was at most.
     """
@@ -83,6 +84,7 @@ class Evidence:
     slots: int = 16
     slack: float = 1.0
     kernel_tells: bool = False
+    reaper: int = 0
     adopted: int = 0
     longest_look_s: float = 0.0
 
@@ -142,10 +144,13 @@ class Evidence:
         )
 
     def nursery_was_killed(self, attempted: Attempted) -> bool:
-        """Whether the parent of whoever ran an attempt was killed: then nobody may have seen how it ended."""
-        killed = [one for one in self.kills.values() if one.whom == "nursery"]
+        """Whether the nursery of whoever ran an attempt was killed: then nobody may have seen how it ended."""
+        killed = {one.pid for one in self.kills.values() if one.whom == "nursery"}
         start = self.line(attempted, "start")
-        return bool(killed) if start is None else any(one.pid == start["nursery"] for one in killed)
+        if start is None:
+            return bool(killed)
+        heirs = {self.reaper, *(life.who.pid for life in self.lives)}  # it had died before the body began
+        return start["nursery"] in killed | heirs
 
 
 # 1, 10
