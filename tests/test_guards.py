@@ -17,6 +17,7 @@ from conftest import wait_until
 from bgsupervisor import deaths, processes
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.link import Link
+from bgsupervisor.nurseries import Nurseries
 from bgsupervisor.processes import Exit, Verdict
 from bgsupervisor.reception import Peer, Reception
 from bgsupervisor.statedir import StateDir
@@ -123,6 +124,24 @@ def test_the_nurserys_word_is_waited_for_before_other_evidence():
     ward = Ward(identity, None, dead_since=10.0)
     assert deaths.exit_of(ward, None, now=10.4, wait_s=0.5, inherited=False) is None
     assert deaths.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
+
+
+def test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):
+    app = make_app(SOURCE)
+    state_dir = StateDir(app.state_dir)
+    state_dir.create()
+    process, identity = living_child()
+    state_dir.nursery_path(identity.pid, identity.start_ticks).touch()
+    clock = SystemClock()
+    ears = Reception(state_dir, clock)
+    try:
+        found = Nurseries(app.service.config, state_dir, processes.own_identity("here"), ears, clock)
+        assert found.awaited()  # noqa: PGH005 - no mock
+    finally:
+        process.kill()
+        process.wait()
+    assert not found.awaited()
+    ears.close()
 
 
 def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
