@@ -158,6 +158,13 @@ MUTANTS = (
         test="test_guards.py::test_the_nurserys_word_is_waited_for_before_other_evidence",
     ),
     Mutant(
+        name="a nursery that has died is not waited for",
+        file="nurseries.py",
+        old="self._awaited -= dead",
+        new="pass",
+        test="test_guards.py::test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more",
+    ),
+    Mutant(
         name="adoption",
         file="recovery.py",
         old="self._adopt(self._wards.meet(self.identity_of(who)), record)",
