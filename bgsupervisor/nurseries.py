@@ -139,7 +139,12 @@ class Nurseries:
 
     def awaited(self) -> bool:
         """Whether a living nursery may still tell of deaths that nobody else has seen."""
-        return bool(self._awaited) and self._clock.monotonic() < self._awaited_until
+        if self._clock.monotonic() >= self._awaited_until:
+            return False
+        # One that has died since, of which nobody told this supervisor, has nothing more to say.
+        dead = {who for who in self._awaited if processes.verdict(self._identity_of(who)) is Verdict.DEAD}
+        self._awaited -= dead
+        return bool(self._awaited)
 
     def die_again_and_again(self) -> bool:
         """Whether no nursery has come up in a row of tries."""
