@@ -8,11 +8,11 @@ STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shop test test-slow test-browser test-cron lint bench clean
+.PHONY: help demo shop test test-slow test-browser test-cron torture torture-mutants lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 demo: $(STAMP)  ## index the standard library in the background, half a minute to watch; DEMO=folder for another one
 	@$(BIN)/python examples/index/demo.py $(if $(DEMO),"$(DEMO)")
@@ -32,6 +32,12 @@ test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be t
 
 test-cron: $(STAMP)  ## run the tests with the machine's own cron daemon, as root (Debian: apt-get install cron)
 	$(BIN)/python -m pytest -m cron
+
+torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5
+	@$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)")
+
+torture-mutants: $(STAMP)  ## remove one guard at a time and see a test fail for each; BY=torture has the torture test do it
+	@$(BIN)/python -m torture.mutants $(if $(filter torture,$(BY)),--torture)
 
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check

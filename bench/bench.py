@@ -295,6 +295,48 @@ def measure_reload(bench: Bench) -> None:
     say("reload under 16 running tasks -> new code runs", found, "2 s, 0 lost")
 
 
+def measure_adoption(bench: Bench) -> None:
+    """The supervisor is killed over 16 running bodies: from the exec of the next `run` until it looks after all."""
+    bench.start()
+    handles = [bench.service.request("benchapp:for_ever") for _ in range(16)]
+    while bench.service.counts()[Status.START] < len(handles):
+        time.sleep(0.01)
+    nursery = nursery_of(bench)
+    known = [next_supervisor(bench, len(handles)) for _ in range(15)]
+    nursery.suspend()
+    deaf = [next_supervisor(bench, len(handles)) for _ in range(5)]
+    nursery.resume()
+    for handle in handles:
+        os.kill(bench.service.get(handle).pid, signal.SIGKILL)
+        bench.service.wait(handle, timeout_s=30)
+    for what, times in (("", known), (", nursery stopped", deaf)):
+        from_exec, from_lock = (sorted(column) for column in zip(*times, strict=True))
+        since_lock = f"from its lock {ms(statistics.median(from_lock))}"
+        found = f"{ms(statistics.median(from_exec))}  (max {ms(from_exec[-1])}; {since_lock})"
+        say(f"next supervisor starts -> 16 children adopted{what}", found, "500 ms")
+
+
+def next_supervisor(bench: Bench, count: int) -> tuple[float, float]:
+    """Kill the supervisor and start the next; return when it looks after all, from its exec and from its lock."""
+    assert bench.process is not None
+    log = bench.folder / ".bgsupervisor" / "logs" / "supervisor.log"
+    lock = bench.folder / ".bgsupervisor" / "supervisor.lock"
+    bench.process.kill()
+    bench.process.wait()
+    place, locked_at = log.stat().st_size, 0.0
+    with (bench.folder / "run.log").open("ab") as output:
+        began = time.monotonic()
+        bench.process = subprocess.Popen(bench.command("run"), stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    while log.read_bytes()[place:].count(b"looking after it") < count:
+        if not locked_at and f'"pid": {bench.process.pid},' in lock.read_text():
+            locked_at = time.monotonic()
+        time.sleep(0.001)
+    adopted_at = time.monotonic()
+    while all(row.pid != bench.process.pid for row in bench.service.ledger.supervisors()):
+        time.sleep(0.01)  # its nursery has loaded the tasks
+    return adopted_at - began, adopted_at - locked_at
+
+
 def measure_unrung(bench: Bench) -> None:
     """From a commit by somebody who cannot ring, such as hand-written SQL, to the first line of the body."""
     bench.start()
@@ -394,6 +436,7 @@ FIGURES = {
     "death": measure_death,
     "pickup": measure_pickup,
     "reload": measure_reload,
+    "adoption": measure_adoption,
     "unrung": measure_unrung,
     "part": measure_part,
     "handover": measure_handover,

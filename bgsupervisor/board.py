@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, open_dir
+from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, inode_of, is_another, open_dir
 from bgsupervisor.waits import EVERYBODY
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
@@ -214,6 +214,7 @@ class _Caretaker:
         self._clock = SystemClock()
         self._channel: Channel | None = None
         self._redial = Redial(self._clock)
+        self._dialled: int | None = None
         self._used_at = self._clock.monotonic()
         self._beat_at = -BEAT_S
         dir_fd = open_dir(folder)
@@ -234,6 +235,7 @@ class _Caretaker:
     def _dial(self) -> None:
         if self._redial.wait_s() > 0:
             return
+        self._dialled = inode_of(self._folder.control)
         with contextlib.suppress(OSError):
             self._channel = Channel(connect(self._folder.path, "control.sock", socket.SOCK_STREAM))
             self._redial.connected()
@@ -275,7 +277,7 @@ class _Caretaker:
         if now - self._beat_at >= BEAT_S and not channel.unsent_bytes:
             self._beat_at = now
             channel.send(wire.BoardBeat())
-        if channel.closed:
+        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor rings nobody
             channel.close()
             self._channel = None
             self._redial.lost()

@@ -143,6 +143,9 @@ class Boards:
         """Send the board away; nobody waits any more."""
         if self._peer is not None and not self._peer.channel.closed:
             self._ears.send(self._peer, wire.Leave())
+        elif self._handle is not None:  # it has not said hello yet, and would wait LONELY_S for the next supervisor
+            with contextlib.suppress(OSError):
+                self._handle.send_signal(signal.SIGKILL)
 
     def _start(self) -> None:
         self._process = multiprocessing.get_context("spawn").Process(

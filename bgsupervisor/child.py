@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, payload, processes, stacks, tasks, wire
+from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import end_of, storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.coordination import Coordination
@@ -249,6 +249,7 @@ class Child:
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
+        pauses.at("child.born")
         self._link.start()
         last = None
         for more in reversed(range(self._config.reuse)):
@@ -257,7 +258,9 @@ class Child:
                 self._give_back_unbegun()
                 break
             last = order
+            pauses.at("child.beginning")
             end = self._perform(order)
+            pauses.at("child.over")
             self._report(order, end)
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
@@ -395,6 +398,7 @@ class Child:
         """Return when the end is recorded: by the supervisor, or by ourselves if nobody acknowledges."""
         link = self._link
         link.report(end)
+        pauses.at("child.reported")
         deadline = self._clock.monotonic() + ACK_WAIT_S
         link.push(ACK_WAIT_S)
         while not link.acknowledged.wait(0.05):
@@ -405,6 +409,7 @@ class Child:
         self._phase = "idle"
 
     def _record(self, attempt: Attempt, end: End) -> None:
+        pauses.at("child.recording")
         ledger = self._ledger()
         keys: list[str] = []
         told = ""
@@ -418,6 +423,7 @@ class Child:
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             else:
+                pauses.at("child.recorded")
                 self._link.ring(keys)
                 return
             if self._link.acknowledged.wait(pause):
@@ -437,6 +443,7 @@ class Child:
 
     def _give_back_unbegun(self) -> None:
         if self._link.disconnected.is_set():
+            pauses.at("child.unclaiming")
             keys: list[str] = []
             with contextlib.suppress(BgSupervisorError, OSError):
                 self._ledger().unclaim_unbegun(self._identity, keys)
@@ -458,6 +465,7 @@ class Child:
     def _leave(self, last: Run | None) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
         self._phase = "ending"
+        pauses.at("child.leaving")
         self._left_in_order.value = 1
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True

@@ -18,7 +18,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing import connection as connections
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bgsupervisor import payload, wire
+from bgsupervisor import pauses, payload, wire
 from bgsupervisor.barriers import PASSED, barrier_key
 from bgsupervisor.board import CALL_S, BoardManager, read_key
 from bgsupervisor.errors import (
@@ -225,6 +225,7 @@ class Coordination:
             if isinstance(found, Queued):
                 self._note_begun(slot_given=found.slot_given)
         if isinstance(found, Held):
+            pauses.at("child.locked")
             return found
         if found is None:
             raise _waited_in_vain(sentence, 0)
@@ -250,6 +251,7 @@ class Coordination:
         keys = self._patiently(
             lambda: self._waits.release(self._id, self._attempt, name, slots=slots), though_cancelled=True
         )
+        pauses.at("child.unlocked")
         self._link.ring(keys)
 
     def barrier(self, name: str, parties: int, *, scope: str | None, timeout_s: float | None) -> None:
@@ -361,6 +363,7 @@ class Coordination:
     def _note_begun(self, *, slot_given: bool) -> None:
         self._pending += 1
         if slot_given:
+            pauses.at("child.slot_given")
             self._has_slot = False
             self._link.set_waiting(True)
         self._link.say_from_body(wire.Waiting(self._id, self._attempt, not slot_given))

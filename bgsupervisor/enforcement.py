@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from bgsupervisor import logs, processes, wire
+from bgsupervisor import logs, pauses, processes, wire
 from bgsupervisor.errors import NoStack
 from bgsupervisor.ledger import Suspension
 from bgsupervisor.stacks import ANSWER_S, Question
@@ -34,6 +34,9 @@ LIMITS_EVERY_S = 0.5
 """Memory limits and log sizes are looked at so often while something runs."""
 LEAVE_SLACK_S = 5.0
 """A child whose end is recorded is killed if it is still there grace_s and this long later."""
+KILL_AGAIN_S = 2.0
+"""A SIGKILL that has not brought death is sent again after grace_s, at least this long: it may have been lost with the
+nursery that was to send it."""
 KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
 STALL_SLACK_S = 2.0
@@ -134,7 +137,7 @@ class Enforcement:
                 moments += [] if stall_at is None else [max(stall_at, self._stalls_at)]
                 time_at = self._time_due_at(ward)
                 moments += [] if time_at is None else [time_at]
-            elif ward.order.stage < Stage.KILL:
+            elif not _waits_for_kill(ward.order):
                 moments.append(ward.order.next_at)
             if ward.question is not None:
                 moments.append(self._clock.monotonic() + QUESTION_LOOK_S)
@@ -153,6 +156,7 @@ class Enforcement:
                 self._kill(ward, order.why)
         except OSError as error:  # another user's process by now, or no descriptors left
             log.error("PID %d cannot be signalled: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
+        pauses.at("supervisor.struck")
 
     def suspend(self, ward: Ward) -> None:
         """Have a child and all that it started stand still; that it does is in the row."""
@@ -206,9 +210,9 @@ class Enforcement:
         if due_at is not None and ward.order is None and now >= due_at:
             timeout_s = self._nurseries.options(ward.name).timeout_s
             self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
-        if ward.order is not None and now >= ward.order.next_at and ward.order.stage < Stage.KILL:
+        if ward.order is not None and now >= ward.order.next_at and not _waits_for_kill(ward.order):
             self.ask(ward, ward.order)
-            self._escalate(ward.order, Stage(ward.order.stage + 1), now)
+            self._escalate(ward.order, Stage(min(ward.order.stage + 1, Stage.KILL)), now)
 
     def _time_due_at(self, ward: Ward) -> float | None:
         """Return when its timeout_s is over, monotonic; None while it has none, or while it is suspended."""
@@ -264,7 +268,7 @@ class Enforcement:
 
     def _escalate(self, order: Order, stage: Stage, now: float) -> None:
         order.stage = stage
-        order.next_at = now + self.config.grace_s
+        order.next_at = now + (self.config.grace_s if stage < Stage.KILL else max(self.config.grace_s, KILL_AGAIN_S))
         order.unsent = True
         order.due_since = now
 
@@ -300,3 +304,8 @@ class Enforcement:
         ward.note.cpu_s = round(used.cpu_s, 3)
         ward.note.rss_bytes = used.rss_bytes
         ward.note.peak_rss_bytes = ward.peak_rss_bytes
+
+
+def _waits_for_kill(order: Order) -> bool:
+    """Whether the last stage has come and its signal waits for its reason to be committed."""
+    return order.stage is Stage.KILL and order.unsent

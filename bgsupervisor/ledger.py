@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
+from bgsupervisor import pauses
 from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
 from bgsupervisor.statuses import Reason, Status
@@ -578,7 +579,9 @@ class Ledger:
 
     def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str]) -> None:
         """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
+        pauses.at("ledger.ended")
         keys += self.waits.free(attempt.id, attempt.attempt, reason=reason)
+        pauses.at("ledger.freed")
         self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
 
     def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:

@@ -16,9 +16,9 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
-from bgsupervisor import wire
+from bgsupervisor import pauses, wire
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import connect, ring_board
+from bgsupervisor.statedir import connect, inode_of, is_another, ring_board
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Run, Who
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = ["Link"]
 
 log = logging.getLogger("bgsupervisor")
 
+CONTROL = "control.sock"
 LONELY_S = 10.0
 """An idle child leaves when no supervisor has come for this long: the next one starts children of its own."""
 WAITING_BEATS = 12
@@ -60,6 +61,7 @@ class Link(threading.Thread):
         self._who = who
         self._clock = clock
         self._folder = state_dir
+        self._dialled: int | None = None
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._parent = os.getppid()
@@ -263,6 +265,7 @@ class Link(threading.Thread):
         present = self.run_order
         if isinstance(message, Run):
             self.run_order = message
+            pauses.at("child.ordered")
             self.orders.put(message)
         elif isinstance(message, wire.Leave):
             self.orders.put(None)
@@ -282,10 +285,12 @@ class Link(threading.Thread):
         if self._channel is not None or self._leaving or self._redial.wait_s() > 0:
             return
         sock = None
+        self._dialled = inode_of(self._folder / CONTROL)
         try:
-            sock = _above_standard(connect(self._folder, "control.sock", socket.SOCK_STREAM))
+            sock = _above_standard(connect(self._folder, CONTROL, socket.SOCK_STREAM))
         except OSError:
             return
+        pauses.at("child.dialled")
         with self._lock:
             channel = Channel(sock)
             channel.send(self._hello())
@@ -308,6 +313,7 @@ class Link(threading.Thread):
 
     def _look(self) -> None:
         now = self._clock.monotonic()
+        self._change_over()
         order = self.run_order
         if order is not None and now - self._last_beat >= self._beat_s():
             self._last_beat = now
@@ -323,6 +329,14 @@ class Link(threading.Thread):
                 self._leave_alone()
         if self._redial.alone_s() >= LONELY_S:
             self._leave_alone()
+
+    def _change_over(self) -> None:
+        """Leave a supervisor in whose place another listens: it may be stopped, and never close the connection."""
+        channel = self._channel
+        if channel is not None and is_another(self._folder / CONTROL, self._dialled):
+            with self._lock:
+                channel.broken = True
+                self._forget_if_closed(channel)
 
     def _beat_s(self) -> float:
         """Return the time between two heartbeats: hundreds may wait, and what they have to say can wait too."""

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from bgsupervisor import nursery, processes, wire
+from bgsupervisor import nursery, pauses, processes, wire
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.stamp import code_stamp, write_stamp
 from bgsupervisor.wire import TaskOptions, Who
@@ -109,6 +109,8 @@ class Nurseries:
         # Such as the other half of `gunicorn & exec bgsupervisor run`.
         self._not_ours = nursery.strays_of_this_process(set())
         self._awaited = self._find_living()
+        for who in self._awaited:
+            self._wake(who)
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
 
     # What the supervisor asks
@@ -137,7 +139,12 @@ class Nurseries:
 
     def awaited(self) -> bool:
         """Whether a living nursery may still tell of deaths that nobody else has seen."""
-        return bool(self._awaited) and self._clock.monotonic() < self._awaited_until
+        if self._clock.monotonic() >= self._awaited_until:
+            return False
+        # One that has died since, of which nobody told this supervisor, has nothing more to say.
+        dead = {who for who in self._awaited if processes.verdict(self._identity_of(who)) is Verdict.DEAD}
+        self._awaited -= dead
+        return bool(self._awaited)
 
     def die_again_and_again(self) -> bool:
         """Whether no nursery has come up in a row of tries."""
@@ -225,6 +232,7 @@ class Nurseries:
         if self._candidate is not None:  # it may have read half of the new code
             callers += self._candidate.callers
         self._start(force=force or self.our_who is None, callers=callers)
+        pauses.at("supervisor.reloading")
 
     def spawn(self, count: int) -> None:
         """Order children of our nursery."""
@@ -306,9 +314,10 @@ class Nurseries:
 
     def _let_in(self, candidate: _Started, hello: wire.NurseryHello) -> None:
         old = self.ours()
-        if old is not None:
-            self._ears.send(old.peer, wire.Retire())
         self.our_who = hello.who
+        if old is not None:
+            pauses.at("supervisor.reloaded")
+            self._ears.send(old.peer, wire.Retire())
         self._deaths = 0
         self.rejected = []
         failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
@@ -347,6 +356,13 @@ class Nurseries:
             else:
                 found.add(who)
         return found
+
+    def _wake(self, who: Who) -> None:
+        """Have a nursery look whom it talks to: a supervisor that is stopped would never let go of it."""
+        _, handle = processes.look(self._identity_of(who))
+        if handle is not None:
+            with handle, contextlib.suppress(OSError):
+                handle.send_signal(signal.SIGCHLD)  # which ends its rest, and does nothing where it is not awaited
 
     def _identity_of(self, who: Who) -> ProcessIdentity:
         return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)

@@ -25,14 +25,14 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, processes, tasks, wire
+from bgsupervisor import child, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
-from bgsupervisor.statedir import StateDir, connect
+from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ class Nursery:
         self._state_dir = StateDir(config.state_dir)
         self._record = self._state_dir.nursery_path(self._who.pid, self._who.start_ticks)
         self._channel: Channel | None = None
+        self._dialled: int | None = None
         self._children: dict[int, _Forked] = {}
         self._exits: dict[Who, Exited] = {}
         self._retired = False
@@ -184,6 +185,7 @@ class Nursery:
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
         gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+        pauses.at("nursery.loaded")
 
     def live(self) -> NoReturn:
         """Serve until there is nothing left to serve; never returns."""
@@ -206,6 +208,7 @@ class Nursery:
     def _dial(self) -> None:
         if self._channel is not None or self._redial.wait_s() > 0:
             return
+        self._dialled = inode_of(self._state_dir.control)
         try:
             sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
         except OSError:
@@ -237,7 +240,10 @@ class Nursery:
 
     def _hear(self) -> None:
         channel = self._channel
-        if channel is None or channel.fileno() not in self._ready:
+        if channel is None:
+            return
+        replaced = is_another(self._state_dir.control, self._dialled)  # the old supervisor may be stopped for ever
+        if channel.fileno() not in self._ready and not replaced:
             return
         channel.flush()
         try:
@@ -249,7 +255,7 @@ class Nursery:
         for message in messages:
             self._redial.heard()
             self._take(message)
-        if channel.closed:
+        if channel.closed or replaced:
             self._poll.unregister(channel)
             channel.close()
             self._channel = None
@@ -280,8 +286,10 @@ class Nursery:
             if not forked.left_in_order.value:
                 self._exits[forked.who] = exited
             self._stray_left = True
+            pauses.at("nursery.buried")
             if self._channel is not None:
                 self._channel.send(exited)
+                pauses.at("nursery.told")
 
     def _sweep_strays(self) -> None:
         """Kill what a dead task left: it was reparented to us, and we did not fork it."""
@@ -334,6 +342,7 @@ class Nursery:
         )
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
         process.start()
+        pauses.at("nursery.forked")
         with contextlib.ExitStack() as undo:
             undo.callback(_undo_start, process)
             pidfd = os.pidfd_open(process.pid)
@@ -351,6 +360,7 @@ class Nursery:
         for descriptor, forked in self._children.items():
             if forked.who == order.who:
                 forked.ordered = order.reason
+                pauses.at("nursery.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,

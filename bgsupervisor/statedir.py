@@ -22,7 +22,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["Lock", "StateDir", "StopMark", "access_error", "bind", "connect", "open_dir", "send_datagram", "user_name"]
+__all__ = [
+    "Lock",
+    "StateDir",
+    "StopMark",
+    "access_error",
+    "bind",
+    "connect",
+    "inode_of",
+    "is_another",
+    "open_dir",
+    "send_datagram",
+    "user_name",
+]
 
 DIRECTORY_MODE = 0o750
 LOCK_MODE = 0o640
@@ -386,6 +398,20 @@ def connect(folder: int | Path, name: str, kind: socket.SocketKind) -> socket.so
         dialled.close()
         raise
     return dialled
+
+
+def is_another(path: Path, inode: int | None) -> bool:
+    """Tell whether another file than the one with *inode* stands under *path*; False where none can be seen."""
+    found = inode_of(path)
+    return found is not None and found != inode
+
+
+def inode_of(path: Path) -> int | None:
+    """Return the number of the file under *path*, or None where none can be seen."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def send_datagram(path: Path, payload: bytes = b"") -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from bgsupervisor import deaths, processes, wire
+from bgsupervisor import deaths, pauses, processes, wire
 from bgsupervisor.boards import Boards
 from bgsupervisor.config import masked
 from bgsupervisor.enforcement import Enforcement
@@ -400,7 +400,12 @@ class Supervisor:
         if now < self._recover_at:
             return
         try:
-            self._recovery.compare(self._ledger.starts())
+            starts = self._ledger.starts()
+            if starts:
+                pauses.at("supervisor.adopting")
+            self._recovery.compare(starts)
+            if starts:
+                pauses.at("supervisor.adopted")
         except (DatabaseError, AccessError) as error:
             self._complain(error)
             self._recover_at = now + PUT_OFF_S[0]
@@ -480,8 +485,9 @@ class Supervisor:
         if now < self._put_off_until:
             return
         batch = self._compose([claim for claim, _ in claims], now)
-        if not batch:
+        if not batch or self._is_replaced():
             return
+        _pause_before(batch)
         try:
             outcome = self._ledger.apply(batch)
         except (DatabaseError, AccessError) as error:
@@ -494,6 +500,8 @@ class Supervisor:
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
+        if claims:
+            pauses.at("supervisor.claimed")
         for claim, ward in claims:
             self._start(claim, ward, claimed=claim in outcome.claimed)
 
@@ -521,6 +529,7 @@ class Supervisor:
     def _take_effect(self, batch: Batch, outcome: Outcome) -> None:
         """Do what had to wait for the commit: acknowledge, free, send signals."""
         by_attempt = self._wards.by_attempt()
+        _pause_after(batch)
         for attempt, end in batch.ends.items():
             self._recovery.ends.pop(attempt, None)
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
@@ -576,6 +585,7 @@ class Supervisor:
         elif ward.peer is not None:
             self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))
             self._enforcement.expect_to_leave(ward)
+            pauses.at("supervisor.acknowledged")
 
     def _start(self, claim: Claim, ward: Ward, *, claimed: bool) -> None:
         if not claimed:
@@ -593,6 +603,7 @@ class Supervisor:
             parent_id=due.parent_id,
         )
         ward.begin(claim, self._ears.send(ward.peer, order))
+        pauses.at("supervisor.ordered")
         ward.oom = self._wards.oom.counters_of(ward.who.pid)
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 
@@ -692,10 +703,17 @@ class Supervisor:
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
-    def _check_files(self) -> None:
+    def _is_replaced(self) -> bool:
+        """See whether another may supervise: one that was stopped for long must not start tasks in its slots."""
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
-        elif self._store.inode() not in (None, self._database_inode):
+            return True
+        return False
+
+    def _check_files(self) -> None:
+        if self._is_replaced():
+            return
+        if self._store.inode() not in (None, self._database_inode):
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"
@@ -738,6 +756,7 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Go without taking anybody along: bodies live on, idle children and an empty nursery are sent away."""
+        pauses.at("supervisor.leaving")
         self._notifier.stopping(f"leaving: {self._leaving}")
         log.info("leaving: %s; %d running", self._leaving, len(self._wards.running()))
         for ward in self._wards:
@@ -748,7 +767,7 @@ class Supervisor:
         if not self._wards.running():
             self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
-            if self._is_worth_a_row():
+            if self._is_worth_a_row() and self._lock.is_intact():  # else the row is the next one's
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())
                 self._ledger.apply(Batch(supervisor=gone))
             self._store.close()
@@ -756,6 +775,28 @@ class Supervisor:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+
+
+def _pause_before(batch: Batch) -> None:
+    if batch.claims:
+        pauses.at("supervisor.claiming")
+    if batch.ends:
+        pauses.at("supervisor.ending")
+    if batch.unclaims:
+        pauses.at("supervisor.unclaiming")
+    if batch.endings:
+        pauses.at("supervisor.condemning")
+
+
+def _pause_after(batch: Batch) -> None:
+    if batch.ends:
+        pauses.at("supervisor.ended")
+    if batch.unclaims:
+        pauses.at("supervisor.unclaimed")
+    if batch.endings:
+        pauses.at("supervisor.condemned")
+    if batch.returns:
+        pauses.at("supervisor.granted")
 
 
 def _version() -> str:

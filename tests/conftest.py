@@ -80,7 +80,7 @@ class App:
         return self._service
 
     def environment(self, **more):
-        names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START")
+        names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "PYTHONPATH")
         kept = {name: os.environ[name] for name in names if name in os.environ}
         return {**kept, **more}
 

@@ -32,7 +32,7 @@ from bgsupervisor.statuses import Reason
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 APP = """
 import pathlib, time
-from bgsupervisor import Task, task
+from bgsupervisor import Task, current, task
 
 def wait_for(name):
     while not pathlib.Path(name).exists():
@@ -40,6 +40,7 @@ def wait_for(name):
 
 @task
 def until(name: str, size: int = 1) -> str:
+    pathlib.Path(f"began-{current().id}").touch()
     wait_for(name)
     return "r" * size
 
@@ -64,6 +65,13 @@ class HasALimit(Task):
 
 def service_on(path):
     return Service(f"sqlite:///{path}")
+
+
+def begun(app, **data):
+    """Return the record of a task whose body has begun: one that is killed before that is started again."""
+    handle = app.service.request("appx:until", data)
+    wait_until((app.folder / f"began-{handle.id}").exists, "its body has begun")
+    return app.service.get(handle)
 
 
 def refused(path):
@@ -325,7 +333,7 @@ def test_the_end_of_a_task_outlasts_a_lock(make_app):
 def test_a_child_that_dies_while_the_database_is_locked_gets_its_true_reason_afterwards(make_app):
     app = make_app(APP)
     started = app.start()
-    record = app.started(app.service.request("appx:until", {"name": "never"}))
+    record = begun(app, name="never")
     other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
     other.execute("BEGIN IMMEDIATE")
     os.kill(record.pid, 9)
@@ -339,9 +347,7 @@ def test_a_child_that_dies_while_the_database_is_locked_gets_its_true_reason_aft
 def test_a_supervisor_that_starts_while_the_database_is_locked_adopts_and_records_afterwards(make_app):
     app = make_app(APP, spares=0)
     first = app.start()
-    killed, ends, lives = [
-        app.started(app.service.request("appx:until", {"name": name})) for name in ("never", "end", "last")
-    ]
+    killed, ends, lives = [begun(app, name=name) for name in ("never", "end", "last")]
     other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
     with contextlib.closing(other):
         other.execute("BEGIN IMMEDIATE")
@@ -396,6 +402,9 @@ class Outage:
         }
         self.handles = {what: app.service.request(f"appx:{body}", data) for what, (body, data) in bodies.items()}
         self.running = {what: app.started(handle) for what, handle in self.handles.items()}
+        for what in ("ends", "killed"):
+            began = app.folder / f"began-{self.handles[what].id}"
+            wait_until(began.exists, "its body has begun")
         self.limited = psutil.Process(self.running["limited"].pid)
         said_to(manager)
         self.began_at = time.monotonic()
@@ -493,7 +502,7 @@ def test_a_disk_that_is_full_under_database_and_state_directory_delays_ends_and_
     outage = Outage(app, manager)
     ballast = fill(small_disk)
     outage.assert_refused("the disk is full; free some space and try again")
-    outage.live_through_it(6.0)  # the log is on the full disk, too
+    outage.live_through_it(3.0)  # the log is on the full disk, too
     assert "cannot be written, the disk is full" in app.cli("ps").stderr
     ballast.unlink()
     outage.assert_healed()
@@ -529,7 +538,7 @@ def test_a_database_that_becomes_read_only_delays_ends_and_loses_none(make_app, 
     subprocess.run(["chattr", "+i", *files], check=True)
     try:
         outage.assert_refused(f"the database file {path} cannot be written by user root")
-        outage.live_through_it(6.0, f"the database file {path} cannot be written by user root")
+        outage.live_through_it(3.0, f"the database file {path} cannot be written by user root")
         assert "cannot be written by user root" in app.cli("ps").stderr
     finally:
         subprocess.run(["chattr", "-i", *files], check=True)

@@ -1,0 +1,261 @@
+"""Guards that no other test would miss: each of these fails when its guard is removed (`make torture-mutants`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import wait_until
+
+from bgsupervisor import deaths, processes
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.link import Link
+from bgsupervisor.nurseries import Nurseries
+from bgsupervisor.processes import Exit, Verdict
+from bgsupervisor.reception import Peer, Reception
+from bgsupervisor.statedir import StateDir
+from bgsupervisor.wards import Ward, Wards
+from bgsupervisor.wire import Beat, Channel, End, Ended, Run, Who
+
+SOURCE = """
+import os, signal, sqlite3, time
+from pathlib import Path
+from bgsupervisor import child, current, task
+
+HERE = Path(__file__).parent
+
+@task
+def returns(value: object = None) -> object:
+    return value
+
+@task
+def ends_at_the_gate(value: int) -> int:
+    (HERE / "ready").touch()
+    while not (HERE / "gate").exists():
+        time.sleep(0.01)
+    (HERE / "ending").touch()
+    return value
+
+@task
+def looks_at_its_row_when_sigterm_comes() -> str:
+    seen = []
+    def look(number, frame):
+        with sqlite3.connect(HERE / "bgsupervisor.db", timeout=10) as connection:
+            query = "SELECT ending FROM bgsupervisor_task WHERE id = ?"
+            seen.append(connection.execute(query, (current().id,)).fetchone()[0])
+    signal.signal(signal.SIGTERM, look)
+    (HERE / "ready").touch()
+    while not seen:
+        time.sleep(0.01)
+    return seen[0]
+
+@task
+def ignores_everything() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (HERE / "ready").touch()
+    time.sleep(60)
+
+@task
+def returns_on_both_sides_of_a_fork() -> str:
+    child.ACK_WAIT_S = 0.3  # the copy would record its end by itself so soon
+    if os.fork() == 0:
+        return "copy"
+    _, status = os.wait()
+    return f"original, the copy left with {os.waitstatus_to_exitcode(status)}"
+
+@task
+def tells_what_a_copy_of_it_has_open() -> list[str]:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        found = []
+        for number in os.listdir("/proc/self/fd"):
+            try:
+                found.append(os.readlink(f"/proc/self/fd/{number}"))
+            except OSError:
+                pass  # that of the listing
+        os.write(writer, "\\n".join(one for one in found if one.startswith("socket:")).encode())
+        os._exit(0)
+    os.wait()
+    os.close(writer)
+    return os.read(reader, 10_000).decode().split()
+"""
+
+
+@pytest.fixture
+def app(make_app):
+    return make_app(SOURCE, grace_s=0.3, spares=1)
+
+
+def exists(app, name):
+    return wait_until((app.folder / name).exists, f"the body says {name}")
+
+
+def living_child():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    return process, processes.identity_of(process.pid, "here")
+
+
+# ---- how a death is told ----
+
+
+def test_without_an_exit_nobody_is_called_vanished_before_a_second_look():
+    process, identity = living_child()
+    try:
+        ward = Ward(identity, None, dead_since=10.0)
+        assert deaths.exit_of(ward, None, now=20.0, wait_s=0.5, inherited=False) is None
+        assert ward.dead_since == 20.0
+    finally:
+        process.kill()
+        process.wait()
+    assert deaths.exit_of(ward, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
+
+
+def test_the_nurserys_word_is_waited_for_before_other_evidence():
+    process, identity = living_child()
+    process.kill()
+    process.wait()
+    ward = Ward(identity, None, dead_since=10.0)
+    assert deaths.exit_of(ward, None, now=10.4, wait_s=0.5, inherited=False) is None
+    assert deaths.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
+
+
+def test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):
+    app = make_app(SOURCE)
+    state_dir = StateDir(app.state_dir)
+    state_dir.create()
+    process, identity = living_child()
+    state_dir.nursery_path(identity.pid, identity.start_ticks).touch()
+    clock = SystemClock()
+    ears = Reception(state_dir, clock)
+    try:
+        found = Nurseries(app.service.config, state_dir, processes.own_identity("here"), ears, clock)
+        assert found.awaited()  # noqa: PGH005 - no mock
+    finally:
+        process.kill()
+        process.wait()
+    assert not found.awaited()
+    ears.close()
+
+
+def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "look", lambda _: (Verdict.UNKNOWN, None))
+    wards = Wards(None, tmp_path, SystemClock())
+    assert wards.meet(processes.own_identity("here")).dead_since is None
+
+
+def test_all_that_a_dead_child_has_written_is_read(tmp_path):
+    state_dir = StateDir(tmp_path / "state")
+    state_dir.create()
+    ears = Reception(state_dir, SystemClock())
+    ours, theirs = socket.socketpair()
+    child = Channel(theirs)
+    said = Ended(1, 1, End(result='"' + "x" * 50_000 + '"'))
+    child.send(said)
+    assert not child.unsent_bytes
+    child.close()
+    assert ears.last_words(Peer(Channel(ours), os.getpid(), 0.0)) == [said]
+    ears.close()
+
+
+# ---- commits come first ----
+
+
+@contextlib.contextmanager
+def locked(app):
+    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+def test_an_end_is_not_acknowledged_before_it_is_committed(app):
+    supervisor = app.start()
+    handle = app.service.request("appx:ends_at_the_gate", {"value": 7})
+    exists(app, "ready")
+    running = app.started(handle)
+    child = processes.identity_of(running.pid, "here")
+    with locked(app):
+        (app.folder / "gate").touch()
+        exists(app, "ending")
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            assert processes.verdict(child) is Verdict.ALIVE, "the child has left, and its end is written nowhere"
+            time.sleep(0.02)
+        supervisor.kill()
+    app.start()
+    record = app.wait(handle)
+    assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
+
+
+def test_no_signal_is_sent_before_its_reason_is_in_the_row(app):
+    app.start()
+    handle = app.service.request("appx:looks_at_its_row_when_sigterm_comes", {})
+    exists(app, "ready")
+    app.service.cancel(handle, by="jana")
+    record = app.wait(handle)
+    assert (record.status, record.result) == ("DONE", '"CANCELLED"')
+
+
+def test_a_stop_that_an_earlier_supervisor_had_begun_is_carried_to_its_end(app):
+    first = app.start()
+    handle = app.service.request("appx:ignores_everything", {})
+    exists(app, "ready")
+    first.process.send_signal(signal.SIGINT)
+    wait_until(lambda: "Ctrl-C again ends them" in first.log, "the first Ctrl-C was heard")
+    first.process.send_signal(signal.SIGINT)
+    wait_until(lambda: app.service.get(handle).ending, "the ending is in the row")
+    first.kill()
+    app.start()
+    record = app.wait(handle)
+    assert (record.status, record.reason, record.signal) == ("INTERRUPTED", "STOPPED", signal.SIGKILL)
+
+
+# ---- who speaks for whom ----
+
+
+def test_an_order_that_came_before_the_connection_broke_is_taken(tmp_path):
+    ours, theirs = socket.socketpair()
+    who = Who(1, 1)
+    link = Link(tmp_path, who, who, heartbeat_s=1.0, clock=SystemClock())
+    link._channel = Channel(ours)
+    supervisor = Channel(theirs)
+    order = Run(id=1, attempt=1, name="appx:returns", data="{}")
+    supervisor.send(order)
+    supervisor.close()
+    link.say(Beat(1, 1))
+    assert (link.disconnected.is_set(), ours.fileno()) == (True, -1)
+    assert link.orders.get_nowait() == order
+
+
+def test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end(app):
+    app.start()
+    record = app.wait(app.service.request("appx:returns_on_both_sides_of_a_fork", {}))
+    assert (record.status, record.result, record.attempt) == ("DONE", '"original, the copy left with 0"', 1)
+
+
+def test_a_process_that_a_body_forked_does_not_keep_its_connection(app):
+    app.start()
+    record = app.wait(app.service.request("appx:tells_what_a_copy_of_it_has_open", {}))
+    assert (record.status, record.result) == ("DONE", "[]")
+
+
+def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(app):
+    first = app.start()
+    handle = app.service.request("appx:ends_at_the_gate", {"value": 7})
+    exists(app, "ready")
+    (app.state_dir / "supervisor.lock").unlink()
+    second = app.start(wait=False)
+    wait_until(lambda: first.process.poll() is not None, "the first supervisor has left")
+    assert (first.process.returncode, second.process.poll()) == (0, None)
+    (app.folder / "gate").touch()
+    record = app.wait(handle)
+    assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
+    second.process.send_signal(signal.SIGTERM)
+    assert second.process.wait(15) == 0

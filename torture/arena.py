@@ -1,0 +1,242 @@
+"""The place where it happens: a folder with an application, its processes by identity, and nothing left behind.
+
+This process is the child subreaper of all that it starts, so whatever loses its parent comes to it, is reaped like an
+orphan by PID 1, and can be counted at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bgsupervisor import Service
+from bgsupervisor.linux import set_child_subreaper
+from bgsupervisor.statedir import StateDir, connect
+from torture.oracle import Oracle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["Arena", "Life", "Who"]
+
+BODIES = Path(__file__).with_name("bodies.py")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Who:
+    """A process by PID and start ticks."""
+
+    pid: int
+    ticks: int
+
+
+@dataclasses.dataclass(slots=True)
+class Life:
+    """One `bgsupervisor run`, from its start to its end (monotonic)."""
+
+    who: Who
+    started_at: float
+    ended_at: float | None = None
+    status: int | None = None
+
+
+class Arena:
+    """One application under torture.
+
+    Args:
+        folder: Empty or missing.
+        options: Of its configuration.
+    """
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        set_child_subreaper()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.config = folder / "bgsupervisor.toml"
+        self.database = folder / "bgsupervisor.db"
+        self.state = StateDir(folder / ".bgsupervisor")
+        self.oracle = Oracle(folder)
+        self.lives: list[Life] = []
+        self._popens: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        shutil.copy(BODIES, folder / "bodies.py")
+        lines = [f"{key} = {value!r}".replace("'", '"') for key, value in {"tasks": ["bodies"], **options}.items()]
+        self.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.service = Service(config=self.config)
+        self.service.counts()  # the tables are there from now on
+
+    # Supervisors
+
+    def start_supervisor(self) -> Life:
+        """Start `bgsupervisor run`, as cron does; it leaves at once if there is one."""
+        with (self.folder / "run.log").open("ab") as log:
+            started_at = time.monotonic()
+            command = [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), "run"]
+            popen = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        life = Life(Who(popen.pid, start_ticks(popen.pid) or -1), started_at)
+        with self._lock:
+            self.lives.append(life)
+            self._popens.append(popen)
+        return life
+
+    def living(self) -> list[Life]:
+        """Return the supervisors that have not ended, and those that are about to leave because there is one."""
+        return [life for life in self.lives if life.ended_at is None]
+
+    def reap(self) -> None:
+        """Reap whoever has ended: supervisors, and what others left to this process."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            with self._lock:
+                life = next((one for one in self.lives if one.ended_at is None and one.who.pid == pid), None)
+                popen = next((one for one in self._popens if one.pid == pid), None)
+                if popen is not None:
+                    popen.returncode = status  # nobody else has to wait for it
+                    self._popens.remove(popen)
+            if life is not None:
+                life.status = os.waitstatus_to_exitcode(status)
+                life.ended_at = time.monotonic()
+
+    # Rows, read without the product
+
+    @contextlib.contextmanager
+    def connection(self, timeout_s: float = 10.0) -> Iterator[sqlite3.Connection]:
+        """Open the database for a moment."""
+        with contextlib.closing(sqlite3.connect(self.database, timeout=timeout_s, isolation_level=None)) as connection:
+            yield connection
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return the rows of a query."""
+        with self.connection() as connection:
+            return connection.execute(query, values).fetchall()
+
+    # Whom there is to hurt
+
+    def running(self) -> list[tuple[int, Who]]:
+        """Return the running tasks and who runs them, as their rows have it."""
+        query = "SELECT id, pid, start_ticks FROM bgsupervisor_task WHERE status = 'START'"
+        return [(id, Who(pid, ticks)) for id, pid, ticks in self.rows(query)]
+
+    def nurseries(self) -> list[Who]:
+        """Return the nurseries that have left their identity in the state directory, living or not."""
+        names = [path.name.split("-") for path in self.state.path.glob("nursery-*-*")]
+        return [Who(int(pid), int(ticks)) for _, pid, ticks in names]
+
+    def spares(self) -> list[Who]:
+        """Return the children of nurseries that run nothing now."""
+        busy = {who.pid for _, who in self.running()}
+        pids = {pid for who in self.nurseries() if is_alive(who) for pid in children(who.pid)} - busy
+        return [Who(pid, ticks) for pid in sorted(pids) if (ticks := start_ticks(pid)) is not None]
+
+    def board(self) -> Who | None:
+        """Return who listens on the board's socket."""
+        try:
+            with connect(self.state.path, "board.sock", socket.SOCK_STREAM) as sock:
+                pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        except OSError:
+            return None
+        ticks = start_ticks(pid)
+        return None if ticks is None else Who(pid, ticks)
+
+    def ours(self) -> list[Who]:
+        """Return all living processes that descend from this one."""
+        found, todo = [], children(os.getpid())
+        while todo:
+            pid = todo.pop()
+            todo += children(pid)
+            ticks = start_ticks(pid)
+            if ticks is not None and is_alive(Who(pid, ticks)):
+                found.append(Who(pid, ticks))
+        return found
+
+    @staticmethod
+    def send(who: Who, number: int) -> bool:
+        """Send a signal to a process that is still the one that is meant, and descends from this one."""
+        try:
+            pidfd = os.pidfd_open(who.pid)
+        except OSError:
+            return False
+        try:
+            if start_ticks(who.pid) != who.ticks or not descends_from_us(who.pid):
+                return False
+            signal.pidfd_send_signal(pidfd, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(pidfd)
+        return True
+
+    def end(self) -> None:
+        """End all that is left, and see it gone."""
+        self.service.close()
+        deadline = time.monotonic() + 20
+        while (left := self.ours()) and time.monotonic() < deadline:
+            for who in left:
+                self.send(who, signal.SIGKILL)
+            self.reap()
+            time.sleep(0.05)
+        self.reap()
+
+
+def stat(pid: int) -> Sequence[bytes]:
+    """Return the fields of a process's stat file from the third on; none if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return ()
+
+
+def start_ticks(pid: int) -> int | None:
+    """Return when a process was started; None if there is none."""
+    fields = stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def is_alive(who: Who) -> bool:
+    """Whether a process is there and no zombie."""
+    fields = stat(who.pid)
+    return bool(fields) and int(fields[19]) == who.ticks and fields[0] not in (b"Z", b"X")
+
+
+def children(pid: int) -> list[int]:
+    """Return the children of all threads of a process."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(one) for one in path.read_text(encoding="ascii").split()]
+    return found
+
+
+def descends_from_us(pid: int) -> bool:
+    """Whether a process was started by this one, by whatever number of others in between."""
+    own = os.getpid()
+    while pid > 1 and pid != own:
+        fields = stat(pid)
+        if not fields:
+            return False
+        pid = int(fields[1])
+    return pid == own
+
+
+def command_of(pid: int) -> str:
+    """Return what a process was started as, for people to read."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
+    return ""
