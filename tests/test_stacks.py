@@ -472,7 +472,7 @@ def test_a_task_that_is_tried_again_begins_without_the_old_stack(app):
 def test_the_stack_is_kept_also_without_any_grace(tmp_path):
     with living(tmp_path, grace_s=0, spares=0) as app:
         app.start()
-        record = app.wait(app.service.request("appx:LateInABlockingCall"))
+        record = app.wait(app.service.request("appx:LateAndDeaf"))
     assert "in run" in record.stack
     assert "SIGKILL was sent" in record.detail
     assert (record.ended_at - record.started_at).total_seconds() > 0.95 * (0.5 + STACK_WAIT_S)
