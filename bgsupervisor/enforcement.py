@@ -70,9 +70,11 @@ class Enforcement:
         running = self._endable()
         for ward in running:
             self._enforce_time(ward, now)
-        for ward in self._wards:
-            self._enforce_suspension(ward, now)
-            self._keep_stack(ward, now)
+        for ward in self._wards:  # in most of hundreds there is nothing to see to
+            if ward.to_be_suspended or ward.suspension.lasts:
+                self._enforce_suspension(ward, now)
+            if ward.question is not None or ward.stack is not None:
+                self._keep_stack(ward, now)
         if running and now >= self._limits_at:
             self._limits_at = now + LIMITS_EVERY_S
             self._enforce_sizes(running, now)
@@ -223,10 +225,10 @@ class Enforcement:
 
     def _stall_due_at(self, ward: Ward) -> float | None:
         """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
-        stall_s = self._nurseries.options(ward.name).stall_s
-        if stall_s is None or ward.order is not None or ward.suspension.lasts:
+        if ward.slot is None or ward.order is not None or ward.suspension.lasts:
             return None
-        if ward.slot is None or not ward.connected:
+        stall_s = self._nurseries.options(ward.name).stall_s
+        if stall_s is None or not ward.connected:
             return None
         return ward.got_on_at + stall_s + STALL_SLACK_S
 
