@@ -242,7 +242,7 @@ class Child:
         self._phase = "idle"
         self._term_came = False
         self._home = (Path.cwd(), _umask())
-        self._stack_memory: int | None = None
+        self._answering = stacks.Answering()
 
     def live(self) -> NoReturn:
         """Take orders until told to leave; never returns."""
@@ -251,6 +251,9 @@ class Child:
         self._leave_sigterm_to_forks()
         pauses.at("child.born")
         self._await_nursery()
+        with contextlib.suppress(OSError):
+            self._answering.get_ready()
+        self._link.questions = self._answering
         self._link.start()
         last = None
         for more in reversed(range(self._config.reuse)):
@@ -285,7 +288,7 @@ class Child:
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
             self._open_log()
         with contextlib.suppress(OSError):
-            self._stack_memory = stacks.get_ready(self._stack_memory)
+            self._answering.get_ready()
         coordination = Coordination(
             order,
             self._link,
