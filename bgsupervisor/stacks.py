@@ -147,16 +147,17 @@ class Question:
         if not self._rung and now - self._grown_at >= SETTLED_S:  # not sooner: two answers at once would be mixed
             self._rung, self._grown_at = True, now
             _ring(self._pid, self._memory, self._who)
-        is_whole = self._rung and (now - self._grown_at >= QUIET_S or END + self._who in self._said())
-        return self.text() if is_whole else None
+        said = self._said()
+        is_nobody_coming = BEGIN + self._who not in said and now - self._grown_at >= QUIET_S
+        return self.text() if self._rung and (END + self._who in said or is_nobody_coming) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
         said = self._said()
-        _, begun, of_all = said.partition(BEGIN + self._who + b"\n")
-        if begun:
+        of_all, ended, _ = said.partition(BEGIN + self._who + b"\n")[2].partition(END + self._who)
+        if ended:
             # The thread that answers says nothing of interest; the main one comes last.
-            blocks = reversed(of_all.partition(END + self._who)[0].strip(b"\n").split(b"\n\n"))
+            blocks = reversed(of_all.strip(b"\n").split(b"\n\n"))
             text = b"\n\n".join(block for block in blocks if not block.startswith(b"Current thread")) + b"\n"
         else:
             text = said.partition(BEGIN)[0]

@@ -267,7 +267,7 @@ def test_a_process_with_busy_threads_outlives_many_questions():
             found = [stacks.stack_of(handle, timeout_s=5.0, clock=SystemClock()) for _ in range(25)]
         assert busy.poll() is None
         busy.kill()
-    assert all("in deep" in one for one in found)
+    assert all("in busy" in one for one in found)
     assert max(one.count("most recent call first") for one in found) == 1 + THREADS
 
 
