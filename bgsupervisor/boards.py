@@ -60,10 +60,9 @@ class Boards:
         return set() if self._who is None else {self._who.pid}
 
     def want(self) -> None:
-        """Have a board from now on: a task waits."""
+        """Have a board from the next `check` on: a task waits."""
         if self._who is None and not self._wanted:
-            self._wanted = True
-            self._start()
+            self._wanted, self._deadline = True, self._clock.monotonic()
 
     def expect(self) -> None:
         """Have a board before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
@@ -119,7 +118,6 @@ class Boards:
         log.warning("the board died; waiters look by themselves until the next one is there")
         self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
         self._deaths += 1
-        self.check()
 
     def due_at(self) -> float | None:
         """Return when `check` has something to do, monotonic."""

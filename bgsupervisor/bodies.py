@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import traceback
+from typing import NamedTuple
 
 from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge, Deadlock
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wire import End
 
-__all__ = ["end_of", "storable"]
+__all__ = ["Progress", "end_of", "storable"]
 
+MESSAGE_CHARS = 1000
 ERROR_CHARS = 64 * 1024
 """A longer traceback keeps its beginning and its end."""
+
+
+class Progress(NamedTuple):
+    """How far a body says that it is."""
+
+    done: float | None = None
+    total: float | None = None
+    message: str | None = None
+
+    def then(self, done: float | None, total: float | None, message: str | None) -> Progress:
+        """Return it after the body has told more; None leaves what it told before."""
+        return Progress(
+            self.done if done is None else float(done),
+            self.total if total is None else float(total),
+            self.message if message is None else storable(str(message))[:MESSAGE_CHARS],
+        )
 
 
 def end_of(error: BaseException, *, how: str) -> End:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 
 from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
-from bgsupervisor.bodies import end_of, storable
+from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.coordination import Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
@@ -51,6 +51,9 @@ log = logging.getLogger("bgsupervisor")
 
 ACK_WAIT_S = 5.0
 """After this long without an acknowledgement the child records its end itself."""
+HELD_LOOK_S = 0.0005
+HELD_WAIT_S = 5.0
+"""A nursery watches a new child within a millisecond; one that has not after so long is stopped or dead."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
 PROGRESS_EVERY_S = 0.2
@@ -73,6 +76,7 @@ class Birth:
     Attributes:
         kept_descriptors: The application's own, open since its import; all others that are not ours are closed.
         load: The application must be loaded by the child itself (spawn).
+        held: Shared with the nursery, which sets it once it watches the child; before that the child does nothing.
         left_in_order: Shared with the nursery; set when the child leaves with nothing unrecorded, so that nobody
             needs to be told of its exit.
     """
@@ -81,6 +85,7 @@ class Birth:
     nursery: Who
     kept_descriptors: frozenset[int]
     load: bool
+    held: Any
     left_in_order: Any
 
 
@@ -141,8 +146,7 @@ class AttemptContext(tasks.Context):
         self._config = config
         self._clock = clock
         self._sent_at = -PROGRESS_EVERY_S
-        self.last: tuple[float | None, float | None, str | None] = (None, None, None)
-        self._sent: tuple[float | None, float | None, str | None] = (None, None, None)
+        self.last = self._sent = Progress()
 
     @property
     def cancel_requested(self) -> bool:
@@ -151,12 +155,7 @@ class AttemptContext(tasks.Context):
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
         """Tell how far the body is; see `Context.progress`."""
-        known = self.last
-        self.last = (
-            known[0] if done is None else float(done),
-            known[1] if total is None else float(total),
-            known[2] if message is None else storable(str(message))[:1000],
-        )
+        self.last = self.last.then(done, total, message)
         self._get_on()
         order = self._link.cancel_order
         if order is not None:
@@ -231,6 +230,7 @@ class Child:
     def __init__(self, birth: Birth, clock: Clock) -> None:
         self._config = birth.config
         self._clock = clock
+        self._held = birth.held
         self._left_in_order = birth.left_in_order
         self._pid = os.getpid()
         self._identity = processes.own_identity(processes.host_id(birth.config.host))
@@ -242,7 +242,7 @@ class Child:
         self._phase = "idle"
         self._term_came = False
         self._home = (Path.cwd(), _umask())
-        self._stack_memory: int | None = None
+        self._answering = stacks.Answering()
 
     def live(self) -> NoReturn:
         """Take orders until told to leave; never returns."""
@@ -250,6 +250,10 @@ class Child:
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
         pauses.at("child.born")
+        self._await_nursery()
+        with contextlib.suppress(OSError):
+            self._answering.get_ready()
+        self._link.questions = self._answering
         self._link.start()
         last = None
         for more in reversed(range(self._config.reuse)):
@@ -267,6 +271,14 @@ class Child:
             self._link.become_idle()
         self._leave(last)
 
+    def _await_nursery(self) -> None:
+        """Be heard of by nobody before the nursery watches this process: if it cannot, it ends it."""
+        deadline = self._clock.monotonic() + HELD_WAIT_S
+        while not self._held.value:
+            if self._clock.monotonic() >= deadline:  # it died meanwhile
+                os._exit(0)
+            self._clock.sleep(HELD_LOOK_S)
+
     # One attempt
 
     def _perform(self, order: Run) -> End:
@@ -276,7 +288,7 @@ class Child:
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
             self._open_log()
         with contextlib.suppress(OSError):
-            self._stack_memory = stacks.get_ready(self._stack_memory)
+            self._answering.get_ready()
         coordination = Coordination(
             order,
             self._link,

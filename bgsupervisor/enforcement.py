@@ -41,6 +41,8 @@ KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
 STALL_SLACK_S = 2.0
 """A stall is told so much later: a child tells only now and then that its body gets on (`ALIVE_EVERY_S`)."""
+STOOD_STILL_S = 2.0
+"""Passes are at most a second apart: who has not looked for so long was stopped, and hears before it judges."""
 STALL_LOOK_S = 1.0
 """While the rows cannot tell whether a silent body waits for others, they are asked so often."""
 STACK_WAIT_S = 0.5
@@ -63,6 +65,7 @@ class Enforcement:
         self._limits_at = 0.0
         self._usage_at = 0.0
         self._stalls_at = 0.0
+        self._looked_at = clock.monotonic()
 
     def enforce(self) -> None:
         """See whose time has come."""
@@ -70,9 +73,11 @@ class Enforcement:
         running = self._endable()
         for ward in running:
             self._enforce_time(ward, now)
-        for ward in self._wards:
-            self._enforce_suspension(ward, now)
-            self._keep_stack(ward, now)
+        for ward in self._wards:  # in most of hundreds there is nothing to see to
+            if ward.to_be_suspended or ward.suspension.lasts:
+                self._enforce_suspension(ward, now)
+            if ward.question is not None or ward.stack is not None:
+                self._keep_stack(ward, now)
         if running and now >= self._limits_at:
             self._limits_at = now + LIMITS_EVERY_S
             self._enforce_sizes(running, now)
@@ -96,7 +101,9 @@ class Enforcement:
     def stalled(self) -> list[Ward]:
         """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
         now = self._clock.monotonic()
-        if now < self._stalls_at:
+        stood_still = now - self._looked_at > STOOD_STILL_S
+        self._looked_at = now
+        if stood_still or now < self._stalls_at:
             return []
         dues = [(ward, self._stall_due_at(ward)) for ward in self._endable()]
         return [ward for ward, due_at in dues if due_at is not None and now >= due_at]
@@ -223,10 +230,10 @@ class Enforcement:
 
     def _stall_due_at(self, ward: Ward) -> float | None:
         """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
-        stall_s = self._nurseries.options(ward.name).stall_s
-        if stall_s is None or ward.order is not None or ward.suspension.lasts:
+        if ward.slot is None or ward.order is not None or ward.suspension.lasts:
             return None
-        if ward.slot is None or not ward.connected:
+        stall_s = self._nurseries.options(ward.name).stall_s
+        if stall_s is None or not ward.connected:
             return None
         return ward.got_on_at + stall_s + STALL_SLACK_S
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
+    from bgsupervisor.stacks import Answering
     from bgsupervisor.wire import End
 
 __all__ = ["Link"]
@@ -51,6 +52,7 @@ class Link(threading.Thread):
         cancel_order: The present attempt is to end, and why.
         last_progress: What the body said last and has not been sent.
         waiting: The body waits for another task, without a slot.
+        questions: Where others ask for the stacks of this process; the thread answers.
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
 
@@ -77,6 +79,7 @@ class Link(threading.Thread):
         self._wanted: wire.WantSlot | None = None
         self._wakes: set[int] = set()
         self._stir: int | None = None
+        self.questions: Answering | None = None
         self._redial = Redial(clock)
         self._leaving = False
         self._last_beat = 0.0
@@ -210,14 +213,18 @@ class Link(threading.Thread):
         channel = self._channel
         timeout_s = self._next_look_s() if channel is not None else self._redial.wait_s() or REDIAL_S
         poll = select.poll()
-        if self._stir is not None:
-            poll.register(self._stir, select.POLLIN)
+        asked = None if self.questions is None else self.questions.fileno()
+        for descriptor in (self._stir, asked):
+            if descriptor is not None:
+                poll.register(descriptor, select.POLLIN)
         if channel is not None:
             events = select.POLLIN | (select.POLLOUT if channel.unsent_bytes else 0)
             with contextlib.suppress(OSError, ValueError):
                 poll.register(channel, events)
         poll.poll(timeout_s * 1000)
         self._calm()
+        if self.questions is not None:
+            self.questions.answer()
         if channel is not None:
             self._exchange(channel)
         self._look()

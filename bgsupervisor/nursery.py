@@ -332,12 +332,13 @@ class Nursery:
             with contextlib.suppress(Exception):
                 stream.flush()  # what is buffered here would be printed again by the child
         context: Any = multiprocessing.get_context(self._config.start_method)
-        left_in_order = context.RawValue(ctypes.c_byte, 0)
+        held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
         birth = child.Birth(
             config=self._config,
             nursery=self._who,
             kept_descriptors=self._kept,
             load=self._config.start_method == "spawn",
+            held=held,
             left_in_order=left_in_order,
         )
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
@@ -355,6 +356,7 @@ class Nursery:
         self._poll.register(pidfd, select.POLLIN)
         if self._channel is not None:
             self._channel.send(wire.Spawned(forked.who))
+        held.value = 1
 
     def _kill(self, order: wire.KillOrder) -> None:
         for descriptor, forked in self._children.items():

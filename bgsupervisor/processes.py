@@ -59,6 +59,7 @@ PROC = Path("/proc")
 MACHINE_ID = Path("/etc/machine-id")
 KILL_WAIT_S = 5.0
 KILL_ROUNDS = 16  # a fork bomb that outruns this many looks ends in Unkillable, not in an endless loop
+STAND_LOOKS = 50  # ms; who has SIGSTOP stands still at the end of its present system call
 STAT_MAX_BYTES = 4096  # a line of the process table is about 300 bytes
 WAIT_ALL = 0x40000000  # __WALL: also children that were cloned without SIGCHLD
 
@@ -543,10 +544,20 @@ class _Tree:
         stopped, new = 0, self.pids
         for _ in range(KILL_ROUNDS):
             stopped += self.send(signal.SIGSTOP, new)
+            self._await_standing(new)
             new = self.grow()
             if not new:
                 break
         return stopped
+
+    def _await_standing(self, pids: Iterable[int]) -> None:
+        """Wait until these stand still, at most STAND_LOOKS ms: a fork that SIGSTOP came into is finished first."""
+        moving = list(pids)
+        for _ in range(STAND_LOOKS):
+            moving = [pid for pid in moving if _moves(pid)]
+            if not moving:
+                return
+            select.poll().poll(1)
 
     def await_end(self, deadline: float, clock: Clock) -> None:
         """Wait until all who are held are dead, or for the deadline, and let go of the dead."""
@@ -749,6 +760,14 @@ def _is_over(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _moves(pid: int) -> bool:
+    """Whether a process that was stopped still runs; one in vfork (D) waits for a child that is stopped."""
+    try:
+        return _read_row(pid).state in b"RS"
+    except OSError:
+        return False
 
 
 def _send(pidfd: int, number: int) -> bool:

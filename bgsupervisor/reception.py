@@ -186,7 +186,9 @@ class Reception:
 
     def rest(self, timeout_s: float) -> list[tuple[Callable[[Heard, int], None], int]]:
         """Block until something is to be heard, at most *timeout_s*."""
-        return [(key.data, mask) for key, mask in self._selector.select(timeout_s)]
+        # Who was stopped and goes on past its time comes back empty-handed, though there may be much to hear.
+        ready = self._selector.select(timeout_s) or self._selector.select(0)
+        return [(key.data, mask) for key, mask in ready]
 
     def hear(self, ready: list[tuple[Callable[[Heard, int], None], int]]) -> Heard:
         """Take in what `rest` found."""

@@ -1,7 +1,11 @@
 """The Python stacks of a running process: how it gets ready to show them, and how others ask; knows no tables.
 
-Who asks sends SIGURG. Python's faulthandler answers from C, whatever holds the interpreter's lock, with the stacks of
-all threads, into a piece of memory without a name in the file system; who asked reads it through the process table.
+Who asks sends SIGURG. Python's faulthandler answers at once from C, whatever holds the interpreter's lock, with the
+stack of the thread that got the signal: the main one. Then who asks rings a bell, a pipe: a thread of the process's own
+wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody may read the
+stack of a thread that moves: it can end the process. The answers go into a piece of memory without a name in the file
+system; who asked reads it through the process table.
+
 SIGURG, because what has no handler for it ignores it: no mistake can end a process, not even one that has become
 another program by exec a moment ago. And no Python library is known to use it; SIGUSR1, SIGWINCH and SIGQUIT are used.
 """
@@ -13,6 +17,8 @@ import faulthandler
 import fcntl
 import itertools
 import os
+import re
+import secrets
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,15 +33,18 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.processes import ProcessHandle
 
-__all__ = ["ANSWER_S", "Question", "get_ready", "stack_of"]
+__all__ = ["ANSWER_S", "Answering", "Question", "stack_of"]
 
 SIGNAL = signal.SIGURG
 NAME = "bgsupervisor-stack"
 """What the memory is called in the process table."""
+BEGIN, END = b"all threads, asked by ", b"that is all for "
 ANSWER_S = 5.0
 """A process answers within milliseconds; one that has not after so long hangs in the kernel, or cannot."""
+SETTLED_S = 0.02
+"""The main thread's answer takes less than a millisecond; then the others are asked for."""
 QUIET_S = 0.1
-"""An answer has no end mark; it is whole when it has not grown for so long."""
+"""So long the answer of all threads is waited for after the main one's; another thread may keep the lock."""
 LOOK_S = 0.01
 DESCRIPTORS_MAX = 4096
 """The memory is opened before the body, so it is among the first descriptors."""
@@ -43,31 +52,54 @@ MEMORY_MAX_BYTES = 4 * 1024 * 1024
 """Who asks empties the memory when old answers take more; a single one takes about 1 MB at most (100 threads)."""
 
 
-def get_ready(memory: int | None) -> int:
-    """Have this process answer questions for its stack; return the descriptor of its memory.
+class Answering:
+    """What a process needs to answer questions for its stack."""
 
-    Called again, with that descriptor, before each body: the one before may have taken signal or descriptor away.
+    def __init__(self) -> None:
+        self._bell: tuple[int, int] | None = None
+        self._bell_inode = 0
+        self.memory: int | None = None
 
-    Raises:
-        OSError: The system gives no such memory; then the process shows no stack.
-    """
-    if memory is None or not _is_memory(f"/proc/self/fd/{memory}"):
-        made = os.memfd_create(NAME)
-        try:
-            memory = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, 3)  # clear of the standard ones, which a body redirects
-        finally:
-            os.close(made)
-        fcntl.fcntl(memory, fcntl.F_SETFL, os.O_APPEND)
-    faulthandler.unregister(SIGNAL)  # else it takes itself for registered, though another has set the signal since
-    faulthandler.register(SIGNAL, file=memory, all_threads=True, chain=False)
-    return memory
+    def get_ready(self) -> None:
+        """Have this process answer, in its main thread. Again before each body: the one before may have spoilt it.
+
+        Raises:
+            OSError: The system gives no such memory; then the process shows no stack.
+        """
+        if self.fileno() is None or self.memory is None or _bell_of(f"/proc/self/fd/{self.memory}") is None:
+            read, write = (_above_standard(end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
+            self._bell, self._bell_inode = (read, write), os.fstat(read).st_ino
+            self.memory = _above_standard(os.memfd_create(f"{NAME}.{write}.{self._bell_inode}"))
+            fcntl.fcntl(self.memory, fcntl.F_SETFL, os.O_APPEND)
+        faulthandler.unregister(SIGNAL)  # else it takes itself for registered, though another has set the signal since
+        faulthandler.register(SIGNAL, file=self.memory, all_threads=False, chain=False)
+
+    def fileno(self) -> int | None:
+        """Return what becomes readable when somebody asks; None if the body has closed it."""
+        if self._bell is not None and _inode(self._bell[0]) == self._bell_inode:
+            return self._bell[0]
+        return None
+
+    def answer(self) -> None:
+        """Write the stacks of all threads if somebody has asked. The caller has the interpreter's lock: they stand."""
+        bell, memory = self.fileno(), self.memory
+        with contextlib.suppress(OSError):
+            if bell is None or memory is None or _bell_of(f"/proc/self/fd/{memory}") is None:
+                return
+            for who in os.read(bell, 4096).split():
+                os.write(memory, BEGIN + who + b"\n")
+                faulthandler.dump_traceback(memory, all_threads=True)
+                os.write(memory, END + who + b"\n")
 
 
 class Question:
     """A question that was asked; the answer is read later, also when the process has died since. To be closed."""
 
-    def __init__(self, memory: int) -> None:
+    def __init__(self, pid: int, memory: int) -> None:
+        self._pid = pid
         self._memory = memory
+        self._rung = False
+        self._who = secrets.token_hex(8).encode()
         self._start = self._size = os.fstat(memory).st_size
         self._grown_at = 0.0
 
@@ -89,7 +121,7 @@ class Question:
                 return cls._refused(pid, f"shows no stack: {why}, or an older bgsupervisor started it")
             with contextlib.ExitStack() as undo:
                 undo.callback(os.close, memory)
-                question = cls(memory)
+                question = cls(pid, memory)
                 if handle.send_signal(SIGNAL):  # through the pidfd: were the PID another's by now, this one is dead
                     undo.pop_all()
                     return question
@@ -110,12 +142,30 @@ class Question:
         size = os.fstat(self._memory).st_size
         if size != self._size:
             self._size, self._grown_at = size, now
-        return self.text() if size > self._start and now - self._grown_at >= QUIET_S else None
+        if size == self._start:
+            return None
+        if not self._rung and now - self._grown_at >= SETTLED_S:  # not sooner: two answers at once would be mixed
+            self._rung, self._grown_at = True, now
+            _ring(self._pid, self._memory, self._who)
+        said = self._said()
+        is_nobody_coming = BEGIN + self._who not in said and now - self._grown_at >= QUIET_S
+        return self.text() if self._rung and (END + self._who in said or is_nobody_coming) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
+        said = self._said()
+        of_all, ended, _ = said.partition(BEGIN + self._who + b"\n")[2].partition(END + self._who)
+        if ended:
+            # The thread that answers says nothing of interest; the main one comes last.
+            blocks = reversed(of_all.strip(b"\n").split(b"\n\n"))
+            text = b"\n\n".join(block for block in blocks if not block.startswith(b"Current thread")) + b"\n"
+        else:
+            text = said.partition(BEGIN)[0]
+        return text.decode(errors="replace")
+
+    def _said(self) -> bytes:
         size = os.fstat(self._memory).st_size
-        return os.pread(self._memory, max(0, size - self._start), self._start).decode(errors="replace")
+        return os.pread(self._memory, max(0, size - self._start), self._start)
 
     def close(self) -> None:
         """Give the memory back."""
@@ -152,9 +202,9 @@ def _open_memory(pid: int) -> int | None:
     """Open the memory of another process, None if it has none. Raises OSError if this user may not look."""
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in itertools.islice(entries, DESCRIPTORS_MAX):
-            if _is_memory(entry.path):
+            if _bell_of(entry.path) is not None:
                 found = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-                if not _is_memory(f"/proc/self/fd/{found}"):  # the body has closed it, and opened something else
+                if _bell_of(f"/proc/self/fd/{found}") is None:  # the body has closed it, and opened something else
                     os.close(found)
                     return None
                 if os.fstat(found).st_size > MEMORY_MAX_BYTES:
@@ -163,11 +213,40 @@ def _open_memory(pid: int) -> int | None:
     return None
 
 
-def _is_memory(path: str) -> bool:
+def _ring(pid: int, memory: int, who: bytes) -> None:
+    """Ring the bell that the memory's name tells of; nothing if something else is there by now."""
+    descriptor, inode = _bell_of(f"/proc/self/fd/{memory}") or (-1, 0)
+    with contextlib.suppress(OSError):
+        bell = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if _inode(bell) == inode:
+                os.write(bell, who + b"\n")
+        finally:
+            os.close(bell)
+
+
+def _bell_of(path: str) -> tuple[int, int] | None:
+    """Return descriptor and inode of the bell that a memory is named after; None where *path* is no such memory."""
     try:
-        return str(Path(path).readlink()) == f"/memfd:{NAME} (deleted)"
+        found = re.fullmatch(rf"/memfd:{NAME}\.(\d+)\.(\d+) \(deleted\)", str(Path(path).readlink()))
     except FileNotFoundError:
-        return False
+        return None
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def _inode(descriptor: int) -> int | None:
+    try:
+        return os.fstat(descriptor).st_ino
+    except OSError:
+        return None
+
+
+def _above_standard(descriptor: int) -> int:
+    """Move a descriptor clear of the standard ones, which a body redirects."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
 
 
 def _whose(pid: int) -> str:

@@ -682,6 +682,8 @@ class Supervisor:
     def _look_after_itself(self) -> None:
         """Start a missing nursery; once a second see that lock, sockets and database are still ours."""
         now = self._clock.monotonic()
+        if self._is_replaced():  # and starts nothing any more: the next one has its own
+            return
         if self._draining is None:
             self._nurseries.start_if_missing()
         self._boards.check()
@@ -711,8 +713,6 @@ class Supervisor:
         return False
 
     def _check_files(self) -> None:
-        if self._is_replaced():
-            return
         if self._store.inode() not in (None, self._database_inode):
             self._leaving = (
                 "the database file was replaced under a living supervisor; the next one opens the new file. "

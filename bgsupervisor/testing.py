@@ -26,7 +26,7 @@ import peewee
 import pytest
 
 from bgsupervisor import __version__, payload, service, tasks
-from bgsupervisor.bodies import end_of, storable
+from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import MIB, Config, load
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
@@ -484,8 +484,7 @@ class _Context(tasks.Context):
         self.attempt = self.token.attempt
         self.key = claim.due.key
         self.slot = claim.slot
-        self.last: tuple[float | None, float | None, str | None] = (None, None, None)
-        self._noted: tuple[float | None, float | None, str | None] = self.last
+        self.last = self._noted = Progress()
         self._asked: Cancelled | None = None
 
     @property
@@ -495,12 +494,7 @@ class _Context(tasks.Context):
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
         """Tell how far the body is; see `Context.progress`."""
-        known = self.last
-        self.last = (
-            known[0] if done is None else float(done),
-            known[1] if total is None else float(total),
-            known[2] if message is None else storable(str(message))[:1000],
-        )
+        self.last = self.last.then(done, total, message)
         if self._asked is not None:
             raise self._asked
 

@@ -7,6 +7,7 @@ records its end. Keys that are returned are to be rung after the commit (see `bo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -42,6 +43,8 @@ EVERYBODY = "*"
 DUE = "due"
 """The key that says that tasks may start which had to come after others."""
 ROWS_AT_ONCE = 1000
+HANDED_PERMITS = 4
+"""So many who stand in a queue are looked at at once; most often one permit has become free."""
 HANDED_SLOTS = 2
 """Who reaches a part gives so many waiters their slots back with it; more are left to the supervisor's one commit."""
 
@@ -144,9 +147,9 @@ class Waits:
         with self._store.writing():
             if not self._is_running(id, attempt):
                 return False
-            mine = (self._part.task_id == id) & (self._part.name == part)
-            if not self._part.update(value=value, reached_at=self._clock.now()).where(mine).execute():
-                self._part.insert(task_id=id, name=part, value=value, reached_at=self._clock.now()).execute()
+            row = {"value": value, "reached_at": self._clock.now()}
+            reached = self._part.insert(task_id=id, name=part, **row)
+            reached.on_conflict(conflict_target=(self._part.task_id, self._part.name), update=row).execute()
             self._hand_slots(id, part, slots)
             return True
 
@@ -425,21 +428,22 @@ class Waits:
         """Return a free slot if it is this task's turn among those who come back."""
         task, wait = self._task, self._wait
         taken = {slot for (slot,) in task.select(task.slot).where(_IS_START & task.slot.is_null(False)).tuples()}
-        before = wait.select(peewee.fn.COUNT(wait.id)).where((wait.kind == "slot") & (wait.task_id != id))
-        own = wait.select(peewee.fn.MIN(wait.id)).where((wait.kind == "slot") & (wait.task_id == id)).scalar()
-        if own is not None:
-            before = before.where(wait.id < own)
+        asking = wait.select(wait.task_id).where(wait.kind == "slot").order_by(wait.id).limit(slots)
+        ids = [one for (one,) in asking.tuples()]
+        before = ids.index(id) if id in ids else len(ids)
         # From the top down: the supervisor fills from below, so that both rarely want the same one.
         free = [slot for slot in range(slots - 1, -1, -1) if slot not in taken]
-        return free[0] if slots - len(taken) > before.scalar() and free else None
+        return free[0] if slots - len(taken) > before and free else None
 
     def _hand_slots(self, id: int, part: str, slots: int) -> None:
         """Give slots to the few who wait for this part alone: they need not ask for one."""
-        wait = self._wait
-        query = wait.select().where((wait.kind == "part") & (wait.target == part) & (wait.target_id == id) & wait.whole)
+        wait, other = self._wait, self._wait.alias()
+        others = other.select(other.id).where((other.task_id == wait.task_id) & (other.id != wait.id))
+        query = wait.select(wait, peewee.fn.EXISTS(others).alias("waits_for_more"))
+        query = query.where((wait.kind == "part") & (wait.target == part) & (wait.target_id == id) & wait.whole)
         rows = list(query.limit(HANDED_SLOTS + 1).dicts())
         for row in rows if len(rows) <= HANDED_SLOTS else []:
-            if wait.select(wait.id).where(self._rows_of(_waiter(row))).count() == 1:
+            if not row["waits_for_more"]:
                 self._resume(_waiter(row), slots)
 
     def _take(self, id: int, attempt: int, name: str, permit: int, rows: Collection[dict[str, Any]]) -> Held:
@@ -453,20 +457,28 @@ class Waits:
 
     def _hand_over(self, name: str, slots: int | None) -> list[str]:
         """Give the free permits of a lock to those who have waited longest; return the keys to ring."""
-        hold, keys = self._hold, list[str]()
-        while first := list(self._queue(name).limit(1).dicts()):
-            row, waiter = first[0], _waiter(first[0])
-            rows = list(hold.select().where(hold.name == name).dicts())
-            permit = _free_permit(rows, row["permits"] or 1)
-            if permit is None:
-                break  # whoever comes after waits for this one too
-            self._take(waiter.id, waiter.attempt, name, permit, rows)
-            if waiter.whole:
-                self._resume(waiter, slots)
-            else:  # it may still wait for something else: only its child knows
-                self._wait.delete().where(self._rows_of(waiter)).execute()
-            keys.append(turn_key(waiter.id))
-        return keys
+        keys: list[str] = []
+        while True:
+            some = list(self._queue(name).limit(HANDED_PERMITS).dicts())
+            # Whoever comes after one who must wait waits for that one too.
+            handed = list(itertools.takewhile(lambda row: self._hand_permit(row, slots), some))
+            keys += [turn_key(row["task_id"]) for row in handed]
+            if len(handed) < HANDED_PERMITS:
+                return keys
+
+    def _hand_permit(self, row: dict[str, Any], slots: int | None) -> bool:
+        """Give a permit to who stands first in a queue, if one is free for it."""
+        hold, waiter, name = self._hold, _waiter(row), row["target"]
+        rows = list(hold.select().where(hold.name == name).dicts())
+        permit = _free_permit(rows, row["permits"] or 1)
+        if permit is None:
+            return False
+        self._take(waiter.id, waiter.attempt, name, permit, rows)
+        if waiter.whole:
+            self._resume(waiter, slots)
+        else:  # it may still wait for something else: only its child knows
+            self._wait.delete().where(self._rows_of(waiter)).execute()
+        return True
 
 
 def _waiter(row: dict[str, Any]) -> Waiter:

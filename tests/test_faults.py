@@ -167,6 +167,7 @@ def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path
     assert boards.due_at() is None
     for _ in range(3):
         boards.want()
+        boards.check()
     assert len(tries) == 1
     assert "cannot start the board: [Errno 11] Resource temporarily unavailable" in caplog.text
     assert 0.5 < boards.due_at() - clock.monotonic() <= 1.0

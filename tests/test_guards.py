@@ -257,5 +257,6 @@ def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(ap
     (app.folder / "gate").touch()
     record = app.wait(handle)
     assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
+    wait_until(lambda: app.supervisor_row(second.process.pid), "the second supervises")
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(15) == 0

@@ -209,6 +209,7 @@ hold = os.pidfd_open
 def pidfd_open(pid, flags=0):
     if once("shortage"):
         pathlib.Path("unheld").write_text(str(pid))
+        time.sleep(0.5)  # time enough to say hello and to begin the task
         raise shortage()
     return hold(pid, flags)
 

@@ -155,7 +155,7 @@ NAIVE = datetime(2031, 1, 1, 9, 30)  # noqa: DTZ001 - the error that is tested
         ({"run_at": NAIVE}, "2031-01-01T09:30:00 has no time zone.*give an aware datetime"),
         ({"run_at": "tomorrow"}, "run_at is 'tomorrow'"),
         ({"run_at": datetime.max.replace(tzinfo=timezone(timedelta(hours=-5)))}, "run_at .* lies beyond the calendar"),
-        ({"run_at": datetime.now(UTC), "delay_s": 1}, "run_at and delay_s were both given"),
+        ({"run_at": datetime(2031, 1, 1, tzinfo=UTC), "delay_s": 1}, "run_at and delay_s were both given"),
         ({"delay_s": -1}, "delay_s is -1; it must be a number of seconds, 0 or more"),
         ({"delay_s": float("nan")}, "delay_s is nan"),
         ({"delay_s": "5"}, "delay_s is '5'"),

@@ -142,7 +142,36 @@ class Deep(Late):
 """
 
 
-ANSWERS = "from bgsupervisor import stacks; print(stacks.get_ready(None), flush=True); input()"
+THREADS = 3
+BUSY = f"""
+import select, threading
+from bgsupervisor import stacks
+
+own = stacks.Answering()
+own.get_ready()
+
+def answers():
+    poll = select.poll()
+    poll.register(own.fileno(), select.POLLIN)
+    while True:
+        poll.poll()
+        own.answer()
+
+def deep(depth=30):
+    return deep(depth - 1) if depth else sum(range(50))
+
+def busy():
+    while True:
+        deep()
+
+for target in (answers, *[busy] * {THREADS}):
+    threading.Thread(target=target, daemon=True).start()
+print("ready", flush=True)
+busy()
+"""
+ANSWERS = (
+    "from bgsupervisor import stacks; own = stacks.Answering(); own.get_ready(); print(own.memory, flush=True); input()"
+)
 
 
 class Stacks(App):
@@ -194,9 +223,9 @@ def test_stack_prints_where_each_thread_is_and_the_task_goes_on(app):
     assert (told.returncode, told.stderr) == (0, "")
     blocks = [block.splitlines() for block in told.stdout.strip().split("\n\n")]
     assert all("(most recent call first)" in block[0] for block in blocks)
-    current = next(block for block in blocks if block[0].startswith("Current thread"))
-    assert any("in in_a_deep_place" in line for line in current)
-    assert any("appx.py" in line and "in waits_at_the_gate" in line for line in current)
+    main = blocks[0]
+    assert any("in in_a_deep_place" in line for line in main)
+    assert any("appx.py" in line and "in waits_at_the_gate" in line for line in main)
     assert any("in in_another_thread" in line for block in blocks for line in block)
     app.open_gate(record)
     assert app.service.result(app.wait(record.id).id) == "went on"
@@ -228,6 +257,18 @@ def test_a_body_shows_its_stack_whatever_it_is_in_and_stays_killable(app, body, 
     app.service.cancel(record.id)
     ended = app.wait(record.id)
     assert (ended.status, ended.reason, ended.stack) == ("INTERRUPTED", "CANCELLED", None)
+
+
+def test_a_process_with_busy_threads_outlives_many_questions():
+    """Whoever reads the stack of a thread that moves, without the interpreter's lock, ends the process now and then."""
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as busy:
+        busy.stdout.readline()
+        with held(busy.pid) as handle:
+            found = [stacks.stack_of(handle, timeout_s=5.0, clock=SystemClock()) for _ in range(25)]
+        assert busy.poll() is None
+        busy.kill()
+    assert all("in busy" in one for one in found)
+    assert max(one.count("most recent call first") for one in found) == 1 + THREADS
 
 
 def test_nothing_of_a_stack_gets_into_the_log_of_the_task(app):
@@ -373,7 +414,7 @@ def test_a_pid_that_is_anothers_by_now_is_not_signalled():
         [
             sys.executable,
             "-c",
-            "from bgsupervisor import stacks; stacks.get_ready(None); print(1, flush=True); input()",
+            "from bgsupervisor import stacks; stacks.Answering().get_ready(); print(1, flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -472,7 +513,7 @@ def test_a_task_that_is_tried_again_begins_without_the_old_stack(app):
 def test_the_stack_is_kept_also_without_any_grace(tmp_path):
     with living(tmp_path, grace_s=0, spares=0) as app:
         app.start()
-        record = app.wait(app.service.request("appx:LateInABlockingCall"))
+        record = app.wait(app.service.request("appx:LateAndDeaf"))
     assert "in run" in record.stack
     assert "SIGKILL was sent" in record.detail
     assert (record.ended_at - record.started_at).total_seconds() > 0.95 * (0.5 + STACK_WAIT_S)

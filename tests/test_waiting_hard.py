@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -16,8 +15,6 @@ from conftest import wait_until
 from test_waiting import Waiting, unique
 
 from bgsupervisor import Handle
-from bgsupervisor.boards import Boards
-from bgsupervisor.clock import SystemClock
 
 BODIES = """
 import asyncio, os, threading, time
@@ -385,31 +382,6 @@ def test_the_next_supervisor_has_a_board_for_those_who_wait_already(make):
     assert app.board() != board.pid
     app.open_gate("go")
     assert app.result_of(waiter)[0] == 1
-
-
-def test_a_board_that_cannot_be_started_is_tried_again(monkeypatch, tmp_path, caplog):
-    clock = SystemClock()
-    boards = Boards(_Folder(tmp_path), lambda who: who, None, clock)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: _NoProcesses())
-    boards.want()
-    assert "cannot start the board: [Errno 11] Resource temporarily unavailable; trying again" in caplog.text
-    assert 0 < boards.due_at() - clock.monotonic() <= 1.0
-    boards._deadline = clock.monotonic()
-    boards.check()
-    assert caplog.text.count("cannot start the board") == 2
-
-
-class _Folder:
-    def __init__(self, path):
-        self.path = path
-
-
-class _NoProcesses:
-    def Process(self, **_):  # noqa: N802 - as multiprocessing has it
-        return self
-
-    def start(self):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
 
 
 def test_a_body_that_goes_on_after_a_wait_beats_as_before(make):

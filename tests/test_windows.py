@@ -676,6 +676,7 @@ def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
 
     boards = Boards(state_dir, identity_of, ears, clock)
     boards.want()
+    boards.check()
 
     boards.leave()
 

@@ -103,8 +103,8 @@ MUTANTS = (
     Mutant(
         name="permits are given in the order of asking",
         file="waits.py",
-        old="if len(free) > before.scalar():",
-        new="if free:",
+        old="if permit is not None and not queue.exists():",
+        new="if permit is not None:",
         test="test_waits.py::test_permits_are_given_in_the_order_of_asking",
     ),
     Mutant(
@@ -214,10 +214,10 @@ MUTANTS = (
     Mutant(
         name="the acknowledgement follows the commit",
         file="supervisor.py",
-        old="            ward.end = message.end\n        elif ward.peer is not None:",
+        old="            ward.end = message.end\n            if attempt != ward.attempt:",
         new="            ward.end = message.end\n"
         "            self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))\n"
-        "        elif ward.peer is not None:",
+        "            if attempt != ward.attempt:",
         test="test_guards.py::test_an_end_is_not_acknowledged_before_it_is_committed",
         seconds=90,
     ),
@@ -283,8 +283,8 @@ MUTANTS = (
     Mutant(
         name="a process that a body forks lets go of the connection",
         file="link.py",
-        old="            self._channel.forget()\n            self._channel = None\n        self._lock.release()",
-        new="            pass\n        self._lock.release()",
+        old="            self._channel.forget()\n            self._channel = None\n        self._wakes",
+        new="            pass\n        self._wakes",
         test="test_guards.py::test_a_process_that_a_body_forked_does_not_keep_its_connection",
     ),
     Mutant(

@@ -17,6 +17,7 @@ from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn
 
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
@@ -33,20 +34,13 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 
     A waiting task is INTERRUPTED at once. A running one is asked, then gets SIGTERM, then SIGKILL.
     """
-    service = _service(session, ids)
-    asked = 0
 
-    def cancel_one(id: int) -> str:
-        nonlocal asked
+    def cancel_one(service: Service, id: int) -> tuple[str, bool]:
         before = service.get(id)
         after = service.cancel(id, by=by or user_name(os.geteuid()))
-        asked += after.status is Status.START
-        return _told(before, after, service.config.grace_s)
+        return _told(before, after, service.config.grace_s), after.status is Status.START
 
-    done = _for_each(ids, cancel_one)
-    if asked:
-        _warn_if_unsupervised(service, ", which then asks for the end of what runs")
-    raise click.exceptions.Exit(not done)
+    _for_each(session, ids, cancel_one, ", which then asks for the end of what runs")
 
 
 @click.command()
@@ -58,23 +52,16 @@ def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 
     Each is stopped with all that it started (SIGSTOP). It keeps its slot and its locks; its time limits do not run.
     """
-    service = _service(session, ids)
-    asked = 0
 
-    def suspend_one(id: int) -> str:
-        nonlocal asked
+    def suspend_one(service: Service, id: int) -> tuple[str, bool]:
         before = service.get(id)
         service.suspend(id, by=by or user_name(os.geteuid()))
-        asked += 1
         if before is not None and before.suspend_requested_at is not None:
             who = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
-            return f"task {id} had been suspended already{who}"
-        return f"task {id} is to stand still until `bgsupervisor resume {id}`; it keeps its slot and its locks"
+            return f"task {id} had been suspended already{who}", True
+        return f"task {id} is to stand still until `bgsupervisor resume {id}`; it keeps its slot and its locks", True
 
-    done = _for_each(ids, suspend_one)
-    if asked:
-        _warn_if_unsupervised(service, ", which then stops it")
-    raise click.exceptions.Exit(not done)
+    _for_each(session, ids, suspend_one, ", which then stops it")
 
 
 @click.command()
@@ -82,23 +69,16 @@ def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 @pass_session
 def resume(session: Session, *, ids: tuple[int, ...]) -> None:
     """Have suspended tasks go on."""
-    service = _service(session, ids)
-    asked = 0
 
-    def resume_one(id: int) -> str:
-        nonlocal asked
+    def resume_one(service: Service, id: int) -> tuple[str, bool]:
         before = service.get(id)
         after = service.resume(id)
         if before is None or (before.suspend_requested_at is None and before.suspended_at is None):
             what = f"had ended {after.status}" if after.ended else "is not suspended"
-            return f"task {id} {what}; nothing changed"
-        asked += 1
-        return f"task {id} is to go on"
+            return f"task {id} {what}; nothing changed", False
+        return f"task {id} is to go on", True
 
-    done = _for_each(ids, resume_one)
-    if asked:
-        _warn_if_unsupervised(service, ", which then lets it go on")
-    raise click.exceptions.Exit(not done)
+    _for_each(session, ids, resume_one, ", which then lets it go on")
 
 
 @click.command()
@@ -106,41 +86,39 @@ def resume(session: Session, *, ids: tuple[int, ...]) -> None:
 @pass_session
 def retry(session: Session, *, ids: tuple[int, ...]) -> None:
     """Plan INTERRUPTED tasks again, as they were requested."""
-    service = _service(session, ids)
 
-    def retry_one(id: int) -> str:
-        return f"task {id} waits for its attempt {service.retry(id).attempt + 1}"
+    def retry_one(service: Service, id: int) -> tuple[str, bool]:
+        return f"task {id} waits for its attempt {service.retry(id).attempt + 1}", True
 
-    done = _for_each(ids, retry_one)
-    if done:
-        _warn_if_unsupervised(service)
-    raise click.exceptions.Exit(not done)
+    _for_each(session, ids, retry_one, "")
 
 
-def _service(session: Session, ids: tuple[int, ...]) -> Service:
+def _for_each(
+    session: Session, ids: tuple[int, ...], act: Callable[[Service, int], tuple[str, bool]], what_then: str
+) -> NoReturn:
+    """Act on each task, say what became of it, and leave: with 0 if all went well.
+
+    *act* returns a sentence, and whether a supervisor is needed for the rest; where none lives that is said, with
+    *what_then* the next one does.
+    """
     service = session.existing_service()
     if service is None:
         raise UnknownTask(ids[0])
-    return service
-
-
-def _warn_if_unsupervised(service: Service, what_then: str = "") -> None:
-    now = SystemClock().now()
-    seen = watch(service, now=now)
-    if not seen.alive:  # one that lives and cannot write does it once it can
-        warn(f"{seen.absence(now=now)}{what_then if seen.unheard is None else ''}")
-
-
-def _for_each(ids: tuple[int, ...], act: Callable[[int], str]) -> bool:
-    """Act on each task, and say what became of it; tell whether all went well."""
-    done = True
+    done, needed = True, False
     for id in dict.fromkeys(ids):
         try:
-            click.echo(act(id))
+            told, needs = act(service, id)
         except (UnknownTask, NotRetryable, NotSuspendable, AlreadyLive) as error:
             warn(f"bgsupervisor: {error}")
             done = False
-    return done
+        else:
+            click.echo(told)
+            needed |= needs
+    now = SystemClock().now()
+    seen = watch(service, now=now) if needed else None
+    if seen is not None and not seen.alive:  # one that lives and cannot write does it once it can
+        warn(f"{seen.absence(now=now)}{what_then if seen.unheard is None else ''}")
+    raise click.exceptions.Exit(not done)
 
 
 def _told(before: TaskRecord | None, after: TaskRecord, grace_s: float) -> str:
