@@ -489,6 +489,13 @@ class Store:
         path = Path(name) if isinstance(database, peewee.SqliteDatabase) and name else None
         return cls(database, prefix, owned=False, path=path)
 
+    @classmethod
+    def lend(cls, database: peewee.Database, own: Store) -> Store:
+        """Make a store on connections that the application lends; no tables are made or checked there."""
+        store = cls(database, own.tables.prefix, owned=False, path=own.path)
+        store._schema_checked = True
+        return store
+
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
@@ -520,7 +527,7 @@ class Store:
     def alone(self) -> Iterator[None]:
         """Have a transaction on the connection that is open, during which nobody else is alone."""
         # In SQLite a deferred transaction that reads first may not write after another's commit, however long it waits.
-        with self.database.atomic(*["IMMEDIATE"] if self._is_sqlite else []):
+        with self.database.atomic("IMMEDIATE" if self._is_sqlite else "READ COMMITTED"):
             if not self._is_sqlite:
                 postgres.hold_off(self.database, self._lock_key)
             yield
@@ -630,6 +637,12 @@ class Store:
             )
         if "not a database" in text or "malformed" in text:
             return DatabaseError(f"{where} is damaged ({text}); restore it from a backup")
+        if ("locked" in text or "busy" in text) and self.database.in_transaction():
+            # In a transaction that has read SQLite waits for nobody; after another's commit it cannot write any more.
+            return DatabaseError(
+                f"{where} is locked by another writer, or was written since your transaction began; roll it back and "
+                "repeat it, and begin it with BEGIN IMMEDIATE, which waits"
+            )
         if "locked" in text or "busy" in text:
             waited_s = getattr(self.database, "timeout", 0.0)
             return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
