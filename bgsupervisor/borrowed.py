@@ -141,6 +141,7 @@ class Lending:
             with self._database.on(raw):
                 with self._joining(was_open), translated(self._store):
                     self._open(raw)
+                    self._store.warn_of_weak_durability()
                 joined = _is_open(raw)
                 with self._joining(joined):
                     yield self._ledger

@@ -706,15 +706,23 @@ class Store:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
 
         if not self.owned:
-            self._warn_of_weak_durability()
+            self.warn_of_weak_durability()
         migrations.ensure(self)
         # Tables that were made inside a transaction of the caller go with it if it is rolled back.
         self._schema_checked = not self.database.in_transaction()
 
-    def _warn_of_weak_durability(self) -> None:
-        if self._durability_checked or not isinstance(self.database, peewee.SqliteDatabase):
+    def warn_of_weak_durability(self) -> None:
+        """Say once if what the application's connection commits may be lost at a power cut."""
+        if self._durability_checked:
             return
         self._durability_checked = True
+        if not self._is_sqlite:
+            if self.database.execute_sql("SELECT current_setting('synchronous_commit')").fetchone()[0] == "off":
+                log.warning(
+                    "the application's connection has synchronous_commit=off: "
+                    "a request may be lost when the server dies; synchronous_commit=on keeps it"
+                )
+            return
         journal = self.database.execute_sql("PRAGMA journal_mode").fetchone()[0]
         synchronous = self.database.execute_sql("PRAGMA synchronous").fetchone()[0]
         if journal in ("off", "memory") or synchronous < 2:  # noqa: PLR2004 - 2 is FULL

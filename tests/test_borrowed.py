@@ -526,14 +526,26 @@ def test_threads_request_on_connections_of_their_own_at_once(service, url, kind)
 
 
 @only_sqlite
-def test_weak_settings_of_the_application_are_left_alone(service, url):
+def test_weak_settings_of_the_application_are_warned_about_once_and_left_alone(service, url, caplog):
     raw = sqlite(url)
     raw.execute("PRAGMA synchronous = 1")
-    service.request(Work, connection=raw)
+    for _ in range(3):
+        service.request(Work, connection=raw)
     raw.commit()
+    (record,) = caplog.records
+    assert "journal_mode=wal and synchronous=1" in record.getMessage()
     names = ("synchronous", "wal_autocheckpoint", "busy_timeout", "foreign_keys")
     assert [raw.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == [1, 1000, 5000, 0]
     raw.close()
+
+
+@only_postgres
+def test_a_weak_setting_of_the_applications_session_is_warned_about_once(service, url, caplog):
+    for setting in ("on", "off", "off"):
+        with contextlib.closing(psycopg.connect(url, options=f"-c synchronous_commit={setting}")) as raw:
+            Service(url).request(Work, connection=raw)
+            Service(url).request(Work, connection=raw)
+    assert len([one for one in caplog.records if "synchronous_commit=off" in one.getMessage()]) == 4
 
 
 # ---- others write as well ----
