@@ -34,7 +34,7 @@ _KNOWN = (
 _IN_TRANSACTION, _FAILED, _UNKNOWN = 2, 3, 4
 """What libpq says of a transaction; both drivers pass it on as it is."""
 _WHERE = """SELECT to_regclass(%s)::oid::bigint, current_database()::text,
-    extract(epoch FROM pg_postmaster_start_time())::text"""
+    (1000 * extract(epoch FROM pg_postmaster_start_time()))::bigint"""
 """Two connections that see one table of one server get the same answer; null is no table."""
 
 

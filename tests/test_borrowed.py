@@ -135,6 +135,19 @@ class Alchemy(Raw):
         self.engine.dispose()
 
 
+class AsYouGo(Alchemy):
+    """One that begins by itself with the first statement."""
+
+    @contextlib.contextmanager
+    def transaction(self):
+        try:
+            yield
+        except BaseException:
+            self.connection.rollback()
+            raise
+        self.connection.commit()
+
+
 class Django(Raw):
     """The connection of another alias than `default`."""
 
@@ -184,6 +197,16 @@ def session(url, **options):
     return Alchemy(Session(engine), engine)
 
 
+def session_as_you_go(url):
+    engine = engine_of(url)
+    return AsYouGo(Session(engine), engine)
+
+
+def connection_as_you_go(url):
+    engine = engine_of(url)
+    return AsYouGo(engine.connect(), engine)
+
+
 def scoped(url):
     engine = engine_of(url)
     return Alchemy(scoped_session(sessionmaker(engine)), engine)
@@ -220,6 +243,8 @@ ON_SQLITE = {
     "session": session,
     "scoped_session": scoped,
     "connection": connection,
+    "session as you go": session_as_you_go,
+    "connection as you go": connection_as_you_go,
 }
 if sys.version_info >= (3, 12):
     ON_SQLITE["sqlite3 of PEP 249"] = lambda url: Raw(sqlite(url, autocommit=False))
@@ -234,6 +259,8 @@ ON_POSTGRES = {
     "session": session,
     "scoped_session": scoped,
     "connection": connection,
+    "session as you go": session_as_you_go,
+    "connection as you go": connection_as_you_go,
     "session on psycopg2": lambda url: session(url, driver="psycopg2"),
 }
 KINDS = [("sqlite", name) for name in ON_SQLITE] + [("postgres", name) for name in ON_POSTGRES]
@@ -548,6 +575,24 @@ def test_a_weak_setting_of_the_applications_session_is_warned_about_once(service
     assert len([one for one in caplog.records if "synchronous_commit=off" in one.getMessage()]) == 4
 
 
+@only_sqlite
+def test_a_plain_request_costs_four_statements_beside_the_begin_of_the_driver(service, url):
+    said = []
+    with contextlib.closing(sqlite(url)) as raw:
+        service.request(Work, connection=raw)
+        raw.commit()
+        raw.set_trace_callback(said.append)
+        service.request(Work, connection=raw)
+        raw.set_trace_callback(None)
+    found = [statement.split()[0] for statement in said if not statement.startswith("PRAGMA")]
+    assert found == ["BEGIN", "DELETE", "SAVEPOINT", "INSERT", "RELEASE"]
+
+
+def test_in_a_test_of_an_application_the_request_is_in_the_tests_own_database(bgsupervisor):
+    Service("sqlite:////nowhere/tasks.db").request(Work, {"n": 1}, connection=object())
+    bgsupervisor.assert_requested(Work, data={"n": 1})
+
+
 # ---- others write as well ----
 
 
@@ -623,9 +668,10 @@ def test_a_lock_of_another_writer_is_told_with_the_time_limit_of_the_connection(
 
 
 @only_postgres
-def test_a_lock_of_another_writer_is_waited_for_as_long_as_the_connection_says(service, url):
+@pytest.mark.parametrize("driver", [psycopg, psycopg2], ids=["psycopg", "psycopg2"])
+def test_a_lock_of_another_writer_is_waited_for_as_long_as_the_connection_says(service, url, driver):
     handle = service.request(Work)
-    raw = psycopg.connect(url, options="-c lock_timeout=200")
+    raw = driver.connect(url, options="-c lock_timeout=200")
     with service.ledger.store.writing():
         with pytest.raises(DatabaseError, match="locked by another writer for longer than its lock_timeout"):
             service.request(Work, after=[handle], connection=raw)
@@ -804,9 +850,25 @@ def test_a_connection_of_another_thread_is_told(service, url, pool):
     pool.submit(raw.close).result(WAIT_S)
 
 
+@kinds("django", "peewee")
+def test_a_connection_that_a_framework_keeps_for_each_thread_is_told_or_another(service, application, kind, pool):
+    def ask():
+        try:
+            return service.request(Work, connection=application.connection).created
+        except DatabaseError as error:
+            return str(error)
+        finally:
+            if kind == "peewee":
+                application.connection.close()
+
+    told = pool.submit(ask).result(WAIT_S)
+    assert told is True if kind == "peewee" else "can only be used in that same thread" in told
+
+
 @only_postgres
-def test_a_server_that_is_away_is_told(service, url):
-    raw = psycopg.connect(url)
+@pytest.mark.parametrize("driver", [psycopg, psycopg2], ids=["psycopg", "psycopg2"])
+def test_a_server_that_is_away_is_told(service, url, driver):
+    raw = driver.connect(url)
     service.request(Work, connection=raw)
     raw.commit()
     with service.ledger.store.connected():
@@ -887,4 +949,15 @@ def test_the_address_of_a_peewee_database_may_be_a_whole_one(url, service, tmp_p
             database.initialize(peewee.PostgresqlDatabase(url))
         service.request(Work, connection=database)
         database.close()
+    assert seen(service) == (0, 2)
+
+
+@only_postgres
+def test_a_server_that_has_started_anew_is_still_the_same_place(service, url):
+    with contextlib.closing(psycopg.connect(url)) as raw:
+        service.request(Work, connection=raw)
+        table, name, _ = service._lending._whereabouts
+        service._lending._whereabouts = (table, name, 0)
+        service.request(Work, connection=raw)
+        raw.commit()
     assert seen(service) == (0, 2)
