@@ -105,7 +105,7 @@ MUTANTS = (
         file="waits.py",
         old="if permit is not None and not queue.exists():",
         new="if permit is not None:",
-        test="test_waits.py::test_permits_are_given_in_the_order_of_asking",
+        test="test_waits.py::test_permits_of_one_lock_may_differ_and_nobody_overtakes",
     ),
     Mutant(
         name="a permit is had once",
