@@ -29,7 +29,7 @@ POINTS = {
     "supervisor.leaving": "it is to leave, nobody has been told",
     "nursery.loaded": "the application is loaded, no supervisor has been told",
     "nursery.forked": "a child is forked, not watched and not told of",
-    "nursery.buried": "a child's exit is learnt, nobody has been told",
+    "nursery.buried": "a child's exit is learnt and written down, nobody has been told",
     "nursery.told": "the supervisor has been told of it",
     "nursery.striking": "it is to kill a child while the database is away, the signal is not sent",
     "child.born": "nothing is said yet",

@@ -377,7 +377,7 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not ward.never_told:
-            exited = self._exits.get(ward.who)
+            exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
             inherited = self._nurseries.one_died
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
@@ -701,6 +701,8 @@ class Supervisor:
         self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
         self._nurseries.give_up_on_the_silent()
+        if self._recovery.done_once and not any(ward.dead_since is not None for ward in self._wards):
+            self._nurseries.forget_the_dead()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 

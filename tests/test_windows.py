@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import LIMIT_S, App, wait_until
 
-from bgsupervisor import Status, linux, pauses, processes
+from bgsupervisor import Status, pauses, processes
 from bgsupervisor.boards import Boards
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.reception import Reception
@@ -298,23 +298,13 @@ def taking_a_lock(app, point):
 # ---- what is true in the end ----
 
 
-def kernel_tells_exits():
-    """Whether this kernel keeps the exit of a reaped process for who holds a pidfd of it (6.15 and later)."""
-    pid = os.posix_spawn("/bin/true", ["true"], {})
-    pidfd = os.pidfd_open(pid)
-    os.waitpid(pid, 0)
-    told = linux.pidfd_exit(pidfd)
-    os.close(pidfd)
-    return told is not None
-
-
 @dataclasses.dataclass(frozen=True)
 class Window:
     """How a point is reached, and what becomes of the task.
 
     `lives` is how it ends if its child lives; `dies` if its child is killed there, `dies_with` if the supervisor is
     killed there too. "again": it had not begun, and is done by another child. "lost": as its signal says, or unknown if
-    nobody could see. `leaves`: the supervisor goes, killed or not. `only_nursery`: it alone saw how its child died.
+    nobody could see. `leaves`: the supervisor goes, killed or not.
     """
 
     reach: object
@@ -324,12 +314,9 @@ class Window:
     has_child: bool = True
     has_supervisor: bool = True
     leaves: bool = False
-    only_nursery: bool = False
 
     def truth(self, does, victims):
         unseen = S in victims or self.leaves or not self.has_supervisor
-        if self.only_nursery and (does == "stop" or (N in victims and (unseen or not kernel_tells_exits()))):
-            return "unknown"
         if does == "stop" or C not in victims:
             return self.lives
         truth = self.dies_with or self.dies if unseen else self.dies
@@ -356,7 +343,7 @@ WINDOWS = {
     "supervisor.leaving": Window(told_to_leave, leaves=True),
     "nursery.loaded": Window(at_the_first_start, has_child=False),
     "nursery.forked": Window(before_its_hello, dies="again"),
-    "nursery.buried": Window(killed_before, lives="lost", only_nursery=True, has_child=False),
+    "nursery.buried": Window(killed_before, lives="lost", has_child=False),
     "nursery.told": Window(killed_before, lives="lost", has_child=False),
     "child.born": Window(on_its_way, dies="again"),
     "child.dialled": Window(on_its_way, dies="again"),
@@ -478,7 +465,7 @@ def play(app, name, does, victims):
     if does == "kill":
         kill(app, pids, victims)
     else:
-        stop(app, pids, victims, handle, LIMIT_S if window.only_nursery else SETTLE_S)
+        stop(app, pids, victims, handle, SETTLE_S)
     if app.supervisor.process.poll() is not None:
         app.start(wait=False)
     app.let_go()

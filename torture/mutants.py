@@ -40,7 +40,7 @@ class Mutant:
         file: Of the package.
         old: Must stand there exactly once.
         new: Stands there instead.
-        test: "file::function" under tests/, which must fail.
+        test: "file::function" under tests/, perhaps one of its cases, which must fail.
         seconds: For how long the torture test runs, which must fail too; 0 if it is not to catch this one.
         rate: Of the torture's deeds.
     """
@@ -142,6 +142,13 @@ MUTANTS = (
         old="if verdict is Verdict.DEAD:",
         new="if verdict is not Verdict.ALIVE:",
         test="test_guards.py::test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
+    ),
+    Mutant(
+        name="an exit is written down before it is forgotten",
+        file="nursery.py",
+        old="                exits.write(self._record, exited)\n",
+        new="",
+        test="test_windows.py::test_the_row_is_true_in_the_end[nursery.buried-stop-nursery]",
     ),
     Mutant(
         name="a second look before VANISHED",
