@@ -119,7 +119,8 @@ class Stage(App):
         self.more = {"NURSERY_LONELY_S": "1"}
 
     def start(self, *, wait=True):
-        pausing = {"PYTHONPATH": str(Path(__file__).parent / "pausing"), **self.marker, **self.more}
+        paths = [str(Path(__file__).parent / "pausing"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        pausing = {"PYTHONPATH": os.pathsep.join(paths), **self.marker, **self.more}
         return super().start(wait=wait, environment=pausing)
 
     @property
