@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LIMIT_S, App, wait_until
+from conftest import LIMIT_S, App, pausing_path, wait_until
 
 from bgsupervisor import Status, linux, pauses, processes
 from bgsupervisor.boards import Boards
@@ -119,8 +119,7 @@ class Stage(App):
         self.more = {"NURSERY_LONELY_S": "1"}
 
     def start(self, *, wait=True):
-        paths = [str(Path(__file__).parent / "pausing"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        pausing = {"PYTHONPATH": os.pathsep.join(paths), **self.marker, **self.more}
+        pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
         return super().start(wait=wait, environment=pausing)
 
     @property
