@@ -21,6 +21,7 @@ POINTS = {
     "supervisor.condemning": "the reason of a signal is decided, not committed",
     "supervisor.condemned": "it is committed, the signal not sent",
     "supervisor.struck": "the signal is sent",
+    "supervisor.suspending": "that a body is suspended is committed, it is not stopped",
     "supervisor.granted": "a slot given back to a waiting body is committed, the body not told",
     "supervisor.adopting": "the rows of running tasks are read, nobody is adopted yet",
     "supervisor.adopted": "all are adopted, nothing is written yet",

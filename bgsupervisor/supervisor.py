@@ -24,7 +24,7 @@ from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, Dat
 from bgsupervisor.housekeeping import Housekeeping
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note, Return
 from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.models import Store, SupervisorRecord
+from bgsupervisor.models import Store, SupervisorRecord, is_locked
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
 from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
@@ -557,7 +557,9 @@ class Supervisor:
         """Have a child stand still whose row says that it does."""
         ward.suspension_unsaved = False
         if recorded and suspension.lasts:
+            pauses.at("supervisor.suspending")
             self._enforcement.suspend(ward)
+            self._beat_at = 0.0  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
@@ -613,6 +615,8 @@ class Supervisor:
         self._look = True
         self._complain(error)
         self._enforcement.carry_out_unrecorded()
+        if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
+            self._enforcement.let_the_suspended_go_on()
 
     def _complain(self, error: BgSupervisorError) -> None:
         now = self._clock.monotonic()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LIMIT_S, App, wait_until
+from conftest import LIMIT_S, App, pausing_path, wait_until
 
 from bgsupervisor import Status, pauses, processes
 from bgsupervisor.boards import Boards
@@ -26,7 +26,7 @@ from bgsupervisor.reception import Reception
 from bgsupervisor.statedir import StateDir
 
 BODIES = """
-import os, time
+import os, sqlite3, time
 from pathlib import Path
 from bgsupervisor import Task, current, task
 
@@ -78,6 +78,21 @@ def keeps():
     say("out")
 
 @task
+def locks_the_database():
+    say("in")
+    while not Path("lock").exists():
+        time.sleep(0.005)
+    connection = sqlite3.connect("bgsupervisor.db", isolation_level=None, timeout=30)
+    connection.execute("BEGIN IMMEDIATE")
+    say("locked")
+    while not Path("unlock").exists():
+        time.sleep(0.005)
+    connection.execute("COMMIT")
+    say("unlocked")
+    gate()
+    say("out")
+
+@task
 def reaches():
     current().reach("loaded")
 
@@ -104,7 +119,7 @@ class Stage(App):
         self.more = {"NURSERY_LONELY_S": "1"}
 
     def start(self, *, wait=True):
-        pausing = {"PYTHONPATH": str(Path(__file__).parent / "pausing"), **self.marker, **self.more}
+        pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
         return super().start(wait=wait, environment=pausing)
 
     @property
@@ -607,6 +622,51 @@ def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
     see_that_nothing_is_left(stage, record)
 
 
+def is_still(pid):
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def suspending(stage, body):
+    """Have the supervisor wait where a body is suspended and not stopped yet; return the task's handle."""
+    handle = running(stage, body)
+    stage.arm("supervisor.suspending")
+    stage.service.suspend(handle, by="jana")
+    stage.reached("supervisor.suspending")
+    record = stage.service.get(handle)
+    assert record.suspended_at is not None
+    assert not is_still(record.pid)
+    return handle
+
+
+def see_it_go_on(stage, handle):
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still")
+    stage.let_go()
+    stage.service.resume(handle)
+    see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
+
+
+def test_a_body_that_a_dead_supervisor_did_not_stop_any_more_is_stopped_by_the_next_one(stage):
+    handle = suspending(stage, "gated")
+    stage.supervisor.kill()
+    (stage.points / "supervisor.suspending.armed").unlink(missing_ok=True)
+    stage.start()
+
+    see_it_go_on(stage, handle)
+
+
+def test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_free(stage):
+    handle = suspending(stage, "locks_the_database")
+    (stage.folder / "lock").touch()
+    stage.said("locked", handle)
+    (stage.points / "supervisor.suspending.go").touch()
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still in its transaction")
+    (stage.folder / "unlock").touch()
+
+    stage.said("unlocked", handle)
+
+    see_it_go_on(stage, handle)
+
+
 def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     stage.start()
     old = stage.supervisor.process
@@ -679,7 +739,8 @@ def test_every_point_is_in_the_code_once_and_is_tried():
     code = [ast.parse(path.read_text()) for path in Path(pauses.__file__).parent.rglob("*.py")]
     nodes = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "pauses.at"]
-    tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS} | {"nursery.striking"}
+    tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS}
+    tried |= {"nursery.striking", "supervisor.suspending"}
     assert sorted(calls) == sorted(pauses.POINTS)
     assert tried == set(pauses.POINTS)
 

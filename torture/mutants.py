@@ -295,6 +295,20 @@ MUTANTS = (
         test="test_guards.py::test_a_process_that_a_body_forked_does_not_keep_its_connection",
     ),
     Mutant(
+        name="a transaction that a body left is rolled back",
+        file="child.py",
+        old="if not link.acknowledged.wait(ACK_SOON_S):",
+        new="if False:",
+        test="test_bad_bodies.py::test_a_transaction_that_a_body_left_keeps_nobody_from_recording_its_end",
+    ),
+    Mutant(
+        name="who stands still and keeps the database locked goes on",
+        file="supervisor.py",
+        old="if self._put_offs > len(PUT_OFF_S) and is_locked(error):",
+        new="if False:",
+        test="test_windows.py::test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_free",
+    ),
+    Mutant(
         name="requests are on disk when they are acknowledged",
         file="models.py",
         old='"synchronous": "full" if durable else "off",',
