@@ -148,7 +148,7 @@ MUTANTS = (
         file="nursery.py",
         old="                exits.write(self._record, exited)\n",
         new="",
-        test="test_windows.py::test_the_row_is_true_in_the_end[nursery.buried-stop-nursery]",
+        test="test_windows.py::test_the_row_is_true_in_the_end[nursery.buried-kill-supervisor+nursery]",
     ),
     Mutant(
         name="a second look before VANISHED",
