@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import sqlite3
@@ -28,7 +29,17 @@ from bgsupervisor.statuses import Reason, Status
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
+__all__ = [
+    "Store",
+    "SupervisorRecord",
+    "Tables",
+    "TaskRecord",
+    "UtcField",
+    "is_locked",
+    "is_passing",
+    "roll_back_abandoned",
+    "translated",
+]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -357,6 +368,28 @@ def is_passing(error: BaseException) -> bool:
     """Whether the same write may succeed later: the database is locked, full, read-only or away."""
     driver = _of_driver(_first(error))
     return _sqlite_code(driver) in _PASSING_CODES or postgres.is_passing(driver)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another writer keeps the database locked: it may be one that stands still."""
+    if error.__cause__ is None:
+        return False
+    driver = _of_driver(_first(error.__cause__))
+    return _sqlite_code(driver) == LOCKED or postgres.is_locked(driver)
+
+
+def roll_back_abandoned() -> None:
+    """Roll back every transaction on SQLite that this thread has begun, and that nobody will end any more.
+
+    One that was written in keeps all other writers out, also those of this very process. A connection that is merely
+    forgotten does not end it: up to Python 3.12 only the garbage collector closes that, whenever it comes.
+    """
+    gc.collect()
+    for one in gc.get_objects():
+        if issubclass(type(one), sqlite3.Connection):  # not isinstance, which asks proxies, and wakes what is lazy
+            with contextlib.suppress(sqlite3.Error):  # closed, or another thread's
+                if one.in_transaction:
+                    one.rollback()
 
 
 def _of_driver(error: BaseException) -> BaseException:

@@ -22,6 +22,7 @@ __all__ = [
     "Server",
     "explain",
     "hold_off",
+    "is_locked",
     "is_lost",
     "is_of_one_row",
     "is_passing",
@@ -190,6 +191,11 @@ def is_lost(database: peewee.Database) -> bool:
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     return bool(poll.poll(0))
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another connection held what was wanted for longer than we wait, judged by the driver's error."""
+    return _state(error) == "55P03"
 
 
 def is_passing(error: BaseException) -> bool:

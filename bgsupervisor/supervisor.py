@@ -25,7 +25,7 @@ from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, Dat
 from bgsupervisor.housekeeping import Housekeeping
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note, Return
 from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.models import Store, SupervisorRecord
+from bgsupervisor.models import Store, SupervisorRecord, is_locked
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
 from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
@@ -378,7 +378,7 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not ward.never_told:
-            exited = self._exits.get(ward.who)
+            exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
             inherited = self._nurseries.one_died
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
@@ -558,7 +558,9 @@ class Supervisor:
         """Have a child stand still whose row says that it does."""
         ward.suspension_unsaved = False
         if recorded and suspension.lasts:
+            pauses.at("supervisor.suspending")
             self._enforcement.suspend(ward)
+            self._beat_at = 0.0  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
@@ -614,6 +616,8 @@ class Supervisor:
         self._look = True
         self._complain(error)
         self._enforcement.carry_out_unrecorded()
+        if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
+            self._enforcement.let_the_suspended_go_on()
 
     def _complain(self, error: BgSupervisorError) -> None:
         now = self._clock.monotonic()
@@ -702,6 +706,8 @@ class Supervisor:
         self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
         self._nurseries.give_up_on_the_silent()
+        if self._recovery.done_once and not any(ward.dead_since is not None for ward in self._wards):
+            self._nurseries.forget_the_dead()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 

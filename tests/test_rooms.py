@@ -41,6 +41,7 @@ FLOORS = (
     {"bodies"},
     {"tasks"},
     {"payload"},
+    {"exits"},
     {"wire"},
     {"stacks"},
     {"processes", "oom", "logs", "notify", "stamp", "postgres"},
