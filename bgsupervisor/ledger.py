@@ -262,17 +262,21 @@ class Outcome:
 class Ledger:
     """The rows of one installation. Every method blocks for at most the store's busy timeout.
 
+    Args:
+        store: Where they are.
+        clock: The time that is written and compared; None takes the store's, which is the same on all machines.
+
     Raises (from every method):
         DatabaseError, AccessError: The database is away, locked, full or not writable.
     """
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock | None = None) -> None:
         self.store = store
-        self._clock = clock
+        self.clock = clock or store.clock
         self._task = store.tables.Task
         self._interruption = store.tables.Interruption
         self._supervisor = store.tables.Supervisor
-        self.waits = Waits(store, clock)
+        self.waits = Waits(store, self.clock)
 
     # Requests
 
@@ -291,7 +295,7 @@ class Ledger:
             return [self._insert(request) for request in requests]
 
     def _insert(self, request: Request) -> tuple[int, bool]:
-        now = self._clock.now()
+        now = self.clock.now()
         row = {
             "name": request.name,
             "data": request.data,
@@ -355,7 +359,7 @@ class Ledger:
             if record.status is Status.REQUEST:
                 self._withdraw(Attempt(id, record.attempt), by=by, keys=[] if keys is None else keys)
             elif record.status is Status.START and record.cancel_requested_at is None:
-                asked = {"cancel_requested_at": self._clock.now(), "cancel_requested_by": by}
+                asked = {"cancel_requested_at": self.clock.now(), "cancel_requested_by": by}
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
@@ -373,7 +377,7 @@ class Ledger:
             if record.cancel_requested_at is not None or record.ending is not None:
                 raise NotSuspendable(id, record.status, "it is being ended")
             if record.suspend_requested_at is None:
-                asked = {"suspend_requested_at": self._clock.now(), "suspend_requested_by": by}
+                asked = {"suspend_requested_at": self.clock.now(), "suspend_requested_by": by}
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
@@ -406,7 +410,7 @@ class Ledger:
                     raise AlreadyLive(twin, record.unique_key)
             try:
                 with self.store.database.atomic():
-                    self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+                    self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self.clock.now()})
             except peewee.IntegrityError:  # a request took its unique key just now
                 unique_key = record.unique_key or ""
                 raise AlreadyLive(self._live_twin(record.name, unique_key) or 0, unique_key) from None
@@ -477,7 +481,7 @@ class Ledger:
             return False
 
     def _claim(self, claim: Claim) -> bool:
-        now, who = self._clock.now(), claim.identity
+        now, who = self.clock.now(), claim.identity
         values = {
             **_CLEARED,
             "attempt": claim.due.attempt + 1,
@@ -510,7 +514,7 @@ class Ledger:
         return True
 
     def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
-        now = self._clock.now()
+        now = self.clock.now()
         detail = f"cancelled by {by} before it began" if by else "cancelled before it began"
         values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
         if not self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by}):
@@ -545,7 +549,7 @@ class Ledger:
             return sum(self._unclaim(attempt, keys) for attempt in attempts)
 
     def _end(self, attempt: Attempt, end: End, keys: list[str]) -> bool:
-        now = self._clock.now()
+        now = self.clock.now()
         known = {
             "exit_code": end.exit_code,
             "signal": end.signal,
@@ -589,7 +593,7 @@ class Ledger:
         todo = [(one, on_id) for one in dependents]
         for one, before_id in todo:  # grows meanwhile
             detail = f"had to come after task {before_id}, which was interrupted"
-            values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self._clock.now()}
+            values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self.clock.now()}
             if self._move("withdraw", Attempt(one.id, one.attempt), values):
                 todo += [(following, one.id) for following in self._settle_withdrawn(one.id, keys)]
 
@@ -773,7 +777,7 @@ class Ledger:
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
-        task, now = self._task, self._clock.now()
+        task, now = self._task, self.clock.now()
         is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
         is_due &= ~peewee.fn.EXISTS(self._must_wait())
         columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
@@ -794,11 +798,11 @@ class Ledger:
 
     def next_due_at(self) -> datetime | None:
         """Return the moment at which the next task that is planned for later becomes due, or None."""
-        return self._first_run_at(self._task.run_at > self._clock.now())
+        return self._first_run_at(self._task.run_at > self.clock.now())
 
     def oldest_due_at(self, names: Collection[str] | None = None) -> datetime | None:
         """Return since when the task (of *names*) that has waited longest could have started; None if none waits."""
-        is_due = self._task.run_at <= self._clock.now()
+        is_due = self._task.run_at <= self.clock.now()
         return self._first_run_at(is_due if names is None else is_due & self._task.name.in_(list(names)))
 
     def _first_run_at(self, condition: peewee.Node) -> datetime | None:
@@ -814,7 +818,7 @@ class Ledger:
             (task.priority == record.priority)
             & ((task.run_at < record.run_at) | ((task.run_at == record.run_at) & (task.id < record.id)))
         )
-        is_due = _IS_REQUEST & (task.run_at <= self._clock.now()) & ~peewee.fn.EXISTS(self._must_wait())
+        is_due = _IS_REQUEST & (task.run_at <= self.clock.now()) & ~peewee.fn.EXISTS(self._must_wait())
         query = task.select(peewee.fn.COUNT(task.id)).where(is_due & sooner)
         with self.store.connected():
             return 1 + int(query.scalar())

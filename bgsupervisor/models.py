@@ -20,13 +20,15 @@ from typing import TYPE_CHECKING, Any
 import peewee
 
 from bgsupervisor import postgres
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import ServerClock, SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from bgsupervisor.clock import Clock
 
 __all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
 
@@ -419,6 +421,9 @@ class Store:
 
     Two kinds: `Store.open` owns its connections (one per thread, kept open); `Store.share` uses a database
     object of the application, changes no pragma of it, and joins its open transaction.
+
+    Attributes:
+        clock: The time by which rows go: of the machine with SQLite, of the server with PostgreSQL.
     """
 
     def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
@@ -432,6 +437,8 @@ class Store:
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
         self._lock_key = postgres.lock_key(prefix)
+        self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
+        self.clock: Clock = self._server_clock or SystemClock()
         self.creates = True
 
     @classmethod
@@ -500,6 +507,8 @@ class Store:
             try:
                 if opened_here:
                     self._connect()
+                if self._server_clock is not None and (opened_here or self._server_clock.is_old()):
+                    self._server_clock.ask(self._server_time)
                 if not self._schema_checked:
                     self._check_schema()
                 yield
@@ -688,6 +697,14 @@ class Store:
             else:
                 return
             clock.sleep(WAL_RETRY_S)
+
+    def _have_asked_the_time(self) -> None:
+        with self.connected():
+            pass
+
+    def _server_time(self) -> datetime:
+        moment: datetime = self.database.execute_sql("SELECT clock_timestamp()").fetchone()[0]
+        return moment.astimezone(UTC)
 
     def _check_schema(self) -> None:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it

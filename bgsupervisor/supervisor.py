@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Due, Outcome, Suspension
     from bgsupervisor.notify import Notifier
@@ -80,7 +79,6 @@ class Supervisor:
         state_dir: Exists, and belongs to this user.
         lock: Held.
         notifier: Tells the service manager.
-        clock: Tells the time.
         burst: Leave when nothing is due and nothing runs.
         reread: Loads the configuration anew, for a reload.
 
@@ -95,14 +93,12 @@ class Supervisor:
         state_dir: StateDir,
         lock: Lock,
         notifier: Notifier,
-        clock: Clock,
         reread: Callable[[], Config],
         burst: bool = False,
     ) -> None:
         set_child_subreaper()
         processes.raise_descriptor_limit()
         self._config = config
-        self._clock = clock
         self._lock = lock
         self._notifier = notifier
         self._reread = reread
@@ -115,7 +111,8 @@ class Supervisor:
         with self._store.connected():
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
         self._database_inode = self._store.inode()
-        self._ledger = Ledger(self._store, clock)
+        self._ledger = Ledger(self._store)
+        self._clock = clock = self._store.clock
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
