@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peewee
 
 from bgsupervisor import pauses
-from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
+from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
+from bgsupervisor.statements import Statements
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
 from bgsupervisor.wire import End
@@ -242,19 +243,32 @@ class Batch:
 
     def __bool__(self) -> bool:
         """Whether there is anything to write."""
+        return bool(self.claims or self._others)
+
+    @property
+    def only_claims(self) -> bool:
+        """Whether it can be written by one statement."""
+        return bool(self.claims and not self._others)
+
+    @property
+    def _others(self) -> bool:
         rows = self.ends or self.unclaims or self.endings or self.suspensions or self.notes or self.returns
-        return bool(rows or self.claims or self.supervisor)
+        return bool(rows or self.supervisor)
 
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What a batch changed; whatever is missing here had been decided by somebody else."""
+    """What a batch changed; whatever is missing here had been decided by somebody else.
+
+    `passed_over` are claims of rows that somebody had locked; they wait still, and can be claimed later.
+    """
 
     ended: set[Attempt] = dataclasses.field(default_factory=set)
     unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
     endings: set[Attempt] = dataclasses.field(default_factory=set)
     suspensions: set[Attempt] = dataclasses.field(default_factory=set)
     claimed: list[Claim] = dataclasses.field(default_factory=list)
+    passed_over: list[Claim] = dataclasses.field(default_factory=list)
     returned: set[Attempt] = dataclasses.field(default_factory=set)
     keys: list[str] = dataclasses.field(default_factory=list)
 
@@ -276,6 +290,9 @@ class Ledger:
         self._task = store.tables.Task
         self._interruption = store.tables.Interruption
         self._supervisor = store.tables.Supervisor
+        self._statements = Statements(
+            store.tables.prefix, mark=store.database.param, locks_rows=store.locks_rows, cleared=_ATTEMPT_COLUMNS
+        )
         self.waits = Waits(store, self.clock)
 
     # Requests
@@ -355,7 +372,7 @@ class Ledger:
         The keys to ring after the commit are added to *keys*.
         """
         with self.store.writing():
-            record = self._get(id)
+            record = self._get(id, kept=True)  # a claim needs nobody kept away, only this row to be free
             if record.status is Status.REQUEST:
                 self._withdraw(Attempt(id, record.attempt), by=by, keys=[] if keys is None else keys)
             elif record.status is Status.START and record.cancel_requested_at is None:
@@ -425,15 +442,21 @@ class Ledger:
         Raises:
             DatabaseError, AccessError: Nothing was written; the same batch can be applied later.
         """
+        missed: list[Claim] = []
         try:
-            with self.store.writing():
-                return self._apply(batch, guard=_no_guard)
+            # A claim touches nothing but its own row: it keeps nobody away, and waits for nobody.
+            with self.store.adding() if batch.only_claims else self.store.writing():
+                outcome = self._apply(batch, missed, guard=_no_guard)
         except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
             log.log(_level(error), "a batch could not be written (%s); writing it row by row", error)
+            missed.clear()
             with self.store.writing():
-                return self._apply(batch, guard=self._guarded)
+                outcome = self._apply(batch, missed, guard=self._guarded)
+        if missed:
+            outcome.passed_over = self._passed_over(missed)
+        return outcome
 
-    def _apply(self, batch: Batch, *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
+    def _apply(self, batch: Batch, missed: list[Claim], *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
         outcome = Outcome()
         self._apply_ends(batch, outcome, guard=guard)
         for attempt, ending in batch.endings.items():
@@ -448,9 +471,10 @@ class Ledger:
         for attempt, back in batch.returns.items():
             if guard(lambda a=attempt, b=back: self.waits.grant(a.id, a.attempt, *b), f"the slot of task {attempt.id}"):  # type: ignore[misc]
                 outcome.returned.add(attempt)
-        for claim in batch.claims:
-            if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
-                outcome.claimed.append(claim)
+        at_once = [batch.claims] if guard is _no_guard else [[claim] for claim in batch.claims]
+        for claims in at_once if batch.claims else []:
+            what = f"the claim of task {claims[0].due.id}"
+            guard(lambda some=claims: self._claim(some, outcome, missed), what)  # type: ignore[misc]
         if batch.supervisor is not None:
             row = dataclasses.asdict(batch.supervisor)
             insert = self._supervisor.insert(**row)
@@ -480,22 +504,33 @@ class Ledger:
             log.log(_level(error, logging.ERROR), "%s cannot be written: %s", what, error)
             return False
 
-    def _claim(self, claim: Claim) -> bool:
-        now, who = self.clock.now(), claim.identity
-        values = {
-            **_CLEARED,
-            "attempt": claim.due.attempt + 1,
-            "host": who.host,
-            "boot_id": who.boot_id,
-            "pid_ns": who.pid_ns,
-            "pid": who.pid,
-            "start_ticks": who.start_ticks,
-            "slot": claim.slot,
-            "started_at": now,
-            "started_mono": claim.started_mono,
-            "heartbeat_at": now,
-        }
-        return self._move("claim", Attempt(claim.due.id, claim.due.attempt), values)
+    def _claim(self, claims: Sequence[Claim], outcome: Outcome, missed: list[Claim]) -> bool:
+        """Begin attempts, all in one statement; what could not be claimed is added to *missed*."""
+        values: list[object] = []
+        for claim in claims:
+            who = claim.identity
+            values += [claim.due.id, claim.due.attempt, who.host, who.boot_id, who.pid_ns, who.pid, who.start_ticks]
+            values += [claim.slot, claim.started_mono]
+        now = self._task.started_at.db_value(self.clock.now())
+        statement = self._statements.claim(len(claims))
+        claimed = {id for (id,) in self.store.rows_of(statement, [*values, now, now])}
+        outcome.claimed += [claim for claim in claims if claim.due.id in claimed]
+        missed += [claim for claim in claims if claim.due.id not in claimed]
+        return bool(claimed)
+
+    def _passed_over(self, missed: Sequence[Claim]) -> list[Claim]:
+        """Return the claims whose tasks wait still: somebody had locked their rows. Tell of the others."""
+        task = self._task
+        query = task.select(task.id, task.attempt).where(_IS_REQUEST & task.id.in_([claim.due.id for claim in missed]))
+        try:
+            with self.store.connected():
+                waiting = set(query.tuples())
+        except (DatabaseError, AccessError):
+            return []  # all is written, and the next look shows what has become of them
+        for claim in missed:
+            if (claim.due.id, claim.due.attempt) not in waiting:
+                _tell_too_late("claim", Attempt(claim.due.id, claim.due.attempt))
+        return [claim for claim in missed if (claim.due.id, claim.due.attempt) in waiting]
 
     def _suspend(self, attempt: Attempt, suspension: Suspension) -> bool:
         values = {
@@ -658,9 +693,7 @@ class Ledger:
         transition = _BY_EVENT[event]
         changed = self._where(attempt, transition.sources, {**values, "status": transition.target})
         if not changed:
-            log.info(
-                "task %d, attempt %d: %s came too late, the row says otherwise", attempt.id, attempt.attempt, event
-            )
+            _tell_too_late(event, attempt)
         return changed
 
     def _where(self, attempt: Attempt, statuses: Iterable[Status], values: dict[str, Any]) -> bool:
@@ -771,15 +804,18 @@ class Ledger:
                 ).tuples()
             ]
 
-    def due(self, names: Collection[str], *, limit: int) -> list[Due]:
+    def due(self, names: Collection[str], *, limit: int, besides: Collection[int] = ()) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
+        Leaves out the ids of *besides*.
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
         task, now = self._task, self.clock.now()
         is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
         is_due &= ~peewee.fn.EXISTS(self._must_wait())
+        if besides:
+            is_due &= task.id.not_in(list(besides))
         columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
         found: list[Due] = []
         with self.store.connected():
@@ -848,24 +884,30 @@ class Ledger:
         light = {"data": "", "result": None, "error": None, "stack": None}
         return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
 
-    def _get(self, id: int) -> TaskRecord:
-        record = self.get(id)
-        if record is None:
+    def _get(self, id: int, *, kept: bool = False) -> TaskRecord:
+        found = self._records(self._task.id == id, limit=1, kept=kept) if 0 < id <= ID_MAX else []
+        if not found:
             raise UnknownTask(id)
-        return record
+        return found[0]
 
-    def _records(self, *conditions: peewee.Node, limit: int | None) -> list[TaskRecord]:
+    def _records(self, *conditions: peewee.Node, limit: int | None, kept: bool = False) -> list[TaskRecord]:
         query = self._task.select().order_by(self._task.id.desc())
         if conditions:
             query = query.where(*conditions)
         if limit is not None:
             query = query.limit(limit)
+        if kept:
+            query = self.store.kept(query)
         with self.store.connected():
             return [TaskRecord.from_row(row) for row in list(query.dicts())]
 
 
 def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded
     return write()
+
+
+def _tell_too_late(event: str, attempt: Attempt) -> None:
+    log.info("task %d, attempt %d: %s came too late, the row says otherwise", attempt.id, attempt.attempt, event)
 
 
 def _level(error: Exception, level: int = logging.WARNING) -> int:

@@ -26,7 +26,7 @@ from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from bgsupervisor.clock import Clock
 
@@ -424,6 +424,7 @@ class Store:
 
     Attributes:
         clock: The time by which rows go: of the machine with SQLite, of the server with PostgreSQL.
+        locks_rows: Whether others can have locked single rows, as in PostgreSQL; else who writes is alone.
     """
 
     def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
@@ -436,6 +437,7 @@ class Store:
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
+        self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
         self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
         self.clock: Clock = self._server_clock or SystemClock()
@@ -536,9 +538,17 @@ class Store:
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:
-        """Have a connection for one statement that adds rows: a transaction by itself, or part of the caller's."""
+        """Have a connection for one statement that keeps nobody away: its own transaction, or part of the caller's."""
         with self.connected(), self.database.atomic() if self.database.in_transaction() else contextlib.nullcontext():
             yield
+
+    def kept(self, query: Any) -> Any:  # noqa: ANN401 - a Peewee query
+        """Return a query whose rows stay as they are until the transaction ends, as all rows do in SQLite."""
+        return query.for_update() if self.locks_rows else query
+
+    def rows_of(self, statement: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+        """Run a statement that is written out, on the connection that is open, and return what it returns."""
+        return list(self.database.execute_sql(statement, values).fetchall())
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:

@@ -414,8 +414,8 @@ class Waits:
         slot = found[0][0]
         if slot is None and slots is not None:
             slot = self._take_slot(waiter.id, slots)
-            if slot is not None:
-                task.update(slot=slot).where(mine).execute()
+            if slot is not None and not self._puts_into(task.update(slot=slot).where(mine)):
+                slot = None
         if slot is not None:
             wait.delete().where(rows).execute()
             return int(slot)
@@ -423,6 +423,15 @@ class Waits:
         if not wait.select(wait.id).where(rows).exists():
             wait.insert(**self._row(waiter, Waiting("slot"))).execute()
         return None
+
+    def _puts_into(self, update: Any) -> bool:  # noqa: ANN401 - a Peewee query
+        """Take a slot, unless a claim takes it just now: claims keep nobody away on PostgreSQL."""
+        try:
+            with self._store.database.atomic():
+                update.execute()
+        except peewee.IntegrityError:
+            return False
+        return True
 
     def _take_slot(self, id: int, slots: int) -> int | None:
         """Return a free slot if it is this task's turn among those who come back."""

@@ -682,8 +682,8 @@ def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invent
     before = rows(raw)
     calls = []
 
-    def claim_on_a_full_disk(claim):
-        calls.append(claim)
+    def claim_on_a_full_disk(claims, *_):
+        calls.append(claims)
         if len(calls) == 1:
             raise peewee.IntegrityError("the first pass is spoiled")
         if rolls_back_itself:  # as SQLite does when it has no space left
