@@ -91,8 +91,11 @@ _HEAVY = frozenset({"data", "result", "error", "stack"})
 PRIORITIES_MAX = 50
 """So many priorities are asked for one by one; the rest is sorted."""
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
-_NEVER_ENDED: dict[str, Any] = dict.fromkeys(("ending", "detail", "stack"))
-"""What the order to end an attempt has left in its row; a body that returns all the same is DONE."""
+_NOT_RUNNING: dict[str, Any] = dict.fromkeys(
+    ("slot", "cpu_percent", "rss_bytes", "suspend_requested_at", "suspended_at", "suspended_mono")
+)
+_NEVER_ENDED = (*_NOT_RUNNING, "ending", "detail", "stack")
+"""With what the order to end an attempt has left in its row; a body that returns all the same is DONE."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,12 +213,6 @@ class Note:
     def tells_progress(self) -> bool:
         """Whether there is something that a person may be waiting to see."""
         return (self.progress_done, self.progress_total, self.message) != (None, None, None)
-
-    def values(self) -> dict[str, Any]:
-        """Return the columns to write."""
-        return {
-            field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
-        }
 
 
 _NOTHING_NEW = Note()
@@ -457,7 +454,7 @@ class Ledger:
         return outcome
 
     def _apply(self, batch: Batch, missed: list[Claim], *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
-        outcome = Outcome()
+        outcome, at_once = Outcome(), guard is _no_guard
         self._apply_ends(batch, outcome, guard=guard)
         for attempt, ending in batch.endings.items():
             values = {"ending": ending.reason, "detail": ending.detail}
@@ -466,13 +463,12 @@ class Ledger:
         for attempt, suspension in batch.suspensions.items():
             if guard(lambda a=attempt, s=suspension: self._suspend(a, s), f"that task {attempt.id} is suspended"):  # type: ignore[misc]
                 outcome.suspensions.add(attempt)
-        for attempt, note in batch.notes.items():
-            guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
+        for notes in _at_once_or_each([one for one in batch.notes.items() if one[1]], at_once=at_once):
+            guard(lambda some=notes: self._note(some), f"a note of task {notes[0][0].id}")  # type: ignore[misc]
         for attempt, back in batch.returns.items():
             if guard(lambda a=attempt, b=back: self.waits.grant(a.id, a.attempt, *b), f"the slot of task {attempt.id}"):  # type: ignore[misc]
                 outcome.returned.add(attempt)
-        at_once = [batch.claims] if guard is _no_guard else [[claim] for claim in batch.claims]
-        for claims in at_once if batch.claims else []:
+        for claims in _at_once_or_each(batch.claims, at_once=at_once):
             what = f"the claim of task {claims[0].due.id}"
             guard(lambda some=claims: self._claim(some, outcome, missed), what)  # type: ignore[misc]
         if batch.supervisor is not None:
@@ -482,13 +478,19 @@ class Ledger:
         return outcome
 
     def _apply_ends(self, batch: Batch, outcome: Outcome, *, guard: Callable[[Callable[[], bool], str], bool]) -> None:
+        at_once, simple = guard is _no_guard, []
+        if at_once:
+            done = [(attempt, end) for attempt, end in batch.ends.items() if end.reason is None]
+            concerned = self.waits.concerned(self._statements, [attempt.id for attempt, _ in done])
+            simple = [(attempt, end) for attempt, end in done if attempt.id not in concerned]
+            self._finish(simple, outcome, holds=False)
+        tried = dict(simple)
         for attempt, end in batch.ends.items():
-            ended = guard(lambda a=attempt, e=end: self._end(a, e, outcome.keys), f"the end of task {attempt.id}")  # type: ignore[misc]
-            if not ended and guard is not _no_guard:
-                ended = self._end(attempt, _unwritable(end), outcome.keys)
-            if ended:
-                outcome.ended.add(attempt)
-            else:
+            if attempt not in tried:
+                guard(lambda a=attempt, e=end: self._end(a, e, outcome), f"the end of task {attempt.id}")  # type: ignore[misc]
+            if attempt not in outcome.ended and not at_once:
+                self._end(attempt, _unwritable(end), outcome)
+            if attempt not in outcome.ended:
                 outcome.keys.append(EVERYBODY)  # whoever recorded it may not have been able to ring
         for attempt in batch.unclaims:
             if self._unclaim(attempt, outcome.keys):
@@ -511,12 +513,25 @@ class Ledger:
             who = claim.identity
             values += [claim.due.id, claim.due.attempt, who.host, who.boot_id, who.pid_ns, who.pid, who.start_ticks]
             values += [claim.slot, claim.started_mono]
-        now = self._task.started_at.db_value(self.clock.now())
+        now = self._text(self.clock.now())
         statement = self._statements.claim(len(claims))
-        claimed = {id for (id,) in self.store.rows_of(statement, [*values, now, now])}
-        outcome.claimed += [claim for claim in claims if claim.due.id in claimed]
-        missed += [claim for claim in claims if claim.due.id not in claimed]
+        claimed = {Attempt(*row) for row in self.store.rows_of(statement, [*values, now, now])}
+        outcome.claimed += [claim for claim in claims if claim.attempt in claimed]
+        missed += [claim for claim in claims if claim.attempt not in claimed]
         return bool(claimed)
+
+    def _note(self, notes: Sequence[tuple[Attempt, Note]]) -> bool:
+        """Write down what is known of running attempts, all in one statement."""
+        values: list[object] = []
+        for attempt, note in notes:
+            values += [attempt.id, attempt.attempt, self._text(note.heartbeat_at), note.progress_done]
+            values += [note.progress_total, note.message, note.cpu_s, note.cpu_percent, note.rss_bytes]
+            values += [note.peak_rss_bytes, note.stack]
+        return bool(self.store.rows_of(self._statements.note(len(notes)), values))
+
+    def _text(self, moment: datetime | None) -> str | None:
+        text: str | None = self._task.started_at.db_value(moment)
+        return text
 
     def _passed_over(self, missed: Sequence[Claim]) -> list[Claim]:
         """Return the claims whose tasks wait still: somebody had locked their rows. Tell of the others."""
@@ -583,8 +598,31 @@ class Ledger:
             ]
             return sum(self._unclaim(attempt, keys) for attempt in attempts)
 
-    def _end(self, attempt: Attempt, end: End, keys: list[str]) -> bool:
-        now = self.clock.now()
+    def _end(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
+        if end.reason is None:
+            return self._finish([(attempt, end)], outcome, holds=True)
+        return self._interrupt(attempt, end, outcome)
+
+    def _finish(self, ends: Sequence[tuple[Attempt, End]], outcome: Outcome, *, holds: bool) -> bool:
+        """End attempts as DONE, all in one statement; free what they hold, if they can hold anything."""
+        if not ends:
+            return False
+        values: list[object] = []
+        for attempt, end in ends:
+            values += [attempt.id, attempt.attempt, end.result, end.exit_code, end.signal, end.cpu_s]
+            values += [end.progress_done, end.progress_total, end.message, end.peak_rss_bytes]
+        statement = self._statements.finish(len(ends), _NEVER_ENDED)
+        rows = self.store.rows_of(statement, [*values, self._text(self.clock.now())])
+        finished = {Attempt(*row) for row in rows}
+        for attempt, _ in ends:
+            if attempt in finished:
+                self._let_go(attempt, None, outcome.keys, holds=holds)
+                outcome.ended.add(attempt)
+            else:
+                _tell_too_late("finish", attempt)
+        return bool(finished)
+
+    def _interrupt(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
         known = {
             "exit_code": end.exit_code,
             "signal": end.signal,
@@ -592,36 +630,31 @@ class Ledger:
             "progress_done": end.progress_done,
             "progress_total": end.progress_total,
             "message": end.message,
+            "stack": end.stack,
         }
         values: dict[str, Any] = {column: value for column, value in known.items() if value is not None}
-        values |= {"ended_at": now, "slot": None, "cpu_percent": None, "rss_bytes": None}
-        values |= {"suspend_requested_at": None, "suspended_at": None, "suspended_mono": None}
+        values |= {**_NOT_RUNNING, "ended_at": self.clock.now()}
         if end.peak_rss_bytes is not None:
             peak = self._task.peak_rss_bytes
             values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
-        if end.reason is None:
-            if not self._move("finish", attempt, {**values, "result": end.result, **_NEVER_ENDED}):
-                return False
-            self._let_go(attempt, None, keys)
-            return True
         # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
         ordered = self._task.ending.is_null(False)
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
         detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
         values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
-        if end.stack is not None:
-            values["stack"] = end.stack
         if not self._move("interrupt", attempt, values):
             return False
-        self._let_go(attempt, self._remember_interruption(attempt), keys)
+        self._let_go(attempt, self._remember_interruption(attempt), outcome.keys)
+        outcome.ended.add(attempt)
         return True
 
-    def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str]) -> None:
+    def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str], *, holds: bool = True) -> None:
         """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
         pauses.at("ledger.ended")
-        keys += self.waits.free(attempt.id, attempt.attempt, reason=reason)
+        keys += self.waits.free(attempt.id, attempt.attempt, reason=reason) if holds else [task_key(attempt.id)]
         pauses.at("ledger.freed")
-        self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
+        if holds:
+            self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
 
     def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
         """Interrupt waiting tasks that had to come after one which will not be DONE, and in turn those after them."""
@@ -904,6 +937,11 @@ class Ledger:
 
 def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded
     return write()
+
+
+def _at_once_or_each(rows: list[Any], *, at_once: bool) -> list[list[Any]]:
+    """Return lists of rows that one statement writes: all of them, or, so that a bad one spoils no other, each."""
+    return [rows] if rows and at_once else [[row] for row in rows]
 
 
 def _tell_too_late(event: str, attempt: Attempt) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
+    from bgsupervisor.statements import Statements
 
 __all__ = [
     "DUE",
@@ -338,6 +339,13 @@ class Waits:
         self._dependency.delete().where(self._dependency.task_id == id).execute()
 
     # Ends
+
+    def concerned(self, statements: Statements, ids: Sequence[int]) -> Collection[int]:
+        """Return which of these tasks hold or wait for something, or are waited for; others have nothing to free."""
+        if not ids:
+            return ()
+        found = {id for (id,) in self._store.rows_of(statements.concerned(len(ids)), [*ids, *ids, *ids])}
+        return ids if 0 in found else found
 
     def free(self, id: int, attempt: int, *, reason: str | None) -> list[str]:
         """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
