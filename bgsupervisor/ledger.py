@@ -310,25 +310,14 @@ class Ledger:
 
     def _insert(self, request: Request) -> tuple[int, bool]:
         now = self.clock.now()
-        row = {
-            "name": request.name,
-            "data": request.data,
-            "queue": "default",
-            "priority": request.priority,
-            "status": Status.REQUEST,
-            "key": request.key,
-            "unique_key": request.unique_key,
-            "run_at": request.run_at or now,
-            "requested_at": now,
-            "attempt": 0,
-            "tries": 0,
-            "max_attempts": 1,
-            "parent_id": request.parent_id,
-        }
+        row = (
+            *(request.name, request.data, request.priority, request.key, request.unique_key),
+            *(self._text(request.run_at or now), self._text(now), request.parent_id),
+        )
         for on_id in request.after:
             self._get(on_id)
         if request.unique_key is None:
-            id = int(self._task.insert(**row).execute())
+            id = self._put(row)
         else:
             id, created = self._insert_unique(request.name, request.unique_key, row)
             if not created:
@@ -339,7 +328,10 @@ class Ledger:
                 self._strand([Dependent(id, 0)], broken, [])
         return id, True
 
-    def _insert_unique(self, name: str, unique_key: str, row: dict[str, Any]) -> tuple[int, bool]:
+    def _put(self, row: Sequence[object]) -> int:
+        return int(self.store.rows_of(self._statements.request, row)[0][0])
+
+    def _insert_unique(self, name: str, unique_key: str, row: Sequence[object]) -> tuple[int, bool]:
         """Insert a task, unless a live one holds its unique key; others may take it, or give it back, meanwhile."""
         for tries_left in range(TWIN_TRIES, 0, -1):
             twin = self._live_twin(name, unique_key)
@@ -347,7 +339,7 @@ class Ledger:
                 return twin, False
             try:
                 with self.store.database.atomic():
-                    return int(self._task.insert(**row).execute()), True
+                    return self._put(row), True
             except peewee.IntegrityError:
                 if tries_left == 1:
                     raise
@@ -826,16 +818,12 @@ class Ledger:
 
     def wishes(self) -> list[Wish]:
         """Return the running attempts that somebody wants cancelled or suspended, and who asked."""
-        task = self._task
-        cancelled, suspended = task.cancel_requested_at.is_null(False), task.suspend_requested_at.is_null(False)
-        query = task.select(task.id, task.attempt, cancelled, task.cancel_requested_by, suspended)
         with self.store.connected():
-            return [
-                Wish(Attempt(id, attempt), bool(is_cancelled), by, bool(is_suspended))
-                for id, attempt, is_cancelled, by, is_suspended in query.where(
-                    _IS_START & (cancelled | suspended)
-                ).tuples()
-            ]
+            rows = self.store.rows_of(self._statements.wishes)
+        return [
+            Wish(Attempt(id, attempt), bool(cancelled), by, bool(suspended))
+            for id, attempt, cancelled, by, suspended in rows
+        ]
 
     def due(self, names: Collection[str], *, limit: int, besides: Collection[int] = ()) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
@@ -844,39 +832,35 @@ class Ledger:
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
-        task, now = self._task, self.clock.now()
-        is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
-        is_due &= ~peewee.fn.EXISTS(self._must_wait())
-        if besides:
-            is_due &= task.id.not_in(list(besides))
-        columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
+        now, names, texts = self._text(self.clock.now()), [str(name) for name in names], self._statements
         found: list[Due] = []
         with self.store.connected():
-            if not task.select(task.id).where(_IS_REQUEST & (task.run_at <= now)).exists():
+            if not names or not self.store.rows_of(texts.any_due, [now]):
                 return []
             for number, priority in enumerate(self._priorities()):
                 # With very many priorities it is cheaper to sort what is due than to ask for each.
                 last = number == PRIORITIES_MAX
-                of_priority = task.priority <= priority if last else task.priority == priority
-                query = task.select(*columns).where(is_due & of_priority)
-                query = query.order_by(task.priority.desc(), task.run_at, task.id).limit(limit - len(found))
-                found += [Due(*row) for row in query.tuples()]
+                statement = texts.due(len(names), len(besides), "<=" if last else "=")
+                values = [now, *names, *besides, priority, limit - len(found)]
+                found += [Due(*row) for row in self.store.rows_of(statement, values)]
                 if last or len(found) >= limit:
                     break
         return found
 
     def next_due_at(self) -> datetime | None:
         """Return the moment at which the next task that is planned for later becomes due, or None."""
-        return self._first_run_at(self._task.run_at > self.clock.now())
+        with self.store.connected():
+            rows = self.store.rows_of(self._statements.next_due_at, [self._text(self.clock.now())])
+        moment: datetime | None = self._task.run_at.python_value(rows[0][0]) if rows else None
+        return moment
 
     def oldest_due_at(self, names: Collection[str] | None = None) -> datetime | None:
         """Return since when the task (of *names*) that has waited longest could have started; None if none waits."""
-        is_due = self._task.run_at <= self.clock.now()
-        return self._first_run_at(is_due if names is None else is_due & self._task.name.in_(list(names)))
-
-    def _first_run_at(self, condition: peewee.Node) -> datetime | None:
         task = self._task
-        query = task.select(task.run_at).where(_IS_REQUEST & condition).order_by(task.run_at).limit(1)
+        is_due = _IS_REQUEST & (task.run_at <= self.clock.now())
+        if names is not None:
+            is_due &= task.name.in_(list(names))
+        query = task.select(task.run_at).where(is_due).order_by(task.run_at).limit(1)
         with self.store.connected():
             return next((moment for (moment,) in query.tuples()), None)
 
@@ -903,11 +887,10 @@ class Ledger:
         return dependency.select(dependency.id).where(dependency.task_id == self._task.id)
 
     def _priorities(self) -> Iterable[int]:
-        task = self._task
-        query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST)
-        while (priority := query.scalar()) is not None:
+        rows = self.store.rows_of(self._statements.priority)
+        while (priority := rows[0][0]) is not None:
             yield int(priority)
-            query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
+            rows = self.store.rows_of(self._statements.priority_below, [priority])
 
     def _starts(self) -> list[TaskRecord]:
         """Return the running tasks without data, result, error and stack, which may be megabytes."""

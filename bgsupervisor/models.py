@@ -546,7 +546,7 @@ class Store:
         """Return a query whose rows stay as they are until the transaction ends, as all rows do in SQLite."""
         return query.for_update() if self.locks_rows else query
 
-    def rows_of(self, statement: str, values: Sequence[object]) -> list[tuple[Any, ...]]:
+    def rows_of(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Run a statement that is written out, on the connection that is open, and return what it returns."""
         return list(self.database.execute_sql(statement, values).fetchall())
 

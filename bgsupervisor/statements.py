@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["CLAIM", "FINISH", "NOTE", "Statements"]
+__all__ = ["CLAIM", "FINISH", "NOTE", "REQUEST", "Statements"]
+
+REQUEST = ("name", "data", "priority", "key", "unique_key", "run_at", "requested_at", "parent_id")
 
 CLAIM = ("id", "attempt", "host", "boot_id", "pid_ns", "pid", "start_ticks", "slot", "started_mono")
 FINISH = (
@@ -46,12 +48,52 @@ class Statements:
         self._time = "TIMESTAMPTZ" if locks_rows else "TEXT"
         self._cleared = cleared
 
+        names, marks = ", ".join(f'"{name}"' for name in REQUEST), ", ".join([mark] * len(REQUEST))
+        self.request = f'INSERT INTO {self._task} ({names}) VALUES ({marks}) RETURNING "id"'  # noqa: S608 - our own names
+        """Records a request; values: a REQUEST. Returns its id; what it does not name has a default in the tables."""
+        self.any_due = f'SELECT 1 FROM {self._task} WHERE "status" = \'REQUEST\' AND "run_at" <= {mark} LIMIT 1'  # noqa: S608 - as above
+        """Finds whether any task's time has come; value: now."""
+        self.priority = f'SELECT MAX("priority") FROM {self._task} WHERE "status" = \'REQUEST\''  # noqa: S608 - as above
+        """Finds the highest priority of those that wait."""
+        self.priority_below = f'{self.priority} AND "priority" < {mark}'
+        """Finds the next one; value: the one before."""
+        self.wishes = f"""
+            SELECT "id", "attempt", "cancel_requested_at" IS NOT NULL, "cancel_requested_by",
+                "suspend_requested_at" IS NOT NULL
+            FROM {self._task} WHERE "status" = 'START'
+                AND ("cancel_requested_at" IS NOT NULL OR "suspend_requested_at" IS NOT NULL)
+        """.strip()  # noqa: S608 - as above
+        """Finds the running attempts that somebody wants something of."""
+        self.next_due_at = f"""
+            SELECT "run_at" FROM {self._task} WHERE "status" = 'REQUEST' AND "run_at" > {mark} ORDER BY "run_at" LIMIT 1
+        """.strip()  # noqa: S608 - as above
+        """Finds when the next task's time comes; value: now."""
+
     @functools.lru_cache(maxsize=100)  # noqa: B019 - as many as there are slots, for one object per process
+    def due(self, names: int, besides: int, compared: str) -> str:
+        """Return what finds tasks whose time has come; values: now, the names, the ids left out, a priority, the limit.
+
+        Args:
+            names: How many names.
+            besides: How many ids.
+            compared: How the tasks' priority compares with the one given.
+        """
+        task = self._task
+        left_out = f'AND "id" NOT IN ({", ".join([self._mark] * besides)})' if besides else ""
+        return f"""
+            SELECT "id", "attempt", "name", "data", "key", "parent_id" FROM {task}
+            WHERE "status" = 'REQUEST' AND "run_at" <= {self._mark} AND "name" IN ({", ".join([self._mark] * names)})
+                {left_out} AND "priority" {compared} {self._mark}
+                AND NOT EXISTS (SELECT 1 FROM "{self._prefix}dependency" AS before WHERE before."task_id" = {task}."id")
+            ORDER BY "priority" DESC, "run_at", "id" LIMIT {self._mark}
+        """.strip()  # noqa: S608 - our own names
+
+    @functools.lru_cache(maxsize=100)  # noqa: B019 - as above
     def claim(self, count: int) -> str:
         """Return what begins attempts of *count* tasks that still wait; values: a CLAIM for each, and twice the time.
 
-        Returns id and attempt of those that were claimed. A row that somebody has locked just now is passed over, not waited
-        for.
+        Returns id and attempt of those that were claimed. A row that somebody has locked just now is passed over, not
+        waited for.
         """
         mine, times = CLAIM[2:], ("started_at", "heartbeat_at")
         sets = [f'"{name}" = NULL' for name in self._cleared if name not in {*mine, *times}]

@@ -511,6 +511,9 @@ class Supervisor:
             pauses.at("supervisor.claimed")
         for claim, ward in claims:
             self._start(claim, ward, claimed=claim in outcome.claimed)
+        started = [ward for claim, ward in claims if claim in outcome.claimed]
+        for ward, counters in zip(started, self._wards.oom.counters(ward.who.pid for ward in started), strict=True):
+            ward.oom = counters
 
     def _compose(self, claims: list[Claim], now: float) -> Batch:
         batch = Batch(claims=claims, ends=dict(self._recovery.ends), unclaims=set(self._recovery.unbegun))
@@ -612,7 +615,6 @@ class Supervisor:
         )
         ward.begin(claim, self._ears.send(ward.peer, order))
         pauses.at("supervisor.ordered")
-        ward.oom = self._wards.oom.counters_of(ward.who.pid)
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:
