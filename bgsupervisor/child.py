@@ -449,7 +449,7 @@ class Child:
         config = self._config
         # A database that is away may come back, or be restored; an empty one in its place would know of no attempt.
         store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s, creates=False)
-        return Ledger(store, self._clock)
+        return Ledger(store)
 
     def _keep_log(self, order: Run) -> None:
         with contextlib.suppress(OSError):

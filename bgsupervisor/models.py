@@ -21,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 import peewee
 
 from bgsupervisor import postgres
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import ServerClock, SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from bgsupervisor.clock import Clock
 
 __all__ = [
     "Store",
@@ -452,6 +454,10 @@ class Store:
 
     Two kinds: `Store.open` owns its connections (one per thread, kept open); `Store.share` uses a database
     object of the application, changes no pragma of it, and joins its open transaction.
+
+    Attributes:
+        clock: The time by which rows go: of the machine with SQLite, of the server with PostgreSQL.
+        locks_rows: Whether others can have locked single rows, as in PostgreSQL; else who writes is alone.
     """
 
     def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
@@ -464,7 +470,10 @@ class Store:
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
+        self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
+        self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
+        self.clock: Clock = self._server_clock or SystemClock()
         self.creates = True
 
     @classmethod
@@ -540,6 +549,8 @@ class Store:
             try:
                 if opened_here:
                     self._connect()
+                if self._server_clock is not None and (opened_here or self._server_clock.is_old()):
+                    self._server_clock.ask(self._server_time)
                 if not self._schema_checked:
                     self._check_schema()
                 yield
@@ -567,9 +578,17 @@ class Store:
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:
-        """Have a connection for one statement that adds rows: a transaction by itself, or part of the caller's."""
+        """Have a connection for one statement that keeps nobody away: its own transaction, or part of the caller's."""
         with self.connected(), self.database.atomic() if self.database.in_transaction() else contextlib.nullcontext():
             yield
+
+    def kept(self, query: Any) -> Any:  # noqa: ANN401 - a Peewee query
+        """Return a query whose rows stay as they are until the transaction ends, as all rows do in SQLite."""
+        return query.for_update() if self.locks_rows else query
+
+    def rows_of(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement that is written out, on the connection that is open, and return what it returns."""
+        return list(self.database.execute_sql(statement, values).fetchall())
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
@@ -734,6 +753,14 @@ class Store:
             else:
                 return
             clock.sleep(WAL_RETRY_S)
+
+    def _have_asked_the_time(self) -> None:
+        with self.connected():
+            pass
+
+    def _server_time(self) -> datetime:
+        moment: datetime = self.database.execute_sql("SELECT clock_timestamp()").fetchone()[0]
+        return moment.astimezone(UTC)
 
     def _check_schema(self) -> None:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it

@@ -18,7 +18,6 @@ from urllib.parse import quote, urlencode
 import peewee
 
 from bgsupervisor import payload, tasks
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import is_postgres, load
 from bgsupervisor.errors import (
     BgSupervisorError,
@@ -98,14 +97,15 @@ class Backing:
     @classmethod
     def of(cls, origin: Origin) -> Backing:
         """Do what the arguments say; opens nothing yet."""
-        clock, database = origin.clock or SystemClock(), origin.database
+        database = origin.database
         if isinstance(database, peewee.Database):
             config = load(origin.config, database=_url_of(database))
             store = Store.share(database, config.table_prefix)
         else:
             config = load(origin.config, database=database)
             store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
-        return cls(config, Ledger(store, clock), clock)
+        ledger = Ledger(store, origin.clock)
+        return cls(config, ledger, ledger.clock)
 
 
 redirect: Callable[[Origin], Backing] | None = None

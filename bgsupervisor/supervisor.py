@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Due, Outcome, Suspension
     from bgsupervisor.notify import Notifier
@@ -68,6 +67,8 @@ BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
 COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
+PASSED_OVER_S = 0.1
+"""A waiting task whose row somebody had locked is looked at again so much later; the others are claimed meanwhile."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -80,7 +81,6 @@ class Supervisor:
         state_dir: Exists, and belongs to this user.
         lock: Held.
         notifier: Tells the service manager.
-        clock: Tells the time.
         burst: Leave when nothing is due and nothing runs.
         reread: Loads the configuration anew, for a reload.
 
@@ -95,14 +95,12 @@ class Supervisor:
         state_dir: StateDir,
         lock: Lock,
         notifier: Notifier,
-        clock: Clock,
         reread: Callable[[], Config],
         burst: bool = False,
     ) -> None:
         set_child_subreaper()
         processes.raise_descriptor_limit()
         self._config = config
-        self._clock = clock
         self._lock = lock
         self._notifier = notifier
         self._reread = reread
@@ -115,7 +113,8 @@ class Supervisor:
         with self._store.connected():
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
         self._database_inode = self._store.inode()
-        self._ledger = Ledger(self._store, clock)
+        self._ledger = Ledger(self._store)
+        self._clock = clock = self._store.clock
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
@@ -131,6 +130,8 @@ class Supervisor:
         self._last_complaint = ""
         self._complain_at = 0.0
         self._look, self._backlog = True, False
+        self._passed_over: set[int] = set()
+        self._passed_over_until = 0.0
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
         self._spawn_at = 0.0
@@ -447,9 +448,12 @@ class Supervisor:
         due: list[Due] = []
         if self._next_due_at is not None and self._clock.now() >= self._next_due_at:
             self._look = True
+        if self._passed_over and now >= self._passed_over_until:
+            self._passed_over.clear()
+            self._look = True
         if self._look or (self._backlog and free):
             try:
-                due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1)
+                due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over)
                 self._next_due_at = self._ledger.next_due_at()
             except (DatabaseError, AccessError) as error:
                 self._complain(error)
@@ -500,10 +504,16 @@ class Supervisor:
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
+        if outcome.passed_over:
+            self._passed_over |= {claim.due.id for claim in outcome.passed_over}
+            self._passed_over_until = now + PASSED_OVER_S
         if claims:
             pauses.at("supervisor.claimed")
         for claim, ward in claims:
             self._start(claim, ward, claimed=claim in outcome.claimed)
+        started = [ward for claim, ward in claims if claim in outcome.claimed]
+        for ward, counters in zip(started, self._wards.oom.counters(ward.who.pid for ward in started), strict=True):
+            ward.oom = counters
 
     def _compose(self, claims: list[Claim], now: float) -> Batch:
         batch = Batch(claims=claims, ends=dict(self._recovery.ends), unclaims=set(self._recovery.unbegun))
@@ -592,7 +602,8 @@ class Supervisor:
     def _start(self, claim: Claim, ward: Ward, *, claimed: bool) -> None:
         if not claimed:
             self._look = True
-            self._recover_at = 0.0  # our picture of the slots may be wrong
+            if claim.due.id not in self._passed_over:
+                self._recover_at = 0.0  # our picture of the slots may be wrong
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
         due, attempt = claim.due, claim.attempt
@@ -606,7 +617,6 @@ class Supervisor:
         )
         ward.begin(claim, self._ears.send(ward.peer, order))
         pauses.at("supervisor.ordered")
-        ward.oom = self._wards.oom.counters_of(ward.who.pid)
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:
@@ -658,6 +668,8 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
+        if self._passed_over and self._may_admit():
+            moments.append(max(self._passed_over_until, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
@@ -747,8 +759,11 @@ class Supervisor:
             return
         elif self._burst and self._nurseries.die_again_and_again():
             self._leaving, self._exit_code = "the nursery dies again and again", 1
-        elif self._burst and self._nurseries.ours() is not None and not (self._look or self._backlog):
+        elif self._burst and self._nurseries.ours() is not None and not self._has_seen_work():
             self._leaving = "nothing is due"
+
+    def _has_seen_work(self) -> bool:
+        return self._look or self._backlog or bool(self._passed_over)
 
     def _send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of other nurseries, whose exits would not be seen."""

@@ -682,8 +682,8 @@ def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invent
     before = rows(raw)
     calls = []
 
-    def claim_on_a_full_disk(claim):
-        calls.append(claim)
+    def claim_on_a_full_disk(claims, *_):
+        calls.append(claims)
         if len(calls) == 1:
             raise peewee.IntegrityError("the first pass is spoiled")
         if rolls_back_itself:  # as SQLite does when it has no space left
@@ -729,7 +729,7 @@ def insert(raw, **values):
 
 
 def test_a_row_written_by_hand_needs_a_name_and_data_only(ledger, raw):
-    ledger._clock = SystemClock()
+    ledger.clock = SystemClock()
     id = insert(raw, name="a:b", data='{"n": 1}')
     record = ledger.get(id)
     assert (record.status, record.attempt, record.tries, record.max_attempts) == (Status.REQUEST, 0, 0, 1)
@@ -1108,7 +1108,7 @@ ledger.store.close()
 
 
 def test_no_task_is_claimed_twice_by_processes_that_race(ledger, store_url):
-    ledger._clock = SystemClock()
+    ledger.clock = SystemClock()
     ids = [id for id, _ in ledger.request_many([Request(name="a:b", data="{}")] * 150)]
     claimers = [
         subprocess.Popen(
