@@ -430,6 +430,8 @@ class Supervisor:
             try:
                 ids = [ward.attempt.id for ward in stalled if ward.attempt is not None]
                 waiting = {row["task_id"] for row in self._ledger.waits.rows(ids)}
+                if self._put_offs or self._store.write_problem(wait_s=BUSY_TIMEOUT_S):
+                    waiting |= set(ids)  # for the database, maybe: `reach` and locks are written there
             except (DatabaseError, AccessError) as error:
                 self._complain(error)
                 self._enforcement.put_off_stalls()
