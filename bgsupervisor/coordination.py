@@ -27,6 +27,7 @@ from bgsupervisor.errors import (
     DatabaseError,
     NotInTask,
     PartNotReached,
+    Undecided,
     UnknownTask,
     WaitTimeout,
 )
@@ -327,6 +328,8 @@ class Coordination:
         while True:
             try:
                 return call()
+            except Undecided:
+                raise  # to do it once more could do it twice
             except DatabaseError as error:
                 if self._clock.monotonic() >= deadline:
                     raise

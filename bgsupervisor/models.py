@@ -15,28 +15,32 @@ import sqlite3
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import peewee
 
 from bgsupervisor import postgres
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
-from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
+from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
 
 log = logging.getLogger("bgsupervisor")
+
+T = TypeVar("T")
 
 DATABASE_MODE = 0o660
 """Rights of a database file that we create: a web user and a deploy user share it through their group."""
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
+COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses between tries to reach a server that has hung up; the last one repeats."""
 
 # SQLite's primary result codes after which the same write can succeed later.
 LOCKED = 5
@@ -432,7 +436,9 @@ class Store:
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
         self._lock_key = postgres.lock_key(prefix)
+        self._clock = SystemClock()
         self.creates = True
+        self.patience_s = 0.0
 
     @classmethod
     def open(
@@ -444,6 +450,7 @@ class Store:
         checkpointer: bool = False,
         durable: bool = True,
         creates: bool = True,
+        patience_s: float = 0.0,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -454,6 +461,8 @@ class Store:
             checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
             creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
+            patience_s: For how long a call comes back to a server that has hung up (PostgreSQL): to learn what became
+                of a commit, and to repeat what is not there (`persistently`).
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
@@ -461,7 +470,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
-            store.creates = creates
+            store.creates, store.patience_s = creates, patience_s
             return store
         path = sqlite_path(url)
         pragmas = {
@@ -512,9 +521,86 @@ class Store:
         """Have a connection and a transaction that may write; inside the caller's own it joins that one.
 
         Nobody else writes meanwhile; with *alone* false others may, on PostgreSQL, for what touches no row of theirs.
+        If the connection is lost, it returns if all was committed, and raises ServerAway if nothing was.
+
+        Raises:
+            Undecided: Nobody could be asked which of the two, for `patience_s`.
         """
-        with self.connected(), self.alone() if alone or self._is_sqlite else self.database.atomic():
+        with self.connected(), self._decided(self.alone() if alone or self._is_sqlite else self.database.atomic()):
             yield
+
+    @contextlib.contextmanager
+    def _decided(self, transaction: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+        """Have a transaction, and learn what became of it if the connection is lost in its commit."""
+        if not isinstance(self.database, postgres.Server) or self.database.in_transaction():
+            with transaction:
+                yield
+            return
+        number = None
+        try:
+            with transaction:
+                begun = postgres.transaction_of(self.database)
+                yield
+                number = begun
+        except peewee.PeeweeException as error:
+            if number is None or not postgres.is_lost(self.database) or not self._learn(number, error):
+                raise
+
+    def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
+        """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
+        deadline = self._clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                self.close()
+                self._connect()
+                committed = postgres.outcome_of(self.database, transaction)
+            except peewee.PeeweeException as problem:
+                error = problem
+            else:
+                if committed is not None:
+                    log.info("a connection was lost in a commit, which was %s", "done" if committed else "not done")
+                    return committed
+            if self._clock.monotonic() + pause_s > deadline:
+                raise self.undecided(self.explain(error)) from error
+            self._clock.sleep(pause_s)
+        raise AssertionError
+
+    def undecided(self, error: BgSupervisorError) -> Undecided:
+        """Return the error that says that nobody knows whether something was recorded, and why."""
+        return Undecided(
+            f"{error}; the connection was lost while it was being recorded, so it may have been recorded or not: "
+            "look before it is asked for again"
+        )
+
+    def persistently(self, call: Callable[[], T]) -> T:
+        """Return what *call* returns, one transaction; if the server hangs up, come back to it and repeat it.
+
+        Only what was not recorded is repeated. Inside a transaction it is called once.
+
+        Raises:
+            ServerAway: No server for `patience_s`.
+            Undecided: As `writing`.
+        """
+        if self.patience_s == 0 or self.database.in_transaction():
+            return call()
+        deadline = self._clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                return call()
+            except ServerAway:
+                if self._clock.monotonic() + pause_s > deadline:
+                    raise
+            self._clock.sleep(pause_s)
+        raise AssertionError
+
+    def draw_id(self) -> int | None:
+        """Return the id for a new task that nobody else will get; None where the database is to choose it.
+
+        Who has drawn it before finds by it what was recorded, though the answer was lost, and cannot record it twice.
+        """
+        if not isinstance(self.database, postgres.Server) or self.database.in_transaction():
+            return None
+        return postgres.draw(self.database, f"{self.tables.prefix}task", "id")
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -741,6 +827,12 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _repeat_last(pauses_s: tuple[float, ...]) -> Iterator[float]:
+    yield from pauses_s
+    while True:
+        yield pauses_s[-1]
 
 
 def _is_full(path: Path | None) -> bool:

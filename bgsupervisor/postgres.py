@@ -15,11 +15,12 @@ from typing import Any
 import peewee
 
 from bgsupervisor.config import masked
-from bgsupervisor.errors import AccessError, ConfigError, DatabaseError
+from bgsupervisor.errors import AccessError, ConfigError, DatabaseError, ServerAway
 
 __all__ = [
     "Listener",
     "Server",
+    "draw",
     "explain",
     "hold_off",
     "is_lost",
@@ -27,6 +28,8 @@ __all__ = [
     "is_passing",
     "lock_key",
     "open_server",
+    "outcome_of",
+    "transaction_of",
 ]
 
 STATEMENT_TIMEOUT_S = 60
@@ -45,6 +48,8 @@ _LINK = {
 # resources, a lock that was not to be had, an operator's stop, the machine; a read-only server, an idle transaction.
 _PASSING_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
 _PASSING = frozenset({"25006", "25P03"})
+# After these, and after errors of the driver's own, there is no connection any more; another one may work.
+_GONE = frozenset({"57P01", "57P02", "57P03", "57P05", "25P03"})
 # What is wrong with a row's values: data, integrity, and limits such as the size of an index's row.
 _OF_ONE_ROW_CLASSES = frozenset({"22", "23", "54"})
 _REFUSED = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "role ", "permission denied")
@@ -182,6 +187,33 @@ def is_lost(database: peewee.Database) -> bool:
     return bool(poll.poll(0))
 
 
+def draw(database: peewee.Database, table: str, column: str) -> int:
+    """Take the next number for a column that numbers its rows; nobody else gets it."""
+    query = "SELECT nextval(pg_get_serial_sequence(%s, %s))"
+    return int(database.execute_sql(query, (f'"{table}"', column)).fetchone()[0])
+
+
+def transaction_of(database: peewee.Database) -> str:
+    """Return the number of the open transaction, by which the server knows it even if this connection is lost."""
+    return str(database.execute_sql("SELECT pg_current_xact_id()::text").fetchone()[0])
+
+
+def outcome_of(database: peewee.Database, transaction: str) -> bool | None:
+    """Return whether a transaction of a lost connection was committed; None if that is not decided yet.
+
+    One whose session has not heard yet that its client is gone is ended, for its COMMIT cannot come any more.
+    """
+    state = database.execute_sql("SELECT pg_xact_status(%s::xid8)", (transaction,)).fetchone()[0]
+    if state != "in progress":
+        return bool(state == "committed")
+    database.execute_sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid = %s::xid8::xid"
+        " AND state LIKE 'idle in transaction%%' AND pid <> pg_backend_pid()",
+        (transaction,),
+    )
+    return None
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the same write may succeed later, judged by the driver's error."""
     state = _state(error)
@@ -212,6 +244,8 @@ def explain(error: BaseException, database: peewee.Database) -> DatabaseError | 
     for sign, sentence in _SENTENCES.items():
         if state.startswith(sign) if sign[0].isdigit() else not state and sign in text:
             return DatabaseError(sentence.format(where=where, text=text, waited_s=waited_s))
+    if _is_gone(error):
+        return ServerAway(f"{where} is away or has given up ({text}); see whether the server runs, and try again")
     if is_passing(error):
         return DatabaseError(f"{where} is away or has given up ({text}); see whether the server runs, and try again")
     return DatabaseError(f"{where} cannot be used: {text}")
@@ -220,6 +254,12 @@ def explain(error: BaseException, database: peewee.Database) -> DatabaseError | 
 def _connection(database: peewee.Database) -> Any:  # noqa: ANN401 - psycopg may not be installed
     connect: Any = database.connection
     return connect()
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether the connection is no more, or could not be had, by the driver's error."""
+    state = _state(error)
+    return is_passing(error) and (state is None or state.startswith("08") or state in _GONE)
 
 
 def _state(error: BaseException) -> str | None:

@@ -102,7 +102,8 @@ class Backing:
             store = Store.share(database, config.table_prefix)
         else:
             config = load(origin.config, database=database)
-            store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
+            wait_s = config.busy_timeout_s
+            store = Store.open(config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s)
         return cls(config, Ledger(store, clock), clock)
 
 

@@ -491,6 +491,10 @@ class Supervisor:
         try:
             outcome = self._ledger.apply(batch)
         except (DatabaseError, AccessError) as error:
+            # It may be committed all the same. What can be repeated is; claims that turn out to stand are given back,
+            # and before that is known there are no others.
+            self._recovery.unordered.update(claim.attempt for claim in batch.claims)
+            self._recovery.done_once, self._recover_at = False, 0.0
             self._put_off(error, now)
             return
         self._put_offs = 0
@@ -535,6 +539,7 @@ class Supervisor:
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
         for attempt in batch.unclaims:
             self._recovery.unbegun.discard(attempt)
+            self._recovery.unordered.discard(attempt)
             if attempt in by_attempt:
                 by_attempt[attempt].become_free()
             self._look = True
@@ -593,6 +598,7 @@ class Supervisor:
             self._recover_at = 0.0  # our picture of the slots may be wrong
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
+        self._recovery.unordered.discard(claim.attempt)
         due, attempt = claim.due, claim.attempt
         order = wire.Run(
             id=attempt.id,

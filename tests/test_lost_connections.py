@@ -1,0 +1,344 @@
+"""A connection that is lost before, within or after a COMMIT: nothing doubled, nothing lost that was acknowledged."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import random
+import threading
+import time
+
+import pytest
+from conftest import only_postgres, wait_until
+from postgres_proxy import TO_CLIENT, TO_SERVER, AnswerCut, Cut, LostCommit, Proxy, commit_cut
+
+from bgsupervisor import Service, Status
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
+from bgsupervisor.ledger import Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.models import Store
+from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.statuses import Reason
+from bgsupervisor.waits import Held, Waiter, Waiting
+from bgsupervisor.wire import End
+
+pytestmark = only_postgres
+
+WHERES = ("before", "within", "after")
+BUSY_S = 5.0
+
+
+@pytest.fixture
+def proxy(postgres):
+    proxy = Proxy(postgres.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def through(proxy, postgres, store_url):
+    """The address of the test's database, through the proxy."""
+    database = store_url.partition("@/")[2].partition("?")[0]
+    return postgres.url(database).replace(f":{postgres.port}/", f":{proxy.port}/")
+
+
+@pytest.fixture
+def service(through, tmp_path, store_url):
+    config = tmp_path / "bgsupervisor.toml"
+    config.write_text(f'database = "{through}"\ntasks = ["appx"]\nbusy_timeout_s = {BUSY_S}\n')
+    service = Service(config=config)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def ledger(store):
+    """What the rows say, by a connection that nobody cuts."""
+    return Ledger(store, SystemClock())
+
+
+@pytest.fixture
+def lossy(through, store_url):
+    """A ledger behind the proxy that waits patiently, as a child's."""
+    store = Store.open(through, "bgsupervisor_", busy_timeout_s=BUSY_S, patience_s=BUSY_S)
+    yield Ledger(store, SystemClock())
+    store.close()
+
+
+def start(ledger, id=None, pid=1):
+    id = ledger.request(Request(name="a:b", data="{}"))[0] if id is None else id
+    claim = Claim(Due(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, pid, 1), id, 0.0)
+    (claimed,) = ledger.apply(Batch(claims=[claim])).claimed
+    return claimed.attempt
+
+
+# ---- what people ask for ----
+
+cut_anywhere = pytest.mark.parametrize("where", WHERES)
+
+
+def cut_in(proxy, where, act):
+    """Do *act* while its COMMIT is cut, and see that it was."""
+    proxy.arm(commit_cut(where))
+    found = act()
+    assert not proxy.armed
+    return found
+
+
+@cut_anywhere
+def test_a_request_with_a_unique_key_whose_commit_is_lost_is_recorded_once_and_told_truly(
+    service, ledger, proxy, where
+):
+    service.counts()
+    handle = cut_in(proxy, where, lambda: service.request("a:b", unique="k"))
+    assert [(record.id, handle.created) for record in ledger.find()] == [(handle.id, True)]
+
+
+@cut_anywhere
+def test_many_requests_whose_commit_is_lost_are_recorded_once(service, ledger, proxy, where):
+    service.counts()
+    handles = cut_in(proxy, where, lambda: service.request_many("a:b", [{"n": n} for n in range(20)]))
+    assert sorted(record.id for record in ledger.find()) == [handle.id for handle in handles]
+    assert len(handles) == 20
+
+
+@cut_anywhere
+def test_a_cancel_a_suspension_a_resumption_and_a_retry_survive_a_lost_commit(service, ledger, proxy, where):
+    running = start(ledger)
+    assert cut_in(proxy, where, lambda: service.suspend(running.id, by="jana")).suspend_requested_by == "jana"
+    assert cut_in(proxy, where, lambda: service.resume(running.id)).suspend_requested_at is None
+    assert cut_in(proxy, where, lambda: service.cancel(running.id, by="jana")).cancel_requested_by == "jana"
+    waiting = ledger.request(Request(name="a:b", data="{}"))[0]
+    assert cut_in(proxy, where, lambda: service.cancel(waiting)).reason is Reason.CANCELLED
+    assert cut_in(proxy, where, lambda: service.retry(waiting)).status is Status.REQUEST
+    assert ledger.get(waiting).attempt == 0
+
+
+@pytest.mark.parametrize("direction", [TO_SERVER, TO_CLIENT])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_request_cut_at_any_byte_is_recorded_once(service, ledger, proxy, direction, reset):
+    ids = []
+    for after_bytes in range(1, 400, 13):
+        proxy.arm(Cut(direction, after_bytes, reset))
+        while proxy.armed:  # a few, until so many bytes have passed
+            ids.append(service.request("a:b", {"n": len(ids)}).id)
+    rows = ledger.find()
+    assert collections.Counter(record.data for record in rows) == {f'{{"n":{n}}}': 1 for n in range(len(ids))}
+    assert sorted(record.id for record in rows) == sorted(ids)
+    assert proxy.cuts_done == 31
+
+
+def test_without_a_server_a_request_says_after_busy_timeout_s_that_nothing_was_recorded(service, ledger, proxy):
+    service._store.patience_s = 0.5
+    proxy.close()
+    for act in (
+        lambda: service.request("a:b"),
+        lambda: service.request_many("a:b", [{}, {}]),
+        lambda: service.cancel(1),
+    ):
+        before = time.monotonic()
+        with pytest.raises(ServerAway, match=r"is away or has given up .*; nothing was recorded$"):
+            act()
+        assert time.monotonic() - before < 3
+    assert ledger.find() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"unique": "k"}])
+def test_a_request_whose_outcome_nobody_can_tell_says_so(service, ledger, proxy, options):
+    service._store.patience_s = 0.5
+    service.counts()
+    # The request goes out, its answer does not come in, and nobody can be asked.
+    proxy.refuses = True
+    proxy.arm(commit_cut("within") if options else AnswerCut(b"INSERT INTO"))
+    with pytest.raises(Undecided, match="it may have been recorded or not: look before it is asked for again"):
+        service.request("a:b", **options)
+    assert len(ledger.find()) <= 1
+
+
+# ---- what supervisors and children write ----
+
+
+@cut_anywhere
+def test_a_pass_whose_commit_is_lost_takes_effect_once(lossy, ledger, proxy, where):
+    ending, noted = start(ledger), start(ledger, pid=2)
+    id = ledger.request(Request(name="a:b", data="{}"))[0]
+    claim = Claim(Due(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 3, 1), id, 0.0)
+    batch = Batch(ends={ending: End(result="1")}, claims=[claim], notes={noted: Note(progress_done=1.0)})
+    lossy.find()
+    if where == "before":
+        proxy.arm(commit_cut(where))
+        with pytest.raises(ServerAway):
+            lossy.apply(batch)
+        assert ledger.get(id).status is Status.REQUEST
+        outcome = lossy.apply(batch)
+    else:
+        outcome = cut_in(proxy, where, lambda: lossy.apply(batch))
+    assert (outcome.ended, outcome.claimed) == ({ending}, [claim])
+    assert [ledger.get(one).status for one in (ending.id, noted.id, id)] == [Status.DONE, Status.START, Status.START]
+    assert ledger.get(id).attempt == 1
+
+
+def patiently(call):
+    """Do as a child does: repeat what was not recorded."""
+    while True:
+        with contextlib.suppress(ServerAway):
+            return call()
+
+
+@cut_anywhere
+def test_what_children_write_of_waiting_survives_a_lost_commit(lossy, ledger, proxy, where):
+    holder, other = start(ledger), start(ledger, pid=2)
+    limits = {"slots": 4, "max_waiting": 9}
+
+    def act(call):
+        return cut_in(proxy, where, lambda: patiently(call))
+
+    lossy.find()
+    assert act(lambda: lossy.waits.reach(holder.id, 1, "loaded", "7", slots=4))
+    assert act(lambda: lossy.waits.acquire(Waiter(holder.id, 1), "l", 1, **limits)) == Held(0, None)
+    assert act(lambda: lossy.waits.acquire(Waiter(other.id, 1), "l", 1, **limits)).slot_given
+    assert act(lambda: lossy.waits.release(holder.id, 1, "l", slots=4)) == [f"turn:{other.id}"]
+    assert ledger.waits.held(other.id, 1, "l").permit == 0
+    waiter = Waiter(holder.id, 1, 1)
+    assert act(lambda: lossy.waits.begin(waiter, [Waiting("end", target_id=other.id)], **limits))
+    assert len(ledger.waits.rows()) == 1
+    assert act(lambda: lossy.waits.resume(waiter, slots=4)) is not None
+    assert ledger.waits.rows() == []
+    assert act(lambda: lossy.waits.barriers.arrive(other.id, 1, "scope x", "b", 2)) == (0, [])
+    assert act(lambda: lossy.waits.barriers.leave(other.id, "scope x", "b", 0)) is None
+
+
+def test_a_commit_that_never_arrives_is_decided_by_ending_its_session(lossy, ledger, proxy):
+    """The way to the server is dead, but it does not know: its session holds the lock of all writers."""
+    attempt = start(ledger)
+    lossy.find()
+    cut = LostCommit()
+    proxy.arm(cut)
+    before = time.monotonic()
+    assert patiently(lambda: lossy.end(attempt, End(result="1")))
+    assert cut.done
+    assert time.monotonic() - before < 5  # and not only after its idle_in_transaction_session_timeout
+    assert ledger.get(attempt.id).status is Status.DONE
+
+
+# ---- all together ----
+
+APP = """
+import os, pathlib
+from bgsupervisor import current, task
+
+def begun():
+    with open("oracle", "a") as oracle:
+        oracle.write(f"{current().id}\\n")
+
+@task
+def quick(n: int) -> int:
+    begun()
+    return n
+
+@task
+def locks(n: int) -> int:
+    begun()
+    with current().lock("all"):
+        current().reach("held", n)
+    return n
+
+@task
+def follows(n: int, on: int) -> int:
+    begun()
+    return current().wait_for(on, part="held")
+"""
+
+
+class Requester(threading.Thread):
+    """Requests tasks until told to stop; remembers what it was told of each."""
+
+    def __init__(self, config, first):
+        super().__init__()
+        self.config = config
+        self.first = first
+        self.told = {}
+        self.going = threading.Event()
+        self.going.set()
+
+    def run(self):
+        service = Service(config=self.config)
+        n, locking = self.first, None
+        while self.going.is_set():
+            n += 1
+            try:
+                if locking is not None:
+                    handle, locking = service.request("appx:follows", {"n": n, "on": locking}, key=str(n)), None
+                elif n % 8 == 0:
+                    handle = service.request("appx:locks", {"n": n}, key=str(n))
+                    locking = handle.id
+                elif n % 8 == 3:
+                    handle = service.request("appx:quick", {"n": n}, key=str(n), unique=str(n))
+                else:
+                    handle = service.request("appx:quick", {"n": n}, key=str(n))
+                self.told[n] = handle.id
+            except Undecided:
+                self.told[n] = Undecided
+            except DatabaseError as error:
+                self.told[n] = error
+            time.sleep(0.05)
+        service.close()
+
+
+def tear(proxy, dice, cuts):
+    """Cut so many times, at chosen places."""
+    deadline = time.monotonic() + 1 * cuts
+    while proxy.cuts_done < cuts:
+        if not proxy.armed:
+            time.sleep(dice.choice([0, 0.01, 0.05]))
+            reset = dice.random() < 0.5
+            direction = dice.choice([TO_SERVER, TO_CLIENT])
+            somewhere = Cut(direction, dice.choice([1, 30, 300, 3000]) + dice.randrange(300), reset)
+            proxy.arm(dice.choice([somewhere, commit_cut(dice.choice(WHERES), reset)]))
+        assert time.monotonic() < deadline, f"only {proxy.cuts_done} of {cuts} cuts"
+        time.sleep(0.002)
+
+
+def torn(make_app, proxy, through, ledger, *, cuts, seed):
+    """Run an application and two requesters while connections are cut, and see that all is well in the end."""
+    app = make_app(APP, database=through, slots=4, reuse=20)
+    app.start()
+    requesters = [Requester(app.config, first) for first in (0, 100_000)]
+    for requester in requesters:
+        requester.start()
+    try:
+        tear(proxy, random.Random(seed), cuts)
+    finally:
+        for requester in requesters:
+            requester.going.clear()
+            requester.join(30)
+    wait_until(lambda: not any(ledger.live_counts().values()), f"all have ended (seed {seed})", 60)
+    rows = ledger.find()
+    told = requesters[0].told | requesters[1].told
+    ids = collections.defaultdict(list)
+    for record in rows:
+        ids[int(record.key)].append(record.id)
+    for n, outcome in told.items():
+        if isinstance(outcome, int):
+            assert ids[n] == [outcome], f"{n} (seed {seed})"
+        elif outcome is Undecided:
+            assert len(ids[n]) <= 1, f"{n} (seed {seed})"
+        else:
+            assert ids[n] == [], f"{n}: {outcome} (seed {seed})"
+    assert {record.status for record in rows} == {Status.DONE}
+    begun = collections.Counter(map(int, (app.folder / "oracle").read_text().split()))
+    assert begun == {record.id: 1 for record in rows}
+    assert app.supervisors[0].process.poll() is None
+    return told
+
+
+def test_sixty_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger):
+    torn(make_app, proxy, through, ledger, cuts=60, seed=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [1])
+def test_a_thousand_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger, seed):
+    told = torn(make_app, proxy, through, ledger, cuts=1000, seed=seed)
+    assert len(told) > 500
