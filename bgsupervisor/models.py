@@ -667,6 +667,11 @@ class Store:
         if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
 
+    def hurry(self) -> None:
+        """Have no call wait for a server that is away or stands still, but for a second when it falls silent."""
+        if isinstance(self.database, postgres.Server):
+            self.database.hurried = True
+
     @property
     def place(self) -> str:
         """How to name the database to people: its file, or its address without the password."""
@@ -699,6 +704,8 @@ class Store:
         """
         if not isinstance(self.database, postgres.Server):
             raise OSError(errno.EOPNOTSUPP, "only a server tells")
+        if self.database.is_closed():
+            raise OSError(errno.ENOTCONN, "it is away")  # nobody waits for it
         return postgres.Listener(self.database, self.tables.prefix)
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:

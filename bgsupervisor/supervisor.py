@@ -114,6 +114,7 @@ class Supervisor:
         )
         with self._store.connected():
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
+        self._store.hurry()
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store, clock)
         self._ears = Reception(state_dir, clock)
@@ -452,8 +453,7 @@ class Supervisor:
                 due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1)
                 self._next_due_at = self._ledger.next_due_at()
             except (DatabaseError, AccessError) as error:
-                self._complain(error)
-                self._put_off_until = now + PUT_OFF_S[0]
+                self._put_off(error, now)
                 return []
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]

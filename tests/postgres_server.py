@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from as_user import NOBODY
@@ -89,6 +90,20 @@ class Server:
         """Have it end at once, as an operator's restart does: with sessions open."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(START_LIMIT_S)
+
+    def stand_still(self):
+        """Stop all its processes in the middle of whatever they do, those that it starts meanwhile too."""
+        self._signal_all(signal.SIGSTOP)
+
+    def go_on(self):
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number):
+        main = psutil.Process(self.process.pid)
+        main.send_signal(number)
+        for one in main.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
 
     def execute(self, *statements, database="postgres"):
         with contextlib.closing(psycopg.connect(self.socket_url(database), autocommit=True)) as connection:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import random
+import select
+import socket
 import threading
 import time
 
 import pytest
-from conftest import only_postgres, wait_until
+from conftest import wait_until
 from postgres_proxy import TO_CLIENT, TO_SERVER, AnswerCut, Cut, LostCommit, Proxy, commit_cut
+from postgres_server import empty, make_tables, running_server
 
 from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
@@ -22,10 +26,15 @@ from bgsupervisor.statuses import Reason
 from bgsupervisor.waits import Held, Waiter, Waiting
 from bgsupervisor.wire import End
 
-pytestmark = only_postgres
-
 WHERES = ("before", "within", "after")
 BUSY_S = 5.0
+
+
+@pytest.fixture
+def store_url(postgres_with_tables):
+    """Of the two kinds of database only this one."""
+    empty(postgres_with_tables)
+    return postgres_with_tables
 
 
 @pytest.fixture
@@ -299,20 +308,20 @@ def tear(proxy, dice, cuts):
         time.sleep(0.002)
 
 
-def torn(make_app, proxy, through, ledger, *, cuts, seed):
-    """Run an application and two requesters while connections are cut, and see that all is well in the end."""
-    app = make_app(APP, database=through, slots=4, reuse=20)
+def torn(make_app, url, ledger, havoc, **options):
+    """Run an application and two requesters through *havoc*, and see that all is well in the end."""
+    app = make_app(APP, database=url, slots=4, reuse=20, **options)
     app.start()
     requesters = [Requester(app.config, first) for first in (0, 100_000)]
     for requester in requesters:
         requester.start()
     try:
-        tear(proxy, random.Random(seed), cuts)
+        havoc(app)
     finally:
         for requester in requesters:
             requester.going.clear()
             requester.join(30)
-    wait_until(lambda: not any(ledger.live_counts().values()), f"all have ended (seed {seed})", 60)
+    wait_until(lambda: not any(ledger.live_counts().values()), "all have ended", 60)
     rows = ledger.find()
     told = requesters[0].told | requesters[1].told
     ids = collections.defaultdict(list)
@@ -320,11 +329,11 @@ def torn(make_app, proxy, through, ledger, *, cuts, seed):
         ids[int(record.key)].append(record.id)
     for n, outcome in told.items():
         if isinstance(outcome, int):
-            assert ids[n] == [outcome], f"{n} (seed {seed})"
+            assert ids[n] == [outcome], n
         elif outcome is Undecided:
-            assert len(ids[n]) <= 1, f"{n} (seed {seed})"
+            assert len(ids[n]) <= 1, n
         else:
-            assert ids[n] == [], f"{n}: {outcome} (seed {seed})"
+            assert ids[n] == [], f"{n}: {outcome}"
     assert {record.status for record in rows} == {Status.DONE}
     begun = collections.Counter(map(int, (app.folder / "oracle").read_text().split()))
     assert begun == {record.id: 1 for record in rows}
@@ -333,12 +342,139 @@ def torn(make_app, proxy, through, ledger, *, cuts, seed):
 
 
 def test_sixty_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger):
-    torn(make_app, proxy, through, ledger, cuts=60, seed=60)
+    torn(make_app, through, ledger, lambda _: tear(proxy, random.Random(60), 60))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", [1])
 def test_a_thousand_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger, seed):
-    told = torn(make_app, proxy, through, ledger, cuts=1000, seed=seed)
+    told = torn(make_app, through, ledger, lambda _: tear(proxy, random.Random(seed), 1000))
     assert len(told) > 500
+
+
+# ---- a server that starts anew, or stands still ----
+
+
+@pytest.fixture(scope="module")
+def own_server():
+    """A server that tests may stop."""
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture
+def own_url(own_server):
+    url = own_server.url(own_server.make_database())
+    make_tables(url)
+    return url
+
+
+@pytest.fixture
+def own_ledger(own_url):
+    store = Store.open(own_url, "bgsupervisor_", busy_timeout_s=BUSY_S)
+    yield Ledger(store, SystemClock())
+    store.close()
+
+
+def test_a_server_that_is_started_anew_again_and_again_loses_and_doubles_nothing(
+    make_app, own_server, own_url, own_ledger
+):
+    def start_anew(_):
+        for _ in range(3):
+            time.sleep(0.5)  # they request meanwhile
+            own_server.stop()
+            own_server.start()
+
+    told = torn(make_app, own_url, own_ledger, start_anew)
+    assert all(isinstance(outcome, int) for outcome in told.values()), told  # none had to give up
+
+
+LIMITED = """
+import pathlib, time
+from bgsupervisor import task
+
+@task
+def until(name: str) -> str:
+    while not pathlib.Path(name).exists():
+        time.sleep(0.01)
+    return "over"
+
+@task(timeout_s=1.0)
+def limited() -> None:
+    pathlib.Path("limited").write_text("began")
+    try:
+        time.sleep(600)
+    finally:
+        pathlib.Path("limited").write_text("ended")
+"""
+
+
+def stand_still(make_app, tmp_path, server, url, ledger, *, for_s):
+    """Have the server stand still under a supervisor, a body that ends, one whose time is over, and people."""
+    app = make_app(LIMITED, database=url, busy_timeout_s=1.0, slots=4, grace_s=3.0)
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as manager:
+        manager.bind(str(tmp_path / "manager"))
+        app.start(environment={"NOTIFY_SOCKET": str(tmp_path / "manager")})
+        going, ending = (app.service.request("appx:until", {"name": name}) for name in ("later", "go"))
+        limited = app.service.request("appx:limited")
+        for handle in (going, ending, limited):
+            app.started(handle)
+        wait_until((app.folder / "limited").exists, "the body has begun")
+        manager.setblocking(False)
+        drain(manager)
+        server.stand_still()
+        stopped_at = time.monotonic()
+        try:
+            (app.folder / "go").touch()
+            for act in ("health", "ps"):
+                before = time.monotonic()
+                said = app.cli(act)
+                assert time.monotonic() - before < 10
+                assert said.returncode != 0
+                assert "is away or has given up (" in said.stdout + said.stderr
+            before = time.monotonic()
+            with pytest.raises(DatabaseError, match="has not answered for"):
+                app.service.request("appx:until", {"name": "go"}, key="in vain")
+            assert time.monotonic() - before < 10
+            wait_until(lambda: (app.folder / "limited").read_text() == "ended", "its time was over all the same")
+            gaps = [moment - before for before, moment in itertools.pairwise(beats(manager, stopped_at + for_s))]
+            assert max(gaps) < 5, gaps
+        finally:
+            server.go_on()
+    assert app.wait(ending).status is Status.DONE
+    assert app.wait(limited).reason is Reason.TIMED_OUT
+    assert ledger.get(going.id).status is Status.START
+    (app.folder / "later").touch()
+    assert app.wait(going).status is Status.DONE
+    wait_until(lambda: not any(ledger.live_counts().values()), "all have ended")
+    assert len(ledger.find(key="in vain")) <= 1
+    assert {record.attempt for record in ledger.find()} == {1}
+    assert "has not answered for" in app.supervisors[0].log
+
+
+def drain(manager):
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            manager.recv(4096)
+
+
+def beats(manager, until):
+    """Return when the watchdog was fed."""
+    moments = [time.monotonic()]
+    while time.monotonic() < until:
+        if select.select([manager], [], [], 0.5)[0] and b"WATCHDOG" in manager.recv(4096):
+            moments.append(time.monotonic())
+    return [*moments, time.monotonic()]
+
+
+def test_a_server_that_stands_still_holds_up_neither_bodies_nor_the_loop_nor_people(
+    make_app, tmp_path, own_server, own_url, own_ledger
+):
+    stand_still(make_app, tmp_path, own_server, own_url, own_ledger, for_s=12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_server_that_stands_still_for_a_minute(make_app, tmp_path, own_server, own_url, own_ledger):
+    stand_still(make_app, tmp_path, own_server, own_url, own_ledger, for_s=60)
