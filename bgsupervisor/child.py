@@ -451,6 +451,7 @@ class Child:
             creates=False,
             patience_s=patience_s,
         )
+        store.take_turns(config.state_dir)
         return Ledger(store, self._clock)
 
     def _keep_log(self, order: Run) -> None:

@@ -28,6 +28,8 @@ from bgsupervisor.statuses import Reason, Status
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from bgsupervisor.gate import Gate
+
 __all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
 
 log = logging.getLogger("bgsupervisor")
@@ -437,6 +439,7 @@ class Store:
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
         self._lock_key = postgres.lock_key(prefix)
         self._clock = SystemClock()
+        self._gate: Gate | None = None
         self.creates = True
         self.patience_s = 0.0
 
@@ -501,6 +504,40 @@ class Store:
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
+        if self._gate is None:
+            with self._connected():
+                yield
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                is_outermost = stack.enter_context(self._gate.inside(self.database.timeout))
+            except TimeoutError:
+                raise DatabaseError(
+                    f"all {self._gate.places} connections that this host's children may have to the database "
+                    f"{self.place} are in use for longer than {self.database.timeout:g} s; try again"
+                ) from None
+            if is_outermost:
+                stack.callback(self._hang_up)
+            stack.enter_context(self._connected())
+            yield
+
+    def take_turns(self, folder: Path) -> None:
+        """Have a connection to a server only during a call, and only so many processes of the host at once (`gate`).
+
+        *folder* is the state directory.
+        """
+        if isinstance(self.database, postgres.Server):
+            from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns, and never on Windows
+
+            self._gate = gate_of(folder)
+
+    def _hang_up(self) -> None:
+        if not self.database.is_closed():
+            self.database.hang_up()
+        self._threads.__dict__.clear()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
         self._forget_after_fork()
         self._forget_replaced_file()
         self._forget_lost_connection()

@@ -10,7 +10,9 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import select
+import socket
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -52,6 +54,9 @@ DIAL_S = 5.0
 DIAL_WAIT_S = 0.2
 """Who must not wait does so for the first moment of a dial, in which nearly all succeed."""
 DIAL_PAUSE_S = 0.5
+HANG_UP_S = 0.5
+"""So long a server may take to end the session of a connection that was closed."""
+CHUNK_BYTES = 4096
 _LINK = {
     "application_name": "bgsupervisor",
     "connect_timeout": "5",
@@ -123,6 +128,18 @@ class Server(peewee.PostgresqlDatabase):
         connection = _watched_connection().connect(dbname=self.database, autocommit=True, **self.connect_params)
         connection.server = self
         return connection
+
+    def hang_up(self) -> None:
+        """Close this thread's connection, and see that the server's end is closed: then it counts no more there."""
+        connect: Any = self.connection
+        connection = connect()
+        copy = None if connection.closed else os.dup(connection.fileno())
+        self.close()
+        if copy is not None:
+            with contextlib.suppress(OSError), socket.socket(fileno=copy) as line:
+                line.settimeout(HANG_UP_S)
+                while line.recv(CHUNK_BYTES):
+                    pass
 
     def _dial_first(self) -> None:
         """Return once the server answers; until then raise at once what the driver would have raised."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import os
 import random
 import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import psycopg
 import pytest
 from conftest import wait_until
 from postgres_proxy import TO_CLIENT, TO_SERVER, AnswerCut, Cut, LostCommit, Proxy, commit_cut
@@ -19,6 +23,7 @@ from postgres_server import empty, make_tables, running_server
 from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
+from bgsupervisor.gate import PLACES, Gate
 from bgsupervisor.ledger import Batch, Claim, Due, Ledger, Note, Request
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity
@@ -45,10 +50,15 @@ def proxy(postgres):
 
 
 @pytest.fixture
-def through(proxy, postgres, store_url):
-    """The address of the test's database, through the proxy."""
-    database = store_url.partition("@/")[2].partition("?")[0]
-    return postgres.url(database).replace(f":{postgres.port}/", f":{proxy.port}/")
+def direct(postgres, store_url):
+    """The address of the test's database over TCP, with a password."""
+    return postgres.url(store_url.partition("@/")[2].partition("?")[0])
+
+
+@pytest.fixture
+def through(proxy, postgres, direct):
+    """The same, through the proxy."""
+    return direct.replace(f":{postgres.port}/", f":{proxy.port}/")
 
 
 @pytest.fixture
@@ -478,3 +488,108 @@ def test_a_server_that_stands_still_holds_up_neither_bodies_nor_the_loop_nor_peo
 @pytest.mark.timeout(180)
 def test_a_server_that_stands_still_for_a_minute(make_app, tmp_path, own_server, own_url, own_ledger):
     stand_still(make_app, tmp_path, own_server, own_url, own_ledger, for_s=60)
+
+
+# ---- how many connections a host has ----
+
+IN_GATE = """
+import pathlib, sys, time
+from bgsupervisor.gate import Gate
+with Gate(pathlib.Path(sys.argv[1])).inside(5):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+WAITING = """
+import pathlib, time
+from bgsupervisor import current, task
+
+@task
+def waits(on: int, locking: bool) -> int:
+    value = current().wait_for(on, part="opened")
+    if locking:
+        with current().lock("one after the other"):
+            current().reach("seen", value)
+    return value
+
+@task
+def opens() -> None:
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    current().reach("opened", 7)
+"""
+HOST_CONNECTIONS = 10  # docs/postgresql.md says so
+
+
+class Sampler(threading.Thread):
+    """Counts the connections of a database again and again, its own left out."""
+
+    def __init__(self, url):
+        super().__init__()
+        self.url, self.most, self.going = url, 0, threading.Event()
+        self.going.set()
+
+    def run(self):
+        counting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        with contextlib.closing(psycopg.connect(self.url, autocommit=True)) as connection:
+            while self.going.is_set():
+                self.most = max(self.most, connection.execute(counting).fetchone()[0])
+                time.sleep(0.002)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("children", "supervised"), [(100, True), (25, False)])
+def test_however_many_children_wait_and_end_a_host_has_but_a_few_connections(
+    make_app, direct, ledger, children, supervised
+):
+    app = make_app(WAITING, database=direct, slots=4)
+    started = app.start()
+    app.service.close()
+    sampler = Sampler(direct)
+    sampler.start()
+    try:
+        opener = ledger.request(Request(name="appx:opens", data="{}"))[0]
+        data = f'{{"on": {opener}, "locking": {"false" if supervised else "true"}}}'
+        ledger.request_many([Request(name="appx:waits", data=data)] * children)
+        wait_until(lambda: len(ledger.waits.rows()) == children, "all wait", 90)
+        if not supervised:
+            started.kill()
+        (app.folder / "go").touch()
+        wait_until(lambda: not any(ledger.live_counts().values()), "all have ended", 90)
+    finally:
+        sampler.going.clear()
+        sampler.join()
+    rows = ledger.find()
+    assert {(record.status, record.attempt) for record in rows} == {(Status.DONE, 1)}
+    assert len(rows) == children + 1
+    assert 3 < sampler.most <= HOST_CONNECTIONS + 1  # and this test's
+
+
+def test_who_is_killed_in_the_gate_leaves_its_place_to_others(tmp_path):
+    gates = [subprocess.Popen([sys.executable, "-c", IN_GATE, tmp_path], stdout=subprocess.PIPE) for _ in range(PLACES)]
+    try:
+        for one in gates:
+            assert one.stdout.readline() == b"in\n"
+        with pytest.raises(TimeoutError), Gate(tmp_path).inside(0.05):
+            pass
+        gates[3].kill()
+        gates[3].wait()
+        with Gate(tmp_path).inside(5) as is_outermost:
+            assert is_outermost
+    finally:
+        for one in gates:
+            one.kill()
+            one.communicate()
+
+
+def test_threads_of_a_process_take_one_place_and_a_fork_of_it_another(tmp_path):
+    gate = Gate(tmp_path)
+    with gate.inside(1) as outer, gate.inside(0) as inner:
+        assert (outer, inner) == (True, False)
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException), gate.inside(0) as own:
+                os._exit(0 if own else 1)
+            os._exit(2)
+        assert os.waitpid(pid, 0)[1] == 0

@@ -42,7 +42,7 @@ FLOORS = (
     {"payload"},
     {"wire"},
     {"stacks"},
-    {"processes", "oom", "logs", "notify", "stamp", "postgres"},
+    {"processes", "oom", "logs", "notify", "stamp", "postgres", "gate"},
     {"linux"},
     {"config"},
     {"statedir"},
