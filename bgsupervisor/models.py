@@ -437,6 +437,7 @@ class Store:
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
+        self._server = database if isinstance(database, postgres.Server) else None
         self._lock_key = postgres.lock_key(prefix)
         self._clock = SystemClock()
         self._gate: Gate | None = None
@@ -504,17 +505,17 @@ class Store:
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
-        if self._gate is None:
+        if self._gate is None or self._server is None:
             with self._connected():
                 yield
             return
         with contextlib.ExitStack() as stack:
             try:
-                is_outermost = stack.enter_context(self._gate.inside(self.database.timeout))
+                is_outermost = stack.enter_context(self._gate.inside(self._server.timeout))
             except TimeoutError:
                 raise DatabaseError(
                     f"all {self._gate.places} connections that this host's children may have to the database "
-                    f"{self.place} are in use for longer than {self.database.timeout:g} s; try again"
+                    f"{self.place} are in use for longer than {self._server.timeout:g} s; try again"
                 ) from None
             if is_outermost:
                 stack.callback(self._hang_up)
@@ -526,14 +527,14 @@ class Store:
 
         *folder* is the state directory.
         """
-        if isinstance(self.database, postgres.Server):
+        if self._server is not None:
             from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns, and never on Windows
 
             self._gate = gate_of(folder)
 
     def _hang_up(self) -> None:
-        if not self.database.is_closed():
-            self.database.hang_up()
+        if self._server is not None and not self._server.is_closed():
+            self._server.hang_up()
         self._threads.__dict__.clear()
 
     @contextlib.contextmanager
@@ -569,7 +570,7 @@ class Store:
     @contextlib.contextmanager
     def _decided(self, transaction: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
         """Have a transaction, and learn what became of it if the connection is lost in its commit."""
-        if not isinstance(self.database, postgres.Server) or self.database.in_transaction():
+        if self._server is None or self.database.in_transaction():
             with transaction:
                 yield
             return
@@ -635,7 +636,7 @@ class Store:
 
         Who has drawn it before finds by it what was recorded, though the answer was lost, and cannot record it twice.
         """
-        if not isinstance(self.database, postgres.Server) or self.database.in_transaction():
+        if self._server is None or self.database.in_transaction():
             return None
         return postgres.draw(self.database, f"{self.tables.prefix}task", "id")
 
@@ -706,8 +707,8 @@ class Store:
 
     def hurry(self) -> None:
         """Have no call wait for a server that is away or stands still, but for a second when it falls silent."""
-        if isinstance(self.database, postgres.Server):
-            self.database.hurried = True
+        if self._server is not None:
+            self._server.hurried = True
 
     @property
     def place(self) -> str:
@@ -739,11 +740,11 @@ class Store:
         Raises:
             OSError: The server is away, or there is none.
         """
-        if not isinstance(self.database, postgres.Server):
+        if self._server is None:
             raise OSError(errno.EOPNOTSUPP, "only a server tells")
-        if self.database.is_closed():
+        if self._server.is_closed():
             raise OSError(errno.ENOTCONN, "it is away")  # nobody waits for it
-        return postgres.Listener(self.database, self.tables.prefix)
+        return postgres.Listener(self._server, self.tables.prefix)
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
