@@ -75,6 +75,10 @@ _GONE = frozenset({"57P01", "57P02", "57P03", "57P05", "25P03"})
 # What is wrong with a row's values: data, integrity, and limits such as the size of an index's row.
 _OF_ONE_ROW_CLASSES = frozenset({"22", "23", "54"})
 _REFUSED = ("authentication failed", "no password supplied", "no pg_hba.conf entry", "role ", "permission denied")
+_POOLED = (
+    "{where} is behind a connection pooler (PgBouncer or its like), under which a session's locks, time limits and "
+    "LISTEN do not last; name the server itself"
+)
 # By the SQLSTATE or how it begins; the driver has none for a connection that failed, so there by what the server said.
 _SENTENCES = {
     "42P01": "{where} lacks tables or columns of this version ({text}); run `bgsupervisor migrate`",
@@ -85,6 +89,7 @@ _SENTENCES = {
     "53": "{where} has no memory or connection left ({text}); raise its limits, or ask for less",
     "too many": "{where} has no connection left ({text}); raise its limit, or connect less often",
     "connection slots": "{where} has no connection left ({text}); raise its limit, or connect less often",
+    "unsupported startup parameter": _POOLED,
     "does not exist": "{where} is not there ({text}); create it, or correct the address",
 }
 
@@ -117,10 +122,23 @@ class Server(peewee.PostgresqlDatabase):
         self._timeout_s = seconds
         if not self.is_closed():
             execute: Any = self.execute_sql
-            execute(self._set_timeout())
+            execute(f"SELECT {self._set_timeout()}")
 
-    def _initialize_connection(self, conn: Any) -> None:  # noqa: ANN401 - psycopg may not be installed
-        conn.execute(self._set_timeout())
+    def connect(self, reuse_if_open: bool = False) -> bool:  # noqa: FBT002 - as Peewee has it
+        """Connect in this thread; False if it is already.
+
+        Raises:
+            DatabaseError: A pooler is in between, so that this session may be another one in the next transaction.
+        """
+        if not super().connect(reuse_if_open=reuse_if_open):
+            return False
+        execute: Any = self.execute_sql
+        connect: Any = self.connection
+        pid = execute(f"SELECT pg_backend_pid(), {self._set_timeout()}").fetchone()[0]
+        if pid != connect().info.backend_pid:
+            self.close()
+            raise DatabaseError(_POOLED.format(where=f"the database {masked(self.url)}"))
+        return True
 
     def _connect(self) -> Any:  # noqa: ANN401 - psycopg may not be installed
         if self.hurried:
@@ -172,7 +190,7 @@ class Server(peewee.PostgresqlDatabase):
         raise _away(self._told)
 
     def _set_timeout(self) -> str:
-        return f"SET lock_timeout = {max(1, math.ceil(self._timeout_s * 1000))}"  # 0 would mean for ever
+        return f"set_config('lock_timeout', '{max(1, math.ceil(self._timeout_s * 1000))}', false)"  # 0 is for ever
 
 
 class Dial:

@@ -185,3 +185,25 @@ class Proxy:
         for line in list(self.lines):
             line.end()
             line.thread.join()
+
+
+def error(words):
+    """Return the message by which a server refuses a connection."""
+    fields = b"SFATAL\0VFATAL\0C08P01\0M" + words.encode() + b"\0\0"
+    return b"E" + struct.pack("!I", len(fields) + 4) + fields
+
+
+def with_another_pid(_line, direction, data):
+    """Tell the client another PID than its session's, as poolers do, whose sessions are not the server's."""
+    head = b"K\0\0\0\x0c"
+    if direction == TO_CLIENT and head in data:
+        place = data.index(head) + len(head)
+        return data[:place] + struct.pack("!I", 4711) + data[place + 4 :]
+    return data
+
+
+def without_options(_line, direction, data):
+    """Refuse our options, as PgBouncer does unless it was told to ignore them."""
+    if direction == TO_CLIENT and data.startswith(b"R"):  # it asks for the password
+        return error("unsupported startup parameter in options: statement_timeout")
+    return data

@@ -144,6 +144,46 @@ def running_server(**settings):
         shutil.rmtree(folder)
 
 
+@contextlib.contextmanager
+def small_disk(server):
+    """Have a file system of 40 MB for the server's use; only root can mount one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    disk = server.folder / "small"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=40m,uid={server.user['user']},mode=700", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+class _Filler:
+    def __init__(self, path):
+        self.path = path
+
+    def fill(self):
+        with self.path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+
+    def empty(self):
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filled(path):
+    """Have a file that can fill its disk, and is gone afterwards."""
+    filler = _Filler(path)
+    try:
+        yield filler
+    finally:
+        filler.empty()
+
+
 def make_tables(url):
     """Make our tables in an empty database."""
     store = Store.open(url, "bgsupervisor_", busy_timeout_s=10.0)

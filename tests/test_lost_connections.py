@@ -17,8 +17,18 @@ import time
 import psycopg
 import pytest
 from conftest import wait_until
-from postgres_proxy import TO_CLIENT, TO_SERVER, AnswerCut, Cut, LostCommit, Proxy, commit_cut
-from postgres_server import empty, make_tables, running_server
+from postgres_proxy import (
+    TO_CLIENT,
+    TO_SERVER,
+    AnswerCut,
+    Cut,
+    LostCommit,
+    Proxy,
+    commit_cut,
+    with_another_pid,
+    without_options,
+)
+from postgres_server import empty, filled, make_tables, running_server, small_disk
 
 from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
@@ -490,6 +500,40 @@ def test_a_server_that_stands_still_for_a_minute(make_app, tmp_path, own_server,
     stand_still(make_app, tmp_path, own_server, own_url, own_ledger, for_s=60)
 
 
+LARGE = """
+import pathlib, random, time
+from bgsupervisor import task
+
+@task
+def large() -> str:
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    return random.randbytes(100_000).hex()
+"""
+
+
+def test_on_a_full_disk_bodies_go_on_and_their_ends_are_recorded_once_there_is_room(make_app, own_server):
+    with small_disk(own_server) as disk, filled(disk / "filler") as filler:
+        own_server.execute(f"CREATE TABLESPACE tight LOCATION '{disk}'", "CREATE DATABASE tight TABLESPACE tight")
+        app = make_app(LARGE, database=own_server.url("tight"), slots=4)
+        app.start()
+        handles = [app.service.request("appx:large") for _ in range(3)]
+        for handle in handles:
+            app.started(handle)
+        filler.fill()
+        (app.folder / "go").touch()
+        wait_until(lambda: "the disk is full; free some space" in app.supervisors[0].log, "the supervisor says so")
+        with pytest.raises(DatabaseError, match="cannot be written, the disk is full"):
+            app.service.request_many("appx:large", [{"n": "x" * 5000}] * 2000)
+        assert all(app.service.get(handle).status is Status.START for handle in handles)
+        filler.empty()
+        for handle in handles:
+            assert app.wait(handle, 30).status is Status.DONE
+        assert {(record.status, record.attempt) for record in app.service.list()} == {(Status.DONE, 1)}
+        app.end()
+        own_server.execute("DROP DATABASE tight WITH (FORCE)", "CHECKPOINT", "DROP TABLESPACE tight")
+
+
 # ---- how many connections a host has ----
 
 IN_GATE = """
@@ -593,3 +637,22 @@ def test_threads_of_a_process_take_one_place_and_a_fork_of_it_another(tmp_path):
                 os._exit(0 if own else 1)
             os._exit(2)
         assert os.waitpid(pid, 0)[1] == 0
+
+
+# ---- a pooler in between ----
+
+
+@pytest.mark.parametrize("as_pooler", [with_another_pid, without_options])
+def test_a_connection_pooler_is_refused_with_a_sentence(make_app, proxy, through, as_pooler):
+    proxy.change = as_pooler
+    app = make_app(WAITING, database=through)
+    with pytest.raises(
+        DatabaseError, match=r"is behind a connection pooler \(PgBouncer or its like\).*; name the server"
+    ):
+        app.service.request("appx:opens")
+    for command in ("run", "doctor", "health"):
+        said = app.cli(command)
+        assert said.returncode != 0
+        assert "is behind a connection pooler" in said.stdout + said.stderr
+    proxy.change = lambda _line, _direction, data: data
+    assert app.service.request("appx:opens")
