@@ -151,13 +151,14 @@ class Server(peewee.PostgresqlDatabase):
         """Close this thread's connection, and see that the server's end is closed: then it counts no more there."""
         connect: Any = self.connection
         connection = connect()
-        copy = None if connection.closed else os.dup(connection.fileno())
-        self.close()
-        if copy is not None:
-            with contextlib.suppress(OSError), socket.socket(fileno=copy) as line:
-                line.settimeout(HANG_UP_S)
-                while line.recv(CHUNK_BYTES):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            copy = None if connection.closed else stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))
+            self.close()
+            if copy is not None:
+                copy.settimeout(HANG_UP_S)
+                while copy.recv(CHUNK_BYTES):
                     pass
+        self.close()
 
     def _dial_first(self) -> None:
         """Return once the server answers; until then raise at once what the driver would have raised."""
