@@ -33,17 +33,18 @@ class Cut:
 
 @dataclasses.dataclass
 class AnswerCut:
-    """Cut the next connection that sends *words*: *where* is "before" them, "within" the answer to them, or "after"."""
+    """Cut the next connection that sends one of *words*: "before" them, "within" the answer to them, or "after" it."""
 
-    words: bytes
+    words: tuple[bytes, ...]
     where: str = "within"
     reset: bool = False
     line: object = None
 
     def passes(self, line, direction, data):
-        if self.line is None and direction == TO_SERVER and self.words in data:
+        found = [data.index(words) for words in self.words if words in data]
+        if self.line is None and direction == TO_SERVER and found:
             if self.where == "before":
-                return data.index(self.words), True
+                return found[0], True
             self.line = line
         elif self.line is line and direction == TO_CLIENT:
             return (0 if self.where == "within" else len(data)), True
@@ -52,7 +53,7 @@ class AnswerCut:
 
 def commit_cut(where, reset=False):  # noqa: FBT002 - as Cut
     """Cut the next connection that commits."""
-    return AnswerCut(COMMIT, where, reset)
+    return AnswerCut((COMMIT,), where, reset)
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import psycopg
 import pytest
 from conftest import wait_until
 from postgres_proxy import (
+    COMMIT,
     TO_CLIENT,
     TO_SERVER,
     AnswerCut,
@@ -178,7 +180,7 @@ def test_a_request_whose_outcome_nobody_can_tell_says_so(service, ledger, proxy,
     service.counts()
     # The request goes out, its answer does not come in, and nobody can be asked.
     proxy.refuses = True
-    proxy.arm(commit_cut("within") if options else AnswerCut(b"INSERT INTO"))
+    proxy.arm(commit_cut("within") if options else AnswerCut((b"INSERT INTO",)))
     with pytest.raises(Undecided, match="it may have been recorded or not: look before it is asked for again"):
         service.request("a:b", **options)
     assert len(ledger.find()) <= 1
@@ -359,6 +361,26 @@ def torn(make_app, url, ledger, havoc, **options):
     assert begun == {record.id: 1 for record in rows}
     assert app.supervisors[0].process.poll() is None
     return told
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_claim_that_was_committed_without_its_supervisor_knowing_is_given_back_and_its_body_begins_once(
+    make_app, proxy, through, ledger, dies
+):
+    app = make_app(APP, database=through)
+    app.start()
+    app.service.close()
+    proxy.refuses = True  # so that it cannot ask, either
+    proxy.arm(AnswerCut((COMMIT, b"SKIP LOCKED")))
+    id = ledger.request(Request(name="appx:quick", data='{"n": 1}'))[0]
+    claimed = wait_until(lambda: (record := ledger.get(id)).status is Status.START and record, "it is claimed")
+    assert not proxy.armed
+    if dies:
+        os.kill(claimed.pid, signal.SIGKILL)  # the child that has not heard of it
+    proxy.refuses = False
+    record = wait_until(lambda: (record := ledger.get(id)).ended and record, "it has ended")
+    assert (record.status, record.attempt, record.tries) == (Status.DONE, 2, 0)
+    assert (app.folder / "oracle").read_text() == f"{id}\n"
 
 
 def test_sixty_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger):
