@@ -28,7 +28,7 @@ import msgspec
 from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.coordination import Coordination
+from bgsupervisor.coordination import AWAY_S, Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ledger import Attempt, Ledger
 from bgsupervisor.link import Link
@@ -294,7 +294,7 @@ class Child:
         coordination = Coordination(
             order,
             self._link,
-            self._ledger,
+            lambda: self._ledger(patience_s=AWAY_S),
             self._config,
             self._clock,
             is_given_up=tasks.is_given_up,
@@ -445,10 +445,17 @@ class Child:
             if self._link.acknowledged.wait(pause):
                 return
 
-    def _ledger(self) -> Ledger:
+    def _ledger(self, patience_s: float = 0.0) -> Ledger:
         config = self._config
         # A database that is away may come back, or be restored; an empty one in its place would know of no attempt.
-        store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s, creates=False)
+        store = Store.open(
+            config.database,
+            config.table_prefix,
+            busy_timeout_s=config.busy_timeout_s,
+            creates=False,
+            patience_s=patience_s,
+        )
+        store.take_turns(config.state_dir)
         return Ledger(store)
 
     def _keep_log(self, order: Run) -> None:
@@ -462,7 +469,7 @@ class Child:
             pauses.at("child.unclaiming")
             keys: list[str] = []
             with contextlib.suppress(BgSupervisorError, OSError):
-                self._ledger().unclaim_unbegun(self._identity, keys)
+                self._ledger(self._config.busy_timeout_s).unclaim_unbegun(self._identity, keys)
             self._link.ring(keys)
 
     # Leaving

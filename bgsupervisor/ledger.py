@@ -8,13 +8,22 @@ signals, acknowledgements) are the caller's, after the commit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import peewee
 
 from bgsupervisor import pauses
-from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
+from bgsupervisor.errors import (
+    AccessError,
+    AlreadyLive,
+    DatabaseError,
+    NotRetryable,
+    NotSuspendable,
+    ServerAway,
+    UnknownTask,
+)
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
 from bgsupervisor.statements import Statements
 from bgsupervisor.statuses import Reason, Status
@@ -47,6 +56,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("bgsupervisor")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TWIN_TRIES = 5
 ID_MAX = 2**63 - 1
@@ -270,6 +282,33 @@ class Outcome:
     keys: list[str] = dataclasses.field(default_factory=list)
 
 
+def _read_again(method: Callable[Concatenate[Ledger, P], T]) -> Callable[Concatenate[Ledger, P], T]:
+    """Have a method come back to a server that has hung up (`Store.persistently`)."""
+
+    @functools.wraps(method)
+    def read(self: Ledger, /, *arguments: P.args, **named: P.kwargs) -> T:
+        return self.store.persistently(lambda: method(self, *arguments, **named))
+
+    return read
+
+
+def _repeated(method: Callable[Concatenate[Ledger, P], T]) -> Callable[Concatenate[Ledger, P], T]:
+    """Have a method that is one transaction come back to a server that has hung up, and say if that was in vain."""
+
+    @functools.wraps(method)
+    def repeat(self: Ledger, /, *arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return self.store.persistently(lambda: method(self, *arguments, **named))
+        except ServerAway as error:
+            raise _nothing_recorded(error) from error
+
+    return repeat
+
+
+def _nothing_recorded(error: DatabaseError) -> DatabaseError:
+    return ServerAway(f"{error}; nothing was recorded") if isinstance(error, ServerAway) else error
+
+
 class Ledger:
     """The rows of one installation. Every method blocks for at most the store's busy timeout.
 
@@ -301,14 +340,40 @@ class Ledger:
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests in one transaction, all or none; return (id, created) for each, in order."""
         if len(requests) == 1 and requests[0].unique_key is None and not requests[0].after:
+            return [(self._add(requests[0]), True)]
+        return self._add_all(requests)
+
+    def _add(self, request: Request) -> int:
+        """Record a plain request by one statement, which can be repeated: by an id that was drawn for it before."""
+        drawn, tries = None, 0
+
+        def add() -> int:
+            nonlocal drawn, tries
             with self.store.adding():
-                return [self._insert(requests[0])]
+                drawn = self.store.draw_id() if drawn is None else drawn
+                tries += 1
+                try:
+                    return self._insert(request, id=drawn)[0]
+                except peewee.IntegrityError:
+                    if drawn is None or tries == 1 or self.status(drawn) is None:
+                        raise
+                    return drawn  # what was lost was only the answer
+
+        try:
+            return self.store.persistently(add)
+        except DatabaseError as error:
+            if drawn is not None and (tries > 1 or isinstance(error, ServerAway)):
+                raise self.store.undecided(error) from error
+            raise _nothing_recorded(error) from error
+
+    @_repeated
+    def _add_all(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         # Nobody else's row is touched, and a unique key is kept by its index; only who comes after others must know
         # that they do not end meanwhile.
         with self.store.writing(alone=any(request.after for request in requests)):
             return [self._insert(request) for request in requests]
 
-    def _insert(self, request: Request) -> tuple[int, bool]:
+    def _insert(self, request: Request, *, id: int | None = None) -> tuple[int, bool]:
         now = self.clock.now()
         row = (
             *(request.name, request.data, request.priority, request.key, request.unique_key),
@@ -317,7 +382,7 @@ class Ledger:
         for on_id in request.after:
             self._get(on_id)
         if request.unique_key is None:
-            id = self._put(row)
+            id = self._put(row, id=id)
         else:
             id, created = self._insert_unique(request.name, request.unique_key, row)
             if not created:
@@ -328,8 +393,12 @@ class Ledger:
                 self._strand([Dependent(id, 0)], broken, [])
         return id, True
 
-    def _put(self, row: Sequence[object]) -> int:
-        return int(self.store.rows_of(self._statements.request, row)[0][0])
+    def _put(self, row: Sequence[object], *, id: int | None = None) -> int:
+        texts = self._statements
+        found = (
+            self.store.rows_of(texts.request, row) if id is None else self.store.rows_of(texts.request_as, (id, *row))
+        )
+        return int(found[0][0])
 
     def _insert_unique(self, name: str, unique_key: str, row: Sequence[object]) -> tuple[int, bool]:
         """Insert a task, unless a live one holds its unique key; others may take it, or give it back, meanwhile."""
@@ -355,6 +424,7 @@ class Ledger:
 
     # What people ask for
 
+    @_repeated
     def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
         """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone.
 
@@ -369,6 +439,7 @@ class Ledger:
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
+    @_repeated
     def suspend(self, id: int, *, by: str | None) -> TaskRecord:
         """Mark a running task, for its supervisor to suspend; one that is marked already is left alone.
 
@@ -387,6 +458,7 @@ class Ledger:
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
+    @_repeated
     def resume(self, id: int) -> TaskRecord:
         """Take the mark of a suspended task away, for its supervisor to let it go on; any other is left alone.
 
@@ -398,6 +470,7 @@ class Ledger:
             self._where(Attempt(id, record.attempt), (Status.START,), {"suspend_requested_at": None})
             return self._get(id)
 
+    @_repeated
     def retry(self, id: int) -> TaskRecord:
         """Plan an interrupted task again, as it was requested; what its attempt left stays in `interruption`.
 
@@ -576,6 +649,7 @@ class Ledger:
             keys += outcome.keys
         return attempt in outcome.ended
 
+    @_repeated
     def unclaim_unbegun(self, identity: ProcessIdentity, keys: list[str]) -> int:
         """Give back what was claimed for a child that leaves without having begun anything; return how many.
 
@@ -732,6 +806,7 @@ class Ledger:
 
     # Reading
 
+    @_read_again
     def status(self, id: int) -> Status | None:
         """Return a task's status, or None if there is no such row; reads nothing else of it."""
         if not 0 < id <= ID_MAX:
@@ -740,6 +815,7 @@ class Ledger:
             found = self._task.select(self._task.status).where(self._task.id == id).scalar()
         return None if found is None else Status(found)
 
+    @_read_again
     def get(self, id: int) -> TaskRecord | None:
         """Return a task, or None if there is no such row."""
         if not 0 < id <= ID_MAX:

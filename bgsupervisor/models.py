@@ -16,20 +16,21 @@ import sqlite3
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import peewee
 
 from bgsupervisor import postgres
 from bgsupervisor.clock import ServerClock, SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
-from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
+from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bgsupervisor.clock import Clock
+    from bgsupervisor.gate import Gate
 
 __all__ = [
     "Store",
@@ -45,11 +46,15 @@ __all__ = [
 
 log = logging.getLogger("bgsupervisor")
 
+T = TypeVar("T")
+
 DATABASE_MODE = 0o660
 """Rights of a database file that we create: a web user and a deploy user share it through their group."""
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
+COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses between tries to reach a server that has hung up; the last one repeats."""
 
 # SQLite's primary result codes after which the same write can succeed later.
 LOCKED = 5
@@ -472,9 +477,12 @@ class Store:
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
         self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
+        self._server = database if isinstance(database, postgres.Server) else None
         self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
         self.clock: Clock = self._server_clock or SystemClock()
+        self._gate: Gate | None = None
         self.creates = True
+        self.patience_s = 0.0
 
     @classmethod
     def open(
@@ -486,6 +494,7 @@ class Store:
         checkpointer: bool = False,
         durable: bool = True,
         creates: bool = True,
+        patience_s: float = 0.0,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -496,6 +505,8 @@ class Store:
             checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
             creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
+            patience_s: For how long a call comes back to a server that has hung up (PostgreSQL): to learn what became
+                of a commit, and to repeat what is not there (`persistently`).
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
@@ -503,7 +514,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
-            store.creates = creates
+            store.creates, store.patience_s = creates, patience_s
             return store
         path = sqlite_path(url)
         pragmas = {
@@ -541,6 +552,40 @@ class Store:
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
+        if self._gate is None or self._server is None:
+            with self._connected():
+                yield
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                is_outermost = stack.enter_context(self._gate.inside(self._server.timeout))
+            except TimeoutError:
+                raise DatabaseError(
+                    f"all {self._gate.places} connections that this host's children may have to the database "
+                    f"{self.place} are in use for longer than {self._server.timeout:g} s; try again"
+                ) from None
+            if is_outermost:
+                stack.callback(self._hang_up)
+            stack.enter_context(self._connected())
+            yield
+
+    def take_turns(self, folder: Path) -> None:
+        """Have a connection to a server only during a call, and only so many processes of the host at once (`gate`).
+
+        *folder* is the state directory.
+        """
+        if self._server is not None:
+            from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns, and never on Windows
+
+            self._gate = gate_of(folder)
+
+    def _hang_up(self) -> None:
+        if self._server is not None and not self._server.is_closed():
+            self._server.hang_up()
+        self._threads.__dict__.clear()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
         self._forget_after_fork()
         self._forget_replaced_file()
         self._forget_lost_connection()
@@ -563,9 +608,86 @@ class Store:
         """Have a connection and a transaction that may write; inside the caller's own it joins that one.
 
         Nobody else writes meanwhile; with *alone* false others may, on PostgreSQL, for what touches no row of theirs.
+        If the connection is lost, it returns if all was committed, and raises ServerAway if nothing was.
+
+        Raises:
+            Undecided: Nobody could be asked which of the two, for `patience_s`.
         """
-        with self.connected(), self.alone() if alone or self._is_sqlite else self.database.atomic():
+        with self.connected(), self._decided(self.alone() if alone or self._is_sqlite else self.database.atomic()):
             yield
+
+    @contextlib.contextmanager
+    def _decided(self, transaction: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+        """Have a transaction, and learn what became of it if the connection is lost in its commit."""
+        if self._server is None or self.database.in_transaction():
+            with transaction:
+                yield
+            return
+        number = None
+        try:
+            with transaction:
+                begun = postgres.transaction_of(self.database)
+                yield
+                number = begun
+        except peewee.PeeweeException as error:
+            if number is None or not postgres.is_lost(self.database) or not self._learn(number, error):
+                raise
+
+    def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
+        """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
+        deadline = self.clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                self.close()
+                self._connect()
+                committed = postgres.outcome_of(self.database, transaction)
+            except peewee.PeeweeException as problem:
+                error = problem
+            else:
+                if committed is not None:
+                    log.info("a connection was lost in a commit, which was %s", "done" if committed else "not done")
+                    return committed
+            if self.clock.monotonic() + pause_s > deadline:
+                raise self.undecided(self.explain(error)) from error
+            self.clock.sleep(pause_s)
+        raise AssertionError
+
+    def undecided(self, error: BgSupervisorError) -> Undecided:
+        """Return the error that says that nobody knows whether something was recorded, and why."""
+        return Undecided(
+            f"{error}; the connection was lost while it was being recorded, so it may have been recorded or not: "
+            "look before it is asked for again"
+        )
+
+    def persistently(self, call: Callable[[], T]) -> T:
+        """Return what *call* returns, one transaction; if the server hangs up, come back to it and repeat it.
+
+        Only what was not recorded is repeated. Inside a transaction it is called once.
+
+        Raises:
+            ServerAway: No server for `patience_s`.
+            Undecided: As `writing`.
+        """
+        if self.patience_s == 0 or self.database.in_transaction():
+            return call()
+        deadline = self.clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                return call()
+            except ServerAway:
+                if self.clock.monotonic() + pause_s > deadline:
+                    raise
+            self.clock.sleep(pause_s)
+        raise AssertionError
+
+    def draw_id(self) -> int | None:
+        """Return the id for a new task that nobody else will get; None where the database is to choose it.
+
+        Who has drawn it before finds by it what was recorded, though the answer was lost, and cannot record it twice.
+        """
+        if self._server is None or self.database.in_transaction():
+            return None
+        return postgres.draw(self.database, f"{self.tables.prefix}task", "id")
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -640,6 +762,11 @@ class Store:
         if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
 
+    def hurry(self) -> None:
+        """Have no call wait for a server that is away or stands still, but for a second when it falls silent."""
+        if self._server is not None:
+            self._server.hurried = True
+
     @property
     def place(self) -> str:
         """How to name the database to people: its file, or its address without the password."""
@@ -670,9 +797,11 @@ class Store:
         Raises:
             OSError: The server is away, or there is none.
         """
-        if not isinstance(self.database, postgres.Server):
+        if self._server is None:
             raise OSError(errno.EOPNOTSUPP, "only a server tells")
-        return postgres.Listener(self.database, self.tables.prefix)
+        if self._server.is_closed():
+            raise OSError(errno.ENOTCONN, "it is away")  # nobody waits for it
+        return postgres.Listener(self._server, self.tables.prefix)
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
@@ -822,6 +951,12 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _repeat_last(pauses_s: tuple[float, ...]) -> Iterator[float]:
+    yield from pauses_s
+    while True:
+        yield pauses_s[-1]
 
 
 def _is_full(path: Path | None) -> bool:

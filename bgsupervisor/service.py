@@ -103,7 +103,8 @@ class Backing:
             store = Store.share(database, config.table_prefix)
         else:
             config = load(origin.config, database=database)
-            store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
+            wait_s = config.busy_timeout_s
+            store = Store.open(config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s)
         ledger = Ledger(store, origin.clock)
         return cls(config, ledger, ledger.clock)
 
@@ -147,6 +148,7 @@ class Service:
         """Make the service of a running body: all it requests has that task as its parent."""
         service = cls(config.database, config=config.path)
         service._parent_id = parent_id
+        service._store.take_turns(config.state_dir)
         return service
 
     # Requests

@@ -51,6 +51,8 @@ class Statements:
         names, marks = ", ".join(f'"{name}"' for name in REQUEST), ", ".join([mark] * len(REQUEST))
         self.request = f'INSERT INTO {self._task} ({names}) VALUES ({marks}) RETURNING "id"'  # noqa: S608 - our own names
         """Records a request; values: a REQUEST. Returns its id; what it does not name has a default in the tables."""
+        self.request_as = f'INSERT INTO {self._task} ("id", {names}) VALUES ({mark}, {marks}) RETURNING "id"'  # noqa: S608 - as above
+        """Records a request by an id that was drawn for it; values: that and a REQUEST."""
         self.any_due = f'SELECT 1 FROM {self._task} WHERE "status" = \'REQUEST\' AND "run_at" <= {mark} LIMIT 1'  # noqa: S608 - as above
         """Finds whether any task's time has come; value: now."""
         self.priority = f'SELECT MAX("priority") FROM {self._task} WHERE "status" = \'REQUEST\''  # noqa: S608 - as above

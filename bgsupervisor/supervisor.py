@@ -112,6 +112,7 @@ class Supervisor:
         )
         with self._store.connected():
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
+        self._store.hurry()
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store)
         self._clock = clock = self._store.clock
@@ -458,8 +459,7 @@ class Supervisor:
                 due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over)
                 self._next_due_at = self._ledger.next_due_at()
             except (DatabaseError, AccessError) as error:
-                self._complain(error)
-                self._put_off_until = now + PUT_OFF_S[0]
+                self._put_off(error, now)
                 return []
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
@@ -497,6 +497,10 @@ class Supervisor:
         try:
             outcome = self._ledger.apply(batch)
         except (DatabaseError, AccessError) as error:
+            # It may be committed all the same. What can be repeated is; claims that turn out to stand are given back,
+            # and before that is known there are no others.
+            self._recovery.unordered.update(claim.attempt for claim in batch.claims)
+            self._recovery.done_once, self._recover_at = False, 0.0
             self._put_off(error, now)
             return
         self._put_offs = 0
@@ -547,6 +551,7 @@ class Supervisor:
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
         for attempt in batch.unclaims:
             self._recovery.unbegun.discard(attempt)
+            self._recovery.unordered.discard(attempt)
             if attempt in by_attempt:
                 by_attempt[attempt].become_free()
             self._look = True
@@ -608,6 +613,7 @@ class Supervisor:
                 self._recover_at = 0.0  # our picture of the slots may be wrong
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
+        self._recovery.unordered.discard(claim.attempt)
         due, attempt = claim.due, claim.attempt
         order = wire.Run(
             id=attempt.id,

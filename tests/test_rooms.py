@@ -44,7 +44,7 @@ FLOORS = (
     {"exits"},
     {"wire"},
     {"stacks"},
-    {"processes", "oom", "logs", "notify", "stamp", "postgres"},
+    {"processes", "oom", "logs", "notify", "stamp", "postgres", "gate"},
     {"linux"},
     {"config"},
     {"statedir"},
