@@ -14,6 +14,7 @@ import logging
 import os
 import sqlite3
 import threading
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -478,7 +479,9 @@ class Store:
         self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
         self._server = database if isinstance(database, postgres.Server) else None
-        self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
+        # The clock does not keep the store, which closes its connections as soon as nobody has it any more.
+        ask_the_time = weakref.WeakMethod(self._have_asked_the_time)
+        self._server_clock = None if self._is_sqlite else ServerClock(ask_the_time() or _nobody)
         self.clock: Clock = self._server_clock or SystemClock()
         self._gate: Gate | None = None
         self.creates = True
@@ -957,6 +960,10 @@ def _repeat_last(pauses_s: tuple[float, ...]) -> Iterator[float]:
     yield from pauses_s
     while True:
         yield pauses_s[-1]
+
+
+def _nobody() -> None:
+    """Stand in for a store that is gone: its clock goes by the machine's own."""
 
 
 def _is_full(path: Path | None) -> bool:
