@@ -510,7 +510,7 @@ FIGURES: dict[str, Any] = {
 
 
 ON_SQLITE = {"unrung"}
-OPTIONS: dict[str, dict[str, Any]] = {"reuse": {"reuse": 5000, "spares": 16}}
+OPTIONS: dict[str, dict[str, Any]] = {"reuse": {"reuse": 100_000}}
 
 
 def main() -> None:
