@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import sqlite3
@@ -20,17 +21,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import peewee
 
 from bgsupervisor import postgres
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import ServerClock, SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from bgsupervisor.clock import Clock
     from bgsupervisor.gate import Gate
 
-__all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
+__all__ = [
+    "Store",
+    "SupervisorRecord",
+    "Tables",
+    "TaskRecord",
+    "UtcField",
+    "is_locked",
+    "is_passing",
+    "roll_back_abandoned",
+    "translated",
+]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -365,6 +377,28 @@ def is_passing(error: BaseException) -> bool:
     return _sqlite_code(driver) in _PASSING_CODES or postgres.is_passing(driver)
 
 
+def is_locked(error: BaseException) -> bool:
+    """Whether another writer keeps the database locked: it may be one that stands still."""
+    if error.__cause__ is None:
+        return False
+    driver = _of_driver(_first(error.__cause__))
+    return _sqlite_code(driver) == LOCKED or postgres.is_locked(driver)
+
+
+def roll_back_abandoned() -> None:
+    """Roll back every transaction on SQLite that this thread has begun, and that nobody will end any more.
+
+    One that was written in keeps all other writers out, also those of this very process. A connection that is merely
+    forgotten does not end it: up to Python 3.12 only the garbage collector closes that, whenever it comes.
+    """
+    gc.collect()
+    for one in gc.get_objects():
+        if issubclass(type(one), sqlite3.Connection):  # not isinstance, which asks proxies, and wakes what is lazy
+            with contextlib.suppress(sqlite3.Error):  # closed, or another thread's
+                if one.in_transaction:
+                    one.rollback()
+
+
 def _of_driver(error: BaseException) -> BaseException:
     """Return the database driver's own error behind one of Peewee's."""
     return error.__cause__ or error.__context__ or error
@@ -425,6 +459,10 @@ class Store:
 
     Two kinds: `Store.open` owns its connections (one per thread, kept open); `Store.share` uses a database
     object of the application, changes no pragma of it, and joins its open transaction.
+
+    Attributes:
+        clock: The time by which rows go: of the machine with SQLite, of the server with PostgreSQL.
+        locks_rows: Whether others can have locked single rows, as in PostgreSQL; else who writes is alone.
     """
 
     def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
@@ -437,9 +475,11 @@ class Store:
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
-        self._server = database if isinstance(database, postgres.Server) else None
+        self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
-        self._clock = SystemClock()
+        self._server = database if isinstance(database, postgres.Server) else None
+        self._server_clock = None if self._is_sqlite else ServerClock(self._have_asked_the_time)
+        self.clock: Clock = self._server_clock or SystemClock()
         self._gate: Gate | None = None
         self.creates = True
         self.patience_s = 0.0
@@ -502,6 +542,13 @@ class Store:
         path = Path(name) if isinstance(database, peewee.SqliteDatabase) and name else None
         return cls(database, prefix, owned=False, path=path)
 
+    @classmethod
+    def lend(cls, database: peewee.Database, own: Store) -> Store:
+        """Make a store on connections that the application lends; no tables are made or checked there."""
+        store = cls(database, own.tables.prefix, owned=False, path=own.path)
+        store._schema_checked = True
+        return store
+
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
@@ -547,6 +594,8 @@ class Store:
             try:
                 if opened_here:
                     self._connect()
+                if self._server_clock is not None and (opened_here or self._server_clock.is_old()):
+                    self._server_clock.ask(self._server_time)
                 if not self._schema_checked:
                     self._check_schema()
                 yield
@@ -586,7 +635,7 @@ class Store:
 
     def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
         """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
-        deadline = self._clock.monotonic() + self.patience_s
+        deadline = self.clock.monotonic() + self.patience_s
         for pause_s in _repeat_last(COME_BACK_S):
             try:
                 self.close()
@@ -598,9 +647,9 @@ class Store:
                 if committed is not None:
                     log.info("a connection was lost in a commit, which was %s", "done" if committed else "not done")
                     return committed
-            if self._clock.monotonic() + pause_s > deadline:
+            if self.clock.monotonic() + pause_s > deadline:
                 raise self.undecided(self.explain(error)) from error
-            self._clock.sleep(pause_s)
+            self.clock.sleep(pause_s)
         raise AssertionError
 
     def undecided(self, error: BgSupervisorError) -> Undecided:
@@ -621,14 +670,14 @@ class Store:
         """
         if self.patience_s == 0 or self.database.in_transaction():
             return call()
-        deadline = self._clock.monotonic() + self.patience_s
+        deadline = self.clock.monotonic() + self.patience_s
         for pause_s in _repeat_last(COME_BACK_S):
             try:
                 return call()
             except ServerAway:
-                if self._clock.monotonic() + pause_s > deadline:
+                if self.clock.monotonic() + pause_s > deadline:
                     raise
-            self._clock.sleep(pause_s)
+            self.clock.sleep(pause_s)
         raise AssertionError
 
     def draw_id(self) -> int | None:
@@ -644,16 +693,24 @@ class Store:
     def alone(self) -> Iterator[None]:
         """Have a transaction on the connection that is open, during which nobody else is alone."""
         # In SQLite a deferred transaction that reads first may not write after another's commit, however long it waits.
-        with self.database.atomic(*["IMMEDIATE"] if self._is_sqlite else []):
+        with self.database.atomic("IMMEDIATE" if self._is_sqlite else "READ COMMITTED"):
             if not self._is_sqlite:
                 postgres.hold_off(self.database, self._lock_key)
             yield
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:
-        """Have a connection for one statement that adds rows: a transaction by itself, or part of the caller's."""
+        """Have a connection for one statement that keeps nobody away: its own transaction, or part of the caller's."""
         with self.connected(), self.database.atomic() if self.database.in_transaction() else contextlib.nullcontext():
             yield
+
+    def kept(self, query: Any) -> Any:  # noqa: ANN401 - a Peewee query
+        """Return a query whose rows stay as they are until the transaction ends, as all rows do in SQLite."""
+        return query.for_update() if self.locks_rows else query
+
+    def rows_of(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement that is written out, on the connection that is open, and return what it returns."""
+        return list(self.database.execute_sql(statement, values).fetchall())
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
@@ -761,6 +818,12 @@ class Store:
             )
         if "not a database" in text or "malformed" in text:
             return DatabaseError(f"{where} is damaged ({text}); restore it from a backup")
+        if ("locked" in text or "busy" in text) and self.database.in_transaction():
+            # In a transaction that has read SQLite waits for nobody; after another's commit it cannot write any more.
+            return DatabaseError(
+                f"{where} is locked by another writer, or was written since your transaction began; roll it back and "
+                "repeat it, and begin it with BEGIN IMMEDIATE, which waits"
+            )
         if "locked" in text or "busy" in text:
             waited_s = getattr(self.database, "timeout", 0.0)
             return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
@@ -820,19 +883,35 @@ class Store:
                 return
             clock.sleep(WAL_RETRY_S)
 
+    def _have_asked_the_time(self) -> None:
+        with self.connected():
+            pass
+
+    def _server_time(self) -> datetime:
+        moment: datetime = self.database.execute_sql("SELECT clock_timestamp()").fetchone()[0]
+        return moment.astimezone(UTC)
+
     def _check_schema(self) -> None:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
 
         if not self.owned:
-            self._warn_of_weak_durability()
+            self.warn_of_weak_durability()
         migrations.ensure(self)
         # Tables that were made inside a transaction of the caller go with it if it is rolled back.
         self._schema_checked = not self.database.in_transaction()
 
-    def _warn_of_weak_durability(self) -> None:
-        if self._durability_checked or not isinstance(self.database, peewee.SqliteDatabase):
+    def warn_of_weak_durability(self) -> None:
+        """Say once if what the application's connection commits may be lost at a power cut."""
+        if self._durability_checked:
             return
         self._durability_checked = True
+        if not self._is_sqlite:
+            if self.database.execute_sql("SELECT current_setting('synchronous_commit')").fetchone()[0] == "off":
+                log.warning(
+                    "the application's connection has synchronous_commit=off: "
+                    "a request may be lost when the server dies; synchronous_commit=on keeps it"
+                )
+            return
         journal = self.database.execute_sql("PRAGMA journal_mode").fetchone()[0]
         synchronous = self.database.execute_sql("PRAGMA synchronous").fetchone()[0]
         if journal in ("off", "memory") or synchronous < 2:  # noqa: PLR2004 - 2 is FULL

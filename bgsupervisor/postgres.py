@@ -30,6 +30,7 @@ __all__ = [
     "draw",
     "explain",
     "hold_off",
+    "is_locked",
     "is_lost",
     "is_of_one_row",
     "is_passing",
@@ -83,7 +84,7 @@ _POOLED = (
 _SENTENCES = {
     "42P01": "{where} lacks tables or columns of this version ({text}); run `bgsupervisor migrate`",
     "42703": "{where} lacks tables or columns of this version ({text}); run `bgsupervisor migrate`",
-    "55P03": "{where} is locked by another writer for longer than {waited_s:g} s; try again",
+    "55P03": "{where} is locked by another writer for longer than {waited}; try again",
     "53100": "{where} cannot be written, the disk is full; free some space and try again",
     "25006": "{where} is read-only, as a standby is; name the server that takes writes",
     "53": "{where} has no memory or connection left ({text}); raise its limits, or ask for less",
@@ -340,8 +341,18 @@ def lock_key(prefix: str) -> int:
 
 
 def hold_off(database: peewee.Database, key: int) -> None:
-    """Hold off all others who call this, until the open transaction ends; waits for them at most its timeout."""
-    database.execute_sql("SELECT pg_advisory_xact_lock(%s)", (key,))
+    """Hold off all others who call this, until the open transaction ends; waits for them at most its timeout.
+
+    Raises:
+        DatabaseError: The transaction is one of the application's that does not see what they have committed.
+    """
+    query = "SELECT current_setting('transaction_isolation'), pg_advisory_xact_lock(%s)"
+    level = database.execute_sql(query, (key,)).fetchone()[0]
+    if level not in ("read committed", "read uncommitted"):
+        raise DatabaseError(
+            f"the open transaction is {level.upper()} and sees nothing that was committed since it began; "
+            "use READ COMMITTED, or do this after the commit"
+        )
 
 
 def is_lost(database: peewee.Database) -> bool:
@@ -355,6 +366,11 @@ def is_lost(database: peewee.Database) -> bool:
     poll = select.poll()
     poll.register(connection.fileno(), select.POLLIN)
     return bool(poll.poll(0))
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another connection held what was wanted for longer than we wait, judged by the driver's error."""
+    return _state(error) == "55P03"
 
 
 def draw(database: peewee.Database, table: str, column: str) -> int:
@@ -410,10 +426,10 @@ def explain(error: BaseException, database: peewee.Database) -> DatabaseError | 
         user = str(database.connect_params.get("user") or "of this process")
         message = f"{where} refuses the user {user} ({text}); check the address, the password and the user's rights"
         return AccessError(message, path=where.removeprefix("the database "), user=user, right="write")
-    waited_s = getattr(database, "timeout", 0.0)
+    waited = f"{database.timeout:g} s" if isinstance(database, Server) else "its lock_timeout"
     for sign, sentence in _SENTENCES.items():
         if state.startswith(sign) if sign[0].isdigit() else not state and sign in text:
-            return DatabaseError(sentence.format(where=where, text=text, waited_s=waited_s))
+            return DatabaseError(sentence.format(where=where, text=text, waited=waited))
     if _is_gone(error):
         return ServerAway(f"{where} is away or has given up ({text}); see whether the server runs, and try again")
     if is_passing(error):
@@ -433,7 +449,7 @@ def _is_gone(error: BaseException) -> bool:
 
 
 def _state(error: BaseException) -> str | None:
-    state: str | None = getattr(error, "sqlstate", None)
+    state: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)  # psycopg, psycopg2
     return state
 
 
@@ -443,7 +459,7 @@ def _kinds(error: BaseException) -> set[str]:
 
 
 def _is_of_driver(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] == "psycopg"
+    return type(error).__module__.partition(".")[0] in {"psycopg", "psycopg2"}
 
 
 def _told(error: BaseException, database: peewee.Database) -> str:

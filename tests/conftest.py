@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +171,11 @@ class App:
                 return
             for record in self.service.ledger.starts():
                 yield self._identity(record.pid, record.start_ticks)
+
+
+def pausing_path():
+    """Return the PYTHONPATH of processes that wait at armed points, with the code that this test has."""
+    return os.pathsep.join([str(Path(__file__).parent / "pausing"), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _toml(value):
