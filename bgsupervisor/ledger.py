@@ -305,8 +305,8 @@ def _repeated(method: Callable[Concatenate[Ledger, P], T]) -> Callable[Concatena
     return repeat
 
 
-def _nothing_recorded(error: DatabaseError) -> DatabaseError:
-    return ServerAway(f"{error}; nothing was recorded") if isinstance(error, ServerAway) else error
+def _nothing_recorded(error: ServerAway) -> ServerAway:
+    return ServerAway(f"{error}; nothing was recorded")
 
 
 class Ledger:
@@ -364,7 +364,9 @@ class Ledger:
         except DatabaseError as error:
             if drawn is not None and (tries > 1 or isinstance(error, ServerAway)):
                 raise self.store.undecided(error) from error
-            raise _nothing_recorded(error) from error
+            if isinstance(error, ServerAway):
+                raise _nothing_recorded(error) from error
+            raise
 
     @_repeated
     def _add_all(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:

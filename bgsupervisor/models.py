@@ -802,7 +802,7 @@ class Store:
         """
         if self._server is None:
             raise OSError(errno.EOPNOTSUPP, "only a server tells")
-        if self._server.is_closed():
+        if self._server.hurried and self._server.is_closed():
             raise OSError(errno.ENOTCONN, "it is away")  # nobody waits for it
         return postgres.Listener(self._server, self.tables.prefix)
 

@@ -659,6 +659,26 @@ def test_threads_of_a_process_take_one_place_and_a_fork_of_it_another(tmp_path):
                 os._exit(0 if own else 1)
             os._exit(2)
         assert os.waitpid(pid, 0)[1] == 0
+    for _ in range(20 * PLACES):  # until it has had each
+        with gate.inside(0):
+            pass
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException), gate.inside(0):
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_call_within_the_gate_leaves_no_session_behind_when_it_returns(lossy, direct, tmp_path):
+    lossy.store.take_turns(tmp_path)
+    left = 0
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    with contextlib.closing(psycopg.connect(direct, autocommit=True)) as connection:
+        for _ in range(30):
+            lossy.find()
+            left += connection.execute(f"SELECT count(*) FROM pg_stat_activity WHERE {others}").fetchone()[0]
+    assert left == 0
 
 
 # ---- a pooler in between ----
