@@ -444,6 +444,7 @@ class Store:
         checkpointer: bool = False,
         durable: bool = True,
         creates: bool = True,
+        looks: bool = False,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -454,6 +455,7 @@ class Store:
             checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
             creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
+            looks: Change nothing of the database, not even SQLite's journal mode; implies that nothing is created.
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
@@ -461,7 +463,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
-            store.creates = creates
+            store.creates = creates and not looks
             return store
         path = sqlite_path(url)
         pragmas = {
@@ -470,15 +472,16 @@ class Store:
             "wal_autocheckpoint": 1000 if checkpointer else AUTOCHECKPOINT_PAGES,
         }
         database = peewee.SqliteDatabase(
-            str(path),
-            pragmas=pragmas,
+            f"{path.as_uri()}?mode=rw" if looks else str(path),
+            uri=looks,
+            pragmas={} if looks else pragmas,
             timeout=busy_timeout_s,
             autoconnect=False,
             lock_type="IMMEDIATE",
             check_same_thread=False,
         )
         store = cls(database, prefix, owned=True, path=path)
-        store.creates = creates
+        store.creates = creates and not looks
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
 
@@ -506,6 +509,15 @@ class Store:
             finally:
                 if opened_here and not self.owned and not self.database.is_closed():
                     self.database.close()
+
+    @contextlib.contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Have a connection in this thread, whatever the tables are like."""
+        self._forget_after_fork()
+        with translated(self):
+            if self.database.is_closed():
+                self._connect()
+            yield
 
     @contextlib.contextmanager
     def writing(self, *, alone: bool = True) -> Iterator[None]:
@@ -543,10 +555,7 @@ class Store:
             return self.path.exists()
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
 
-        self._forget_after_fork()
-        with translated(self):
-            if self.database.is_closed():
-                self._connect()
+        with self.unchecked():
             return bool(migrations.applied(self))
 
     def close(self) -> None:
@@ -580,6 +589,11 @@ class Store:
         """Change how long this thread's connection waits for another writer."""
         if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
+
+    def let_statements_take_long(self) -> None:
+        """Lift the limit of a statement's time until the open transaction ends (PostgreSQL; SQLite has none)."""
+        if not self._is_sqlite:
+            self.database.execute_sql("SET LOCAL statement_timeout = 0")
 
     @property
     def place(self) -> str:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
+import bgsupervisor
 from bgsupervisor import Service, processes
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity, Verdict
 
 LIMIT_S = 15.0
+ADD_COLUMN = """
+def up(migrator, db):
+    db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
+    db.execute_sql(f'CREATE INDEX "{migrator.table_prefix}task_extra" ON "{migrator.table_prefix}task" ("extra")')
+"""
 
 
 def wait_until(condition, sentence, limit_s=LIMIT_S):
@@ -178,6 +186,26 @@ def _toml(value):
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
     return repr(value) if isinstance(value, int | float) else '"' + str(value).replace('"', '\\"') + '"'
+
+
+def copy_package(folder):
+    """Copy this package below *folder*."""
+    source = Path(bgsupervisor.__file__).parent
+    shutil.copytree(source, folder / "bgsupervisor", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.fixture
+def newer(tmp_path):
+    """Make versions of this package with more migrations; return the environment that has Python find one."""
+
+    def make(**more):
+        folder = tmp_path / f"version-{len(more)}-{'-'.join(more)}"
+        copy_package(folder)
+        for name, source in more.items():
+            (folder / "bgsupervisor" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
+        return {"PYTHONPATH": str(folder)}
+
+    return make
 
 
 @pytest.fixture

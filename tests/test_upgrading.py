@@ -18,9 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import wait_until
+from conftest import ADD_COLUMN, copy_package, wait_until
 
-import bgsupervisor
 from bgsupervisor import linux, migrations
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.wire import REDIAL_MAX_S, Redial
@@ -65,11 +64,6 @@ TASKS = """
         def run(self) -> None:
             time.sleep(600)
 """
-ADD_COLUMN = """
-def up(migrator, db):
-    db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
-    db.execute_sql(f'CREATE INDEX "{migrator.table_prefix}task_extra" ON "{migrator.table_prefix}task" ("extra")')
-"""
 REFUSE_TWINS = """
 def up(migrator, db):
     db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
@@ -82,26 +76,6 @@ def app(make_app):
     app = make_app(TASKS)
     app.service.counts()
     return app
-
-
-def copy_package(folder):
-    """Copy this package below *folder*."""
-    source = Path(bgsupervisor.__file__).parent
-    shutil.copytree(source, folder / "bgsupervisor", ignore=shutil.ignore_patterns("__pycache__"))
-
-
-@pytest.fixture
-def newer(tmp_path):
-    """Make versions of this package with more migrations; return the environment that has Python find one."""
-
-    def make(**more):
-        folder = tmp_path / f"version-{len(more)}-{'-'.join(more)}"
-        copy_package(folder)
-        for name, source in more.items():
-            (folder / "bgsupervisor" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
-        return {"PYTHONPATH": str(folder)}
-
-    return make
 
 
 def columns(app):
