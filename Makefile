@@ -33,8 +33,8 @@ test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be t
 test-cron: $(STAMP)  ## run the tests with the machine's own cron daemon, as root (Debian: apt-get install cron)
 	$(BIN)/python -m pytest -m cron
 
-torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5
-	@$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)")
+torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5 DATABASE=postgres
+	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
 
 torture-mutants: $(STAMP)  ## remove one guard at a time and see a test fail for each; BY=torture has the torture test do it
 	@$(BIN)/python -m torture.mutants $(if $(filter torture,$(BY)),--torture)

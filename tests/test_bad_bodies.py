@@ -6,7 +6,6 @@ import collections
 import contextlib
 import os
 import signal
-import sqlite3
 import time
 
 import psutil
@@ -880,10 +879,7 @@ def test_a_task_of_an_unknown_name_waits_for_its_code(app):
 )
 def test_data_written_by_hand_that_does_not_fit_is_raised_before_the_body_begins(app, data, detail):
     handle = app.service.request("appx:returns", {"value": 1}, delay_s=3600)
-    database = sqlite3.connect(app.folder / "bgsupervisor.db", timeout=10)
-    with contextlib.closing(database), database:
-        due = "UPDATE bgsupervisor_task SET data = ?, run_at = requested_at WHERE id = ?"
-        database.execute(due, (data, handle.id))
+    app.database.rows("UPDATE bgsupervisor_task SET data = ?, run_at = requested_at WHERE id = ?", data, handle.id)
     record = app.wait(handle)
     app.assert_interrupted(record, "RAISED", detail="appx:returns", error="DataInvalid")
     assert detail in record.detail

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import sqlite3
 import subprocess
 import sys
 import time
@@ -204,12 +203,10 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
 
 def test_what_keeps_everybody_from_writing_is_told(app):
     app.service.request("appx:add")
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with app.database.locked():
         told = app.cli("ps", "--json")
         assert "is locked by another writer for longer than 1 s; try again. Bodies go on" in told.stderr
         assert len(json.loads(told.stdout)) == 1
-        other.execute("ROLLBACK")
     assert "locked" not in app.cli("ps").stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -220,10 +219,8 @@ class Endings(App):
 
     def row_by_hand(self, handle, **columns):
         """Write a task's row as no program of ours would."""
-        database = sqlite3.connect(self.folder / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            settings = ", ".join(f"{column} = ?" for column in columns)
-            database.execute(f"UPDATE bgsupervisor_task SET {settings} WHERE id = ?", [*columns.values(), handle.id])
+        settings = ", ".join(f"{column} = ?" for column in columns)
+        self.database.rows(f"UPDATE bgsupervisor_task SET {settings} WHERE id = ?", *columns.values(), handle.id)
 
     def planned(self, body="returns", **data):
         """Return a request that nobody starts yet."""
@@ -815,15 +812,12 @@ def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_af
     supervisor = app.start()
     handles = [app.request("ends_at_the_gate", value=2), app.request("sleeps")]
     _, killed = [app.ready(handle)[0] for handle in handles]
-    database = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)
-    with contextlib.closing(database):
-        database.execute("BEGIN IMMEDIATE")
+    with app.database.locked():
         app.open_gate(handles[0])
         os.kill(killed.pid, signal.SIGKILL)
         wait_until(lambda: is_gone(killed.pid), "the child is gone")
         assert_it_rests(supervisor, 1.2)
         assert {app.service.get(handle).status for handle in handles} == {"START"}
-        database.execute("ROLLBACK")
     app.assert_done(app.wait(handles[0]), 2)
     app.assert_interrupted(app.wait(handles[1]), "SIGNALLED", signal=signal.SIGKILL)
 

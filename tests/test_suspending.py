@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import time
 
 import psutil
@@ -440,12 +439,10 @@ def test_what_a_dead_supervisor_had_recorded_and_not_done_the_next_one_does(tmp_
         supervisor = app.start()
         record = app.begun("at_the_gate")
         supervisor.kill()
-        database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            database.execute(
-                "UPDATE bgsupervisor_task SET suspend_requested_at = run_at, suspended_at = run_at, suspended_mono = ?",
-                (time.monotonic(),),
-            )
+        app.database.rows(
+            "UPDATE bgsupervisor_task SET suspend_requested_at = run_at, suspended_at = run_at, suspended_mono = ?",
+            time.monotonic(),
+        )
         app.start(wait=False)
         wait_until(lambda: app.is_still(record), "it stands still, as its row has it")
         assert app.service.get(record.id).suspended_at == record.run_at
@@ -471,9 +468,7 @@ def test_a_task_suspended_in_another_pid_namespace_is_not_lost_for_its_silence(t
         supervisor = app.start()
         records = [app.suspended(app.begun("at_the_gate")) for _ in range(2)]
         supervisor.kill()
-        database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            database.execute("UPDATE bgsupervisor_task SET pid_ns = 7")
+        app.database.rows("UPDATE bgsupervisor_task SET pid_ns = 7")
         for record in records:
             os.kill(record.pid, signal.SIGKILL)
         wait_until(

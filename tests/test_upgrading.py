@@ -3,13 +3,11 @@ and children whose files are gone. The other version is a copy of this package t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -79,8 +77,9 @@ def app(make_app):
 
 
 def columns(app):
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db")) as connection:
-        return {row[1] for row in connection.execute("PRAGMA table_info(bgsupervisor_task)")}
+    store = app.service.ledger.store
+    with store.connected():
+        return {column.name for column in store.database.get_columns("bgsupervisor_task")}
 
 
 def applied(app):

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -311,9 +310,7 @@ class Waiting(App):
         return wait_until(lambda: self.events(event, handle.id), f"task {handle.id} says {event!r}")[-1]
 
     def rows(self, table):
-        with contextlib.closing(sqlite3.connect(self.folder / "bgsupervisor.db", timeout=10)) as database:
-            database.row_factory = sqlite3.Row
-            return [dict(row) for row in database.execute(f"SELECT * FROM bgsupervisor_{table} ORDER BY id")]
+        return self.database.dicts(f"SELECT * FROM bgsupervisor_{table} ORDER BY id")
 
     def waiting(self, handle, *, slotless=True):
         """Return the rows of a task's wait once there are any."""

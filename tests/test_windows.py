@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sqlite3
 import time
 from pathlib import Path
 
@@ -150,9 +149,8 @@ class Stage(App):
                     found.append(process)
         return found
 
-    def rows(self, table, where="1"):
-        with contextlib.closing(sqlite3.connect(self.folder / "bgsupervisor.db")) as connection:
-            return connection.execute(f"SELECT * FROM bgsupervisor_{table} WHERE {where}").fetchall()
+    def rows(self, table, where="1 = 1"):
+        return self.database.rows(f"SELECT * FROM bgsupervisor_{table} WHERE {where}")
 
     def end(self):
         for process in self.processes():
@@ -570,8 +568,7 @@ def test_a_kill_that_is_lost_with_its_nursery_while_the_database_is_locked_is_se
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
-    with contextlib.closing(sqlite3.connect(stage.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with stage.database.locked():
         stage.arm("nursery.striking")
         os.kill(stage.reached("nursery.striking"), signal.SIGKILL)
     stage.let_go()
@@ -587,8 +584,7 @@ def test_a_kill_through_the_nursery_keeps_its_reason_though_the_supervisor_dies(
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
-    with contextlib.closing(sqlite3.connect(stage.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with stage.database.locked():
         stage.arm("nursery.striking")
         stage.reached("nursery.striking")
         stage.supervisor.kill()
