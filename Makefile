@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shop test test-slow test-browser test-cron torture torture-mutants lint bench clean
+.PHONY: help demo shop test test-postgres test-slow test-browser test-cron torture torture-mutants lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
@@ -22,6 +22,13 @@ shop: $(STAMP)  ## open the example shop in which a browser watches its imports;
 
 test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's
 	$(BIN)/python -m pytest -m "not slow and not browser and not cron"
+
+# What is about processes, rows and commands, and not about SQLite's file.
+ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings faults guards health housekeeping linux \
+	logs nursery oom stacks stalls stopping supervisor suspending upgrading waiting waiting_hard why windows
+
+test-postgres: $(STAMP)  ## run the end-to-end tests with all rows in PostgreSQL, which comes with the tools; a quarter of an hour
+	$(BIN)/python -m pytest --database postgres -m "not slow and not browser and not cron" $(ON_POSTGRES:%=tests/test_%.py)
 
 test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow

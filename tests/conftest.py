@@ -214,7 +214,8 @@ def pytest_addoption(parser):
 def pytest_generate_tests(metafunc):
     if metafunc.definition.get_closest_marker("on_both"):
         metafunc.fixturenames.insert(0, "database_of_apps")
-        metafunc.parametrize("database_of_apps", ["sqlite", "postgres"], indirect=True)
+        both = metafunc.config.getoption("--database") == "sqlite"  # else one at a time
+        metafunc.parametrize("database_of_apps", ["sqlite", "postgres"] if both else ["postgres"], indirect=True)
 
 
 def pytest_collection_modifyitems(config, items):

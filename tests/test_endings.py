@@ -735,6 +735,7 @@ def test_the_next_supervisor_starts_new_tasks_beside_those_that_it_adopted(orpha
     app.assert_done(records["new"], 3)
 
 
+@pytest.mark.on_both
 def test_sigterm_to_the_supervisor_leaves_its_children_alive(make_endings):
     app = make_endings()
     supervisor = app.start()
@@ -807,6 +808,7 @@ def test_a_supervisor_rests_while_it_waits_for_its_last_bodies_though_other_task
     app.assert_done(app.service.get(handle), 0)
 
 
+@pytest.mark.on_both
 def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_afterwards(make_endings):
     app = make_endings()
     supervisor = app.start()
@@ -825,6 +827,7 @@ def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_af
 # ---- everybody dies ----
 
 
+@pytest.mark.on_both
 def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_two_seconds(make_endings):
     app = make_endings()
     supervisor = app.start()
@@ -947,6 +950,7 @@ def test_a_task_claimed_for_a_child_that_never_heard_of_it_is_started_by_the_nex
     app.assert_done(app.wait(handle), 7, attempt=2)
 
 
+@pytest.mark.on_both
 def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(make_endings):
     app = make_endings(spares=1, slots=1)
     supervisor = app.start()

@@ -163,6 +163,7 @@ def test_all_that_a_dead_child_has_written_is_read(tmp_path):
 # ---- commits come first ----
 
 
+@pytest.mark.on_both
 def test_an_end_is_not_acknowledged_before_it_is_committed(app):
     supervisor = app.start()
     handle = app.service.request("appx:ends_at_the_gate", {"value": 7})
@@ -182,6 +183,7 @@ def test_an_end_is_not_acknowledged_before_it_is_committed(app):
     assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
 
 
+@pytest.mark.on_both
 def test_no_signal_is_sent_before_its_reason_is_in_the_row(app):
     app.start()
     handle = app.service.request("appx:looks_at_its_row_when_sigterm_comes", {})
@@ -234,6 +236,7 @@ def test_a_process_that_a_body_forked_does_not_keep_its_connection(app):
     assert (record.status, record.result) == ("DONE", "[]")
 
 
+@pytest.mark.on_both
 def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(app):
     first = app.start()
     handle = app.service.request("appx:ends_at_the_gate", {"value": 7})

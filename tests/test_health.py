@@ -126,6 +126,7 @@ def test_wrong_usage_is_unknown_and_not_critical(app):
         assert "Usage: bgsupervisor health" in done.stderr
 
 
+@pytest.mark.on_both
 def test_a_due_task_that_waits_too_long_is_a_warning_and_ten_times_as_long_critical(app):
     app.start()
     for name in ("a", "b"):

@@ -417,6 +417,7 @@ def test_without_a_supervisor_the_next_one_suspends_and_the_command_says_so(tmp_
         assert app.service.result(app.wait(record.id).id) == "opened"
 
 
+@pytest.mark.on_both
 def test_a_task_stays_suspended_over_the_death_of_its_supervisor_and_no_limit_runs(tmp_path):
     with living(tmp_path, grace_s=0.5) as app:
         supervisor = app.start()

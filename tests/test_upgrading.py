@@ -126,6 +126,7 @@ def test_a_child_that_was_started_before_records_its_end_by_itself(app, newer):
     assert app.service.result(record.id) == "its end"
 
 
+@pytest.mark.on_both
 def test_a_child_of_the_old_version_is_adopted_by_the_new_one(app, newer):
     new = newer(_0900_next=ADD_COLUMN)
     old = app.start()

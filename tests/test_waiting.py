@@ -1020,6 +1020,7 @@ def test_waiting_often_leaves_neither_descriptors_nor_threads(app):
 # ---- slots ----
 
 
+@pytest.mark.on_both
 def test_five_wait_for_a_sixth_with_two_slots(make_waiting):
     app = make_waiting(slots=2)
     app.start()
@@ -1136,6 +1137,7 @@ def test_a_board_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, 
     app.nothing_is_left()
 
 
+@pytest.mark.on_both
 def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_themselves(make_waiting):
     app = make_waiting(slots=3)
     supervisor = app.start()
@@ -1156,6 +1158,7 @@ def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_them
     app.nothing_is_left()
 
 
+@pytest.mark.on_both
 def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     app = make_waiting(slots=6)
     supervisor = app.start()

@@ -563,6 +563,7 @@ def test_the_farewell_of_a_replaced_supervisor_does_not_hide_the_living_one(stag
     assert (row.pid, row.left_at) == (stage.supervisor.process.pid, None)
 
 
+@pytest.mark.on_both
 def test_a_kill_that_is_lost_with_its_nursery_while_the_database_is_locked_is_sent_again(stage):
     stage.start()
     handle = stage.request("endless")
@@ -616,6 +617,7 @@ def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
     see_that_nothing_is_left(stage, record)
 
 
+@pytest.mark.on_both
 def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     stage.start()
     old = stage.supervisor.process
