@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed-dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shop test test-slow test-browser test-cron torture torture-mutants lint bench clean
+.PHONY: help demo shop test test-postgres test-slow test-browser test-cron torture torture-mutants lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
@@ -25,6 +25,13 @@ shop: $(STAMP)  ## open the example shop in which a browser watches its imports;
 test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's; JOBS=3 at once
 	$(BIN)/python -m pytest -n "$(JOBS)" -m "not slow and not browser and not cron"
 
+# What is about processes, rows and commands, and not about SQLite's file.
+ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings faults guards health housekeeping linux \
+	logs nursery oom stacks stalls stopping supervisor suspending upgrading waiting waiting_hard why windows
+
+test-postgres: $(STAMP)  ## run the end-to-end tests with all rows in PostgreSQL, which comes with the tools; a quarter of an hour
+	$(BIN)/python -m pytest --database postgres -m "not slow and not browser and not cron" $(ON_POSTGRES:%=tests/test_%.py)
+
 test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
 
@@ -35,8 +42,8 @@ test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be t
 test-cron: $(STAMP)  ## run the tests with the machine's own cron daemon, as root (Debian: apt-get install cron)
 	$(BIN)/python -m pytest -m cron
 
-torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5
-	@$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)")
+torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5 DATABASE=postgres
+	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
 
 torture-mutants: $(STAMP)  ## remove one guard at a time and see a test fail for each; BY=torture has the torture test do it
 	@$(BIN)/python -m torture.mutants $(if $(filter torture,$(BY)),--torture)

@@ -498,6 +498,7 @@ class Store:
         durable: bool = True,
         creates: bool = True,
         patience_s: float = 0.0,
+        looks: bool = False,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -510,6 +511,7 @@ class Store:
             creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
             patience_s: For how long a call comes back to a server that has hung up (PostgreSQL): to learn what became
                 of a commit, and to repeat what is not there (`persistently`).
+            looks: Change nothing of the database, not even SQLite's journal mode; implies that nothing is created.
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
@@ -517,7 +519,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
-            store.creates, store.patience_s = creates, patience_s
+            store.creates, store.patience_s = creates and not looks, patience_s
             return store
         path = sqlite_path(url)
         pragmas = {
@@ -526,15 +528,16 @@ class Store:
             "wal_autocheckpoint": 1000 if checkpointer else AUTOCHECKPOINT_PAGES,
         }
         database = peewee.SqliteDatabase(
-            str(path),
-            pragmas=pragmas,
+            f"{path.as_uri()}?mode=rw" if looks else str(path),
+            uri=looks,
+            pragmas={} if looks else pragmas,
             timeout=busy_timeout_s,
             autoconnect=False,
             lock_type="IMMEDIATE",
             check_same_thread=False,
         )
         store = cls(database, prefix, owned=True, path=path)
-        store.creates = creates
+        store.creates = creates and not looks
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
 
@@ -605,6 +608,15 @@ class Store:
             finally:
                 if opened_here and not self.owned and not self.database.is_closed():
                     self.database.close()
+
+    @contextlib.contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Have a connection in this thread, whatever the tables are like."""
+        self._forget_after_fork()
+        with translated(self):
+            if self.database.is_closed():
+                self._connect()
+            yield
 
     @contextlib.contextmanager
     def writing(self, *, alone: bool = True) -> Iterator[None]:
@@ -727,10 +739,7 @@ class Store:
             return self.path.exists()
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
 
-        self._forget_after_fork()
-        with translated(self):
-            if self.database.is_closed():
-                self._connect()
+        with self.unchecked():
             return bool(migrations.applied(self))
 
     def close(self) -> None:
@@ -769,6 +778,11 @@ class Store:
         """Have no call wait for a server that is away or stands still, but for a second when it falls silent."""
         if self._server is not None:
             self._server.hurried = True
+
+    def let_statements_take_long(self) -> None:
+        """Lift the limit of a statement's time until the open transaction ends (PostgreSQL; SQLite has none)."""
+        if not self._is_sqlite:
+            self.database.execute_sql("SET LOCAL statement_timeout = 0")
 
     @property
     def place(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,18 @@ from pathlib import Path
 
 import pytest
 
+import bgsupervisor
 from bgsupervisor import Service, processes
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity, Verdict
+from torture.database import Database
 
 LIMIT_S = 15.0
+ADD_COLUMN = """
+def up(migrator, db):
+    db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
+    db.execute_sql(f'CREATE INDEX "{migrator.table_prefix}task_extra" ON "{migrator.table_prefix}task" ("extra")')
+"""
 
 
 def wait_until(condition, sentence, limit_s=LIMIT_S):
@@ -54,11 +62,20 @@ class Supervising:
 
 
 class App:
-    """A folder with a configuration, a tasks module `appx` and whatever supervises it."""
+    """A folder with a configuration, a tasks module `appx` and whatever supervises it.
+
+    Attributes:
+        server: Of PostgreSQL, on which each application that names none gets a database; by default SQLite's file.
+    """
+
+    server = None
+    own = None
 
     def __init__(self, folder, source, **options):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.server = App.server
+        self.own = self.server and self.server.make_database()
         self.config = folder / "bgsupervisor.toml"
         self.state_dir = folder / ".bgsupervisor"
         self.configure(**options)
@@ -70,7 +87,8 @@ class App:
         (self.folder / f"{module}.py").write_text(textwrap.dedent(source))
 
     def configure(self, **options):
-        options = {"tasks": ["appx"], "grace_s": 1.0, "heartbeat_s": 1.0, **options}
+        own = {"database": self.server.socket_url(self.own)} if self.own else {}
+        options = {"tasks": ["appx"], "grace_s": 1.0, "heartbeat_s": 1.0, **own, **options}
         lines = [f"{key} = {_toml(value)}" for key, value in options.items()]
         self.config.write_text("\n".join(lines) + "\n")
 
@@ -79,6 +97,11 @@ class App:
         if self._service is None:
             self._service = Service(config=self.config)
         return self._service
+
+    @property
+    def database(self):
+        """Its rows as others see them, without the product."""
+        return Database(self.service.config.database)
 
     def environment(self, **more):
         names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "PYTHONPATH")
@@ -155,6 +178,8 @@ class App:
             wait_until(lambda one=identity: processes.look(one)[0] is not Verdict.ALIVE, f"{identity} has ended")
         if self._service is not None:
             self._service.close()
+        if self.own:
+            self.server.drop(self.own)
 
     def _identity(self, pid, ticks):
         own = processes.own_identity("test")
@@ -184,6 +209,60 @@ def _toml(value):
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
     return repr(value) if isinstance(value, int | float) else '"' + str(value).replace('"', '\\"') + '"'
+
+
+def pytest_addoption(parser):
+    text = "on which database the applications of the tests have their rows"
+    parser.addoption("--database", choices=("sqlite", "postgres"), default="sqlite", help=text)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.definition.get_closest_marker("on_both"):
+        metafunc.fixturenames.insert(0, "database_of_apps")
+        both = metafunc.config.getoption("--database") == "sqlite"  # else one at a time
+        metafunc.parametrize("database_of_apps", ["sqlite", "postgres"] if both else ["postgres"], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --database postgres leave out what is about SQLite, or runs on both of itself."""
+    if config.getoption("--database") == "sqlite":
+        return
+    left_out = [item for item in items if item.get_closest_marker("of_sqlite")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _database_of_session(request):
+    """Have all applications on the database that was asked for."""
+    if request.config.getoption("--database") == "postgres":
+        App.server = request.getfixturevalue("postgres")
+
+
+@pytest.fixture
+def database_of_apps(request, monkeypatch):
+    """Have the applications that this test makes on the database of its mark `on_both`."""
+    monkeypatch.setattr(App, "server", None if request.param == "sqlite" else request.getfixturevalue("postgres"))
+
+
+def copy_package(folder):
+    """Copy this package below *folder*."""
+    source = Path(bgsupervisor.__file__).parent
+    shutil.copytree(source, folder / "bgsupervisor", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+@pytest.fixture
+def newer(tmp_path):
+    """Make versions of this package with more migrations; return the environment that has Python find one."""
+
+    def make(**more):
+        folder = tmp_path / f"version-{len(more)}-{'-'.join(more)}"
+        copy_package(folder)
+        for name, source in more.items():
+            (folder / "bgsupervisor" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
+        return {"PYTHONPATH": str(folder)}
+
+    return make
 
 
 @pytest.fixture

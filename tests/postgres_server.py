@@ -1,4 +1,7 @@
-"""A PostgreSQL server of the tests' own, from a wheel: asks the system for nothing, listens to this machine only."""
+"""A PostgreSQL server of the tests' own, from a wheel: asks the system for nothing, listens to this machine only.
+
+python tests/postgres_server.py COMMAND ...     runs it with a server; URL in its words is an empty database
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -225,3 +229,14 @@ def _free_port():
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def main():
+    """Run a command while there is a server, and leave as it does."""
+    with running_server() as server:
+        url = server.socket_url(server.make_database())
+        return subprocess.run([url if word == "URL" else word for word in sys.argv[1:]], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

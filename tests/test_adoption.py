@@ -117,6 +117,7 @@ def test_progress_log_and_heartbeat_go_on_under_the_next_supervisor(app):
     assert app.wait(handle).status == "DONE"
 
 
+@pytest.mark.on_both
 def test_a_body_that_ends_without_a_supervisor_records_result_progress_and_usage(app):
     supervisor = app.start()
     handle = app.request("steps")
@@ -137,6 +138,7 @@ def test_a_body_that_ends_without_a_supervisor_records_result_progress_and_usage
     assert app.service.get(handle) == record
 
 
+@pytest.mark.on_both
 def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_free(app):
     first = app.start()
     old = [app.request("gated", name=f"old-{number}") for number in range(SLOTS - 1)]

@@ -907,10 +907,7 @@ def test_a_task_of_an_unknown_name_waits_for_its_code(app):
 )
 def test_data_written_by_hand_that_does_not_fit_is_raised_before_the_body_begins(app, data, detail):
     handle = app.service.request("appx:returns", {"value": 1}, delay_s=3600)
-    database = sqlite3.connect(app.folder / "bgsupervisor.db", timeout=10)
-    with contextlib.closing(database), database:
-        due = "UPDATE bgsupervisor_task SET data = ?, run_at = requested_at WHERE id = ?"
-        database.execute(due, (data, handle.id))
+    app.database.rows("UPDATE bgsupervisor_task SET data = ?, run_at = requested_at WHERE id = ?", data, handle.id)
     record = app.wait(handle)
     app.assert_interrupted(record, "RAISED", detail="appx:returns", error="DataInvalid")
     assert detail in record.detail
@@ -934,6 +931,7 @@ def test_a_child_set_up_that_fails_is_the_end_of_the_attempt_and_not_of_the_chil
 # ---- a database that a body leaves locked ----
 
 
+@pytest.mark.of_sqlite
 @pytest.mark.parametrize("how", ["returns", "raises", "keeps"])
 def test_a_transaction_that_a_body_left_keeps_nobody_from_recording_its_end(tmp_path, how):
     with living(tmp_path) as app:

@@ -353,6 +353,7 @@ def test_migrate_creates_the_tables_once(make_app):
     assert app.cli("migrate").stdout == "nothing to do: the tables are this version's\n"
 
 
+@pytest.mark.of_sqlite
 def test_migrate_works_on_a_database_that_holds_other_tables(make_app):
     app = make_app(TASKS)
     database = peewee.SqliteDatabase(str(app.folder / "bgsupervisor.db"))
@@ -437,6 +438,7 @@ def test_a_second_run_leaves_at_once_and_in_silence(make_app):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.of_sqlite
 def test_a_run_that_cannot_open_its_database_tells_whoever_started_it(make_app):
     app = make_app(TASKS)
     (app.folder / "bgsupervisor.db").write_bytes(b"this is no database, but a text of some length" * 100)

@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import select
-import sqlite3
 import subprocess
 import sys
 import time
@@ -214,12 +213,10 @@ def test_a_supervisor_that_was_killed_is_not_there_though_nobody_has_reaped_it(a
 
 def test_what_keeps_everybody_from_writing_is_told(app):
     app.service.request("appx:add")
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with app.database.locked():
         told = app.cli("ps", "--json")
         assert "is locked by another writer for longer than 1 s; try again. Bodies go on" in told.stderr
         assert len(json.loads(told.stdout)) == 1
-        other.execute("ROLLBACK")
     assert "locked" not in app.cli("ps").stderr
 
 

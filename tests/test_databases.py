@@ -29,6 +29,8 @@ from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
 from bgsupervisor.models import Store
 from bgsupervisor.statuses import Reason
 
+pytestmark = pytest.mark.of_sqlite  # its file; tests/test_postgres.py is the same of PostgreSQL
+
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 APP = """
 import pathlib, time

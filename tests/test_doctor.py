@@ -612,6 +612,7 @@ def test_no_modules_and_modules_without_tasks_are_wrong(make_app):
     assert lines_of(app.cli("doctor"))["task modules"] == ("WRONG", "no task is defined in appx")
 
 
+@pytest.mark.of_sqlite
 def test_a_damaged_database_is_told_and_the_other_checks_go_on(make_app):
     app = make_app(TASKS)
     (app.folder / "bgsupervisor.db").write_bytes(b"notes, and no database\n" * 500)
@@ -621,6 +622,7 @@ def test_a_damaged_database_is_told_and_the_other_checks_go_on(make_app):
     assert found["PID 1"][0] in {"ok", "note"}
 
 
+@pytest.mark.of_sqlite
 def test_a_database_of_the_application_gets_no_tables_by_being_looked_at(make_app):
     app = make_app(TASKS)
     path = app.folder / "bgsupervisor.db"
@@ -638,10 +640,7 @@ def test_a_row_of_the_future_is_found_in_the_database(make_app):
     app = make_app(TASKS)
     id = app.service.request("appx:add").id
     assert lines_of(app.cli("doctor"))["clock"][0] == "ok"
-    connection = sqlite3.connect(app.folder / "bgsupervisor.db")
-    connection.execute("UPDATE bgsupervisor_task SET requested_at = '2999-01-01 00:00:00.000000+00:00'")
-    connection.commit()
-    connection.close()
+    app.database.rows("UPDATE bgsupervisor_task SET requested_at = '2999-01-01 00:00:00.000000+00:00'")
     grade, sentence = lines_of(app.cli("doctor"))["clock"]
     assert grade == "WRONG"
     assert f"the request of task {id} lies" in sentence

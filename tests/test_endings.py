@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import time
 from pathlib import Path
@@ -220,10 +219,8 @@ class Endings(App):
 
     def row_by_hand(self, handle, **columns):
         """Write a task's row as no program of ours would."""
-        database = sqlite3.connect(self.folder / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            settings = ", ".join(f"{column} = ?" for column in columns)
-            database.execute(f"UPDATE bgsupervisor_task SET {settings} WHERE id = ?", [*columns.values(), handle.id])
+        settings = ", ".join(f"{column} = ?" for column in columns)
+        self.database.rows(f"UPDATE bgsupervisor_task SET {settings} WHERE id = ?", *columns.values(), handle.id)
 
     def planned(self, body="returns", **data):
         """Return a request that nobody starts yet."""
@@ -738,6 +735,7 @@ def test_the_next_supervisor_starts_new_tasks_beside_those_that_it_adopted(orpha
     app.assert_done(records["new"], 3)
 
 
+@pytest.mark.on_both
 def test_sigterm_to_the_supervisor_leaves_its_children_alive(make_endings):
     app = make_endings()
     supervisor = app.start()
@@ -810,20 +808,18 @@ def test_a_supervisor_rests_while_it_waits_for_its_last_bodies_though_other_task
     app.assert_done(app.service.get(handle), 0)
 
 
+@pytest.mark.on_both
 def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_afterwards(make_endings):
     app = make_endings()
     supervisor = app.start()
     handles = [app.request("ends_at_the_gate", value=2), app.request("sleeps")]
     _, killed = [app.ready(handle)[0] for handle in handles]
-    database = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)
-    with contextlib.closing(database):
-        database.execute("BEGIN IMMEDIATE")
+    with app.database.locked():
         app.open_gate(handles[0])
         os.kill(killed.pid, signal.SIGKILL)
         wait_until(lambda: is_gone(killed.pid), "the child is gone")
         assert_it_rests(supervisor, 1.2)
         assert {app.service.get(handle).status for handle in handles} == {"START"}
-        database.execute("ROLLBACK")
     app.assert_done(app.wait(handles[0]), 2)
     app.assert_interrupted(app.wait(handles[1]), "SIGNALLED", signal=signal.SIGKILL)
 
@@ -831,6 +827,7 @@ def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_af
 # ---- everybody dies ----
 
 
+@pytest.mark.on_both
 def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_two_seconds(make_endings):
     app = make_endings()
     supervisor = app.start()
@@ -953,6 +950,7 @@ def test_a_task_claimed_for_a_child_that_never_heard_of_it_is_started_by_the_nex
     app.assert_done(app.wait(handle), 7, attempt=2)
 
 
+@pytest.mark.on_both
 def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(make_endings):
     app = make_endings(spares=1, slots=1)
     supervisor = app.start()

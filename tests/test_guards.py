@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -25,9 +23,9 @@ from bgsupervisor.wards import Ward, Wards
 from bgsupervisor.wire import Beat, Channel, End, Ended, Run, Who
 
 SOURCE = """
-import os, signal, sqlite3, time
+import os, signal, time
 from pathlib import Path
-from bgsupervisor import child, current, task
+from bgsupervisor import Service, child, current, task
 
 HERE = Path(__file__).parent
 
@@ -47,9 +45,7 @@ def ends_at_the_gate(value: int) -> int:
 def looks_at_its_row_when_sigterm_comes() -> str:
     seen = []
     def look(number, frame):
-        with sqlite3.connect(HERE / "bgsupervisor.db", timeout=10) as connection:
-            query = "SELECT ending FROM bgsupervisor_task WHERE id = ?"
-            seen.append(connection.execute(query, (current().id,)).fetchone()[0])
+        seen.append(Service(config=HERE / "bgsupervisor.toml").get(current().id).ending)
     signal.signal(signal.SIGTERM, look)
     (HERE / "ready").touch()
     while not seen:
@@ -167,21 +163,14 @@ def test_all_that_a_dead_child_has_written_is_read(tmp_path):
 # ---- commits come first ----
 
 
-@contextlib.contextmanager
-def locked(app):
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("ROLLBACK")
-
-
+@pytest.mark.on_both
 def test_an_end_is_not_acknowledged_before_it_is_committed(app):
     supervisor = app.start()
     handle = app.service.request("appx:ends_at_the_gate", {"value": 7})
     exists(app, "ready")
     running = app.started(handle)
     child = processes.identity_of(running.pid, "here")
-    with locked(app):
+    with app.database.locked():
         (app.folder / "gate").touch()
         exists(app, "ending")
         deadline = time.monotonic() + 1.5
@@ -194,6 +183,7 @@ def test_an_end_is_not_acknowledged_before_it_is_committed(app):
     assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
 
 
+@pytest.mark.on_both
 def test_no_signal_is_sent_before_its_reason_is_in_the_row(app):
     app.start()
     handle = app.service.request("appx:looks_at_its_row_when_sigterm_comes", {})
@@ -246,6 +236,7 @@ def test_a_process_that_a_body_forked_does_not_keep_its_connection(app):
     assert (record.status, record.result) == ("DONE", "[]")
 
 
+@pytest.mark.on_both
 def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(app):
     first = app.start()
     handle = app.service.request("appx:ends_at_the_gate", {"value": 7})

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import sqlite3
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -48,8 +46,7 @@ def ask(app, *arguments):
 
 
 def sql(app, statement, *values):
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", timeout=10)) as connection, connection:
-        return connection.execute(statement, values).fetchall()
+    return app.database.rows(statement, *values)
 
 
 def ago(seconds):
@@ -129,6 +126,7 @@ def test_wrong_usage_is_unknown_and_not_critical(app):
         assert "Usage: bgsupervisor health" in done.stderr
 
 
+@pytest.mark.on_both
 def test_a_due_task_that_waits_too_long_is_a_warning_and_ten_times_as_long_critical(app):
     app.start()
     for name in ("a", "b"):

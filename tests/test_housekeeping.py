@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -20,6 +18,7 @@ from bgsupervisor.ledger import Ledger
 from bgsupervisor.models import Store
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
+from torture.database import Database
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -51,14 +50,13 @@ def ago(seconds):
 class Rows:
     """Rows that a test has written by hand, with a log and an interruption each."""
 
-    def __init__(self, path, folder):
-        self.path = path
+    def __init__(self, database, folder):
+        self.database = database
         self.logs = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def sql(self, statement, values=()):
-        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection, connection:
-            return connection.execute(statement, values).fetchall()
+        return self.database.rows(statement, *values)
 
     def add(self, status, days, *, name="a:b", attempt=1, count=1):
         """Add tasks that ended so many days ago, or that began then and are live; return their ids."""
@@ -76,13 +74,13 @@ class Rows:
             "start_ticks": 1 if status is Status.START else None,
         }
         columns, marks = ", ".join(values), ", ".join("?" * len(values))
-        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection, connection:
+        with self.database.connection() as connection, connection.at_once():
             for _ in range(count):
-                insert = f"INSERT INTO bgsupervisor_task ({columns}) VALUES ({marks})"
-                ids.append(connection.execute(insert, tuple(values.values())).lastrowid)
-                connection.execute(
+                insert = f"INSERT INTO bgsupervisor_task ({columns}) VALUES ({marks}) RETURNING id"
+                ids += connection.rows(insert, *values.values())[0]
+                connection.rows(
                     "INSERT INTO bgsupervisor_interruption (task_id, attempt, reason, ended_at) VALUES (?, ?, ?, ?)",
-                    (ids[-1], attempt, "RAISED", at),
+                    *(ids[-1], attempt, "RAISED", at),
                 )
         for id in ids if count < 10 else ():
             for number in range(1, attempt + 1):
@@ -106,7 +104,7 @@ def app(make_app):
 @pytest.fixture
 def rows(app):
     app.service.counts()
-    return Rows(app.folder / "bgsupervisor.db", app.state_dir / "logs")
+    return Rows(app.database, app.state_dir / "logs")
 
 
 # ---- bgsupervisor prune ----
@@ -164,7 +162,7 @@ def test_live_tasks_are_never_pruned_however_old(app, rows):
 def test_where_keep_days_keeps_all_prune_wants_to_be_told_how_old(make_app):
     app = make_app(TASKS, keep_days=0)
     app.service.counts()
-    rows = Rows(app.folder / "bgsupervisor.db", app.state_dir / "logs")
+    rows = Rows(app.database, app.state_dir / "logs")
     ids = rows.add(Status.DONE, 1000)
     done = app.cli("prune")
     assert done.returncode == 2
@@ -192,7 +190,7 @@ def test_no_transaction_deletes_more_rows_than_the_limit(tmp_path):
     store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
     with store.connected():
         pass
-    rows = Rows(tmp_path / "tasks.db", tmp_path / "logs")
+    rows = Rows(Database(f"sqlite:///{tmp_path}/tasks.db"), tmp_path / "logs")
     rows.add(Status.DONE, 20, count=1050)
     ledger = Ledger(store, SystemClock())
     said = []
@@ -225,7 +223,7 @@ def test_a_supervisor_deletes_what_is_older_than_keep_days_step_by_step(app, row
 def test_a_supervisor_with_keep_days_0_keeps_all(make_app):
     app = make_app(TASKS, keep_days=0)
     app.service.counts()
-    rows = Rows(app.folder / "bgsupervisor.db", app.state_dir / "logs")
+    rows = Rows(app.database, app.state_dir / "logs")
     ids = rows.add(Status.DONE, 30_000)
     age(logs.task_log(rows.logs, 77, 1), days=4000)
     app.start()
@@ -239,7 +237,7 @@ def test_a_supervisor_with_keep_days_0_keeps_all(make_app):
 def test_a_changed_keep_days_takes_force_with_a_reload(make_app):
     app = make_app(TASKS, keep_days=0)
     app.start()
-    rows = Rows(app.folder / "bgsupervisor.db", app.state_dir / "logs")
+    rows = Rows(app.database, app.state_dir / "logs")
     rows.add(Status.DONE, 20)
     app.configure(keep_days=14)
     assert app.cli("reload").returncode == 0
@@ -302,7 +300,7 @@ def test_old_rows_are_looked_for_every_ten_minutes_and_logs_every_hour(tmp_path)
     store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=5.0)
     with store.connected():
         pass
-    rows = Rows(tmp_path / "tasks.db", state_dir.logs)
+    rows = Rows(Database(f"sqlite:///{tmp_path}/tasks.db"), state_dir.logs)
     keeper = Housekeeping(Ledger(store, clock), state_dir, clock)
     numbers = count(6000)
 
@@ -353,11 +351,10 @@ def test_a_locked_database_puts_pruning_off_and_nothing_else(tmp_path, caplog):
     store = Store.open(f"sqlite:///{tmp_path}/tasks.db", "bgsupervisor_", busy_timeout_s=0.1)
     with store.connected():
         pass
-    rows = Rows(tmp_path / "tasks.db", state_dir.logs)
+    rows = Rows(Database(f"sqlite:///{tmp_path}/tasks.db"), state_dir.logs)
     rows.add(Status.DONE, 20)
     keeper = Housekeeping(Ledger(store, clock), state_dir, clock)
-    with contextlib.closing(sqlite3.connect(rows.path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with rows.database.locked():
         keeper.keep(14)
     assert "old tasks are not deleted yet" in caplog.text
     assert "is locked by another writer" in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -407,13 +406,10 @@ def test_a_process_that_this_machine_does_not_have_is_not_asked(tmp_path, column
         supervisor = app.start()
         record = app.begun("waits_at_the_gate")
         supervisor.kill()
-        database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
         [(name, value)] = columns.items()
-        with contextlib.closing(database), database:
-            database.execute(f"UPDATE bgsupervisor_task SET {name} = ?", (value,))
+        app.database.rows(f"UPDATE bgsupervisor_task SET {name} = ?", value)
         told = app.cli("stack", str(record.id))
-        with contextlib.closing(sqlite3.connect(tmp_path / "bgsupervisor.db")) as database, database:
-            database.execute(f"UPDATE bgsupervisor_task SET {name} = ?", (getattr(record, name),))
+        app.database.rows(f"UPDATE bgsupervisor_task SET {name} = ?", getattr(record, name))
         app.open_gate(record)
         assert app.wait(record.id).status == "DONE"
     assert (told.returncode, told.stdout) == (1, "")

@@ -62,6 +62,7 @@ def test_stop_leaves_running_tasks_alone_and_keeps_run_away_until_start(app):
     assert app.wait(app.service.request("appx:hello")).status is Status.DONE
 
 
+@pytest.mark.on_both
 def test_stop_drain_waits_for_running_tasks_and_admits_no_other(app):
     supervising = app.start()
     running = app.service.request("appx:Slow", {"seconds": 1})
@@ -89,6 +90,7 @@ def test_a_drain_that_is_lifted_goes_on(app):
     assert supervising.process.poll() is None
 
 
+@pytest.mark.on_both
 def test_stop_kill_ends_running_tasks_as_stopped_and_says_who(app):
     supervising = app.start()
     handle = app.service.request("appx:Slow")

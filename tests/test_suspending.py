@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import time
 
 import psutil
@@ -418,6 +417,7 @@ def test_without_a_supervisor_the_next_one_suspends_and_the_command_says_so(tmp_
         assert app.service.result(app.wait(record.id).id) == "opened"
 
 
+@pytest.mark.on_both
 def test_a_task_stays_suspended_over_the_death_of_its_supervisor_and_no_limit_runs(tmp_path):
     with living(tmp_path, grace_s=0.5) as app:
         supervisor = app.start()
@@ -440,12 +440,10 @@ def test_what_a_dead_supervisor_had_recorded_and_not_done_the_next_one_does(tmp_
         supervisor = app.start()
         record = app.begun("at_the_gate")
         supervisor.kill()
-        database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            database.execute(
-                "UPDATE bgsupervisor_task SET suspend_requested_at = run_at, suspended_at = run_at, suspended_mono = ?",
-                (time.monotonic(),),
-            )
+        app.database.rows(
+            "UPDATE bgsupervisor_task SET suspend_requested_at = run_at, suspended_at = run_at, suspended_mono = ?",
+            time.monotonic(),
+        )
         app.start(wait=False)
         wait_until(lambda: app.is_still(record), "it stands still, as its row has it")
         assert app.service.get(record.id).suspended_at == record.run_at
@@ -471,9 +469,7 @@ def test_a_task_suspended_in_another_pid_namespace_is_not_lost_for_its_silence(t
         supervisor = app.start()
         records = [app.suspended(app.begun("at_the_gate")) for _ in range(2)]
         supervisor.kill()
-        database = sqlite3.connect(tmp_path / "bgsupervisor.db", timeout=10)
-        with contextlib.closing(database), database:
-            database.execute("UPDATE bgsupervisor_task SET pid_ns = 7")
+        app.database.rows("UPDATE bgsupervisor_task SET pid_ns = 7")
         for record in records:
             os.kill(record.pid, signal.SIGKILL)
         wait_until(

@@ -23,9 +23,12 @@ from torture.oracle import Entry  # noqa: E402
 
 
 @pytest.mark.timeout(300)
-def test_twenty_seconds_of_torture_break_no_promise():
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_twenty_seconds_of_torture_break_no_promise(request, kind):
     seed = secrets.token_hex(4)
     command = [sys.executable, "-m", "torture", "--seed", seed, "--seconds", "20", "--rate", "6", "--slack", "5"]
+    if kind == "postgres":  # a server is no descendant of the torture, which ends all of those
+        command += ["--database", request.getfixturevalue("postgres_url")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
 

@@ -18,7 +18,7 @@ from bgsupervisor.statedir import user_name
 
 __all__ = ["their_python"]
 
-pytestmark = needs_root
+pytestmark = [needs_root, pytest.mark.of_sqlite]  # whose file they share
 
 SOURCE = """
 import os, time

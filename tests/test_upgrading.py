@@ -3,13 +3,11 @@ and children whose files are gone. The other version is a copy of this package t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -18,9 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import wait_until
+from conftest import ADD_COLUMN, copy_package, wait_until
 
-import bgsupervisor
 from bgsupervisor import linux, migrations
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.wire import REDIAL_MAX_S, Redial
@@ -65,11 +62,6 @@ TASKS = """
         def run(self) -> None:
             time.sleep(600)
 """
-ADD_COLUMN = """
-def up(migrator, db):
-    db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
-    db.execute_sql(f'CREATE INDEX "{migrator.table_prefix}task_extra" ON "{migrator.table_prefix}task" ("extra")')
-"""
 REFUSE_TWINS = """
 def up(migrator, db):
     db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
@@ -84,29 +76,10 @@ def app(make_app):
     return app
 
 
-def copy_package(folder):
-    """Copy this package below *folder*."""
-    source = Path(bgsupervisor.__file__).parent
-    shutil.copytree(source, folder / "bgsupervisor", ignore=shutil.ignore_patterns("__pycache__"))
-
-
-@pytest.fixture
-def newer(tmp_path):
-    """Make versions of this package with more migrations; return the environment that has Python find one."""
-
-    def make(**more):
-        folder = tmp_path / f"version-{len(more)}-{'-'.join(more)}"
-        copy_package(folder)
-        for name, source in more.items():
-            (folder / "bgsupervisor" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
-        return {"PYTHONPATH": str(folder)}
-
-    return make
-
-
 def columns(app):
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db")) as connection:
-        return {row[1] for row in connection.execute("PRAGMA table_info(bgsupervisor_task)")}
+    store = app.service.ledger.store
+    with store.connected():
+        return {column.name for column in store.database.get_columns("bgsupervisor_task")}
 
 
 def applied(app):
@@ -153,6 +126,7 @@ def test_a_child_that_was_started_before_records_its_end_by_itself(app, newer):
     assert app.service.result(record.id) == "its end"
 
 
+@pytest.mark.on_both
 def test_a_child_of_the_old_version_is_adopted_by_the_new_one(app, newer):
     new = newer(_0900_next=ADD_COLUMN)
     old = app.start()

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -311,9 +310,7 @@ class Waiting(App):
         return wait_until(lambda: self.events(event, handle.id), f"task {handle.id} says {event!r}")[-1]
 
     def rows(self, table):
-        with contextlib.closing(sqlite3.connect(self.folder / "bgsupervisor.db", timeout=10)) as database:
-            database.row_factory = sqlite3.Row
-            return [dict(row) for row in database.execute(f"SELECT * FROM bgsupervisor_{table} ORDER BY id")]
+        return self.database.dicts(f"SELECT * FROM bgsupervisor_{table} ORDER BY id")
 
     def waiting(self, handle, *, slotless=True):
         """Return the rows of a task's wait once there are any."""
@@ -1023,6 +1020,7 @@ def test_waiting_often_leaves_neither_descriptors_nor_threads(app):
 # ---- slots ----
 
 
+@pytest.mark.on_both
 def test_five_wait_for_a_sixth_with_two_slots(make_waiting):
     app = make_waiting(slots=2)
     app.start()
@@ -1139,6 +1137,7 @@ def test_a_board_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, 
     app.nothing_is_left()
 
 
+@pytest.mark.on_both
 def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_themselves(make_waiting):
     app = make_waiting(slots=3)
     supervisor = app.start()
@@ -1159,6 +1158,7 @@ def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_them
     app.nothing_is_left()
 
 
+@pytest.mark.on_both
 def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     app = make_waiting(slots=6)
     supervisor = app.start()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import sqlite3
 import threading
 import time
 
@@ -406,12 +404,10 @@ def test_bodies_wait_for_a_database_that_is_locked(make):
     waiter = app.request("takes", name="l")
     app.waiting(waiter)
     wait_until(lambda: app.service.get(reacher).status == "START", "all run")
-    with contextlib.closing(sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with app.database.locked():
         app.open_gate("go")
         app.end_of(reacher)
         threading.Event().wait(3.0)  # three seconds of a locked database, six times what one call waits for
-        other.rollback()
     assert app.wait(holder).status == "DONE"
     assert app.wait(reacher).status == "DONE"
     assert app.result_of(waiter) == "had"

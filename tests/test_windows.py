@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import sqlite3
 import time
 from pathlib import Path
 
@@ -165,9 +164,8 @@ class Stage(App):
                     found.append(process)
         return found
 
-    def rows(self, table, where="1"):
-        with contextlib.closing(sqlite3.connect(self.folder / "bgsupervisor.db")) as connection:
-            return connection.execute(f"SELECT * FROM bgsupervisor_{table} WHERE {where}").fetchall()
+    def rows(self, table, where="1 = 1"):
+        return self.database.rows(f"SELECT * FROM bgsupervisor_{table} WHERE {where}")
 
     def end(self):
         for process in self.processes():
@@ -567,13 +565,13 @@ def test_the_farewell_of_a_replaced_supervisor_does_not_hide_the_living_one(stag
     assert (row.pid, row.left_at) == (stage.supervisor.process.pid, None)
 
 
+@pytest.mark.on_both
 def test_a_kill_that_is_lost_with_its_nursery_while_the_database_is_locked_is_sent_again(stage):
     stage.start()
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
-    with contextlib.closing(sqlite3.connect(stage.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with stage.database.locked():
         stage.arm("nursery.striking")
         os.kill(stage.reached("nursery.striking"), signal.SIGKILL)
     stage.let_go()
@@ -589,8 +587,7 @@ def test_a_kill_through_the_nursery_keeps_its_reason_though_the_supervisor_dies(
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
-    with contextlib.closing(sqlite3.connect(stage.folder / "bgsupervisor.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    with stage.database.locked():
         stage.arm("nursery.striking")
         stage.reached("nursery.striking")
         stage.supervisor.kill()
@@ -654,6 +651,7 @@ def test_a_body_that_a_dead_supervisor_did_not_stop_any_more_is_stopped_by_the_n
     see_it_go_on(stage, handle)
 
 
+@pytest.mark.of_sqlite
 def test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_free(stage):
     handle = suspending(stage, "locks_the_database")
     (stage.folder / "lock").touch()
@@ -667,6 +665,7 @@ def test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_fre
     see_it_go_on(stage, handle)
 
 
+@pytest.mark.on_both
 def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     stage.start()
     old = stage.supervisor.process

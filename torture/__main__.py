@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.config import masked
 from torture import invariants
 from torture.arena import Arena
 from torture.course import Plan, torture
@@ -25,6 +26,7 @@ def main() -> int:
     seed = options.seed or secrets.token_hex(4)
     replay = (
         f"python -m torture --seed {seed} --seconds {options.seconds:g} --tasks {options.tasks} --rate {options.rate:g}"
+        + (f" --database {masked(options.database)}" if options.database else "")
     )
     configuration = _configuration(seed)
     print(f"seed {seed}; the same decisions again: {replay}")
@@ -38,7 +40,7 @@ def main() -> int:
         slack=options.slack,
         slots=int(configuration["slots"]),
     )
-    arena = Arena(folder, configuration)
+    arena = Arena(folder, configuration, options.database)
     try:
         known = torture(arena, plan)
     finally:
@@ -59,6 +61,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=0, help="go on until so many tasks were requested")
     parser.add_argument("--rate", type=float, default=5, help="deeds of chaos a second (default %(default)s)")
     parser.add_argument("--slack", type=float, default=1, help="promised times are multiplied with it (a busy machine)")
+    parser.add_argument("--database", help="the address of an empty one of PostgreSQL; by default a file of SQLite")
     parser.add_argument("--keep", action="store_true", help="keep the folder also if nothing was found")
     return parser.parse_args()
 

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import random
 import signal
-import sqlite3
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torture.arena import Arena
+    from torture.database import Connection
 
 __all__ = ["Cron", "Observer", "Prober", "Producer"]
 
@@ -99,8 +99,8 @@ class Producer:
         """Request until *until* says so, never more than the backlog ahead."""
         while not until():
             waiting = "SELECT COUNT(*) FROM bgsupervisor_task WHERE status = 'REQUEST'"
-            with contextlib.suppress(sqlite3.Error, BgSupervisorError):
-                if self._arena.rows(waiting)[0][0] < self._backlog:
+            with contextlib.suppress(self._arena.database.error, BgSupervisorError):
+                if self._arena.database.rows(waiting)[0][0] < self._backlog:
                     self._request_some()
             time.sleep(self._random.uniform(0.005, 0.1))
 
@@ -175,21 +175,21 @@ class Observer:
         """Look until *until* says so."""
         last = time.monotonic()
         while not until():
-            with contextlib.suppress(sqlite3.Error), self.arena.connection() as connection:
+            with contextlib.suppress(self.arena.database.error), self.arena.database.connection() as connection:
                 while not until():
                     self._look(connection)
                     now = time.monotonic()
                     self.longest_look_s, last = max(self.longest_look_s, now - last), now
                     time.sleep(0.02)
 
-    def _look(self, connection: sqlite3.Connection) -> None:
+    def _look(self, connection: Connection) -> None:
         query = "SELECT id, task_id, attempt FROM bgsupervisor_interruption WHERE id > ? ORDER BY id"
-        for id, task, attempt in connection.execute(query, (self._last_interruption,)).fetchall():
+        for id, task, attempt in connection.rows(query, self._last_interruption):
             self._last_interruption = id
             self.interrupted.setdefault((task, attempt), time.monotonic())
         recently = datetime.now(UTC) - timedelta(seconds=RECENT_S)
         query = "SELECT id, attempt FROM bgsupervisor_task WHERE status = 'DONE' AND ended_at >= ?"
-        for task, attempt in connection.execute(query, (f"{recently:%Y-%m-%d %H:%M:%S.%f}+00:00",)).fetchall():
+        for task, attempt in connection.rows(query, f"{recently:%Y-%m-%d %H:%M:%S.%f}+00:00"):
             self.done.setdefault((task, attempt), time.monotonic())
 
 
@@ -207,10 +207,15 @@ class Prober:
         """Ask until *until* says so."""
         while not until():
             asked_at = time.monotonic()
-            with contextlib.suppress(sqlite3.Error), self.arena.connection(timeout_s=60) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute("ROLLBACK")
+            while not self._had() and not until():
+                time.sleep(0.05)
             had_at = time.monotonic()
             if had_at - asked_at > NOTED_S:
                 self.away.append((asked_at, had_at))
             time.sleep(0.1)
+
+    def _had(self) -> bool:
+        database = self.arena.database
+        with contextlib.suppress(database.error), database.connection(timeout_s=60) as connection, connection.alone():
+            return True
+        return False

@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -24,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 from bgsupervisor import Service
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.statedir import StateDir, connect
+from torture.database import Database
 from torture.oracle import Oracle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Arena", "Life", "Who"]
 
@@ -58,21 +58,23 @@ class Arena:
     Args:
         folder: Empty or missing.
         options: Of its configuration.
+        url: Of its database; by default a file of SQLite in the folder.
     """
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, options: dict[str, Any], url: str | None = None) -> None:
         set_child_subreaper()
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.config = folder / "bgsupervisor.toml"
-        self.database = folder / "bgsupervisor.db"
+        self.database = Database(url or f"sqlite:///{folder / 'bgsupervisor.db'}")
         self.state = StateDir(folder / ".bgsupervisor")
         self.oracle = Oracle(folder)
         self.lives: list[Life] = []
         self._popens: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         shutil.copy(BODIES, folder / "bodies.py")
-        lines = [f"{key} = {value!r}".replace("'", '"') for key, value in {"tasks": ["bodies"], **options}.items()]
+        known = {"database": self.database.url, "tasks": ["bodies"], **options}
+        lines = [f"{key} = {value!r}".replace("'", '"') for key, value in known.items()]
         self.config.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.service = Service(config=self.config)
         self.service.counts()  # the tables are there from now on
@@ -114,25 +116,12 @@ class Arena:
                 life.status = os.waitstatus_to_exitcode(status)
                 life.ended_at = time.monotonic()
 
-    # Rows, read without the product
-
-    @contextlib.contextmanager
-    def connection(self, timeout_s: float = 10.0) -> Iterator[sqlite3.Connection]:
-        """Open the database for a moment."""
-        with contextlib.closing(sqlite3.connect(self.database, timeout=timeout_s, isolation_level=None)) as connection:
-            yield connection
-
-    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        """Return the rows of a query."""
-        with self.connection() as connection:
-            return connection.execute(query, values).fetchall()
-
     # Whom there is to hurt
 
     def running(self) -> list[tuple[int, Who]]:
         """Return the running tasks and who runs them, as their rows have it."""
         query = "SELECT id, pid, start_ticks FROM bgsupervisor_task WHERE status = 'START'"
-        return [(id, Who(pid, ticks)) for id, pid, ticks in self.rows(query)]
+        return [(id, Who(pid, ticks)) for id, pid, ticks in self.database.rows(query)]
 
     def nurseries(self) -> list[Who]:
         """Return the nurseries that have left their identity in the state directory, living or not."""

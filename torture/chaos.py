@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
-import sqlite3
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -55,6 +54,8 @@ class Chaos:
             self.lock_database: 0.6,
             self.delete_lock: 0.3,
         }
+        if not arena.database.is_sqlite:
+            self.deeds[self.hang_up] = 0.6
 
     def run(self, until: Callable[[], bool]) -> None:
         """Go on until *until* says so; then wait until all go on that stand still."""
@@ -64,7 +65,7 @@ class Chaos:
             while (now := time.monotonic()) < due_at and not until():
                 time.sleep(min(0.05, due_at - now))
             deed = self._random.choices(list(self.deeds), list(self.deeds.values()))[0]
-            with contextlib.suppress(sqlite3.Error, OSError):
+            with contextlib.suppress(self._arena.database.error, OSError):
                 deed()
             due_at = max(due_at, time.monotonic() - 0.5)
         for thread in [*self._threads, *self._still.values()]:
@@ -176,20 +177,22 @@ class Chaos:
                 self._arena.oracle.note(Entry("retry", "task", at, time.monotonic(), task=found))
 
     def _any_task(self, condition: str) -> int | None:
-        rows = self._arena.rows(f"SELECT id FROM bgsupervisor_task WHERE {condition} ORDER BY id DESC LIMIT 50")
+        rows = self._arena.database.rows(
+            f"SELECT id FROM bgsupervisor_task WHERE {condition} ORDER BY id DESC LIMIT 50"
+        )
         return self._random.choice(rows)[0] if rows else None
 
     def reload(self) -> None:
         """Have the supervisor whose row says that it has loaded the tasks load them anew."""
         query = "SELECT pid, start_ticks FROM bgsupervisor_supervisor WHERE left_at IS NULL"
-        pairs = self._arena.rows(query)
+        pairs = self._arena.database.rows(query)
         who = next((life.who for life in self._arena.living() if (life.who.pid, life.who.ticks) in pairs), None)
         if who is not None:
             at = time.monotonic()
             if self._arena.send(who, signal.SIGHUP):
                 self._arena.oracle.note(Entry("reload", "supervisor", at, time.monotonic(), who.pid, who.ticks))
 
-    # Files
+    # Database and files
 
     def lock_database(self) -> None:
         """Hold the database's write lock for a while."""
@@ -198,12 +201,16 @@ class Chaos:
         self._threads[-1].start()
 
     def _lock_database(self, seconds: float) -> None:
-        with contextlib.suppress(sqlite3.Error), self._arena.connection() as connection:
-            connection.execute("BEGIN IMMEDIATE")
+        with contextlib.suppress(self._arena.database.error), self._arena.database.locked():
             at = time.monotonic()
             time.sleep(seconds)
-            connection.execute("ROLLBACK")
             self._arena.oracle.note(Entry("lock", "database", at, time.monotonic()))
+
+    def hang_up(self) -> None:
+        """End all connections to the server that the application has."""
+        at = time.monotonic()
+        self._arena.database.hang_up()
+        self._arena.oracle.note(Entry("hang up", "database", at, time.monotonic()))
 
     def delete_lock(self) -> None:
         """Delete the lock file: the next `run` becomes a second supervisor, until the first one sees it."""

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import re
 import signal
-import sqlite3
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -104,8 +103,8 @@ def _start(runs: Sequence[Callable[[Callable[[], bool]], None]], until: Callable
 
 def _is_quiet(arena: Arena) -> bool:
     query = "SELECT COUNT(*) FROM bgsupervisor_task WHERE status IN ('REQUEST', 'START')"
-    with contextlib.suppress(sqlite3.Error):
-        return bool(arena.rows(query)[0][0] == 0)
+    with contextlib.suppress(arena.database.error):
+        return bool(arena.database.rows(query)[0][0] == 0)
     return False
 
 
@@ -133,17 +132,15 @@ def _is_tracker(who: Who) -> bool:
 
 
 def _evidence(arena: Arena, plan: Plan) -> Evidence:
-    with arena.connection() as connection:
-        connection.row_factory = sqlite3.Row
-        tasks = [dict(row) for row in connection.execute("SELECT * FROM bgsupervisor_task")]
-        interruptions = [dict(row) for row in connection.execute("SELECT * FROM bgsupervisor_interruption")]
+    tasks = arena.database.dicts("SELECT * FROM bgsupervisor_task")
+    interruptions = arena.database.dicts("SELECT * FROM bgsupervisor_interruption")
     log = log_of(arena)
     return Evidence(
         lines=arena.oracle.lines(),
         entries=arena.oracle.entries,
         tasks={row["id"]: row for row in tasks},
         interruptions=interruptions,
-        away=[(one.at, one.until) for one in arena.oracle.entries if one.what == "lock"],
+        away=[(one.at, one.until) for one in arena.oracle.entries if one.what in ("lock", "hang up")],
         lives=arena.lives,
         supervised={int(pid) for pid in re.findall(r"supervising .*, PID (\d+)", log)},
         wall_minus_mono=time.time() - time.monotonic(),
@@ -173,12 +170,17 @@ def log_of(arena: Arena) -> str:
 
 def _left_in_files(arena: Arena) -> list[str]:
     found = []
-    for table, condition in (("hold", "task_id IS NOT NULL"), ("wait", "1"), ("party", "1"), ("dependency", "1")):
-        count = arena.rows(f"SELECT COUNT(*) FROM bgsupervisor_{table} WHERE {condition}")[0][0]
+    for table, condition in (
+        ("hold", "task_id IS NOT NULL"),
+        ("wait", "true"),
+        ("party", "true"),
+        ("dependency", "true"),
+    ):
+        count = arena.database.rows(f"SELECT COUNT(*) FROM bgsupervisor_{table} WHERE {condition}")[0][0]
         if count:
             found.append(f"{count} rows are left in the table {table}")
-    integrity = arena.rows("PRAGMA integrity_check")
-    if integrity != [("ok",)]:
+    integrity = arena.database.rows("PRAGMA integrity_check") if arena.database.is_sqlite else []
+    if integrity not in ([], [("ok",)]):
         found.append(f"the database is damaged: {integrity}")
     found += [f"PID {who.pid} was a nursery and its file is left" for who in arena.nurseries() if is_alive(who)]
     return found + [f"a traceback in the log: {text[:1500]}" for text in _tracebacks(log_of(arena))]

@@ -1,6 +1,9 @@
-"""`bgsupervisor migrate`: bring the tables to this version."""
+"""`bgsupervisor migrate`: bring the tables to this version, or only say whether they are."""
 
 from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
 
 import click
 import peewee
@@ -8,36 +11,63 @@ import peewee
 from bgsupervisor import migrations
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.errors import SchemaError
-from bgsupervisor.models import Store, translated
+from bgsupervisor.models import Store
+
+if TYPE_CHECKING:
+    from bgsupervisor.config import Config
 
 __all__ = ["migrate"]
 
+QUEUE_S = 60.0
+"""How long to wait for another `migrate`, which may change large tables; then this one says so and leaves with 1."""
+
 
 @click.command()
+@click.option("--check", is_flag=True, help="Change nothing; say what the tables lack, and leave with 1 if anything.")
 @pass_session
-def migrate(session: Session) -> None:
+def migrate(session: Session, *, check: bool) -> None:
     """Create the tables, or change older ones to this version's."""
     config = session.config()
-    store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
-    if not store.is_there():
-        with store.connected():  # creates the tables, and a file with the rights it needs
-            _tell(migrations.applied(store))
-    else:
-        _tell(_migrated(store))
-    store.close()
+    wait_s = config.busy_timeout_s if check else max(QUEUE_S, config.busy_timeout_s)
+    store = Store.open(config.database, config.table_prefix, busy_timeout_s=wait_s, looks=check)
+    with contextlib.closing(store):
+        if check:
+            _check(store)
+        else:
+            _migrate(store, config)
 
 
-def _migrated(store: Store) -> list[str]:
-    with translated(store):
+def _migrate(store: Store, config: Config) -> None:
+    with store.unchecked():
+        if newer := migrations.standing(store).newer:
+            raise SchemaError(_newer(newer))
         try:
-            store.database.connect(reuse_if_open=True)  # `connected` would refuse tables that are too old
-            newer = [name for name in migrations.applied(store) if name > migrations.available()[-1]]
-            if newer:
-                raise SchemaError(f"the tables are of a newer version ({', '.join(newer)}); upgrade bgsupervisor here")
-            return migrations.migrate(store)
+            with store.alone():
+                # Its turn has come. Whoever waits for a table now has all others wait who come after.
+                store.set_busy_timeout(config.busy_timeout_s)
+                applied = migrations.migrate(store)
         except peewee.IntegrityError as error:
             raise SchemaError(f"a row does not fit the new tables, nothing was changed: {error}") from error
+    click.echo("\n".join(f"applied {name}" for name in applied) or "nothing to do: the tables are this version's")
 
 
-def _tell(names: list[str]) -> None:
-    click.echo("\n".join(f"applied {name}" for name in names) or "nothing to do: the tables are this version's")
+def _check(store: Store) -> None:
+    """Say what the tables lack, or that they are ahead, and leave with 1 if either is true."""
+    if store.inode() == 0:  # no file, and none is made
+        missing, newer = migrations.Standing(missing=migrations.available(), newer=[])
+    else:
+        with store.unchecked():
+            missing, newer = migrations.standing(store)
+    for name in missing:
+        click.echo(f"missing {name}")
+    if newer:
+        click.echo(_newer(newer), err=True)
+    elif missing:
+        click.echo(f"the tables of {store.place} are not this version's; run `bgsupervisor migrate`", err=True)
+    else:
+        click.echo("up to date: the tables are this version's")
+    raise click.exceptions.Exit(bool(missing or newer))
+
+
+def _newer(names: list[str]) -> str:
+    return f"the tables are of a newer version ({', '.join(names)}); upgrade bgsupervisor here"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor.errors import DatabaseError, SchemaError
 
 if TYPE_CHECKING:
     from bgsupervisor.models import Store
 
-__all__ = ["applied", "available", "ensure", "migrate"]
+__all__ = ["Standing", "applied", "available", "ensure", "migrate", "standing"]
 
 _FOLDER = Path(__file__).parent
 _NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("[0-9]*.py")))
@@ -33,6 +33,19 @@ def applied(store: Store) -> list[str]:
     return [name for (name,) in rows.fetchall()]
 
 
+class Standing(NamedTuple):
+    """How the tables compare with this version: the migrations that they lack, and those of later versions."""
+
+    missing: list[str]
+    newer: list[str]
+
+
+def standing(store: Store) -> Standing:
+    """Return how the tables compare with this version; changes nothing."""
+    have, known = applied(store), available()
+    return Standing([name for name in known if name not in have], [name for name in have if name > known[-1]])
+
+
 def ensure(store: Store) -> None:
     """Create the tables in a database that has none, if the store may; check the schema of one that has.
 
@@ -40,31 +53,30 @@ def ensure(store: Store) -> None:
         DatabaseError: There are no tables, and the store creates nothing.
         SchemaError: The schema is older than the one before this version's, or newer than this version.
     """
-    have, known = applied(store), available()
-    if not have:
+    missing, newer = standing(store)
+    if missing == available() and not newer:
         if not store.creates:
             raise DatabaseError(f"the database {store.place} has no tables (any more)")
         migrate(store)
         return
-    unknown = [name for name in have if name not in known]
-    if unknown and have[-1] > known[-1] and len(unknown) > 1:
+    if len(newer) > 1:
         raise SchemaError(
-            f"the tables are of a newer version (migrations {', '.join(unknown)}); upgrade bgsupervisor here"
+            f"the tables are of a newer version (migrations {', '.join(newer)}); upgrade bgsupervisor here"
         )
-    missing = [name for name in known if name not in have]
     if len(missing) > _OLDEST_USABLE:
         raise SchemaError(f"the tables lack the migrations {', '.join(missing)}; run `bgsupervisor migrate`")
 
 
 def migrate(store: Store) -> list[str]:
-    """Apply what is missing, in one transaction, and return its names.
+    """Apply what is missing, in one transaction, and return the names of what this call has applied.
 
     Several processes may call it at once: the write lock is taken before the history is read. Blocks for at most the
-    store's busy timeout, then raises peewee.OperationalError.
+    store's busy timeout until it has that lock, then raises peewee.OperationalError.
     """
     from playhouse.migrations import Runner  # noqa: PLC0415 - 30 ms that only a migration pays
 
     with store.alone():
+        store.let_statements_take_long()
         runner = Runner(store.database, directory=str(_FOLDER), table_name=_history(store))
         runner.migrator.table_prefix = store.tables.prefix
         return list(runner.up())
