@@ -389,7 +389,7 @@ def test_sixty_cuts_neither_lose_nor_double_anything(make_app, proxy, through, l
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [1])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_thousand_cuts_neither_lose_nor_double_anything(make_app, proxy, through, ledger, seed):
     told = torn(make_app, through, ledger, lambda _: tear(proxy, random.Random(seed), 1000))
     assert len(told) > 500
@@ -428,7 +428,7 @@ def test_a_server_that_is_started_anew_again_and_again_loses_and_doubles_nothing
             own_server.stop()
             own_server.start()
 
-    told = torn(make_app, own_url, own_ledger, start_anew)
+    told = torn(make_app, own_url, own_ledger, start_anew, busy_timeout_s=30.0)
     assert all(isinstance(outcome, int) for outcome in told.values()), told  # none had to give up
 
 
@@ -481,7 +481,7 @@ def stand_still(make_app, tmp_path, server, url, ledger, *, for_s):
             assert time.monotonic() - before < 10
             wait_until(lambda: (app.folder / "limited").read_text() == "ended", "its time was over all the same")
             gaps = [moment - before for before, moment in itertools.pairwise(beats(manager, stopped_at + for_s))]
-            assert max(gaps) < 5, gaps
+            assert max(gaps) < 8, gaps
         finally:
             server.go_on()
     assert app.wait(ending).status is Status.DONE
