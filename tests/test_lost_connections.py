@@ -301,8 +301,9 @@ class Requester(threading.Thread):
         n, locking = self.first, None
         while self.going.is_set():
             time.sleep(0.05)
-            if sum(self.ledger.live_counts().values()) > BACKLOG:
-                continue
+            with contextlib.suppress(DatabaseError):
+                if sum(self.ledger.live_counts().values()) > BACKLOG:
+                    continue
             n += 1
             try:
                 if locking is not None:
