@@ -646,6 +646,7 @@ def their_app():
     shutil.rmtree(folder)
 
 
+@pytest.mark.of_sqlite  # the Python of the other user has no driver
 @needs_root
 def test_a_process_table_that_hides_the_processes_of_others_hides_no_child(their_app, their_python):  # noqa: F811
     app = their_app
