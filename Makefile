@@ -1,6 +1,8 @@
 # Recipes; `make` alone lists them. All they install goes into .venv, nothing into the system.
 
 PYTHON ?= python3
+# Most tests wait for processes more than they compute: three at once keep two cores busy.
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
@@ -20,8 +22,8 @@ demo: $(STAMP)  ## index the standard library in the background, half a minute t
 shop: $(STAMP)  ## open the example shop in which a browser watches its imports; PORT=8000
 	@$(BIN)/python examples/shop/serve.py $(if $(PORT),--port "$(PORT)")
 
-test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's
-	$(BIN)/python -m pytest -m "not slow and not browser and not cron"
+test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's; JOBS=3 at once
+	$(BIN)/python -m pytest -n "$(JOBS)" -m "not slow and not browser and not cron"
 
 # What is about processes, rows and commands, and not about SQLite's file.
 ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings faults guards health housekeeping linux \

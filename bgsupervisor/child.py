@@ -28,12 +28,12 @@ import msgspec
 from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.coordination import Coordination
+from bgsupervisor.coordination import AWAY_S, Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ledger import Attempt, Ledger
 from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.models import Store
+from bgsupervisor.models import Store, roll_back_abandoned
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.wire import End, Run, Who
 
@@ -51,6 +51,8 @@ log = logging.getLogger("bgsupervisor")
 
 ACK_WAIT_S = 5.0
 """After this long without an acknowledgement the child records its end itself."""
+ACK_SOON_S = 0.05
+"""An acknowledgement takes some milliseconds; without one the body itself may have left the database locked."""
 HELD_LOOK_S = 0.0005
 HELD_WAIT_S = 5.0
 """A nursery watches a new child within a millisecond; one that has not after so long is stopped or dead."""
@@ -292,7 +294,7 @@ class Child:
         coordination = Coordination(
             order,
             self._link,
-            self._ledger,
+            lambda: self._ledger(patience_s=AWAY_S),
             self._config,
             self._clock,
             is_given_up=tasks.is_given_up,
@@ -413,6 +415,8 @@ class Child:
         pauses.at("child.reported")
         deadline = self._clock.monotonic() + ACK_WAIT_S
         link.push(ACK_WAIT_S)
+        if not link.acknowledged.wait(ACK_SOON_S):
+            roll_back_abandoned()
         while not link.acknowledged.wait(0.05):
             if link.disconnected.is_set() or self._clock.monotonic() >= deadline:
                 self._record(Attempt(order.id, order.attempt), end)
@@ -441,11 +445,18 @@ class Child:
             if self._link.acknowledged.wait(pause):
                 return
 
-    def _ledger(self) -> Ledger:
+    def _ledger(self, patience_s: float = 0.0) -> Ledger:
         config = self._config
         # A database that is away may come back, or be restored; an empty one in its place would know of no attempt.
-        store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s, creates=False)
-        return Ledger(store, self._clock)
+        store = Store.open(
+            config.database,
+            config.table_prefix,
+            busy_timeout_s=config.busy_timeout_s,
+            creates=False,
+            patience_s=patience_s,
+        )
+        store.take_turns(config.state_dir)
+        return Ledger(store)
 
     def _keep_log(self, order: Run) -> None:
         with contextlib.suppress(OSError):
@@ -458,7 +469,7 @@ class Child:
             pauses.at("child.unclaiming")
             keys: list[str] = []
             with contextlib.suppress(BgSupervisorError, OSError):
-                self._ledger().unclaim_unbegun(self._identity, keys)
+                self._ledger(self._config.busy_timeout_s).unclaim_unbegun(self._identity, keys)
             self._link.ring(keys)
 
     # Leaving
@@ -467,6 +478,7 @@ class Child:
         """Whether nothing of the last body is left that the next one could trip over."""
         if threading.active_count() > 2:  # noqa: PLR2004 - the main thread and the link
             return False
+        roll_back_abandoned()
         with contextlib.suppress(OSError):
             os.chdir(self._home[0])
             os.umask(self._home[1])

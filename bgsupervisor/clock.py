@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
-from typing import Protocol
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-__all__ = ["Clock", "SystemClock"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Clock", "ServerClock", "SystemClock"]
+
+ASK_EVERY_S = 60.0
+"""What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
+PROMPT_S = 0.002
+ASKS = 3
+"""An answer that took longer than PROMPT_S says little about the moment; the quickest of so many counts then."""
+STEP_S = 0.5
+"""If this machine's own clock was set by more than this, the server's is asked anew: it may run here."""
 
 
 class Clock(Protocol):
@@ -39,3 +50,60 @@ class SystemClock:
     def sleep(self, seconds: float) -> None:
         """Block for *seconds*."""
         time.sleep(seconds)
+
+
+class _Told(NamedTuple):
+    """What a server's clock said, when on the clock that never jumps, and what the machine's own was ahead then."""
+
+    moment: datetime
+    at: float
+    ahead_s: float
+
+
+class ServerClock(SystemClock):
+    """A database server's clock, by what it said last and how long ago that was; durations are the machine's own.
+
+    The machine's own wall clock may be wrong, and may be set, without any effect.
+
+    Args:
+        have_asked: Called once, if `now` is wanted before the server was asked; it is to bring `ask` about.
+    """
+
+    def __init__(self, have_asked: Callable[[], None]) -> None:
+        self._have_asked = have_asked
+        self._told: _Told | None = None
+
+    def now(self) -> datetime:
+        """Return the server's time, aware, in UTC; the first time it may block, and raise what connecting raises."""
+        if self._told is None:
+            self._have_asked()
+        told = self._told
+        return super().now() if told is None else told.moment + timedelta(seconds=_since_boot_s() - told.at)
+
+    def is_old(self) -> bool:
+        """Whether the server should be asked again."""
+        told = self._told
+        if told is None:
+            return True
+        since_boot_s = _since_boot_s()
+        set_by_s = time.time() - since_boot_s - told.ahead_s  # noqa: TID251 - this is the room
+        return since_boot_s - told.at > ASK_EVERY_S or abs(set_by_s) > STEP_S
+
+    def ask(self, server: Callable[[], datetime]) -> None:
+        """Take over what *server* says now; half of the time that it took to answer is how wrong that can be."""
+        best_s = float("inf")
+        for _ in range(ASKS):
+            before = _since_boot_s()
+            moment = server()
+            took_s = _since_boot_s() - before
+            if took_s < best_s:
+                best_s, at = took_s, before + took_s / 2
+                self._told = _Told(moment, at, time.time() - before)  # noqa: TID251 - this is the room
+            if took_s < PROMPT_S:
+                return
+
+
+def _since_boot_s() -> float:
+    """Return seconds that never jump, and that count while the machine sleeps."""
+    clock: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)

@@ -27,6 +27,7 @@ from bgsupervisor.errors import (
     DatabaseError,
     NotInTask,
     PartNotReached,
+    Undecided,
     UnknownTask,
     WaitTimeout,
 )
@@ -54,6 +55,8 @@ T = TypeVar("T")
 
 LOOK_S = 1.0
 """Without a board, or without a supervisor that rings it, the rows are looked at so often."""
+LOOK_SHARE = 20
+"""But not before so many times as long as a look took: hundreds may look, and each has to connect to a server."""
 FIRST_LOOKS_S = (0.1, 0.2, 0.4)
 """Pauses between the first looks without a board: the first waiter has it started."""
 LONG_S = 30.0
@@ -327,6 +330,8 @@ class Coordination:
         while True:
             try:
                 return call()
+            except Undecided:
+                raise  # to do it once more could do it twice
             except DatabaseError as error:
                 if self._clock.monotonic() >= deadline:
                     raise
@@ -423,17 +428,20 @@ class Coordination:
                 raise _GivenUp
             if seen is None:
                 seen = bell.seen(keys)
+            began = self._clock.monotonic()
             found = look()
             if found is not None:
                 return found
+            rested_s = LOOK_SHARE * (self._clock.monotonic() - began)
             left = LONG_S if deadline is None else deadline - self._clock.monotonic()
             if left <= 0:
                 return None
             if seen is None:
-                _poll(wake, min(left, next(pauses)))
+                _poll(wake, min(left, max(next(pauses), min(rested_s, LONG_S))))
             else:
                 rung_by_nobody = self._link.disconnected.is_set()
-                seen = bell.wait_beyond(keys, seen, min(left, LOOK_S if rung_by_nobody else LONG_S), wake)
+                pause_s = max(LOOK_S, min(rested_s, LONG_S)) if rung_by_nobody else LONG_S
+                seen = bell.wait_beyond(keys, seen, min(left, pause_s), wake)
 
     def _regain_slot(self, waiter: Waiter, slot: int | None) -> None:
         """End a wait, with a slot again unless the body still waits for something else.

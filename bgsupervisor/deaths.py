@@ -94,6 +94,4 @@ def _reap(handle: ProcessHandle) -> Exit | None:
         info = os.waitid(os.P_PIDFD, handle.fileno(), os.WEXITED | os.WNOHANG)
     except ChildProcessError:
         return None
-    if info is None:
-        return None
-    return Exit(info.si_status, None) if info.si_code == os.CLD_EXITED else Exit(None, info.si_status)
+    return None if info is None else Exit.from_waitid(info)

@@ -175,6 +175,19 @@ class Enforcement:
         except OSError as error:
             log.error("PID %d cannot be stopped: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
 
+    def let_the_suspended_go_on(self) -> None:
+        """While the database stays locked, have those go on that stand still: one of them may keep it locked.
+
+        Then nobody could even resume it. They are stopped anew once the database can be written.
+        """
+        for ward in self._wards:
+            if ward.suspension.lasts and ward.handle is not None:
+                with contextlib.suppress(OSError):
+                    if processes.is_stopped(ward.who.pid):
+                        log.warning("letting PID %d go on: perhaps it is who keeps the database locked", ward.who.pid)
+                    processes.signal_tree(ward.handle, signal.SIGCONT)
+                    ward.suspension_unsaved = True
+
     def _kill(self, ward: Ward, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)
         if ward.handle is None:

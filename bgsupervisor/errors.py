@@ -5,6 +5,8 @@
     ├── SchemaError            tables of another version, or none             (exit 3)
     ├── AccessError            a file or folder that this user may not use    (exit 1)
     ├── DatabaseError          the database cannot be read or written now     (exit 1)
+    │   ├── ServerAway         its server does not answer (PostgreSQL)
+    │   └── Undecided          nor does it say whether it had recorded
     ├── UnsupportedSystem      this operating system cannot supervise         (exit 1)
     ├── TaskDefinitionError    a task class or function that cannot work
     ├── RequestRefused         the request was not recorded
@@ -57,8 +59,10 @@ __all__ = [
     "PartNotReached",
     "RequestRefused",
     "SchemaError",
+    "ServerAway",
     "TaskDefinitionError",
     "TaskNotConfigured",
+    "Undecided",
     "Unkillable",
     "UnknownTask",
     "UnsupportedSystem",
@@ -103,6 +107,14 @@ class AccessError(BgSupervisorError):
 
 class DatabaseError(BgSupervisorError):
     """The database cannot be read or written at the moment (locked, full, away, damaged)."""
+
+
+class ServerAway(DatabaseError):
+    """The server cannot be reached, has hung up or stands still; nothing was recorded (PostgreSQL)."""
+
+
+class Undecided(DatabaseError):
+    """The connection was lost in the commit, and no server has answered since: it may have been recorded, or not."""
 
 
 class UnsupportedSystem(BgSupervisorError):

@@ -8,14 +8,24 @@ signals, acknowledgements) are the caller's, after the commit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import peewee
 
 from bgsupervisor import pauses
-from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
+from bgsupervisor.errors import (
+    AccessError,
+    AlreadyLive,
+    DatabaseError,
+    NotRetryable,
+    NotSuspendable,
+    ServerAway,
+    UnknownTask,
+)
 from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
+from bgsupervisor.statements import Statements
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
 from bgsupervisor.wire import End
@@ -46,6 +56,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("bgsupervisor")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TWIN_TRIES = 5
 ID_MAX = 2**63 - 1
@@ -90,8 +103,11 @@ _HEAVY = frozenset({"data", "result", "error", "stack"})
 PRIORITIES_MAX = 50
 """So many priorities are asked for one by one; the rest is sorted."""
 _CLEARED: dict[str, Any] = dict.fromkeys(_ATTEMPT_COLUMNS)
-_NEVER_ENDED: dict[str, Any] = dict.fromkeys(("ending", "detail", "stack"))
-"""What the order to end an attempt has left in its row; a body that returns all the same is DONE."""
+_NOT_RUNNING: dict[str, Any] = dict.fromkeys(
+    ("slot", "cpu_percent", "rss_bytes", "suspend_requested_at", "suspended_at", "suspended_mono")
+)
+_NEVER_ENDED = (*_NOT_RUNNING, "ending", "detail", "stack")
+"""With what the order to end an attempt has left in its row; a body that returns all the same is DONE."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,12 +226,6 @@ class Note:
         """Whether there is something that a person may be waiting to see."""
         return (self.progress_done, self.progress_total, self.message) != (None, None, None)
 
-    def values(self) -> dict[str, Any]:
-        """Return the columns to write."""
-        return {
-            field.name: value for field in dataclasses.fields(self) if (value := getattr(self, field.name)) is not None
-        }
-
 
 _NOTHING_NEW = Note()
 
@@ -242,37 +252,84 @@ class Batch:
 
     def __bool__(self) -> bool:
         """Whether there is anything to write."""
+        return bool(self.claims or self._others)
+
+    @property
+    def only_claims(self) -> bool:
+        """Whether it can be written by one statement."""
+        return bool(self.claims and not self._others)
+
+    @property
+    def _others(self) -> bool:
         rows = self.ends or self.unclaims or self.endings or self.suspensions or self.notes or self.returns
-        return bool(rows or self.claims or self.supervisor)
+        return bool(rows or self.supervisor)
 
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What a batch changed; whatever is missing here had been decided by somebody else."""
+    """What a batch changed; whatever is missing here had been decided by somebody else.
+
+    `passed_over` are claims of rows that somebody had locked; they wait still, and can be claimed later.
+    """
 
     ended: set[Attempt] = dataclasses.field(default_factory=set)
     unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
     endings: set[Attempt] = dataclasses.field(default_factory=set)
     suspensions: set[Attempt] = dataclasses.field(default_factory=set)
     claimed: list[Claim] = dataclasses.field(default_factory=list)
+    passed_over: list[Claim] = dataclasses.field(default_factory=list)
     returned: set[Attempt] = dataclasses.field(default_factory=set)
     keys: list[str] = dataclasses.field(default_factory=list)
+
+
+def _read_again(method: Callable[Concatenate[Ledger, P], T]) -> Callable[Concatenate[Ledger, P], T]:
+    """Have a method come back to a server that has hung up (`Store.persistently`)."""
+
+    @functools.wraps(method)
+    def read(self: Ledger, /, *arguments: P.args, **named: P.kwargs) -> T:
+        return self.store.persistently(lambda: method(self, *arguments, **named))
+
+    return read
+
+
+def _repeated(method: Callable[Concatenate[Ledger, P], T]) -> Callable[Concatenate[Ledger, P], T]:
+    """Have a method that is one transaction come back to a server that has hung up, and say if that was in vain."""
+
+    @functools.wraps(method)
+    def repeat(self: Ledger, /, *arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return self.store.persistently(lambda: method(self, *arguments, **named))
+        except ServerAway as error:
+            raise _nothing_recorded(error) from error
+
+    return repeat
+
+
+def _nothing_recorded(error: ServerAway) -> ServerAway:
+    return ServerAway(f"{error}; nothing was recorded")
 
 
 class Ledger:
     """The rows of one installation. Every method blocks for at most the store's busy timeout.
 
+    Args:
+        store: Where they are.
+        clock: The time that is written and compared; None takes the store's, which is the same on all machines.
+
     Raises (from every method):
         DatabaseError, AccessError: The database is away, locked, full or not writable.
     """
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock | None = None) -> None:
         self.store = store
-        self._clock = clock
+        self.clock = clock or store.clock
         self._task = store.tables.Task
         self._interruption = store.tables.Interruption
         self._supervisor = store.tables.Supervisor
-        self.waits = Waits(store, clock)
+        self._statements = Statements(
+            store.tables.prefix, mark=store.database.param, locks_rows=store.locks_rows, cleared=_ATTEMPT_COLUMNS
+        )
+        self.waits = Waits(store, self.clock)
 
     # Requests
 
@@ -283,34 +340,51 @@ class Ledger:
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests in one transaction, all or none; return (id, created) for each, in order."""
         if len(requests) == 1 and requests[0].unique_key is None and not requests[0].after:
+            return [(self._add(requests[0]), True)]
+        return self._add_all(requests)
+
+    def _add(self, request: Request) -> int:
+        """Record a plain request by one statement, which can be repeated: by an id that was drawn for it before."""
+        drawn, tries = None, 0
+
+        def add() -> int:
+            nonlocal drawn, tries
             with self.store.adding():
-                return [self._insert(requests[0])]
+                drawn = self.store.draw_id() if drawn is None else drawn
+                tries += 1
+                try:
+                    return self._insert(request, id=drawn)[0]
+                except peewee.IntegrityError:
+                    if drawn is None or tries == 1 or self.status(drawn) is None:
+                        raise
+                    return drawn  # what was lost was only the answer
+
+        try:
+            return self.store.persistently(add)
+        except DatabaseError as error:
+            if drawn is not None and (tries > 1 or isinstance(error, ServerAway)):
+                raise self.store.undecided(error) from error
+            if isinstance(error, ServerAway):
+                raise _nothing_recorded(error) from error
+            raise
+
+    @_repeated
+    def _add_all(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         # Nobody else's row is touched, and a unique key is kept by its index; only who comes after others must know
         # that they do not end meanwhile.
         with self.store.writing(alone=any(request.after for request in requests)):
             return [self._insert(request) for request in requests]
 
-    def _insert(self, request: Request) -> tuple[int, bool]:
-        now = self._clock.now()
-        row = {
-            "name": request.name,
-            "data": request.data,
-            "queue": "default",
-            "priority": request.priority,
-            "status": Status.REQUEST,
-            "key": request.key,
-            "unique_key": request.unique_key,
-            "run_at": request.run_at or now,
-            "requested_at": now,
-            "attempt": 0,
-            "tries": 0,
-            "max_attempts": 1,
-            "parent_id": request.parent_id,
-        }
+    def _insert(self, request: Request, *, id: int | None = None) -> tuple[int, bool]:
+        now = self.clock.now()
+        row = (
+            *(request.name, request.data, request.priority, request.key, request.unique_key),
+            *(self._text(request.run_at or now), self._text(now), request.parent_id),
+        )
         for on_id in request.after:
             self._get(on_id)
         if request.unique_key is None:
-            id = int(self._task.insert(**row).execute())
+            id = self._put(row, id=id)
         else:
             id, created = self._insert_unique(request.name, request.unique_key, row)
             if not created:
@@ -321,7 +395,14 @@ class Ledger:
                 self._strand([Dependent(id, 0)], broken, [])
         return id, True
 
-    def _insert_unique(self, name: str, unique_key: str, row: dict[str, Any]) -> tuple[int, bool]:
+    def _put(self, row: Sequence[object], *, id: int | None = None) -> int:
+        texts = self._statements
+        found = (
+            self.store.rows_of(texts.request, row) if id is None else self.store.rows_of(texts.request_as, (id, *row))
+        )
+        return int(found[0][0])
+
+    def _insert_unique(self, name: str, unique_key: str, row: Sequence[object]) -> tuple[int, bool]:
         """Insert a task, unless a live one holds its unique key; others may take it, or give it back, meanwhile."""
         for tries_left in range(TWIN_TRIES, 0, -1):
             twin = self._live_twin(name, unique_key)
@@ -329,7 +410,7 @@ class Ledger:
                 return twin, False
             try:
                 with self.store.database.atomic():
-                    return int(self._task.insert(**row).execute()), True
+                    return self._put(row), True
             except peewee.IntegrityError:
                 if tries_left == 1:
                     raise
@@ -345,20 +426,22 @@ class Ledger:
 
     # What people ask for
 
+    @_repeated
     def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
         """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone.
 
         The keys to ring after the commit are added to *keys*.
         """
         with self.store.writing():
-            record = self._get(id)
+            record = self._get(id, kept=True)  # a claim needs nobody kept away, only this row to be free
             if record.status is Status.REQUEST:
                 self._withdraw(Attempt(id, record.attempt), by=by, keys=[] if keys is None else keys)
             elif record.status is Status.START and record.cancel_requested_at is None:
-                asked = {"cancel_requested_at": self._clock.now(), "cancel_requested_by": by}
+                asked = {"cancel_requested_at": self.clock.now(), "cancel_requested_by": by}
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
+    @_repeated
     def suspend(self, id: int, *, by: str | None) -> TaskRecord:
         """Mark a running task, for its supervisor to suspend; one that is marked already is left alone.
 
@@ -373,10 +456,11 @@ class Ledger:
             if record.cancel_requested_at is not None or record.ending is not None:
                 raise NotSuspendable(id, record.status, "it is being ended")
             if record.suspend_requested_at is None:
-                asked = {"suspend_requested_at": self._clock.now(), "suspend_requested_by": by}
+                asked = {"suspend_requested_at": self.clock.now(), "suspend_requested_by": by}
                 self._where(Attempt(id, record.attempt), (Status.START,), asked)
             return self._get(id)
 
+    @_repeated
     def resume(self, id: int) -> TaskRecord:
         """Take the mark of a suspended task away, for its supervisor to let it go on; any other is left alone.
 
@@ -388,6 +472,7 @@ class Ledger:
             self._where(Attempt(id, record.attempt), (Status.START,), {"suspend_requested_at": None})
             return self._get(id)
 
+    @_repeated
     def retry(self, id: int) -> TaskRecord:
         """Plan an interrupted task again, as it was requested; what its attempt left stays in `interruption`.
 
@@ -406,7 +491,7 @@ class Ledger:
                     raise AlreadyLive(twin, record.unique_key)
             try:
                 with self.store.database.atomic():
-                    self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self._clock.now()})
+                    self._move("retry", Attempt(id, record.attempt), {**_CLEARED, "run_at": self.clock.now()})
             except peewee.IntegrityError:  # a request took its unique key just now
                 unique_key = record.unique_key or ""
                 raise AlreadyLive(self._live_twin(record.name, unique_key) or 0, unique_key) from None
@@ -421,16 +506,22 @@ class Ledger:
         Raises:
             DatabaseError, AccessError: Nothing was written; the same batch can be applied later.
         """
+        missed: list[Claim] = []
         try:
-            with self.store.writing():
-                return self._apply(batch, guard=_no_guard)
+            # A claim touches nothing but its own row: it keeps nobody away, and waits for nobody.
+            with self.store.adding() if batch.only_claims else self.store.writing():
+                outcome = self._apply(batch, missed, guard=_no_guard)
         except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
             log.log(_level(error), "a batch could not be written (%s); writing it row by row", error)
+            missed.clear()
             with self.store.writing():
-                return self._apply(batch, guard=self._guarded)
+                outcome = self._apply(batch, missed, guard=self._guarded)
+        if missed:
+            outcome.passed_over = self._passed_over(missed)
+        return outcome
 
-    def _apply(self, batch: Batch, *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
-        outcome = Outcome()
+    def _apply(self, batch: Batch, missed: list[Claim], *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
+        outcome, at_once = Outcome(), guard is _no_guard
         self._apply_ends(batch, outcome, guard=guard)
         for attempt, ending in batch.endings.items():
             values = {"ending": ending.reason, "detail": ending.detail}
@@ -439,14 +530,14 @@ class Ledger:
         for attempt, suspension in batch.suspensions.items():
             if guard(lambda a=attempt, s=suspension: self._suspend(a, s), f"that task {attempt.id} is suspended"):  # type: ignore[misc]
                 outcome.suspensions.add(attempt)
-        for attempt, note in batch.notes.items():
-            guard(lambda a=attempt, n=note: self._where(a, (Status.START,), n.values()), f"a note of task {attempt.id}")  # type: ignore[misc]
+        for notes in _at_once_or_each([one for one in batch.notes.items() if one[1]], at_once=at_once):
+            guard(lambda some=notes: self._note(some), f"a note of task {notes[0][0].id}")  # type: ignore[misc]
         for attempt, back in batch.returns.items():
             if guard(lambda a=attempt, b=back: self.waits.grant(a.id, a.attempt, *b), f"the slot of task {attempt.id}"):  # type: ignore[misc]
                 outcome.returned.add(attempt)
-        for claim in batch.claims:
-            if guard(lambda c=claim: self._claim(c), f"the claim of task {claim.due.id}"):  # type: ignore[misc]
-                outcome.claimed.append(claim)
+        for claims in _at_once_or_each(batch.claims, at_once=at_once):
+            what = f"the claim of task {claims[0].due.id}"
+            guard(lambda some=claims: self._claim(some, outcome, missed), what)  # type: ignore[misc]
         if batch.supervisor is not None:
             row = dataclasses.asdict(batch.supervisor)
             insert = self._supervisor.insert(**row)
@@ -454,13 +545,19 @@ class Ledger:
         return outcome
 
     def _apply_ends(self, batch: Batch, outcome: Outcome, *, guard: Callable[[Callable[[], bool], str], bool]) -> None:
+        at_once, simple = guard is _no_guard, []
+        if at_once:
+            done = [(attempt, end) for attempt, end in batch.ends.items() if end.reason is None]
+            concerned = self.waits.concerned(self._statements, [attempt.id for attempt, _ in done])
+            simple = [(attempt, end) for attempt, end in done if attempt.id not in concerned]
+            self._finish(simple, outcome, holds=False)
+        tried = dict(simple)
         for attempt, end in batch.ends.items():
-            ended = guard(lambda a=attempt, e=end: self._end(a, e, outcome.keys), f"the end of task {attempt.id}")  # type: ignore[misc]
-            if not ended and guard is not _no_guard:
-                ended = self._end(attempt, _unwritable(end), outcome.keys)
-            if ended:
-                outcome.ended.add(attempt)
-            else:
+            if attempt not in tried:
+                guard(lambda a=attempt, e=end: self._end(a, e, outcome), f"the end of task {attempt.id}")  # type: ignore[misc]
+            if attempt not in outcome.ended and not at_once:
+                self._end(attempt, _unwritable(end), outcome)
+            if attempt not in outcome.ended:
                 outcome.keys.append(EVERYBODY)  # whoever recorded it may not have been able to ring
         for attempt in batch.unclaims:
             if self._unclaim(attempt, outcome.keys):
@@ -476,22 +573,46 @@ class Ledger:
             log.log(_level(error, logging.ERROR), "%s cannot be written: %s", what, error)
             return False
 
-    def _claim(self, claim: Claim) -> bool:
-        now, who = self._clock.now(), claim.identity
-        values = {
-            **_CLEARED,
-            "attempt": claim.due.attempt + 1,
-            "host": who.host,
-            "boot_id": who.boot_id,
-            "pid_ns": who.pid_ns,
-            "pid": who.pid,
-            "start_ticks": who.start_ticks,
-            "slot": claim.slot,
-            "started_at": now,
-            "started_mono": claim.started_mono,
-            "heartbeat_at": now,
-        }
-        return self._move("claim", Attempt(claim.due.id, claim.due.attempt), values)
+    def _claim(self, claims: Sequence[Claim], outcome: Outcome, missed: list[Claim]) -> bool:
+        """Begin attempts, all in one statement; what could not be claimed is added to *missed*."""
+        values: list[object] = []
+        for claim in claims:
+            who = claim.identity
+            values += [claim.due.id, claim.due.attempt, who.host, who.boot_id, who.pid_ns, who.pid, who.start_ticks]
+            values += [claim.slot, claim.started_mono]
+        now = self._text(self.clock.now())
+        statement = self._statements.claim(len(claims))
+        claimed = {Attempt(*row) for row in self.store.rows_of(statement, [*values, now, now])}
+        outcome.claimed += [claim for claim in claims if claim.attempt in claimed]
+        missed += [claim for claim in claims if claim.attempt not in claimed]
+        return bool(claimed)
+
+    def _note(self, notes: Sequence[tuple[Attempt, Note]]) -> bool:
+        """Write down what is known of running attempts, all in one statement."""
+        values: list[object] = []
+        for attempt, note in notes:
+            values += [attempt.id, attempt.attempt, self._text(note.heartbeat_at), note.progress_done]
+            values += [note.progress_total, note.message, note.cpu_s, note.cpu_percent, note.rss_bytes]
+            values += [note.peak_rss_bytes, note.stack]
+        return bool(self.store.rows_of(self._statements.note(len(notes)), values))
+
+    def _text(self, moment: datetime | None) -> str | None:
+        text: str | None = self._task.started_at.db_value(moment)
+        return text
+
+    def _passed_over(self, missed: Sequence[Claim]) -> list[Claim]:
+        """Return the claims whose tasks wait still: somebody had locked their rows. Tell of the others."""
+        task = self._task
+        query = task.select(task.id, task.attempt).where(_IS_REQUEST & task.id.in_([claim.due.id for claim in missed]))
+        try:
+            with self.store.connected():
+                waiting = set(query.tuples())
+        except (DatabaseError, AccessError):
+            return []  # all is written, and the next look shows what has become of them
+        for claim in missed:
+            if (claim.due.id, claim.due.attempt) not in waiting:
+                _tell_too_late("claim", Attempt(claim.due.id, claim.due.attempt))
+        return [claim for claim in missed if (claim.due.id, claim.due.attempt) in waiting]
 
     def _suspend(self, attempt: Attempt, suspension: Suspension) -> bool:
         values = {
@@ -510,7 +631,7 @@ class Ledger:
         return True
 
     def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
-        now = self._clock.now()
+        now = self.clock.now()
         detail = f"cancelled by {by} before it began" if by else "cancelled before it began"
         values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
         if not self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by}):
@@ -530,6 +651,7 @@ class Ledger:
             keys += outcome.keys
         return attempt in outcome.ended
 
+    @_repeated
     def unclaim_unbegun(self, identity: ProcessIdentity, keys: list[str]) -> int:
         """Give back what was claimed for a child that leaves without having begun anything; return how many.
 
@@ -544,8 +666,31 @@ class Ledger:
             ]
             return sum(self._unclaim(attempt, keys) for attempt in attempts)
 
-    def _end(self, attempt: Attempt, end: End, keys: list[str]) -> bool:
-        now = self._clock.now()
+    def _end(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
+        if end.reason is None:
+            return self._finish([(attempt, end)], outcome, holds=True)
+        return self._interrupt(attempt, end, outcome)
+
+    def _finish(self, ends: Sequence[tuple[Attempt, End]], outcome: Outcome, *, holds: bool) -> bool:
+        """End attempts as DONE, all in one statement; free what they hold, if they can hold anything."""
+        if not ends:
+            return False
+        values: list[object] = []
+        for attempt, end in ends:
+            values += [attempt.id, attempt.attempt, end.result, end.exit_code, end.signal, end.cpu_s]
+            values += [end.progress_done, end.progress_total, end.message, end.peak_rss_bytes]
+        statement = self._statements.finish(len(ends), _NEVER_ENDED)
+        rows = self.store.rows_of(statement, [*values, self._text(self.clock.now())])
+        finished = {Attempt(*row) for row in rows}
+        for attempt, _ in ends:
+            if attempt in finished:
+                self._let_go(attempt, None, outcome.keys, holds=holds)
+                outcome.ended.add(attempt)
+            else:
+                _tell_too_late("finish", attempt)
+        return bool(finished)
+
+    def _interrupt(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
         known = {
             "exit_code": end.exit_code,
             "signal": end.signal,
@@ -553,43 +698,38 @@ class Ledger:
             "progress_done": end.progress_done,
             "progress_total": end.progress_total,
             "message": end.message,
+            "stack": end.stack,
         }
         values: dict[str, Any] = {column: value for column, value in known.items() if value is not None}
-        values |= {"ended_at": now, "slot": None, "cpu_percent": None, "rss_bytes": None}
-        values |= {"suspend_requested_at": None, "suspended_at": None, "suspended_mono": None}
+        values |= {**_NOT_RUNNING, "ended_at": self.clock.now()}
         if end.peak_rss_bytes is not None:
             peak = self._task.peak_rss_bytes
             values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
-        if end.reason is None:
-            if not self._move("finish", attempt, {**values, "result": end.result, **_NEVER_ENDED}):
-                return False
-            self._let_go(attempt, None, keys)
-            return True
         # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
         ordered = self._task.ending.is_null(False)
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
         detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
         values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
-        if end.stack is not None:
-            values["stack"] = end.stack
         if not self._move("interrupt", attempt, values):
             return False
-        self._let_go(attempt, self._remember_interruption(attempt), keys)
+        self._let_go(attempt, self._remember_interruption(attempt), outcome.keys)
+        outcome.ended.add(attempt)
         return True
 
-    def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str]) -> None:
+    def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str], *, holds: bool = True) -> None:
         """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
         pauses.at("ledger.ended")
-        keys += self.waits.free(attempt.id, attempt.attempt, reason=reason)
+        keys += self.waits.free(attempt.id, attempt.attempt, reason=reason) if holds else [task_key(attempt.id)]
         pauses.at("ledger.freed")
-        self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
+        if holds:
+            self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
 
     def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
         """Interrupt waiting tasks that had to come after one which will not be DONE, and in turn those after them."""
         todo = [(one, on_id) for one in dependents]
         for one, before_id in todo:  # grows meanwhile
             detail = f"had to come after task {before_id}, which was interrupted"
-            values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self._clock.now()}
+            values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self.clock.now()}
             if self._move("withdraw", Attempt(one.id, one.attempt), values):
                 todo += [(following, one.id) for following in self._settle_withdrawn(one.id, keys)]
 
@@ -654,9 +794,7 @@ class Ledger:
         transition = _BY_EVENT[event]
         changed = self._where(attempt, transition.sources, {**values, "status": transition.target})
         if not changed:
-            log.info(
-                "task %d, attempt %d: %s came too late, the row says otherwise", attempt.id, attempt.attempt, event
-            )
+            _tell_too_late(event, attempt)
         return changed
 
     def _where(self, attempt: Attempt, statuses: Iterable[Status], values: dict[str, Any]) -> bool:
@@ -670,6 +808,7 @@ class Ledger:
 
     # Reading
 
+    @_read_again
     def status(self, id: int) -> Status | None:
         """Return a task's status, or None if there is no such row; reads nothing else of it."""
         if not 0 < id <= ID_MAX:
@@ -678,6 +817,7 @@ class Ledger:
             found = self._task.select(self._task.status).where(self._task.id == id).scalar()
         return None if found is None else Status(found)
 
+    @_read_again
     def get(self, id: int) -> TaskRecord | None:
         """Return a task, or None if there is no such row."""
         if not 0 < id <= ID_MAX:
@@ -756,54 +896,49 @@ class Ledger:
 
     def wishes(self) -> list[Wish]:
         """Return the running attempts that somebody wants cancelled or suspended, and who asked."""
-        task = self._task
-        cancelled, suspended = task.cancel_requested_at.is_null(False), task.suspend_requested_at.is_null(False)
-        query = task.select(task.id, task.attempt, cancelled, task.cancel_requested_by, suspended)
         with self.store.connected():
-            return [
-                Wish(Attempt(id, attempt), bool(is_cancelled), by, bool(is_suspended))
-                for id, attempt, is_cancelled, by, is_suspended in query.where(
-                    _IS_START & (cancelled | suspended)
-                ).tuples()
-            ]
+            rows = self.store.rows_of(self._statements.wishes)
+        return [
+            Wish(Attempt(id, attempt), bool(cancelled), by, bool(suspended))
+            for id, attempt, cancelled, by, suspended in rows
+        ]
 
-    def due(self, names: Collection[str], *, limit: int) -> list[Due]:
+    def due(self, names: Collection[str], *, limit: int, besides: Collection[int] = ()) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
+        Leaves out the ids of *besides*.
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
-        task, now = self._task, self._clock.now()
-        is_due = _IS_REQUEST & (task.run_at <= now) & task.name.in_([str(name) for name in names])
-        is_due &= ~peewee.fn.EXISTS(self._must_wait())
-        columns = (task.id, task.attempt, task.name, task.data, task.key, task.parent_id)
+        now, names, texts = self._text(self.clock.now()), [str(name) for name in names], self._statements
         found: list[Due] = []
         with self.store.connected():
-            if not task.select(task.id).where(_IS_REQUEST & (task.run_at <= now)).exists():
+            if not names or not self.store.rows_of(texts.any_due, [now]):
                 return []
             for number, priority in enumerate(self._priorities()):
                 # With very many priorities it is cheaper to sort what is due than to ask for each.
                 last = number == PRIORITIES_MAX
-                of_priority = task.priority <= priority if last else task.priority == priority
-                query = task.select(*columns).where(is_due & of_priority)
-                query = query.order_by(task.priority.desc(), task.run_at, task.id).limit(limit - len(found))
-                found += [Due(*row) for row in query.tuples()]
+                statement = texts.due(len(names), len(besides), "<=" if last else "=")
+                values = [now, *names, *besides, priority, limit - len(found)]
+                found += [Due(*row) for row in self.store.rows_of(statement, values)]
                 if last or len(found) >= limit:
                     break
         return found
 
     def next_due_at(self) -> datetime | None:
         """Return the moment at which the next task that is planned for later becomes due, or None."""
-        return self._first_run_at(self._task.run_at > self._clock.now())
+        with self.store.connected():
+            rows = self.store.rows_of(self._statements.next_due_at, [self._text(self.clock.now())])
+        moment: datetime | None = self._task.run_at.python_value(rows[0][0]) if rows else None
+        return moment
 
     def oldest_due_at(self, names: Collection[str] | None = None) -> datetime | None:
         """Return since when the task (of *names*) that has waited longest could have started; None if none waits."""
-        is_due = self._task.run_at <= self._clock.now()
-        return self._first_run_at(is_due if names is None else is_due & self._task.name.in_(list(names)))
-
-    def _first_run_at(self, condition: peewee.Node) -> datetime | None:
         task = self._task
-        query = task.select(task.run_at).where(_IS_REQUEST & condition).order_by(task.run_at).limit(1)
+        is_due = _IS_REQUEST & (task.run_at <= self.clock.now())
+        if names is not None:
+            is_due &= task.name.in_(list(names))
+        query = task.select(task.run_at).where(is_due).order_by(task.run_at).limit(1)
         with self.store.connected():
             return next((moment for (moment,) in query.tuples()), None)
 
@@ -814,7 +949,7 @@ class Ledger:
             (task.priority == record.priority)
             & ((task.run_at < record.run_at) | ((task.run_at == record.run_at) & (task.id < record.id)))
         )
-        is_due = _IS_REQUEST & (task.run_at <= self._clock.now()) & ~peewee.fn.EXISTS(self._must_wait())
+        is_due = _IS_REQUEST & (task.run_at <= self.clock.now()) & ~peewee.fn.EXISTS(self._must_wait())
         query = task.select(peewee.fn.COUNT(task.id)).where(is_due & sooner)
         with self.store.connected():
             return 1 + int(query.scalar())
@@ -830,11 +965,10 @@ class Ledger:
         return dependency.select(dependency.id).where(dependency.task_id == self._task.id)
 
     def _priorities(self) -> Iterable[int]:
-        task = self._task
-        query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST)
-        while (priority := query.scalar()) is not None:
+        rows = self.store.rows_of(self._statements.priority)
+        while (priority := rows[0][0]) is not None:
             yield int(priority)
-            query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
+            rows = self.store.rows_of(self._statements.priority_below, [priority])
 
     def _starts(self) -> list[TaskRecord]:
         """Return the running tasks without data, result, error and stack, which may be megabytes."""
@@ -844,24 +978,35 @@ class Ledger:
         light = {"data": "", "result": None, "error": None, "stack": None}
         return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
 
-    def _get(self, id: int) -> TaskRecord:
-        record = self.get(id)
-        if record is None:
+    def _get(self, id: int, *, kept: bool = False) -> TaskRecord:
+        found = self._records(self._task.id == id, limit=1, kept=kept) if 0 < id <= ID_MAX else []
+        if not found:
             raise UnknownTask(id)
-        return record
+        return found[0]
 
-    def _records(self, *conditions: peewee.Node, limit: int | None) -> list[TaskRecord]:
+    def _records(self, *conditions: peewee.Node, limit: int | None, kept: bool = False) -> list[TaskRecord]:
         query = self._task.select().order_by(self._task.id.desc())
         if conditions:
             query = query.where(*conditions)
         if limit is not None:
             query = query.limit(limit)
+        if kept:
+            query = self.store.kept(query)
         with self.store.connected():
             return [TaskRecord.from_row(row) for row in list(query.dicts())]
 
 
 def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded
     return write()
+
+
+def _at_once_or_each(rows: list[Any], *, at_once: bool) -> list[list[Any]]:
+    """Return lists of rows that one statement writes: all of them, or, so that a bad one spoils no other, each."""
+    return [rows] if rows and at_once else [[row] for row in rows]
+
+
+def _tell_too_late(event: str, attempt: Attempt) -> None:
+    log.info("task %d, attempt %d: %s came too late, the row says otherwise", attempt.id, attempt.attempt, event)
 
 
 def _level(error: Exception, level: int = logging.WARNING) -> int:

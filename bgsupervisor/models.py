@@ -9,34 +9,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import gc
 import logging
 import os
 import sqlite3
 import threading
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import peewee
 
 from bgsupervisor import postgres
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import ServerClock, SystemClock
 from bgsupervisor.config import is_postgres, masked, sqlite_path
-from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError
+from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-__all__ = ["Store", "SupervisorRecord", "Tables", "TaskRecord", "UtcField", "is_passing", "translated"]
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.gate import Gate
+
+__all__ = [
+    "Store",
+    "SupervisorRecord",
+    "Tables",
+    "TaskRecord",
+    "UtcField",
+    "is_locked",
+    "is_passing",
+    "roll_back_abandoned",
+    "translated",
+]
 
 log = logging.getLogger("bgsupervisor")
+
+T = TypeVar("T")
 
 DATABASE_MODE = 0o660
 """Rights of a database file that we create: a web user and a deploy user share it through their group."""
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
+COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses between tries to reach a server that has hung up; the last one repeats."""
 
 # SQLite's primary result codes after which the same write can succeed later.
 LOCKED = 5
@@ -359,6 +378,28 @@ def is_passing(error: BaseException) -> bool:
     return _sqlite_code(driver) in _PASSING_CODES or postgres.is_passing(driver)
 
 
+def is_locked(error: BaseException) -> bool:
+    """Whether another writer keeps the database locked: it may be one that stands still."""
+    if error.__cause__ is None:
+        return False
+    driver = _of_driver(_first(error.__cause__))
+    return _sqlite_code(driver) == LOCKED or postgres.is_locked(driver)
+
+
+def roll_back_abandoned() -> None:
+    """Roll back every transaction on SQLite that this thread has begun, and that nobody will end any more.
+
+    One that was written in keeps all other writers out, also those of this very process. A connection that is merely
+    forgotten does not end it: up to Python 3.12 only the garbage collector closes that, whenever it comes.
+    """
+    gc.collect()
+    for one in gc.get_objects():
+        if issubclass(type(one), sqlite3.Connection):  # not isinstance, which asks proxies, and wakes what is lazy
+            with contextlib.suppress(sqlite3.Error):  # closed, or another thread's
+                if one.in_transaction:
+                    one.rollback()
+
+
 def _of_driver(error: BaseException) -> BaseException:
     """Return the database driver's own error behind one of Peewee's."""
     return error.__cause__ or error.__context__ or error
@@ -419,6 +460,10 @@ class Store:
 
     Two kinds: `Store.open` owns its connections (one per thread, kept open); `Store.share` uses a database
     object of the application, changes no pragma of it, and joins its open transaction.
+
+    Attributes:
+        clock: The time by which rows go: of the machine with SQLite, of the server with PostgreSQL.
+        locks_rows: Whether others can have locked single rows, as in PostgreSQL; else who writes is alone.
     """
 
     def __init__(self, database: peewee.Database, prefix: str, *, owned: bool, path: Path | None) -> None:
@@ -431,8 +476,16 @@ class Store:
         self._fork_lock = threading.Lock()
         self._schema_checked = self._durability_checked = self._follows_file = False
         self._is_sqlite = isinstance(database, peewee.SqliteDatabase)
+        self.locks_rows = not self._is_sqlite
         self._lock_key = postgres.lock_key(prefix)
+        self._server = database if isinstance(database, postgres.Server) else None
+        # The clock does not keep the store, which closes its connections as soon as nobody has it any more.
+        ask_the_time = weakref.WeakMethod(self._have_asked_the_time)
+        self._server_clock = None if self._is_sqlite else ServerClock(ask_the_time() or _nobody)
+        self.clock: Clock = self._server_clock or SystemClock()
+        self._gate: Gate | None = None
         self.creates = True
+        self.patience_s = 0.0
 
     @classmethod
     def open(
@@ -444,6 +497,7 @@ class Store:
         checkpointer: bool = False,
         durable: bool = True,
         creates: bool = True,
+        patience_s: float = 0.0,
         looks: bool = False,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
@@ -455,6 +509,8 @@ class Store:
             checkpointer: True in the one process that writes SQLite's checkpoints, the supervisor.
             durable: False waits for no disk, for tests: what is committed need not survive the machine.
             creates: Whether a missing file, or missing tables, are made; else that is a DatabaseError.
+            patience_s: For how long a call comes back to a server that has hung up (PostgreSQL): to learn what became
+                of a commit, and to repeat what is not there (`persistently`).
             looks: Change nothing of the database, not even SQLite's journal mode; implies that nothing is created.
 
         Raises:
@@ -463,7 +519,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
-            store.creates = creates and not looks
+            store.creates, store.patience_s = creates and not looks, patience_s
             return store
         path = sqlite_path(url)
         pragmas = {
@@ -492,9 +548,50 @@ class Store:
         path = Path(name) if isinstance(database, peewee.SqliteDatabase) and name else None
         return cls(database, prefix, owned=False, path=path)
 
+    @classmethod
+    def lend(cls, database: peewee.Database, own: Store) -> Store:
+        """Make a store on connections that the application lends; no tables are made or checked there."""
+        store = cls(database, own.tables.prefix, owned=False, path=own.path)
+        store._schema_checked = True
+        return store
+
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
+        if self._gate is None or self._server is None:
+            with self._connected():
+                yield
+            return
+        with contextlib.ExitStack() as stack:
+            try:
+                is_outermost = stack.enter_context(self._gate.inside(self._server.timeout))
+            except TimeoutError:
+                raise DatabaseError(
+                    f"all {self._gate.places} connections that this host's children may have to the database "
+                    f"{self.place} are in use for longer than {self._server.timeout:g} s; try again"
+                ) from None
+            if is_outermost:
+                stack.callback(self._hang_up)
+            stack.enter_context(self._connected())
+            yield
+
+    def take_turns(self, folder: Path) -> None:
+        """Have a connection to a server only during a call, and only so many processes of the host at once (`gate`).
+
+        *folder* is the state directory.
+        """
+        if self._server is not None:
+            from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns, and never on Windows
+
+            self._gate = gate_of(folder)
+
+    def _hang_up(self) -> None:
+        if self._server is not None and not self._server.is_closed():
+            self._server.hang_up()
+        self._threads.__dict__.clear()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
         self._forget_after_fork()
         self._forget_replaced_file()
         self._forget_lost_connection()
@@ -503,6 +600,8 @@ class Store:
             try:
                 if opened_here:
                     self._connect()
+                if self._server_clock is not None and (opened_here or self._server_clock.is_old()):
+                    self._server_clock.ask(self._server_time)
                 if not self._schema_checked:
                     self._check_schema()
                 yield
@@ -524,24 +623,109 @@ class Store:
         """Have a connection and a transaction that may write; inside the caller's own it joins that one.
 
         Nobody else writes meanwhile; with *alone* false others may, on PostgreSQL, for what touches no row of theirs.
+        If the connection is lost, it returns if all was committed, and raises ServerAway if nothing was.
+
+        Raises:
+            Undecided: Nobody could be asked which of the two, for `patience_s`.
         """
-        with self.connected(), self.alone() if alone or self._is_sqlite else self.database.atomic():
+        with self.connected(), self._decided(self.alone() if alone or self._is_sqlite else self.database.atomic()):
             yield
+
+    @contextlib.contextmanager
+    def _decided(self, transaction: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+        """Have a transaction, and learn what became of it if the connection is lost in its commit."""
+        if self._server is None or self.database.in_transaction():
+            with transaction:
+                yield
+            return
+        number = None
+        try:
+            with transaction:
+                begun = postgres.transaction_of(self.database)
+                yield
+                number = begun
+        except peewee.PeeweeException as error:
+            if number is None or not postgres.is_lost(self.database) or not self._learn(number, error):
+                raise
+
+    def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
+        """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
+        deadline = self.clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                self.close()
+                self._connect()
+                committed = postgres.outcome_of(self.database, transaction)
+            except peewee.PeeweeException as problem:
+                error = problem
+            else:
+                if committed is not None:
+                    log.info("a connection was lost in a commit, which was %s", "done" if committed else "not done")
+                    return committed
+            if self.clock.monotonic() + pause_s > deadline:
+                raise self.undecided(self.explain(error)) from error
+            self.clock.sleep(pause_s)
+        raise AssertionError
+
+    def undecided(self, error: BgSupervisorError) -> Undecided:
+        """Return the error that says that nobody knows whether something was recorded, and why."""
+        return Undecided(
+            f"{error}; the connection was lost while it was being recorded, so it may have been recorded or not: "
+            "look before it is asked for again"
+        )
+
+    def persistently(self, call: Callable[[], T]) -> T:
+        """Return what *call* returns, one transaction; if the server hangs up, come back to it and repeat it.
+
+        Only what was not recorded is repeated. Inside a transaction it is called once.
+
+        Raises:
+            ServerAway: No server for `patience_s`.
+            Undecided: As `writing`.
+        """
+        if self.patience_s == 0 or self.database.in_transaction():
+            return call()
+        deadline = self.clock.monotonic() + self.patience_s
+        for pause_s in _repeat_last(COME_BACK_S):
+            try:
+                return call()
+            except ServerAway:
+                if self.clock.monotonic() + pause_s > deadline:
+                    raise
+            self.clock.sleep(pause_s)
+        raise AssertionError
+
+    def draw_id(self) -> int | None:
+        """Return the id for a new task that nobody else will get; None where the database is to choose it.
+
+        Who has drawn it before finds by it what was recorded, though the answer was lost, and cannot record it twice.
+        """
+        if self._server is None or self.database.in_transaction():
+            return None
+        return postgres.draw(self.database, f"{self.tables.prefix}task", "id")
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Have a transaction on the connection that is open, during which nobody else is alone."""
         # In SQLite a deferred transaction that reads first may not write after another's commit, however long it waits.
-        with self.database.atomic(*["IMMEDIATE"] if self._is_sqlite else []):
+        with self.database.atomic("IMMEDIATE" if self._is_sqlite else "READ COMMITTED"):
             if not self._is_sqlite:
                 postgres.hold_off(self.database, self._lock_key)
             yield
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:
-        """Have a connection for one statement that adds rows: a transaction by itself, or part of the caller's."""
+        """Have a connection for one statement that keeps nobody away: its own transaction, or part of the caller's."""
         with self.connected(), self.database.atomic() if self.database.in_transaction() else contextlib.nullcontext():
             yield
+
+    def kept(self, query: Any) -> Any:  # noqa: ANN401 - a Peewee query
+        """Return a query whose rows stay as they are until the transaction ends, as all rows do in SQLite."""
+        return query.for_update() if self.locks_rows else query
+
+    def rows_of(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Run a statement that is written out, on the connection that is open, and return what it returns."""
+        return list(self.database.execute_sql(statement, values).fetchall())
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
@@ -590,6 +774,11 @@ class Store:
         if isinstance(self.database, peewee.SqliteDatabase | postgres.Server):
             self.database.timeout = seconds
 
+    def hurry(self) -> None:
+        """Have no call wait for a server that is away or stands still, but for a second when it falls silent."""
+        if self._server is not None:
+            self._server.hurried = True
+
     def let_statements_take_long(self) -> None:
         """Lift the limit of a statement's time until the open transaction ends (PostgreSQL; SQLite has none)."""
         if not self._is_sqlite:
@@ -625,9 +814,11 @@ class Store:
         Raises:
             OSError: The server is away, or there is none.
         """
-        if not isinstance(self.database, postgres.Server):
+        if self._server is None:
             raise OSError(errno.EOPNOTSUPP, "only a server tells")
-        return postgres.Listener(self.database, self.tables.prefix)
+        if self._server.hurried and self._server.is_closed():
+            raise OSError(errno.ENOTCONN, "it is away")  # nobody waits for it
+        return postgres.Listener(self._server, self.tables.prefix)
 
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
@@ -644,6 +835,12 @@ class Store:
             )
         if "not a database" in text or "malformed" in text:
             return DatabaseError(f"{where} is damaged ({text}); restore it from a backup")
+        if ("locked" in text or "busy" in text) and self.database.in_transaction():
+            # In a transaction that has read SQLite waits for nobody; after another's commit it cannot write any more.
+            return DatabaseError(
+                f"{where} is locked by another writer, or was written since your transaction began; roll it back and "
+                "repeat it, and begin it with BEGIN IMMEDIATE, which waits"
+            )
         if "locked" in text or "busy" in text:
             waited_s = getattr(self.database, "timeout", 0.0)
             return DatabaseError(f"{where} is locked by another writer for longer than {waited_s:g} s; try again")
@@ -703,19 +900,35 @@ class Store:
                 return
             clock.sleep(WAL_RETRY_S)
 
+    def _have_asked_the_time(self) -> None:
+        with self.connected():
+            pass
+
+    def _server_time(self) -> datetime:
+        moment: datetime = self.database.execute_sql("SELECT clock_timestamp()").fetchone()[0]
+        return moment.astimezone(UTC)
+
     def _check_schema(self) -> None:
         from bgsupervisor import migrations  # noqa: PLC0415 - only a store's first call pays for it
 
         if not self.owned:
-            self._warn_of_weak_durability()
+            self.warn_of_weak_durability()
         migrations.ensure(self)
         # Tables that were made inside a transaction of the caller go with it if it is rolled back.
         self._schema_checked = not self.database.in_transaction()
 
-    def _warn_of_weak_durability(self) -> None:
-        if self._durability_checked or not isinstance(self.database, peewee.SqliteDatabase):
+    def warn_of_weak_durability(self) -> None:
+        """Say once if what the application's connection commits may be lost at a power cut."""
+        if self._durability_checked:
             return
         self._durability_checked = True
+        if not self._is_sqlite:
+            if self.database.execute_sql("SELECT current_setting('synchronous_commit')").fetchone()[0] == "off":
+                log.warning(
+                    "the application's connection has synchronous_commit=off: "
+                    "a request may be lost when the server dies; synchronous_commit=on keeps it"
+                )
+            return
         journal = self.database.execute_sql("PRAGMA journal_mode").fetchone()[0]
         synchronous = self.database.execute_sql("PRAGMA synchronous").fetchone()[0]
         if journal in ("off", "memory") or synchronous < 2:  # noqa: PLR2004 - 2 is FULL
@@ -755,6 +968,16 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+def _repeat_last(pauses_s: tuple[float, ...]) -> Iterator[float]:
+    yield from pauses_s
+    while True:
+        yield pauses_s[-1]
+
+
+def _nobody() -> None:
+    """Stand in for a store that is gone: its clock goes by the machine's own."""
 
 
 def _is_full(path: Path | None) -> bool:

@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from bgsupervisor import nursery, pauses, processes, wire
+from bgsupervisor import exits, nursery, pauses, processes, wire
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.stamp import code_stamp, write_stamp
 from bgsupervisor.wire import TaskOptions, Who
@@ -18,12 +18,14 @@ from bgsupervisor.wire import TaskOptions, Who
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from multiprocessing.context import SpawnProcess
+    from pathlib import Path
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.processes import ProcessHandle
     from bgsupervisor.reception import Peer, Reception
     from bgsupervisor.statedir import StateDir
+    from bgsupervisor.wire import Exited
 
 __all__ = ["FIRST_HELLO_S", "Home", "Nurseries"]
 
@@ -108,7 +110,7 @@ class Nurseries:
         self._sweep_until = 0.0
         # Such as the other half of `gunicorn & exec bgsupervisor run`.
         self._not_ours = nursery.strays_of_this_process(set())
-        self._awaited = self._find_living()
+        self._awaited = {who for who in self._records() if not self._is_dead(who)}
         for who in self._awaited:
             self._wake(who)
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
@@ -142,13 +144,21 @@ class Nurseries:
         if self._clock.monotonic() >= self._awaited_until:
             return False
         # One that has died since, of which nobody told this supervisor, has nothing more to say.
-        dead = {who for who in self._awaited if processes.verdict(self._identity_of(who)) is Verdict.DEAD}
+        dead = {who for who in self._awaited if self._is_dead(who)}
         self._awaited -= dead
         return bool(self._awaited)
 
     def die_again_and_again(self) -> bool:
         """Whether no nursery has come up in a row of tries."""
         return self._deaths > len(RESTART_S)
+
+    def written_exit(self, child: Who) -> Exited | None:
+        """Return what a nursery has written down of a child's exit, if one has: it may be stopped, or dead by now."""
+        for record in self._records().values():
+            exited = exits.read(record).get(child)
+            if exited is not None:
+                return exited
+        return None
 
     # What is heard of them
 
@@ -262,6 +272,13 @@ class Nurseries:
             home.ordered_at = now
             self.reload(force=True, caller=None)
 
+    def forget_the_dead(self) -> None:
+        """Remove the records of dead nurseries; no task must depend on what is written there."""
+        for who, record in self._records().items():
+            if who not in self._homes and self._is_dead(who):
+                with contextlib.suppress(OSError):
+                    record.unlink()
+
     def tell_all(self, message: wire.Message) -> None:
         """Send something to every nursery that can be spoken to."""
         for home in self._homes.values():
@@ -343,19 +360,16 @@ class Nurseries:
             if not caller.channel.closed:
                 self._ears.send(caller, wire.Reloaded(done, detail))
 
-    def _find_living(self) -> set[Who]:
-        found = set()
+    def _records(self) -> dict[Who, Path]:
+        found = {}
         for path in self._state_dir.path.glob("nursery-*-*"):
             _, pid, ticks = path.name.split("-", 2)
-            if not (pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal()):
-                continue
-            who = Who(int(pid), int(ticks))
-            if processes.verdict(self._identity_of(who)) is Verdict.DEAD:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            else:
-                found.add(who)
+            if pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal():
+                found[Who(int(pid), int(ticks))] = path
         return found
+
+    def _is_dead(self, who: Who) -> bool:
+        return processes.verdict(self._identity_of(who)) is Verdict.DEAD
 
     def _wake(self, who: Who) -> None:
         """Have a nursery look whom it talks to: a supervisor that is stopped would never let go of it."""

@@ -25,7 +25,7 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, pauses, processes, tasks, wire
+from bgsupervisor import child, exits, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
@@ -267,6 +267,8 @@ class Nursery:
         elif isinstance(message, wire.ExitsSeen):
             for who in message.whos:
                 self._exits.pop(who, None)
+            if not self._exits:
+                exits.forget_all(self._record)
         elif isinstance(message, wire.KillOrder):
             self._kill(message)
         elif isinstance(message, wire.Retire):
@@ -279,12 +281,14 @@ class Nursery:
         for descriptor in self._ready & self._children.keys():
             forked = self._children.pop(descriptor)
             self._poll.unregister(descriptor)
+            exited = _exit_of(forked, descriptor)
             os.close(descriptor)
-            exited = _exit_of(forked)
-            with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
-                forked.process.close()  # without it every later start gets slower
             if not forked.left_in_order.value:
                 self._exits[forked.who] = exited
+                exits.write(self._record, exited)
+            forked.process.join(1.0)  # only now is it reaped, and the process table forgets it
+            with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
+                forked.process.close()  # without it every later start gets slower
             self._stray_left = True
             pauses.at("nursery.buried")
             if self._channel is not None:
@@ -397,10 +401,18 @@ def _undo_start(process: Any) -> None:  # noqa: ANN401 - of any start method
         process.close()
 
 
-def _exit_of(forked: _Forked) -> Exited:
-    forked.process.join(1.0)  # returns at once: the pidfd says dead, or a later start() has reaped it
-    code = forked.process.exitcode
-    exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
+def _exit_of(forked: _Forked, pidfd: int) -> Exited:
+    """Return how a dead child ended, and leave it unreaped."""
+    try:
+        info = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:  # a later start() of multiprocessing has reaped it, or the application
+        info = None
+    if info is not None:
+        exit = Exit.from_waitid(info)
+    else:
+        forked.process.join(1.0)  # returns at once
+        code = forked.process.exitcode
+        exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
     return Exited(who=forked.who, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
 
 

@@ -6,6 +6,7 @@ up, so that the kill of one process never explains the death of its neighbour in
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 __all__ = ["Counters", "OomWatch"]
@@ -70,15 +72,18 @@ class OomWatch:
 
     def counters_of(self, pid: int) -> Counters:
         """Take the counters for a process that starts now."""
+        return self.counters([pid])[0]
+
+    def counters(self, pids: Iterable[int]) -> list[Counters]:
+        """Take the counters for processes that start now, each counter once."""
         self._read_log()
-        file = self._cgroup_file(pid)
-        return Counters(
-            cgroup_file=file,
-            cgroup_kills=None if file is None else _count(file),
-            host_kills=_count(self._vmstat),
-            log_kills=self._log_kills,
-            log_losses=self._log_losses,
-        )
+        host_kills, kills_of = _count(self._vmstat), functools.cache(_count)
+        found = []
+        for pid in pids:
+            file = self._cgroup_file(pid, kills_of)
+            cgroup_kills = None if file is None else kills_of(file)
+            found.append(Counters(file, cgroup_kills, host_kills, self._log_kills, self._log_losses))
+        return found
 
     def evidence(self, pid: int, before: Counters) -> str | None:
         """Tell after a death by a SIGKILL that nobody here ordered whether it was the OOM killer's.
@@ -184,7 +189,7 @@ class OomWatch:
         self._named[pid] = at
         _keep_newest(self._named)
 
-    def _cgroup_file(self, pid: int) -> Path | None:
+    def _cgroup_file(self, pid: int, kills_of: Callable[[Path], int | None]) -> Path | None:
         try:
             lines = (self._proc / str(pid) / "cgroup").read_text(encoding="utf-8", errors="surrogateescape")
         except OSError:
@@ -195,15 +200,15 @@ class OomWatch:
             paths.update(dict.fromkeys(controllers.split(","), path.strip("/")))
         if "memory" in paths:
             file = self._cgroup_root / "memory" / paths["memory"] / "memory.oom_control"
-            return file if _count(file) is not None else None
-        return self._unified_file(paths[""]) if "" in paths else None
+            return file if kills_of(file) is not None else None
+        return self._unified_file(paths[""], kills_of) if "" in paths else None
 
-    def _unified_file(self, path: str) -> Path | None:
+    def _unified_file(self, path: str, kills_of: Callable[[Path], int | None]) -> Path | None:
         """Return the counter of the nearest cgroup upwards that accounts memory; the root has none."""
         folder = Path(path)
         for name in (folder, *folder.parents):
             file = self._cgroup_root / name / "memory.events"
-            if _count(file) is not None:
+            if kills_of(file) is not None:
                 return file
         return None
 

@@ -106,6 +106,11 @@ class Exit:
         return cls(os.WEXITSTATUS(status), None)
 
     @classmethod
+    def from_waitid(cls, info: os.waitid_result) -> Self:
+        """Read what waitid(2) gives."""
+        return cls(info.si_status, None) if info.si_code == os.CLD_EXITED else cls(None, info.si_status)
+
+    @classmethod
     def from_multiprocessing(cls, exitcode: int) -> Self:
         """Read the `exitcode` of a multiprocessing.Process: negative is a signal."""
         return cls(None, -exitcode) if exitcode < 0 else cls(exitcode, None)

@@ -34,6 +34,7 @@ class Recovery:
     Attributes:
         ends: Attempts that nobody runs any more, and how they ended.
         unbegun: Attempts that were claimed for a child which says that it began nothing.
+        unordered: Attempts whose claim may be committed, or may not; no child has been given the order.
         foreign_slots: Slots held by rows that this supervisor cannot judge.
         done_once: Every row has been looked at since the start; before that nothing may be admitted.
     """
@@ -46,6 +47,7 @@ class Recovery:
         self._clock = clock
         self.ends: dict[Attempt, End] = {}
         self.unbegun: set[Attempt] = set()
+        self.unordered: set[Attempt] = set()
         self.foreign_slots: set[int] = set()
         self.done_once = False
 
@@ -70,6 +72,8 @@ class Recovery:
             self.ends[attempt] = End(reason=Reason.HOST_REBOOTED, detail=detail)
         elif record.pid_ns != self._own.pid_ns:
             self._judge_by_lease(record)
+        elif attempt in self.unordered:
+            self.unbegun.add(attempt)
         else:
             # Whatever host name the row has: a SQLite file has only ever been used on this one.
             who = Who(record.pid, record.start_ticks or 0)

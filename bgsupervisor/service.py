@@ -13,12 +13,12 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
 import peewee
 
 from bgsupervisor import payload, tasks
-from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import load
+from bgsupervisor.config import is_postgres, load
 from bgsupervisor.errors import (
     BgSupervisorError,
     ConfigError,
@@ -36,8 +36,9 @@ from bgsupervisor.statedir import StateDir, send_datagram
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from bgsupervisor.borrowed import Lending
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.models import TaskRecord
@@ -96,14 +97,16 @@ class Backing:
     @classmethod
     def of(cls, origin: Origin) -> Backing:
         """Do what the arguments say; opens nothing yet."""
-        clock, database = origin.clock or SystemClock(), origin.database
+        database = origin.database
         if isinstance(database, peewee.Database):
             config = load(origin.config, database=_url_of(database))
             store = Store.share(database, config.table_prefix)
         else:
             config = load(origin.config, database=database)
-            store = Store.open(config.database, config.table_prefix, busy_timeout_s=config.busy_timeout_s)
-        return cls(config, Ledger(store, clock), clock)
+            wait_s = config.busy_timeout_s
+            store = Store.open(config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s)
+        ledger = Ledger(store, origin.clock)
+        return cls(config, ledger, ledger.clock)
 
 
 redirect: Callable[[Origin], Backing] | None = None
@@ -134,6 +137,7 @@ class Service:
     ) -> None:
         self._origin = Origin(database, config, clock)
         self._own: Backing | None = None
+        self._lending: Lending | None = None
         self._parent_id: int | None = None
         _ = self._backing  # a configuration that is missing or wrong is told here
         self._loadable: set[str] = set()
@@ -144,6 +148,7 @@ class Service:
         """Make the service of a running body: all it requests has that task as its parent."""
         service = cls(config.database, config=config.path)
         service._parent_id = parent_id
+        service._store.take_turns(config.state_dir)
         return service
 
     # Requests
@@ -160,6 +165,7 @@ class Service:
         unique: str | bool | None = None,
         after: Sequence[Handle | int] = (),
         after_any_end: bool = False,
+        connection: object | None = None,
     ) -> Handle:
         """Record a task and wake the supervisor; the task runs after this call has returned and its commit is durable.
 
@@ -175,16 +181,22 @@ class Service:
             after: Tasks that must be DONE before this one starts. If one of them is interrupted, this one becomes
                 INTERRUPTED / DEPENDENCY, which names it.
             after_any_end: Start after they have ended, however.
+            connection: Of the application, to the same database: the request becomes part of the transaction that is
+                open there, or opens one as the application's own statements do; if the connection commits each of
+                those by itself, it is one by itself. A Peewee database, Django's connection, an SQLAlchemy Session or
+                Connection, or a connection of sqlite3, psycopg or psycopg2. Waiting for locks is limited by what is
+                set there. With *after* nobody else may end a task until that transaction ends: keep it short.
 
         Raises:
             DataInvalid: The data does not fit the body, or is not JSON; says which field.
             DataTooLarge: More than data_max_bytes.
             TaskNotConfigured: No supervisor could load this class.
             UnknownTask: A task in *after* does not exist.
-            RequestRefused: An argument that cannot be, such as a run_at without time zone.
+            RequestRefused: An argument that cannot be, such as a run_at without time zone, or a *connection* to another
+                database.
 
-        Blocks for one durable commit. Inside an open transaction of a shared Peewee database it is part of that
-        transaction, and the supervisor is woken after its commit.
+        Blocks for one durable commit. Inside an open transaction of *connection*, or of a shared Peewee database, it is
+        part of that transaction, and the supervisor is woken after its commit.
         """
         options = _Options(
             run_at=run_at,
@@ -195,7 +207,7 @@ class Service:
             after=_after(after),
             after_any_end=after_any_end,
         )
-        return self._record(task, [data], options)[0]
+        return self._record(task, [data], options, connection)[0]
 
     def request_many(
         self,
@@ -206,11 +218,19 @@ class Service:
         delay_s: float | None = None,
         priority: int = 0,
         key: str | None = None,
+        connection: object | None = None,
     ) -> list[Handle]:
         """Record one task per data in one transaction, all or none; as `request`, but without `unique` and `after`."""
-        return self._record(task, list(datas), _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key))
+        options = _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key)
+        return self._record(task, list(datas), options, connection)
 
-    def _record(self, task: TaskLike, datas: Sequence[Mapping[str, object] | None], options: _Options) -> list[Handle]:
+    def _record(
+        self,
+        task: TaskLike,
+        datas: Sequence[Mapping[str, object] | None],
+        options: _Options,
+        connection: object | None,
+    ) -> list[Handle]:
         name, definition = self._resolve(task)
         if definition is not None and not isinstance(task, str):
             self._check_loadable(definition)
@@ -237,11 +257,25 @@ class Service:
         ]
         if not requests:
             return []
-        found = self._ledger.request_many(requests)
-        self._store.database.after_commit(self._ring)
-        with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
-            self._warn_if_unsupervised()
+        with self._ledger_on(connection) as ledger:
+            found = ledger.request_many(requests)
+            with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
+                self._warn_if_unsupervised(ledger)
         return [Handle(id, created) for id, created in found]
+
+    @contextlib.contextmanager
+    def _ledger_on(self, connection: object | None) -> Iterator[Ledger]:
+        """Have the ledger, on the application's connection if there is one; wake the supervisor after the commit."""
+        if connection is None or redirect is not None:  # in tests rows stay in the test's own database
+            yield self._ledger
+            self._store.database.after_commit(self._ring)
+            return
+        from bgsupervisor.borrowed import Lending  # noqa: PLC0415 - only who lends a connection pays for it
+
+        if self._lending is None:
+            self._lending = Lending(self._store, self._config.table_prefix, self._clock)
+        with self._lending.on(connection, self._ring) as ledger:
+            yield ledger
 
     # Asking
 
@@ -518,13 +552,14 @@ class Service:
             return last
         return last if self._clock.now() - last > timedelta(seconds=SUPERVISOR_SILENT_S) else None
 
-    def _warn_if_unsupervised(self) -> None:
+    def _warn_if_unsupervised(self, ledger: Ledger) -> None:
         now = self._clock.monotonic()
         if now < self._unsupervised_look_at:
             return
         self._unsupervised_look_at = now + UNSUPERVISED_LOOK_S
-        seen = max((one.heartbeat_at for one in self._ledger.supervisors()), default=None)
-        since = self._ledger.oldest_due_at() if seen is None else seen
+        with ledger.store.looking():
+            seen = max((one.heartbeat_at for one in ledger.supervisors()), default=None)
+            since = ledger.oldest_due_at() if seen is None else seen
         if since is not None and (self._clock.now() - since).total_seconds() > UNSUPERVISED_WARN_S:
             log.warning(
                 "tasks are requested, but no supervisor has been seen since %s; see that cron or systemd runs "
@@ -596,11 +631,19 @@ class _Options:
 
 
 def _url_of(database: peewee.Database) -> str:
-    if not isinstance(database, peewee.SqliteDatabase):
-        raise ConfigError(f"the database is a {type(database).__name__}; only peewee.SqliteDatabase is supported")
+    if not isinstance(database, peewee.SqliteDatabase | peewee.PostgresqlDatabase):
+        kind = type(database).__name__
+        raise ConfigError(f"the database is a {kind}; only peewee.SqliteDatabase and PostgresqlDatabase are supported")
     if database.deferred:
-        raise ConfigError("the Peewee database names no file yet; call its init() first, then make the Service")
+        raise ConfigError(
+            "the Peewee database names no file or database yet; call its init() first, then make the Service"
+        )
     name = str(database.database)
+    if isinstance(database, peewee.PostgresqlDatabase):
+        if is_postgres(name):
+            return name
+        given = {key: value for key, value in database.connect_params.items() if isinstance(value, str | int)}
+        return f"postgresql:///{quote(name, safe='')}?{urlencode(given)}"
     return f"sqlite:///{name if ':memory:' in name else Path(name).absolute()}"
 
 

@@ -1,10 +1,11 @@
 """The Python stacks of a running process: how it gets ready to show them, and how others ask; knows no tables.
 
 Who asks sends SIGURG. Python's faulthandler answers at once from C, whatever holds the interpreter's lock, with the
-stack of the thread that got the signal: the main one. Then who asks rings a bell, a pipe: a thread of the process's own
-wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody may read the
-stack of a thread that moves: it can end the process. The answers go into a piece of memory without a name in the file
-system; who asked reads it through the process table.
+stack of the thread that got the signal: the main one. Then who asks rings a bell, a pipe: a thread of the process's
+own wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody may read
+the stack of a thread that moves: it can end the process. The bell is rung too where nothing answers the signal: the
+body may have taken that for itself. The answers go into a piece of memory without a name in the file system; who
+asked reads it through the process table.
 
 SIGURG, because what has no handler for it ignores it: no mistake can end a process, not even one that has become
 another program by exec a moment ago. And no Python library is known to use it; SIGUSR1, SIGWINCH and SIGQUIT are used.
@@ -43,6 +44,8 @@ ANSWER_S = 5.0
 """A process answers within milliseconds; one that has not after so long hangs in the kernel, or cannot."""
 SETTLED_S = 0.02
 """The main thread's answer takes less than a millisecond; then the others are asked for."""
+SILENT_S = 0.5
+"""A main thread that has not answered by then may have taken the signal for itself; all are asked for all the same."""
 QUIET_S = 0.1
 """So long the answer of all threads is waited for after the main one's; another thread may keep the lock."""
 LOOK_S = 0.01
@@ -102,6 +105,7 @@ class Question:
         self._who = secrets.token_hex(8).encode()
         self._start = self._size = os.fstat(memory).st_size
         self._grown_at = 0.0
+        self._looked_at: float | None = None
 
     @classmethod
     def ask(cls, handle: ProcessHandle) -> Self:
@@ -142,14 +146,16 @@ class Question:
         size = os.fstat(self._memory).st_size
         if size != self._size:
             self._size, self._grown_at = size, now
-        if size == self._start:
-            return None
-        if not self._rung and now - self._grown_at >= SETTLED_S:  # not sooner: two answers at once would be mixed
+        if self._looked_at is None:
+            self._looked_at = now
+        # Not sooner: two answers at once would be mixed.
+        is_time = now - self._looked_at >= SILENT_S if size == self._start else now - self._grown_at >= SETTLED_S
+        if not self._rung and is_time:
             self._rung, self._grown_at = True, now
             _ring(self._pid, self._memory, self._who)
         said = self._said()
         is_nobody_coming = BEGIN + self._who not in said and now - self._grown_at >= QUIET_S
-        return self.text() if self._rung and (END + self._who in said or is_nobody_coming) else None
+        return (self.text() or None) if self._rung and (END + self._who in said or is_nobody_coming) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
@@ -193,7 +199,7 @@ def stack_of(handle: ProcessHandle, *, timeout_s: float, clock: Clock) -> str:
             clock.sleep(LOOK_S)
     raise NoStack(
         f"PID {pid} has not answered within {timeout_s:g} s: it hangs in the kernel (disk sleep), or its body has "
-        "taken SIGURG for itself",
+        "taken SIGURG for itself and lets no other thread run",
         pid=pid,
     )
 

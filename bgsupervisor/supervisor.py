@@ -25,7 +25,7 @@ from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, Dat
 from bgsupervisor.housekeeping import Housekeeping
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note, Return
 from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.models import Store, SupervisorRecord
+from bgsupervisor.models import Store, SupervisorRecord, is_locked
 from bgsupervisor.nurseries import FIRST_HELLO_S, Nurseries
 from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Due, Outcome, Suspension
     from bgsupervisor.notify import Notifier
@@ -68,6 +67,8 @@ BEAT_EVERY_S = 15.0
 """The supervisor's own row is renewed so often."""
 COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
+PASSED_OVER_S = 0.1
+"""A waiting task whose row somebody had locked is looked at again so much later; the others are claimed meanwhile."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -80,7 +81,6 @@ class Supervisor:
         state_dir: Exists, and belongs to this user.
         lock: Held.
         notifier: Tells the service manager.
-        clock: Tells the time.
         burst: Leave when nothing is due and nothing runs.
         reread: Loads the configuration anew, for a reload.
 
@@ -95,14 +95,12 @@ class Supervisor:
         state_dir: StateDir,
         lock: Lock,
         notifier: Notifier,
-        clock: Clock,
         reread: Callable[[], Config],
         burst: bool = False,
     ) -> None:
         set_child_subreaper()
         processes.raise_descriptor_limit()
         self._config = config
-        self._clock = clock
         self._lock = lock
         self._notifier = notifier
         self._reread = reread
@@ -114,8 +112,10 @@ class Supervisor:
         )
         with self._store.connected():
             self._store.set_busy_timeout(BUSY_TIMEOUT_S)
+        self._store.hurry()
         self._database_inode = self._store.inode()
-        self._ledger = Ledger(self._store, clock)
+        self._ledger = Ledger(self._store)
+        self._clock = clock = self._store.clock
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
@@ -131,6 +131,8 @@ class Supervisor:
         self._last_complaint = ""
         self._complain_at = 0.0
         self._look, self._backlog = True, False
+        self._passed_over: set[int] = set()
+        self._passed_over_until = 0.0
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
         self._spawn_at = 0.0
@@ -378,7 +380,7 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not ward.never_told:
-            exited = self._exits.get(ward.who)
+            exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
             inherited = self._nurseries.one_died
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
@@ -429,6 +431,8 @@ class Supervisor:
             try:
                 ids = [ward.attempt.id for ward in stalled if ward.attempt is not None]
                 waiting = {row["task_id"] for row in self._ledger.waits.rows(ids)}
+                if self._put_offs or self._store.write_problem(wait_s=BUSY_TIMEOUT_S):
+                    waiting |= set(ids)  # for the database, maybe: `reach` and locks are written there
             except (DatabaseError, AccessError) as error:
                 self._complain(error)
                 self._enforcement.put_off_stalls()
@@ -447,13 +451,15 @@ class Supervisor:
         due: list[Due] = []
         if self._next_due_at is not None and self._clock.now() >= self._next_due_at:
             self._look = True
+        if self._passed_over and now >= self._passed_over_until:
+            self._passed_over.clear()
+            self._look = True
         if self._look or (self._backlog and free):
             try:
-                due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1)
+                due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over)
                 self._next_due_at = self._ledger.next_due_at()
             except (DatabaseError, AccessError) as error:
-                self._complain(error)
-                self._put_off_until = now + PUT_OFF_S[0]
+                self._put_off(error, now)
                 return []
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
@@ -491,6 +497,10 @@ class Supervisor:
         try:
             outcome = self._ledger.apply(batch)
         except (DatabaseError, AccessError) as error:
+            # It may be committed all the same. What can be repeated is; claims that turn out to stand are given back,
+            # and before that is known there are no others.
+            self._recovery.unordered.update(claim.attempt for claim in batch.claims)
+            self._recovery.done_once, self._recover_at = False, 0.0
             self._put_off(error, now)
             return
         self._put_offs = 0
@@ -500,10 +510,16 @@ class Supervisor:
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
+        if outcome.passed_over:
+            self._passed_over |= {claim.due.id for claim in outcome.passed_over}
+            self._passed_over_until = now + PASSED_OVER_S
         if claims:
             pauses.at("supervisor.claimed")
         for claim, ward in claims:
             self._start(claim, ward, claimed=claim in outcome.claimed)
+        started = [ward for claim, ward in claims if claim in outcome.claimed]
+        for ward, counters in zip(started, self._wards.oom.counters(ward.who.pid for ward in started), strict=True):
+            ward.oom = counters
 
     def _compose(self, claims: list[Claim], now: float) -> Batch:
         batch = Batch(claims=claims, ends=dict(self._recovery.ends), unclaims=set(self._recovery.unbegun))
@@ -535,6 +551,7 @@ class Supervisor:
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
         for attempt in batch.unclaims:
             self._recovery.unbegun.discard(attempt)
+            self._recovery.unordered.discard(attempt)
             if attempt in by_attempt:
                 by_attempt[attempt].become_free()
             self._look = True
@@ -558,7 +575,9 @@ class Supervisor:
         """Have a child stand still whose row says that it does."""
         ward.suspension_unsaved = False
         if recorded and suspension.lasts:
+            pauses.at("supervisor.suspending")
             self._enforcement.suspend(ward)
+            self._beat_at = 0.0  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
@@ -590,9 +609,11 @@ class Supervisor:
     def _start(self, claim: Claim, ward: Ward, *, claimed: bool) -> None:
         if not claimed:
             self._look = True
-            self._recover_at = 0.0  # our picture of the slots may be wrong
+            if claim.due.id not in self._passed_over:
+                self._recover_at = 0.0  # our picture of the slots may be wrong
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
+        self._recovery.unordered.discard(claim.attempt)
         due, attempt = claim.due, claim.attempt
         order = wire.Run(
             id=attempt.id,
@@ -604,7 +625,6 @@ class Supervisor:
         )
         ward.begin(claim, self._ears.send(ward.peer, order))
         pauses.at("supervisor.ordered")
-        ward.oom = self._wards.oom.counters_of(ward.who.pid)
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:
@@ -614,6 +634,8 @@ class Supervisor:
         self._look = True
         self._complain(error)
         self._enforcement.carry_out_unrecorded()
+        if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
+            self._enforcement.let_the_suspended_go_on()
 
     def _complain(self, error: BgSupervisorError) -> None:
         now = self._clock.monotonic()
@@ -654,6 +676,8 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
+        if self._passed_over and self._may_admit():
+            moments.append(max(self._passed_over_until, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
@@ -702,6 +726,8 @@ class Supervisor:
         self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
         self._nurseries.give_up_on_the_silent()
+        if self._recovery.done_once and not any(ward.dead_since is not None for ward in self._wards):
+            self._nurseries.forget_the_dead()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
@@ -741,8 +767,11 @@ class Supervisor:
             return
         elif self._burst and self._nurseries.die_again_and_again():
             self._leaving, self._exit_code = "the nursery dies again and again", 1
-        elif self._burst and self._nurseries.ours() is not None and not (self._look or self._backlog):
+        elif self._burst and self._nurseries.ours() is not None and not self._has_seen_work():
             self._leaving = "nothing is due"
+
+    def _has_seen_work(self) -> bool:
+        return self._look or self._backlog or bool(self._passed_over)
 
     def _send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of other nurseries, whose exits would not be seen."""

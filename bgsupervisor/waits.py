@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
+    from bgsupervisor.statements import Statements
 
 __all__ = [
     "DUE",
@@ -339,6 +340,13 @@ class Waits:
 
     # Ends
 
+    def concerned(self, statements: Statements, ids: Sequence[int]) -> Collection[int]:
+        """Return which of these tasks hold or wait for something, or are waited for; others have nothing to free."""
+        if not ids:
+            return ()
+        found = {id for (id,) in self._store.rows_of(statements.concerned(len(ids)), [*ids, *ids, *ids])}
+        return ids if 0 in found else found
+
     def free(self, id: int, attempt: int, *, reason: str | None) -> list[str]:
         """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
         hold, wait = self._hold, self._wait
@@ -414,8 +422,8 @@ class Waits:
         slot = found[0][0]
         if slot is None and slots is not None:
             slot = self._take_slot(waiter.id, slots)
-            if slot is not None:
-                task.update(slot=slot).where(mine).execute()
+            if slot is not None and not self._puts_into(task.update(slot=slot).where(mine)):
+                slot = None
         if slot is not None:
             wait.delete().where(rows).execute()
             return int(slot)
@@ -423,6 +431,15 @@ class Waits:
         if not wait.select(wait.id).where(rows).exists():
             wait.insert(**self._row(waiter, Waiting("slot"))).execute()
         return None
+
+    def _puts_into(self, update: Any) -> bool:  # noqa: ANN401 - a Peewee query
+        """Take a slot, unless a claim takes it just now: claims keep nobody away on PostgreSQL."""
+        try:
+            with self._store.database.atomic():
+                update.execute()
+        except peewee.IntegrityError:
+            return False
+        return True
 
     def _take_slot(self, id: int, slots: int) -> int | None:
         """Return a free slot if it is this task's turn among those who come back."""

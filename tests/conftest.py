@@ -198,6 +198,11 @@ class App:
                 yield self._identity(record.pid, record.start_ticks)
 
 
+def pausing_path():
+    """Return the PYTHONPATH of processes that wait at armed points, with the code that this test has."""
+    return os.pathsep.join([str(Path(__file__).parent / "pausing"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def _toml(value):
     if isinstance(value, bool):
         return str(value).lower()

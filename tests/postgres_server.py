@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from as_user import NOBODY
@@ -94,6 +95,20 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(START_LIMIT_S)
 
+    def stand_still(self):
+        """Stop all its processes in the middle of whatever they do, those that it starts meanwhile too."""
+        self._signal_all(signal.SIGSTOP)
+
+    def go_on(self):
+        self._signal_all(signal.SIGCONT)
+
+    def _signal_all(self, number):
+        main = psutil.Process(self.process.pid)
+        main.send_signal(number)
+        for one in main.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+
     def execute(self, *statements, database="postgres"):
         with contextlib.closing(psycopg.connect(self.socket_url(database), autocommit=True)) as connection:
             for statement in statements:
@@ -131,6 +146,46 @@ def running_server(**settings):
         if server is not None and server.process.poll() is None:
             server.stop()
         shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def small_disk(server):
+    """Have a file system of 40 MB for the server's use; only root can mount one."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a file system")
+    disk = server.folder / "small"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=40m,uid={server.user['user']},mode=700", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+class _Filler:
+    def __init__(self, path):
+        self.path = path
+
+    def fill(self):
+        with self.path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+
+    def empty(self):
+        self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filled(path):
+    """Have a file that can fill its disk, and is gone afterwards."""
+    filler = _Filler(path)
+    try:
+        yield filler
+    finally:
+        filler.empty()
 
 
 def make_tables(url):

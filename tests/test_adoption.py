@@ -10,11 +10,10 @@ import contextlib
 import os
 import signal
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from conftest import App, wait_until
+from conftest import App, pausing_path, wait_until
 
 SOURCE = """
 import os, time
@@ -63,7 +62,7 @@ class Adopting(App):
     """An application that sees its processes by a mark in their environment."""
 
     def start(self, **shorter):
-        mark = {"ADOPTING": str(self.folder), "PYTHONPATH": str(Path(__file__).parent / "pausing")}
+        mark = {"ADOPTING": str(self.folder), "PYTHONPATH": pausing_path()}
         return super().start(environment={**mark, **shorter})
 
     def request(self, body, **data):

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import os
 import signal
+import sqlite3
 import time
 
 import psutil
@@ -14,7 +15,7 @@ from conftest import App, wait_until
 
 BODIES = r"""
 import asyncio, atexit, concurrent.futures, contextlib, io, json, logging, multiprocessing, os, signal, socket
-import subprocess, sys, threading, time
+import sqlite3, subprocess, sys, threading, time
 from pathlib import Path
 from bgsupervisor import Service, Task, current, task
 
@@ -52,6 +53,33 @@ def daemon():
 @task
 def returns(value: int = 1) -> int:
     return value
+
+def begin(name):
+    connection = sqlite3.connect(FOLDER / name, isolation_level=None, timeout=2)
+    connection.execute("CREATE TABLE IF NOT EXISTS own (number)")
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("INSERT INTO own VALUES (1)")
+    return connection
+
+@task
+def leaves_a_transaction(how: str, name: str = "bgsupervisor.db") -> int:
+    global kept
+    connection = begin(name)
+    if how == "raises":
+        raise ValueError("in the middle of a transaction")
+    if how == "keeps":
+        kept = connection
+    if how == "another thread":  # sqlite3 lets nobody else roll it back
+        thread = threading.Thread(target=begin, args=("other.db",))
+        connection.rollback()
+        thread.start()
+        thread.join()
+    return os.getpid()
+
+@task
+def begins_a_transaction(name: str) -> int:
+    begin(name).rollback()
+    return os.getpid()
 
 @task
 def returns_object():
@@ -900,6 +928,21 @@ def test_a_child_set_up_that_fails_is_the_end_of_the_attempt_and_not_of_the_chil
         app.assert_interrupted(record, "EXITED", exit_code=1, detail="sys.exit", error="the set-up gives up")
 
 
+# ---- a database that a body leaves locked ----
+
+
+@pytest.mark.of_sqlite
+@pytest.mark.parametrize("how", ["returns", "raises", "keeps"])
+def test_a_transaction_that_a_body_left_keeps_nobody_from_recording_its_end(tmp_path, how):
+    with living(tmp_path) as app:
+        record = app.run("leaves_a_transaction", how=how)
+        assert (record.ended_at - record.started_at).total_seconds() < 4.0
+        assert record.detail == ("ValueError: in the middle of a transaction" if how == "raises" else None)
+        app.assert_done(app.run("returns", value=1), 1)
+        with contextlib.closing(sqlite3.connect(tmp_path / "bgsupervisor.db")) as database:
+            assert database.execute("SELECT * FROM own").fetchall() == [], "it was rolled back"
+
+
 # ---- a child for several tasks ----
 
 
@@ -947,6 +990,16 @@ def test_what_a_body_changed_around_it_does_not_reach_the_next_one(reusing):
     assert reusing.service.result(after.id) == reusing.service.result(before.id)
     assert reusing.service.result(after.id)[3] is False
     assert reusing.log_of(after) == "heard\n"
+
+
+@pytest.mark.parametrize("how", ["returns", "keeps", "another thread"])
+def test_a_transaction_that_a_body_left_does_not_reach_the_next_one(reusing, how):
+    def attempt():
+        left = reusing.run("leaves_a_transaction", how=how, name="other.db")
+        return [left, reusing.run("begins_a_transaction", name="other.db")]
+
+    for record in in_one_process(attempt):
+        reusing.assert_done(record, record.pid)
 
 
 def test_a_child_whose_body_left_a_thread_is_not_used_again(reusing):

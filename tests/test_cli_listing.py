@@ -201,6 +201,16 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     assert "no supervisor has been seen since" in app.cli("ps").stderr
 
 
+def test_a_supervisor_that_was_killed_is_not_there_though_nobody_has_reaped_it(app):
+    supervisor = app.start()
+    app.service.request("appx:add")
+    supervisor.process.kill()
+    os.waitid(os.P_PID, supervisor.process.pid, os.WEXITED | os.WNOWAIT)
+    told = app.cli("ps").stderr
+    assert "is there" not in told
+    assert "no supervisor has been seen since" in told
+
+
 def test_what_keeps_everybody_from_writing_is_told(app):
     app.service.request("appx:add")
     with app.database.locked():

@@ -682,8 +682,8 @@ def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invent
     before = rows(raw)
     calls = []
 
-    def claim_on_a_full_disk(claim):
-        calls.append(claim)
+    def claim_on_a_full_disk(claims, *_):
+        calls.append(claims)
         if len(calls) == 1:
             raise peewee.IntegrityError("the first pass is spoiled")
         if rolls_back_itself:  # as SQLite does when it has no space left
@@ -729,7 +729,7 @@ def insert(raw, **values):
 
 
 def test_a_row_written_by_hand_needs_a_name_and_data_only(ledger, raw):
-    ledger._clock = SystemClock()
+    ledger.clock = SystemClock()
     id = insert(raw, name="a:b", data='{"n": 1}')
     record = ledger.get(id)
     assert (record.status, record.attempt, record.tries, record.max_attempts) == (Status.REQUEST, 0, 0, 1)
@@ -1108,7 +1108,7 @@ ledger.store.close()
 
 
 def test_no_task_is_claimed_twice_by_processes_that_race(ledger, store_url):
-    ledger._clock = SystemClock()
+    ledger.clock = SystemClock()
     ids = [id for id, _ in ledger.request_many([Request(name="a:b", data="{}")] * 150)]
     claimers = [
         subprocess.Popen(
@@ -1189,6 +1189,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def at(self, which):
         return self.ledgers[which]
 
+    @staticmethod
+    def new():
+        """Return what is known of an attempt that has not begun."""
+        return {"cancel": False, "ending": None, "reason": None, "held": False, "still": False}
+
     def known(self, data):
         return data.draw(st.sampled_from(sorted(self.model)))
 
@@ -1204,7 +1209,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if live:
             assert [id] == live
         else:
-            self.model[id] = {"status": "REQUEST", "attempt": 0, "unique": unique, "live": True, "cancel": False}
+            self.model[id] = {"status": "REQUEST", "attempt": 0, "unique": unique, "live": True, **self.new()}
 
     @precondition(lambda self: self.model)
     @rule(which=st.booleans(), data=st.data())
@@ -1216,7 +1221,7 @@ class LedgerMachine(RuleBasedStateMachine):
         row = self.model[id]
         assert bool(claimed) is (fresh and row["status"] == "REQUEST")
         if claimed:
-            row.update(status="START", attempt=row["attempt"] + 1, cancel=False)
+            row.update(status="START", attempt=row["attempt"] + 1, **self.new())
 
     @precondition(lambda self: self.model)
     @rule(which=st.booleans(), data=st.data(), reason=st.sampled_from([None, Reason.SIGNALLED]))
@@ -1227,7 +1232,8 @@ class LedgerMachine(RuleBasedStateMachine):
         ended = self.at(which).end(attempt, End(reason=reason))
         assert ended is (fresh and row["status"] == "START")
         if ended:
-            row.update(status="DONE" if reason is None else "INTERRUPTED", live=False)
+            row.update(status="DONE" if reason is None else "INTERRUPTED", live=False, held=False, still=False)
+            row.update(reason=reason and (row["ending"] or reason), ending=reason and row["ending"])
 
     @precondition(lambda self: self.model)
     @rule(which=st.booleans(), data=st.data())
@@ -1238,7 +1244,8 @@ class LedgerMachine(RuleBasedStateMachine):
         given_back = self.at(which).apply(Batch(unclaims={attempt})).unclaimed
         assert bool(given_back) is (fresh and row["status"] == "START")
         if given_back:
-            row.update(status="INTERRUPTED" if row["cancel"] else "REQUEST", live=not row["cancel"])
+            reason = Reason.CANCELLED if row["cancel"] else None
+            row.update(self.new(), status="INTERRUPTED" if reason else "REQUEST", live=not reason, reason=reason)
 
     @precondition(lambda self: self.model)
     @rule(which=st.booleans(), data=st.data())
@@ -1246,9 +1253,51 @@ class LedgerMachine(RuleBasedStateMachine):
         row = self.model[id := self.known(data)]
         self.at(which).cancel(id, by="jana")
         if row["status"] == "REQUEST":
-            row.update(status="INTERRUPTED", live=False)
+            row.update(status="INTERRUPTED", live=False, reason=Reason.CANCELLED)
         elif row["status"] == "START":
             row["cancel"] = True
+
+    @precondition(lambda self: self.model)
+    @rule(which=st.booleans(), data=st.data())
+    def condemn(self, which, data):
+        id = self.known(data)
+        attempt, fresh = self.attempt(data, id)
+        row = self.model[id]
+        reason = data.draw(st.sampled_from([Reason.TIMED_OUT, Reason.STOPPED]))
+        condemned = self.at(which).apply(Batch(endings={attempt: Ending(attempt, reason, "why")})).endings
+        assert bool(condemned) is (fresh and row["status"] == "START")
+        if condemned:
+            row["ending"] = reason
+
+    @precondition(lambda self: self.model)
+    @rule(which=st.booleans(), data=st.data())
+    def suspend(self, which, data):
+        row = self.model[id := self.known(data)]
+        if row["status"] != "START" or row["cancel"] or row["ending"]:
+            with pytest.raises(NotSuspendable):
+                self.at(which).suspend(id, by="jana")
+        else:
+            self.at(which).suspend(id, by="jana")
+            row["held"] = True
+
+    @precondition(lambda self: self.model)
+    @rule(which=st.booleans(), data=st.data())
+    def resume(self, which, data):
+        row = self.model[id := self.known(data)]
+        self.at(which).resume(id)
+        row["held"] = False
+
+    @precondition(lambda self: self.model)
+    @rule(which=st.booleans(), data=st.data(), still=st.booleans())
+    def stand_still_or_go_on(self, which, data, still):
+        id = self.known(data)
+        attempt, fresh = self.attempt(data, id)
+        row = self.model[id]
+        suspension = Suspension(HandClock().now(), 1.0, 2.0) if still else Suspension(total_s=3.0)
+        written = self.at(which).apply(Batch(suspensions={attempt: suspension})).suspensions
+        assert bool(written) is (fresh and row["status"] == "START")
+        if written:
+            row["still"] = still
 
     @precondition(lambda self: self.model)
     @rule(which=st.booleans(), data=st.data())
@@ -1263,7 +1312,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.at(which).retry(id)
         else:
             self.at(which).retry(id)
-            row.update(status="REQUEST", live=True, cancel=False)
+            row.update(self.new(), status="REQUEST", live=True)
 
     @invariant()
     def rows_are_as_the_model_says(self):
@@ -1272,6 +1321,9 @@ class LedgerMachine(RuleBasedStateMachine):
             id: (row["status"], row["attempt"]) for id, row in self.model.items()
         }
         for one in found.values():
+            row = self.model[one.id]
+            assert (one.reason, one.ending) == (row["reason"], row["ending"])
+            assert (one.suspend_requested_at is not None, one.suspended_at is not None) == (row["held"], row["still"])
             assert (one.reason is not None) is (one.status is Status.INTERRUPTED)
             assert (one.ended_at is not None) is one.ended
             assert (one.slot is not None) is (one.status is Status.START)

@@ -484,7 +484,8 @@ def test_a_request_written_by_hand_starts_at_its_commit_and_not_by_a_look_each_s
 
 
 def test_what_wakes_is_a_request_a_cancel_and_a_retry_and_nothing_that_a_supervisor_writes(ledger):
-    bell = ledger.store.listener()
+    with ledger.store.connected():
+        bell = ledger.store.listener()
 
     def rang():
         ready, _, _ = select.select([bell], [], [], 0.3)

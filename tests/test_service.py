@@ -596,11 +596,11 @@ def test_a_service_without_configuration_and_database_says_where_it_looked(tmp_p
     ("database", "says"),
     [
         (peewee.SqliteDatabase(":memory:"), "cannot be in memory"),
-        (peewee.SqliteDatabase(None), r"names no file yet; call its init\(\) first"),
-        (peewee.PostgresqlDatabase("app"), "is a PostgresqlDatabase; only peewee.SqliteDatabase is supported"),
+        (peewee.SqliteDatabase(None), r"names no file or database yet; call its init\(\) first"),
+        (peewee.MySQLDatabase("app"), "is a MySQLDatabase; only peewee.SqliteDatabase and PostgresqlDatabase are"),
         ("mysql://localhost/app", "only sqlite and postgresql are"),
     ],
-    ids=["memory", "deferred", "postgres object", "mysql url"],
+    ids=["memory", "deferred", "mysql object", "mysql url"],
 )
 def test_a_database_that_cannot_be_supervised_is_refused_with_a_sentence(tmp_path, monkeypatch, database, says):
     monkeypatch.chdir(tmp_path)

@@ -83,6 +83,22 @@ def takes_the_signal_for_itself() -> None:
     gate()
 
 @task
+def ignores_the_signal() -> None:
+    signal.signal(signal.SIGURG, signal.SIG_IGN)
+    in_a_deep_place()
+
+@task
+def registers_the_signal_for_itself() -> None:
+    faulthandler.register(signal.SIGURG, file=open("own", "w"))
+    in_a_deep_place()
+
+@task
+def takes_the_signal_and_computes() -> None:
+    signal.signal(signal.SIGURG, lambda *_: None)
+    ready()
+    sum(range(10**12))
+
+@task
 def becomes_another_program() -> None:
     ready()
     os.execvp("sleep", ["sleep", "600"])
@@ -315,14 +331,29 @@ def test_no_stack_is_written_into_a_file_that_took_over_the_descriptor(app):
     assert (app.folder / "precious").read_text() == ""
 
 
-def test_a_body_that_takes_the_signal_for_itself_does_not_answer_and_stack_says_so(app):
-    record = app.begun("takes_the_signal_for_itself")
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ("takes_the_signal_for_itself", "in gate"),
+        ("ignores_the_signal", "in in_a_deep_place"),
+        ("registers_the_signal_for_itself", "in in_a_deep_place"),
+    ],
+)
+def test_a_body_that_took_the_signal_for_itself_shows_its_stack_all_the_same(app, body, place):
+    record = app.begun(body)
+    assert place in app.service.stack(record.id)
+    app.open_gate(record)
+    assert app.wait(record.id).status == "DONE"
+
+
+def test_a_body_that_took_the_signal_and_lets_no_other_thread_run_cannot_answer_and_stack_says_so(app):
+    record = app.begun("takes_the_signal_and_computes")
     told = app.cli("stack", str(record.id))
     assert told.returncode == 1
     assert f"PID {record.pid} has not answered within 5 s" in told.stderr
-    assert "its body has taken SIGURG for itself" in told.stderr
-    app.open_gate(record)
-    assert app.wait(record.id).status == "DONE"
+    assert "its body has taken SIGURG for itself and lets no other thread run" in told.stderr
+    app.service.cancel(record.id)
+    assert app.wait(record.id).reason == "CANCELLED"
 
 
 def test_a_process_that_stands_still_cannot_answer_and_stack_says_so(app):

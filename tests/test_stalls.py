@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -148,6 +149,16 @@ class GetsOnUntilTheGate(Stalling):
         ready()
         while not pathlib.Path(f"gate-{self.id}").exists():
             self.progress(1)
+            time.sleep(0.1)
+        self.progress(2)  # raises if it was asked to end
+        return "got on"
+
+class ReachesPartsUntilTheGate(Stalling):
+    def run(self) -> str:
+        ready()
+        number = 0
+        while not pathlib.Path(f"gate-{self.id}").exists():
+            self.reach(f"part {(number := number + 1)}")
             time.sleep(0.1)
         self.progress(2)  # raises if it was asked to end
         return "got on"
@@ -312,6 +323,21 @@ def test_nobody_stalls_while_no_supervisor_can_hear_it(tmp_path):
         assert app.service.get(busy.id).status == "START"
         app.open_gate(busy)
         assert app.service.result(app.wait(busy.id).id) == "got on"
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_nobody_stalls_while_the_database_cannot_be_written(tmp_path, others):
+    with living(tmp_path) as app:
+        app.start()
+        records = [app.begun("ReachesPartsUntilTheGate"), *[app.begun("GetsOnUntilTheGate") for _ in range(others)]]
+        with contextlib.closing(sqlite3.connect(tmp_path / "bgsupervisor.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            wait_until(lambda: time.monotonic() > began + 1.0 + STALL_SLACK_S + 2.0, "its stall_s has passed")
+        assert app.wait(app.request("quiet", seconds=0.5)).status == "DONE"
+        for record in records:
+            app.open_gate(record)
+            assert app.service.result(app.wait(record.id).id) == "got on"
 
 
 def test_a_supervisor_that_stood_still_hears_first_and_judges_then(tmp_path):

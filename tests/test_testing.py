@@ -1033,7 +1033,9 @@ def test_it_works_on_systems_that_cannot_supervise(project):
             assert (record.pid, record.boot_id, record.start_ticks) == (os.getpid(), "unknown", 0)
         """,
     )
-    project.pytest("-p", "elsewhere", "--capture=sys", passed=1, PYTHONPATH=str(project.folder))
+    project.pytest(
+        "-p", "elsewhere", "-p", "no:platformdirs", "--capture=sys", passed=1, PYTHONPATH=str(project.folder)
+    )
 
 
 # The page

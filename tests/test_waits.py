@@ -193,6 +193,10 @@ def test_a_grant_gives_a_slot_to_a_waiting_attempt_alone(rows, other):
     assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == {Attempt(id, 1)}
     assert other.slot(id) == 3
     assert rows.waits.rows() == []
+    assert not rows.wait(id, Waiting("end", target), max_waiting=0)  # it waits, and keeps its slot
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 2)})).returned == set()
+    assert other.slot(id) == 3
+    rows.resume(id)
     rows.wait(id, Waiting("end", target))
     rows.end(id, KILLED)
     assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == set()

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LIMIT_S, App, wait_until
+from conftest import LIMIT_S, App, pausing_path, wait_until
 
-from bgsupervisor import Status, linux, pauses, processes
+from bgsupervisor import Status, pauses, processes
 from bgsupervisor.boards import Boards
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.reception import Reception
 from bgsupervisor.statedir import StateDir
 
 BODIES = """
-import os, time
+import os, sqlite3, time
 from pathlib import Path
 from bgsupervisor import Task, current, task
 
@@ -77,6 +77,21 @@ def keeps():
     say("out")
 
 @task
+def locks_the_database():
+    say("in")
+    while not Path("lock").exists():
+        time.sleep(0.005)
+    connection = sqlite3.connect("bgsupervisor.db", isolation_level=None, timeout=30)
+    connection.execute("BEGIN IMMEDIATE")
+    say("locked")
+    while not Path("unlock").exists():
+        time.sleep(0.005)
+    connection.execute("COMMIT")
+    say("unlocked")
+    gate()
+    say("out")
+
+@task
 def reaches():
     current().reach("loaded")
 
@@ -103,7 +118,7 @@ class Stage(App):
         self.more = {"NURSERY_LONELY_S": "1"}
 
     def start(self, *, wait=True):
-        pausing = {"PYTHONPATH": str(Path(__file__).parent / "pausing"), **self.marker, **self.more}
+        pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
         return super().start(wait=wait, environment=pausing)
 
     @property
@@ -296,23 +311,13 @@ def taking_a_lock(app, point):
 # ---- what is true in the end ----
 
 
-def kernel_tells_exits():
-    """Whether this kernel keeps the exit of a reaped process for who holds a pidfd of it (6.15 and later)."""
-    pid = os.posix_spawn("/bin/true", ["true"], {})
-    pidfd = os.pidfd_open(pid)
-    os.waitpid(pid, 0)
-    told = linux.pidfd_exit(pidfd)
-    os.close(pidfd)
-    return told is not None
-
-
 @dataclasses.dataclass(frozen=True)
 class Window:
     """How a point is reached, and what becomes of the task.
 
     `lives` is how it ends if its child lives; `dies` if its child is killed there, `dies_with` if the supervisor is
     killed there too. "again": it had not begun, and is done by another child. "lost": as its signal says, or unknown if
-    nobody could see. `leaves`: the supervisor goes, killed or not. `only_nursery`: it alone saw how its child died.
+    nobody could see. `leaves`: the supervisor goes, killed or not.
     """
 
     reach: object
@@ -322,12 +327,9 @@ class Window:
     has_child: bool = True
     has_supervisor: bool = True
     leaves: bool = False
-    only_nursery: bool = False
 
     def truth(self, does, victims):
         unseen = S in victims or self.leaves or not self.has_supervisor
-        if self.only_nursery and (does == "stop" or (N in victims and (unseen or not kernel_tells_exits()))):
-            return "unknown"
         if does == "stop" or C not in victims:
             return self.lives
         truth = self.dies_with or self.dies if unseen else self.dies
@@ -354,7 +356,7 @@ WINDOWS = {
     "supervisor.leaving": Window(told_to_leave, leaves=True),
     "nursery.loaded": Window(at_the_first_start, has_child=False),
     "nursery.forked": Window(before_its_hello, dies="again"),
-    "nursery.buried": Window(killed_before, lives="lost", only_nursery=True, has_child=False),
+    "nursery.buried": Window(killed_before, lives="lost", has_child=False),
     "nursery.told": Window(killed_before, lives="lost", has_child=False),
     "child.born": Window(on_its_way, dies="again"),
     "child.dialled": Window(on_its_way, dies="again"),
@@ -476,7 +478,7 @@ def play(app, name, does, victims):
     if does == "kill":
         kill(app, pids, victims)
     else:
-        stop(app, pids, victims, handle, LIMIT_S if window.only_nursery else SETTLE_S)
+        stop(app, pids, victims, handle, SETTLE_S)
     if app.supervisor.process.poll() is not None:
         app.start(wait=False)
     app.let_go()
@@ -617,6 +619,52 @@ def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
     see_that_nothing_is_left(stage, record)
 
 
+def is_still(pid):
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def suspending(stage, body):
+    """Have the supervisor wait where a body is suspended and not stopped yet; return the task's handle."""
+    handle = running(stage, body)
+    stage.arm("supervisor.suspending")
+    stage.service.suspend(handle, by="jana")
+    stage.reached("supervisor.suspending")
+    record = stage.service.get(handle)
+    assert record.suspended_at is not None
+    assert not is_still(record.pid)
+    return handle
+
+
+def see_it_go_on(stage, handle):
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still")
+    stage.let_go()
+    stage.service.resume(handle)
+    see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
+
+
+def test_a_body_that_a_dead_supervisor_did_not_stop_any_more_is_stopped_by_the_next_one(stage):
+    handle = suspending(stage, "gated")
+    stage.supervisor.kill()
+    (stage.points / "supervisor.suspending.armed").unlink(missing_ok=True)
+    stage.start()
+
+    see_it_go_on(stage, handle)
+
+
+@pytest.mark.of_sqlite
+def test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_free(stage):
+    handle = suspending(stage, "locks_the_database")
+    (stage.folder / "lock").touch()
+    stage.said("locked", handle)
+    (stage.points / "supervisor.suspending.go").touch()
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still in its transaction")
+    (stage.folder / "unlock").touch()
+
+    stage.said("unlocked", handle)
+
+    see_it_go_on(stage, handle)
+
+
 @pytest.mark.on_both
 def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     stage.start()
@@ -690,7 +738,8 @@ def test_every_point_is_in_the_code_once_and_is_tried():
     code = [ast.parse(path.read_text()) for path in Path(pauses.__file__).parent.rglob("*.py")]
     nodes = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "pauses.at"]
-    tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS} | {"nursery.striking"}
+    tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS}
+    tried |= {"nursery.striking", "supervisor.suspending"}
     assert sorted(calls) == sorted(pauses.POINTS)
     assert tried == set(pauses.POINTS)
 

@@ -40,7 +40,7 @@ class Mutant:
         file: Of the package.
         old: Must stand there exactly once.
         new: Stands there instead.
-        test: "file::function" under tests/, which must fail.
+        test: "file::function" under tests/, perhaps one of its cases, which must fail.
         seconds: For how long the torture test runs, which must fail too; 0 if it is not to catch this one.
         rate: Of the torture's deeds.
     """
@@ -105,7 +105,7 @@ MUTANTS = (
         file="waits.py",
         old="if permit is not None and not queue.exists():",
         new="if permit is not None:",
-        test="test_waits.py::test_permits_are_given_in_the_order_of_asking",
+        test="test_waits.py::test_permits_of_one_lock_may_differ_and_nobody_overtakes",
     ),
     Mutant(
         name="a permit is had once",
@@ -142,6 +142,13 @@ MUTANTS = (
         old="if verdict is Verdict.DEAD:",
         new="if verdict is not Verdict.ALIVE:",
         test="test_guards.py::test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
+    ),
+    Mutant(
+        name="an exit is written down before it is forgotten",
+        file="nursery.py",
+        old="                exits.write(self._record, exited)\n",
+        new="",
+        test="test_windows.py::test_the_row_is_true_in_the_end[nursery.buried-kill-supervisor+nursery]",
     ),
     Mutant(
         name="a second look before VANISHED",
@@ -286,6 +293,20 @@ MUTANTS = (
         old="            self._channel.forget()\n            self._channel = None\n        self._wakes",
         new="            pass\n        self._wakes",
         test="test_guards.py::test_a_process_that_a_body_forked_does_not_keep_its_connection",
+    ),
+    Mutant(
+        name="a transaction that a body left is rolled back",
+        file="child.py",
+        old="if not link.acknowledged.wait(ACK_SOON_S):",
+        new="if False:",
+        test="test_bad_bodies.py::test_a_transaction_that_a_body_left_keeps_nobody_from_recording_its_end",
+    ),
+    Mutant(
+        name="who stands still and keeps the database locked goes on",
+        file="supervisor.py",
+        old="if self._put_offs > len(PUT_OFF_S) and is_locked(error):",
+        new="if False:",
+        test="test_windows.py::test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_free",
     ),
     Mutant(
         name="requests are on disk when they are acknowledged",

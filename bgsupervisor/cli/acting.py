@@ -10,7 +10,6 @@ import click
 from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.watch import watch
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.statedir import user_name
 from bgsupervisor.statuses import Status
@@ -114,7 +113,7 @@ def _for_each(
         else:
             click.echo(told)
             needed |= needs
-    now = SystemClock().now()
+    now = service.ledger.clock.now()
     seen = watch(service, now=now) if needed else None
     if seen is not None and not seen.alive:  # one that lives and cannot write does it once it can
         warn(f"{seen.absence(now=now)}{what_then if seen.unheard is None else ''}")

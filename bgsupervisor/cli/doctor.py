@@ -23,7 +23,6 @@ from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import datetime
 
     from bgsupervisor.config import Config
     from bgsupervisor.service import Service
@@ -72,7 +71,7 @@ def findings(session: Session, machine: Machine | None = None) -> Iterator[Findi
     try:
         sight = _tables(config)
         if sight is None:
-            sight, scene = _look(service, scene, now=machine.clock.now())
+            sight, scene = _look(service, scene)
         yield sight
     except BgSupervisorError as error:
         yield Finding("database", Grade.WRONG, str(error))
@@ -136,14 +135,18 @@ def _tables_on_server(config: Config) -> Finding | None:
     return Finding("database", Grade.NOTE, told)
 
 
-def _look(service: Service, scene: Scene, *, now: datetime) -> tuple[Finding, Scene]:
+def _look(service: Service, scene: Scene) -> tuple[Finding, Scene]:
     """Read what rows tell about the supervisor and the clock."""
+    on_server = is_postgres(scene.config.database)
+    now = service.ledger.clock.now() if on_server else scene.machine.clock.now()
     seen = watch(service, now=now)
     live = service.ledger.live_counts()
     running, supervisors = service.ledger.starts(), service.ledger.supervisors()
     moments = [(f"the request of task {one.id}", one.requested_at) for one in service.list(limit=NEWEST)]
     moments += [(f"the heartbeat of task {one.id}", one.heartbeat_at) for one in running if one.heartbeat_at]
     moments += [(f"the heartbeat of the supervisor on {one.host}", one.heartbeat_at) for one in supervisors]
+    if on_server:  # by whose clock all rows go
+        moments = [("the time of the database server", now)]
     told = f"{shown(scene.config.database)}: {live[Status.REQUEST]:,} wait, {live[Status.START]:,} run"
     known = Scene(
         config=scene.config, machine=scene.machine, alive=bool(seen.alive), seen_at=seen.seen_at, moments=moments

@@ -14,7 +14,6 @@ from bgsupervisor import processes
 from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import shown
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.statuses import Status
@@ -203,7 +202,7 @@ def health(session: Session, *, max_wait_s: float, max_interrupted: int | None, 
     problem = State.UNKNOWN, f"there is no database yet, {shown(session.config().database)} is missing"
     try:
         if service.ledger.store.is_there():
-            sight = Sight.take(service, SystemClock())
+            sight = Sight.take(service, service.ledger.clock)
     except BgSupervisorError as error:
         problem = State.CRITICAL, str(error)
     service.close()

@@ -7,7 +7,6 @@ from datetime import timedelta
 import click
 
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.housekeeping import prune as prune_rows
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
@@ -48,7 +47,7 @@ def prune(
     days = service.config.keep_days if older_than_days is None else older_than_days
     if older_than_days is None and days == 0:
         raise click.UsageError("keep_days is 0, which keeps all; say --older-than-days")
-    before = SystemClock().now() - timedelta(days=days)
+    before = service.ledger.clock.now() - timedelta(days=days)
     for status in statuses or ENDED:
         wanted = {"before": before, "statuses": [Status(status)], "names": names or None}
         count = service.ledger.count_old(**wanted)  # type: ignore[arg-type]

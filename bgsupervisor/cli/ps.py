@@ -12,7 +12,6 @@ from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import HEAVY, Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.table import show_table
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def ps(
         if as_json:
             print_json([])
         return
-    clock = SystemClock()
+    clock = service.ledger.clock
     wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
     rows = Rows(store=service.ledger.store, now=clock.now(), statuses=wanted, name=name, key=key)
     if as_tree:

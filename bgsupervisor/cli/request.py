@@ -148,7 +148,7 @@ def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json
             told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
         if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
             click.echo(told, err=quietly)
-    now = SystemClock().now()
+    now = service.ledger.clock.now()
     seen = watch(service, now=now)
     if not seen.alive:
         warn(seen.absence(now=now))

@@ -107,9 +107,7 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
     with _own_log(state_dir.logs / LOG_NAME):
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
         logging.getLogger("peewee").setLevel(logging.WARNING)
-        supervisor = Supervisor(
-            config, state_dir=state_dir, lock=lock, notifier=notifier, clock=clock, reread=load, burst=burst
-        )
+        supervisor = Supervisor(config, state_dir=state_dir, lock=lock, notifier=notifier, reread=load, burst=burst)
         return supervisor.run()
 
 

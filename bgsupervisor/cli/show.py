@@ -17,7 +17,6 @@ from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local, size
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DataInvalid, UnknownTask
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
@@ -69,7 +68,7 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
     if service is None or record is None:
         raise UnknownTask(id)
     around = _Around.of(record, service)
-    facts = Facts.gather(service, positions={}, clock=SystemClock(), causes=around.causes)
+    facts = Facts.gather(service, positions={}, clock=service.ledger.clock, causes=around.causes)
     interruptions = service.ledger.interruptions(id)
     path, tail = _log(service, record)
     if as_json:
@@ -118,7 +117,7 @@ class _Around:
     @classmethod
     def of(cls, record: TaskRecord, service: Service) -> _Around:
         store = service.ledger.store
-        ties, rows = Ties(store), Rows(store=store, now=SystemClock().now())
+        ties, rows = Ties(store), Rows(store=store, now=service.ledger.clock.now())
         children = rows.children(record.id, limit=CHILDREN_SHOWN + 1)
         return cls(
             causes=ties.causes([record]),

@@ -114,9 +114,15 @@ def _age_s(lock: Lock) -> float:
 
 def _is_there(pid: int | None) -> bool:
     try:
-        return pid is not None and processes.start_ticks(pid) is not None
+        identity = None if pid is None else processes.identity_of(pid, "")
     except OSError:
         return False
+    if identity is None:
+        return False
+    found, handle = processes.look(identity)
+    if handle is not None:
+        handle.close()
+    return found is not Verdict.DEAD  # a zombie is
 
 
 def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:

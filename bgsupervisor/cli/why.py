@@ -14,7 +14,6 @@ from bgsupervisor.cli.output import print_json, to_json
 from bgsupervisor.cli.rows import Rows, Ties
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local
-from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import UnknownTask
 from bgsupervisor.statuses import Status
 
@@ -58,7 +57,7 @@ def why(session: Session, *, id: int, as_json: bool) -> None:
 
 def because(record: TaskRecord, service: Service) -> list[Because]:
     """Return all that keeps a task from going on, never nothing; what must change first comes first."""
-    clock = SystemClock()
+    clock = service.ledger.clock
     store = service.ledger.store
     rows, ties = Rows(store=store, now=clock.now()), Ties(store)
     causes = ties.causes([record])

@@ -1,0 +1,53 @@
+"""What a nursery has written down: the exits of which no supervisor has told it that they are recorded.
+
+The file is its record in the state directory. A nursery writes before it reaps, so that there is no moment at which
+only its memory knows how a child ended: it may be stopped or killed at any of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from bgsupervisor.wire import Exited, Who
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["forget_all", "read", "write"]
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Exited).decode
+
+
+def write(record: Path, exited: Exited) -> None:
+    """Add an exit; where that is impossible (a full disk) memory must do.
+
+    It needs to survive processes, not the machine: after a power cut the reason is another one.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.write(descriptor, _encode(exited) + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+def read(record: Path) -> dict[Who, Exited]:
+    """Return the exits of a record; none if it is gone. A line that was cut off is passed over."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in record.read_bytes().splitlines():
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                exited = _decode(line)
+                found[exited.who] = exited
+    return found
+
+
+def forget_all(record: Path) -> None:
+    """Empty a record: all its exits are in the rows."""
+    with contextlib.suppress(OSError):
+        os.truncate(record, 0)
