@@ -33,7 +33,7 @@ TABLES = ("task", "interruption", "supervisor", "part", "hold", "wait", "depende
 SETTINGS = {
     "fsync": "off",  # no power cut is tried here
     "full_page_writes": "off",
-    "max_connections": "60",
+    "max_connections": "200",
     "shared_buffers": "32MB",
     "autovacuum": "off",
     "max_wal_size": "256MB",

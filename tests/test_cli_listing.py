@@ -339,7 +339,8 @@ def _supervise(app, **columns):
     }
     store = app.service.ledger.store
     with store.writing():
-        store.tables.Supervisor.insert(**{**row, **columns}).on_conflict_replace().execute()
+        store.tables.Supervisor.delete().execute()
+        store.tables.Supervisor.insert(**{**row, **columns}).execute()
 
 
 def _fill(app):

@@ -575,7 +575,7 @@ def test_a_set_up_that_works_is_ok_line_by_line_and_nothing_is_made(make_app):
 
     started = app.start()
     found = lines_of(app.cli("doctor"))
-    assert found["database"] == ("ok", f"{app.folder}/bgsupervisor.db: 0 wait, 0 run")
+    assert found["database"] == ("ok", f"{app.service.ledger.store.place}: 0 wait, 0 run")
     assert found["lock"][0] == "ok"
     assert f"PID {started.process.pid} holds it" in found["lock"][1]
     assert found["clock"][0] == found["kernel"][0] == "ok"
@@ -646,6 +646,7 @@ def test_a_row_of_the_future_is_found_in_the_database(make_app):
     assert f"the request of task {id} lies" in sentence
 
 
+@pytest.mark.of_sqlite  # some checks are of its file
 def test_a_set_up_with_nothing_wrong_leaves_with_0(make_app, scene, monkeypatch):
     app = make_app(TASKS)
     app.start()

@@ -95,14 +95,15 @@ def test_one_that_was_stopped_on_purpose_is_a_warning_that_names_who_and_when(ap
 
 def test_without_configuration_or_database_nothing_is_known(app, tmp_path):
     code, sentence, numbers = ask(app)
-    path = app.folder / "bgsupervisor.db"
-    assert (code, sentence, numbers) == (UNKNOWN, f"UNKNOWN - there is no database yet, {path} is missing", {})
-    assert not path.exists()
+    store = app.service.ledger.store
+    assert (code, sentence, numbers) == (UNKNOWN, f"UNKNOWN - there is no database yet, {store.place} is missing", {})
+    assert not store.is_there()
     code, sentence, _ = ask(app, "--config", str(tmp_path / "absent.toml"))
     assert code == UNKNOWN
     assert "absent.toml does not exist" in sentence
 
 
+@pytest.mark.of_sqlite
 def test_a_database_that_cannot_be_read_is_critical(app):
     (app.folder / "bgsupervisor.db").write_bytes(b"notes, and no database\n" * 500)
     code, sentence, _ = ask(app)
@@ -189,6 +190,7 @@ def test_a_running_task_without_a_heartbeat_is_a_warning(make_app):
     assert numbers["unresponsive"] == "1;0;;0"
 
 
+@pytest.mark.of_sqlite
 def test_a_large_wal_file_is_a_warning(app):
     started = app.start()
     with (app.folder / "bgsupervisor.db-wal").open("r+b") as wal:
@@ -253,7 +255,7 @@ def test_metrics_tell_what_is_there(make_app):
     app.service.request("other:gone")
     samples, labels = metrics(app)
     assert samples.pop(("supervisor_heartbeat_age_seconds", None)) < 30
-    assert samples.pop(("wal_bytes", None)) > 0
+    assert (samples.pop(("wal_bytes", None)) > 0) is app.database.is_sqlite
     assert samples == {
         ("database_readable", None): 1,
         ("database_writable", None): 1,
@@ -271,6 +273,7 @@ def test_metrics_tell_what_is_there(make_app):
     assert all(one["prefix"] == "bgsupervisor_" and one["host"] == r"web \"1\"\\" for one in labels)
 
 
+@pytest.mark.of_sqlite
 def test_metrics_are_printed_without_a_supervisor_and_without_a_readable_database(app):
     assert metrics(app)[0] == {("database_readable", None): 0}
     app.service.request("appx:quick")

@@ -208,6 +208,15 @@ def test_a_cancel_explains_an_interruption_of_its_attempt(facts):
     assert found(facts) == set()
 
 
+def test_a_spare_may_have_been_killed_before_it_was_claimed(facts):
+    facts["lines"] = [one for one in facts["lines"] if one.get("id") != 2]
+    facts["entries"].append(Entry("stop", "supervisor", 5.9, 10.0, 40, 1))
+    facts["entries"][0] = Entry("kill", "spare", 7.0, 7.0, 102, 1)
+    assert found(facts) == set()
+    facts["entries"][0] = Entry("kill", "spare", 6.0, 6.0, 102, 1)
+    assert found(facts) == {"reasons"}
+
+
 def test_nobody_need_have_seen_a_death_whose_nursery_was_dead(facts):
     first_interruption(reason="VANISHED", signal=None)(facts)
     facts["entries"].append(Entry("kill", "nursery", 10.2, 10.2, 50, 1))

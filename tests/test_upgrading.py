@@ -387,18 +387,21 @@ OUTLIVING = """
             return {"other": other.id}
 """
 SITE_PACKAGES = ("bgsupervisor", "click", "msgspec", "peewee", "playhouse", "psutil")
+DRIVER = ("psycopg", "psycopg_binary", "typing_extensions")
 
 
 @pytest.fixture
 def site(tmp_path):
     """Copies of all that the package needs, in a folder of their own."""
     folder = tmp_path / "site"
-    for name in SITE_PACKAGES:
+    for name in (*SITE_PACKAGES, *DRIVER):
         origin = Path(find_spec(name).origin)
         if origin.name == "__init__.py":
             shutil.copytree(origin.parent, folder / name, ignore=shutil.ignore_patterns("__pycache__", "tests"))
         else:
             shutil.copy2(origin, folder / origin.name)
+    libraries = Path(find_spec("psycopg_binary").origin).parent.with_name("psycopg_binary.libs")
+    shutil.copytree(libraries, folder / libraries.name)
     return folder
 
 

@@ -38,6 +38,8 @@ LOCKED_SLACK_S = 1.0
 """Whoever waits behind a lock of chaos waits for the others who wait as well."""
 ROW_SLACK_S = 0.5
 """A row's times come from another clock, a moment before their commit."""
+STILL_S = 3.0
+"""Chaos has nobody stand still for longer."""
 SETTLING = ("end", "raise", "leave", "suicide")
 """Lines after which a body does nothing more."""
 
@@ -124,7 +126,9 @@ class Evidence:
         row = self.by_end.get(attempted)
         if row is None or row["started_at"] is None:
             return None
-        since, until = self.mono(row["started_at"]) - ROW_SLACK_S, self.mono(row["ended_at"]) + ROW_SLACK_S
+        # A spare may be killed while its supervisor stands still between its choice and its claim.
+        since = self.mono(row["started_at"]) - ROW_SLACK_S - STILL_S
+        until = self.mono(row["ended_at"]) + ROW_SLACK_S
         return next((one for one in self.kills.values() if one.pid == row["pid"] and since <= one.at <= until), None)
 
     def over(self, attempted: Attempted) -> float:
