@@ -903,14 +903,16 @@ class Ledger:
             for id, attempt, cancelled, by, suspended in rows
         ]
 
-    def due(self, names: Collection[str], *, limit: int, besides: Collection[int] = ()) -> list[Due]:
+    def due(
+        self, names: Collection[str], *, limit: int, besides: Collection[int] = (), at: datetime | None = None
+    ) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
-        Leaves out the ids of *besides*.
+        Leaves out the ids of *besides*; at a moment, now if none is given.
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
-        now, names, texts = self._text(self.clock.now()), [str(name) for name in names], self._statements
+        now, names, texts = self._text(at or self.clock.now()), [str(name) for name in names], self._statements
         found: list[Due] = []
         with self.store.connected():
             if not names or not self.store.rows_of(texts.any_due, [now]):
@@ -925,10 +927,14 @@ class Ledger:
                     break
         return found
 
-    def next_due_at(self) -> datetime | None:
-        """Return the moment at which the next task that is planned for later becomes due, or None."""
+    def next_due_at(self, *, after: datetime | None = None) -> datetime | None:
+        """Return the first moment after another, now if none is given, at which a task becomes due; or None.
+
+        Whoever has asked for what is `due` at a moment asks for what comes after the same one, or misses what became
+        due in between.
+        """
         with self.store.connected():
-            rows = self.store.rows_of(self._statements.next_due_at, [self._text(self.clock.now())])
+            rows = self.store.rows_of(self._statements.next_due_at, [self._text(after or self.clock.now())])
         moment: datetime | None = self._task.run_at.python_value(rows[0][0]) if rows else None
         return moment
 

@@ -131,6 +131,8 @@ class Supervisor:
         self._last_complaint = ""
         self._complain_at = 0.0
         self._look, self._backlog = True, False
+        self._missing = 0
+        self._looked_at: datetime | None = None
         self._passed_over: set[int] = set()
         self._passed_over_until = 0.0
         self._next_due_at: datetime | None = None
@@ -165,6 +167,7 @@ class Supervisor:
         self._enforce()
         claims = self._admit()
         self._write(claims)
+        self._look_ahead()
         self._look_after_itself()
 
     # hear
@@ -455,19 +458,31 @@ class Supervisor:
             self._passed_over.clear()
             self._look = True
         if self._look or (self._backlog and free):
+            self._looked_at = self._clock.now()
             try:
-                due = self._ledger.due(home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over)
-                self._next_due_at = self._ledger.next_due_at()
+                due = self._ledger.due(
+                    home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over, at=self._looked_at
+                )
             except (DatabaseError, AccessError) as error:
                 self._put_off(error, now)
                 return []
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
-        wanted = min(len(due), len(free))
-        if now >= self._spawn_at:
-            self._nurseries.spawn(wanted + self._config.spares - len(idle) - home.coming)
+        self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
         return [(Claim(task, ward.identity, slot, now), ward) for task, ward, slot in pairs]
+
+    def _look_ahead(self) -> None:
+        """Do what no start has to wait for: order missing children, and see when the next task's time comes."""
+        home, missing, looked_at = self._nurseries.ours(), self._missing, self._looked_at
+        self._missing, self._looked_at = 0, None
+        if home is not None and missing and self._clock.monotonic() >= self._spawn_at:
+            self._nurseries.spawn(missing - home.coming)
+        if looked_at is not None:
+            try:
+                self._next_due_at = self._ledger.next_due_at(after=looked_at)
+            except (DatabaseError, AccessError) as error:
+                self._put_off(error, self._clock.monotonic())
 
     def _may_admit(self) -> bool:
         return self._draining is None and self._recovery.done_once and self._nurseries.ours() is not None

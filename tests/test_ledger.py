@@ -1083,6 +1083,16 @@ def test_no_question_walks_through_all_rows(ledger, store, raw, ask, index):
         assert "USING" in plan or "TEMP B-TREE" in plan or "bgsupervisor" not in plan, plan
 
 
+def test_what_becomes_due_between_the_looks_at_what_is_and_at_what_will_be_is_in_one_of_them(ledger, clock):
+    looked_at = clock.now()
+    soon = request(ledger, run_at=looked_at + timedelta(seconds=1))
+    assert ledger.due(["a:b"], limit=9, at=looked_at) == []
+    clock.sleep(5)
+    assert ledger.next_due_at(after=looked_at) == looked_at + timedelta(seconds=1)
+    assert ledger.next_due_at() is None
+    assert [due.id for due in ledger.due(["a:b"], limit=9)] == [soon]
+
+
 # ---- several at once ----
 
 CLAIMER = """
