@@ -241,6 +241,9 @@ def _watched_connection() -> Any:  # noqa: ANN401 - psycopg may not be installed
     class Watched(psycopg.Connection[Any]):
         server: Server | None = None
 
+        def __del__(self) -> None:
+            """Go without a warning: what libpq holds is closed with it, and no user forgot to close anything."""
+
         def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - of the driver
             return super().wait(self._watch(gen), *arguments, **named)
 

@@ -46,7 +46,7 @@ def gone(supervising):
 
 def test_stop_leaves_running_tasks_alone_and_keeps_run_away_until_start(app):
     supervising = app.start()
-    handle = app.service.request("appx:Slow", {"seconds": 1.5})
+    handle = app.service.request("appx:Slow", {"seconds": 5})
     app.started(handle)
 
     stopped = app.cli("stop")
