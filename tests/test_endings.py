@@ -827,7 +827,6 @@ def test_a_supervisor_rests_while_the_database_is_locked_and_records_the_ends_af
 # ---- everybody dies ----
 
 
-@pytest.mark.on_both
 def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_two_seconds(make_endings):
     app = make_endings()
     supervisor = app.start()
