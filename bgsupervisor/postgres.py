@@ -241,7 +241,7 @@ def _watched_connection() -> Any:  # noqa: ANN401 - psycopg may not be installed
     class Watched(psycopg.Connection[Any]):
         server: Server | None = None
 
-        def __del__(self) -> None:
+        def __del__(self, *_: object) -> None:
             """Go without a warning: what libpq holds is closed with it, and no user forgot to close anything."""
 
         def wait(self, gen: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - of the driver
