@@ -685,6 +685,21 @@ def test_a_task_killed_while_no_supervisor_lives_keeps_its_exact_signal(orphaned
         app.assert_interrupted(records[what], "SIGNALLED", signal=signal.SIGKILL, detail="SIGKILL (9)")
 
 
+def test_an_exit_that_cannot_be_written_down_is_remembered(make_endings):
+    app = make_endings()
+    supervisor = app.start()
+    handle = app.request("sleeps")
+    record, _ = app.ready(handle)
+    [path] = app.state_dir.glob("nursery-*-*")
+    path.unlink()
+    path.mkdir()  # as on a full disk
+    supervisor.kill()
+    os.kill(record.pid, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(record.pid), "the nursery has reaped it")
+    app.start()
+    app.assert_interrupted(app.wait(handle), "SIGNALLED", signal=signal.SIGKILL, detail="SIGKILL (9)")
+
+
 def test_a_task_that_exits_while_no_supervisor_lives_keeps_its_exact_code(orphaned):
     app, records, _ = orphaned
     assert app.alone["exits"].status == "START"
