@@ -288,6 +288,7 @@ def open_server(url: str, *, busy_timeout_s: float, durable: bool) -> Server:
     settings = {
         "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
         "idle_in_transaction_session_timeout": f"{IDLE_TRANSACTION_TIMEOUT_S}s",
+        "plan_cache_mode": "force_custom_plan",  # one made while a table was small reads all of it when it is large
         "default_transaction_isolation": "read\\ committed",  # what is read after `hold_off` is as of then
         "synchronous_commit": "on" if durable else "off",  # an acknowledged request survives a power cut
         "TimeZone": "UTC",

@@ -132,6 +132,22 @@ def test_a_slot_that_was_taken_meanwhile_spoils_one_claim_and_not_the_others(led
     assert ledger.get(rest[1]).status is Status.REQUEST
 
 
+@only_postgres
+def test_a_plan_that_was_made_while_the_table_was_small_is_not_kept(ledger, store):
+    # psycopg prepares what it runs often. The queue is small at first, and a kept plan that reads all of it would go on
+    # to when there are thousands of rows: measured, ten times the server's work for each task.
+    requested(ledger, 300)
+    for first in range(1, 300, 10):
+        batch = [claim_of(id, slot) for slot, id in enumerate(range(first, first + 10))]
+        assert len(claimed(ledger, batch)) == 10
+        assert len(ledger.apply(Batch(ends={claim.attempt: End(result="1") for claim in batch})).ended) == 10
+    with store.connected():
+        kept = "SELECT count(*), sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements WHERE statement ~ %s"
+        (count, generic, custom) = store.rows_of(kept, ["UPDATE"])[0]
+    assert count >= 2
+    assert (generic, custom > 0) == (0, True)
+
+
 # ---- somebody else is at it ----
 
 
