@@ -134,7 +134,7 @@ def test_a_child_that_is_not_heard_is_unresponsive_only_while_somebody_listens(a
     handle = app.service.request("appx:add")
     _set(app, handle, **RUNNING, started_at=_ago(60), heartbeat_at=_ago(25.5))
 
-    assert "last heard 25 s ago" in app.cli("ps").stdout
+    assert re.search(r"last heard 2\d s ago", app.cli("ps").stdout)
     assert json.loads(app.cli("ps", "--json").stdout)[0]["unresponsive"] is False
     _supervise(app)
     assert re.search(r"unresponsive 2\d s", app.cli("ps").stdout)

@@ -559,15 +559,19 @@ def test_a_wait_ends_at_its_limit_and_the_other_goes_on(app, request):
 
 
 def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
-    other = app.request("reaches", value="first", raises=True)
+    name = unique(request)
+    other = app.request("reaches", gates=[name], value="first", raises=True)
+    app.open_gate(name)
     app.end_of(other)
     assert app.wait(other).reason == "RAISED"
-    (app.folder / f"gate-end-{other.id}").unlink()
-    app.service.cancel(app.service.retry(other).id)  # so that nothing is reached before the waiter waits
-    assert not [row for row in app.rows("part") if row["task_id"] == other.id]
+    assert [row for row in app.rows("part") if row["task_id"] == other.id]
+    for one in (name, f"end-{other.id}"):  # so that nothing is reached before the waiter waits
+        (app.folder / f"gate-{one}").unlink()
     app.service.retry(other)
+    assert not [row for row in app.rows("part") if row["task_id"] == other.id]
     waiter = app.request("waits", ids=[other.id])
     app.waiting(waiter)
+    app.open_gate(name)
     app.end_of(other)
     assert app.result_of(waiter)[0] == "PartNotReached"
     assert app.service.get(other).attempt >= 1
