@@ -30,7 +30,7 @@ ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings
 	logs nursery oom stacks stalls stopping supervisor suspending upgrading waiting waiting_hard why windows
 
 test-postgres: $(STAMP)  ## run the end-to-end tests with all rows in PostgreSQL, which comes with the tools; a quarter of an hour
-	$(BIN)/python -m pytest --database postgres -m "not slow and not browser and not cron" $(ON_POSTGRES:%=tests/test_%.py)
+	$(BIN)/python -m pytest -n "$(JOBS)" --database postgres -m "not slow and not browser and not cron" $(ON_POSTGRES:%=tests/test_%.py)
 
 test-slow: $(STAMP)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow
