@@ -112,7 +112,8 @@ def load_application(config: Config) -> Loaded:
 def import_what_children_need() -> None:
     """Import all that a child uses once its body has begun: by then a deploy may have replaced the files."""
     modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
-    for module in ("psutil", "sqlite3", "bgsupervisor.migrations", "bgsupervisor.service", *modules):
+    ours = ("bgsupervisor.migrations", "bgsupervisor.service", "bgsupervisor.gate")
+    for module in ("psutil", "sqlite3", *ours, *modules):
         importlib.import_module(module)
 
 

@@ -636,6 +636,7 @@ def test_a_database_of_the_application_gets_no_tables_by_being_looked_at(make_ap
     connection.close()
 
 
+@pytest.mark.of_sqlite  # with a server no clock of this machine is in the rows
 def test_a_row_of_the_future_is_found_in_the_database(make_app):
     app = make_app(TASKS)
     id = app.service.request("appx:add").id

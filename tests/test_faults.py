@@ -307,6 +307,7 @@ def stepping(tmp_path):
     return {"PYTHONPATH": f"{folder}{os.pathsep}{source}"}, step
 
 
+@pytest.mark.of_sqlite  # with a server no clock of this machine is in the rows
 def test_a_clock_that_is_set_ends_nobody_and_moves_no_limit(make_app, stepping):
     """Forward is also what a machine sees that was suspended: the wall clock has jumped, the monotonic one has not."""
     environment, step = stepping

@@ -451,6 +451,7 @@ def test_bodies_outlive_the_files_that_they_were_loaded_from(make_app, site, sta
     assert app.wait(app.service.result(done.id)["other"]).status is Status.DONE
 
 
+@pytest.mark.on_both
 def test_a_new_version_adopts_bodies_whose_files_are_gone(make_app, site):
     app = make_app(OUTLIVING, spares=0)
     old = run_from(site, app)
