@@ -68,12 +68,14 @@ def wrong(request, tmp_path):
     return {"PYTHONPATH": f"{folder}{os.pathsep}{SOURCE}", "SHIFT_S": str(request.param)}
 
 
-SURE_S = 0.1
-"""How wrong two processes may be on a busy machine about what the server's clock says."""
-
-
 def seconds(later, earlier):
     return (later - earlier).total_seconds()
+
+
+def starts_in_time(record, delay_s):
+    """See that it started at its time, by which the supervisor goes, and that this is as late as was asked for."""
+    assert 0 <= seconds(record.started_at, record.run_at) < 5
+    assert delay_s - 1 < seconds(record.run_at, record.requested_at) <= delay_s
 
 
 def is_near(moment):
@@ -93,8 +95,8 @@ def test_a_supervisor_whose_clock_is_wrong_starts_tasks_in_time_and_not_early(ma
     for record in (at_once, later):
         assert record.status is Status.DONE
         assert all(is_near(moment) for moment in (record.started_at, record.heartbeat_at, record.ended_at))
-    assert -SURE_S <= seconds(at_once.started_at, at_once.requested_at) < 5
-    assert 2 - SURE_S <= seconds(later.started_at, later.requested_at) < 7
+    starts_in_time(at_once, 0)
+    starts_in_time(later, 2)
     assert all(is_near(row.heartbeat_at) and is_near(row.started_at) for row in app.service.ledger.supervisors())
 
 
@@ -114,8 +116,8 @@ def test_what_a_machine_with_a_wrong_clock_requests_starts_in_time_and_not_early
     at_once, later = (app.wait(int(id)) for id in said.split())
     assert is_near(at_once.requested_at)
     assert is_near(later.requested_at)
-    assert -SURE_S <= seconds(at_once.started_at, at_once.requested_at) < 5
-    assert 2 - SURE_S <= seconds(later.started_at, later.requested_at) < 7
+    starts_in_time(at_once, 0)
+    starts_in_time(later, 2)
 
 
 def test_commands_on_a_machine_with_a_wrong_clock_tell_true_ages(make_app, postgres_url, wrong):
