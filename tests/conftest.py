@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import bgsupervisor
 from bgsupervisor import Service, processes
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.statedir import StateDir, bind, open_dir
 from torture.database import Database
 
 LIMIT_S = 15.0
@@ -294,6 +296,15 @@ def postgres():
         yield server
 
 
+@pytest.fixture(scope="module")
+def own_server():
+    """A PostgreSQL server of one module, whose tests may stop it."""
+    from postgres_server import running_server
+
+    with running_server() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def postgres_with_tables(postgres):
     """The address of a database with our tables, for one test after the other; see that it is empty first."""
@@ -310,6 +321,14 @@ def postgres_url(postgres):
     name = postgres.make_database()
     yield postgres.url(name)
     postgres.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request, tmp_path):
+    """The address of a database of the test's own without our tables, of each kind; the file of SQLite is not there."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/own.db"
+    return request.getfixturevalue("postgres_url")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -330,3 +349,24 @@ def store(store_url):
     store = Store.open(store_url, "bgsupervisor_", busy_timeout_s=2.0)
     yield store
     store.close()
+
+
+@pytest.fixture
+def bell(tmp_path):
+    """The socket that a supervisor would hear; answers how often it was rung."""
+    folder = StateDir(tmp_path / ".bgsupervisor")
+    folder.create()
+    directory = open_dir(folder.path)
+    heard = bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
+    os.close(directory)
+
+    def rings():
+        count = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                heard.recv(64)
+                count += 1
+        return count
+
+    yield rings
+    heard.close()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import os
 import select
-import socket
 import sqlite3
 import sys
 import threading
@@ -29,7 +27,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from bgsupervisor import Service, Status, Task
 from bgsupervisor.errors import DatabaseError, RequestRefused, UnknownTask
 from bgsupervisor.models import Store
-from bgsupervisor.statedir import StateDir, bind, open_dir
 
 WAIT_S = 20
 
@@ -420,25 +417,9 @@ def test_a_refused_request_alone_leaves_no_transaction_open(service, application
 
 
 @pytest.fixture
-def bell(url, tmp_path, monkeypatch):
-    """The socket that a supervisor would hear; answers how often it was rung."""
+def bell(bell, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = StateDir(tmp_path / ".bgsupervisor")
-    folder.create()
-    directory = open_dir(folder.path)
-    heard = bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
-    os.close(directory)
-
-    def rings():
-        count = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                heard.recv(64)
-                count += 1
-        return count
-
-    yield rings
-    heard.close()
+    return bell
 
 
 @kinds("peewee", "django")

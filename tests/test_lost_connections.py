@@ -30,7 +30,7 @@ from postgres_proxy import (
     with_another_pid,
     without_options,
 )
-from postgres_server import empty, filled, make_tables, running_server, small_disk
+from postgres_server import empty, filled, make_tables, small_disk
 
 from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
@@ -410,13 +410,6 @@ def test_a_thousand_cuts_neither_lose_nor_double_anything(make_app, proxy, throu
 
 
 # ---- a server that starts anew, or stands still ----
-
-
-@pytest.fixture(scope="module")
-def own_server():
-    """A server that tests may stop."""
-    with running_server() as server:
-        yield server
 
 
 @pytest.fixture

@@ -28,14 +28,6 @@ program.main()
 """
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path):
-    """The address of a database of the test's own without our tables; the file of SQLite is not there."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/rows.db"
-    return request.getfixturevalue("postgres_url")
-
-
 @pytest.fixture
 def app(make_app, url):
     return make_app("", database=url, busy_timeout_s=0.2)

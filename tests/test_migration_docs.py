@@ -28,14 +28,6 @@ def commands_of(title):
     return [tuple(part.strip("\n").partition("\n")[::2]) for part in re.split(r"^\$ ", told, flags=re.MULTILINE)[1:]]
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request, tmp_path):
-    """The address of the application's own database, in which our tables are to be as well."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/shop.db"
-    return request.getfixturevalue("postgres_url")
-
-
 @pytest.fixture
 def app(tmp_path):
     app = Following(tmp_path / "app")

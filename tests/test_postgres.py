@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from conftest import wait_until
-from postgres_server import PASSWORD, empty, make_tables, running_server
+from postgres_server import PASSWORD, empty, filled, make_tables, small_disk
 
 import bgsupervisor
 from bgsupervisor import Status, migrations
@@ -321,13 +321,6 @@ def test_a_missing_driver_is_told_with_the_command_to_type():
 # ---- a server that goes and comes ----
 
 
-@pytest.fixture(scope="module")
-def own_server():
-    """A server that tests may stop."""
-    with running_server() as server:
-        yield server
-
-
 @pytest.fixture
 def own_url(own_server):
     if own_server.process.poll() is not None:
@@ -350,31 +343,18 @@ def test_a_server_that_is_away_is_told_at_once_and_all_goes_on_when_it_is_back(o
         assert ledger.get(attempt.id).status is Status.DONE
 
 
-def test_a_disk_that_is_full_is_told_and_heals(own_server, own_url, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
-    disk = own_server.folder / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size=24m,uid={own_server.user['user']},mode=700", "tmpfs", disk]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
-    try:
+def test_a_disk_that_is_full_is_told_and_heals(own_server, own_url):
+    with small_disk(own_server) as disk, filled(disk / "filler") as filler:
         own_server.execute(f"CREATE TABLESPACE small LOCATION '{disk}'", "CREATE DATABASE crowded TABLESPACE small")
         with ledger_on(own_server.url("crowded")) as ledger:
             attempt = running(ledger)
-            filler = disk / "filler"
-            with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
+            filler.fill()
             much = [Request(name="a:b", data='"' + "x" * 5000 + '"')] * 4000
             with pytest.raises(DatabaseError, match="the disk is full; free some space"):
                 ledger.request_many(much)
-            filler.unlink()
+            filler.empty()
             assert ledger.end(attempt, End(result="1"))
         own_server.execute("DROP DATABASE crowded WITH (FORCE)", "CHECKPOINT", "DROP TABLESPACE small")
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 # ---- the command line, and a supervisor ----

@@ -43,7 +43,6 @@ from bgsupervisor.errors import (
 from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Note
 from bgsupervisor.models import SupervisorRecord, TaskRecord
 from bgsupervisor.processes import ProcessIdentity
-from bgsupervisor.statedir import StateDir, bind, open_dir
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wire import End
 
@@ -76,27 +75,6 @@ def service(database):
     service = Service(f"sqlite:///{database}")
     yield service
     service.close()
-
-
-@pytest.fixture
-def bell(tmp_path):
-    """The socket that a supervisor would hear; answers how often it was rung."""
-    folder = StateDir(tmp_path / ".bgsupervisor")
-    folder.create()
-    directory = open_dir(folder.path)
-    heard = bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
-    os.close(directory)
-
-    def rings():
-        count = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                heard.recv(64)
-                count += 1
-        return count
-
-    yield rings
-    heard.close()
 
 
 def begin(service, handle, slot=0):
