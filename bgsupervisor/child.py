@@ -27,7 +27,7 @@ import msgspec
 
 from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ledger import Attempt, Ledger
@@ -416,7 +416,7 @@ class Child:
         deadline = self._clock.monotonic() + ACK_WAIT_S
         link.push(ACK_WAIT_S)
         if not link.acknowledged.wait(ACK_SOON_S):
-            roll_back_abandoned()
+            roll_back_abandoned(for_good=_others_live())
         while not link.acknowledged.wait(0.05):
             if link.disconnected.is_set() or self._clock.monotonic() >= deadline:
                 self._record(Attempt(order.id, order.attempt), end)
@@ -429,7 +429,7 @@ class Child:
         ledger = self._ledger()
         keys: list[str] = []
         told = ""
-        for pause in _repeat_last(RECORD_RETRY_S):
+        for pause in repeat_last(RECORD_RETRY_S):
             try:
                 ledger.end(attempt, end, keys)
             except (BgSupervisorError, OSError) as error:
@@ -476,9 +476,9 @@ class Child:
 
     def _reusable(self) -> bool:
         """Whether nothing of the last body is left that the next one could trip over."""
-        if threading.active_count() > 2:  # noqa: PLR2004 - the main thread and the link
+        if _others_live():
             return False
-        roll_back_abandoned()
+        roll_back_abandoned(for_good=False)
         with contextlib.suppress(OSError):
             os.chdir(self._home[0])
             os.umask(self._home[1])
@@ -539,7 +539,6 @@ def _flush_streams() -> None:
             stream.flush()
 
 
-def _repeat_last(pauses: tuple[float, ...]) -> Iterator[float]:
-    yield from pauses
-    while True:
-        yield pauses[-1]
+def _others_live() -> bool:
+    """Whether the body has left threads."""
+    return threading.active_count() > 2  # noqa: PLR2004 - the main thread and the link

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Clock", "ServerClock", "SystemClock"]
+__all__ = ["Clock", "ServerClock", "SystemClock", "repeat_last"]
 
 ASK_EVERY_S = 60.0
 """What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
@@ -101,6 +101,13 @@ class ServerClock(SystemClock):
                 self._told = _Told(moment, at, time.time() - before)  # noqa: TID251 - this is the room
             if took_s < PROMPT_S:
                 return
+
+
+def repeat_last(pauses_s: Sequence[float]) -> Iterator[float]:
+    """Yield pauses between tries, and the last one for ever."""
+    yield from pauses_s
+    while True:
+        yield pauses_s[-1]
 
 
 def _since_boot_s() -> float:

@@ -15,9 +15,13 @@ import msgspec
 from bgsupervisor.wire import Exited, Who
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
-__all__ = ["forget_all", "read", "write"]
+__all__ = ["keep", "read", "write"]
+
+LARGE_BYTES = 64 * 1024
+"""A record that has grown beyond this is written anew, with what is still needed of it."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Exited).decode
@@ -47,7 +51,12 @@ def read(record: Path) -> dict[Who, Exited]:
     return found
 
 
-def forget_all(record: Path) -> None:
-    """Empty a record: all its exits are in the rows."""
+def keep(record: Path, exits: Collection[Exited]) -> None:
+    """Forget the others: they are in the rows. A small record is only emptied, once nothing in it is needed."""
     with contextlib.suppress(OSError):
-        os.truncate(record, 0)
+        if not exits:
+            os.truncate(record, 0)
+        elif record.stat().st_size > LARGE_BYTES:
+            fresh = record.with_name(f".{record.name}")
+            fresh.write_bytes(b"".join(_encode(exited) + b"\n" for exited in exits))
+            fresh.replace(record)

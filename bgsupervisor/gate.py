@@ -42,28 +42,32 @@ class Gate:
         """Have a place for the block; yields whether it was taken for it, not for one around it.
 
         Raises:
-            TimeoutError: All were taken for *wait_s*.
+            TimeoutError: All were taken for *wait_s*, or another thread of this process had its turn for so long.
         """
         if self._pid != os.getpid():
             self._begin()
-        with self._turn:
+        deadline = self._clock.monotonic() + wait_s
+        if not self._turn.acquire(timeout=max(0.0, wait_s)):
+            raise TimeoutError
+        try:
             self._depth += 1
             place = None
             try:
                 if self._depth == 1:
-                    place = self._take(wait_s)
+                    place = self._take(deadline)
                 yield self._depth == 1
             finally:
                 self._depth -= 1
                 if place is not None:
                     os.close(place)  # which gives it back
+        finally:
+            self._turn.release()
 
     def _begin(self) -> None:
         self._pid, self._turn, self._depth = os.getpid(), threading.RLock(), 0
 
-    def _take(self, wait_s: float) -> int | None:
+    def _take(self, deadline: float) -> int | None:
         """Return the descriptor that holds a place; None where there can be no files: then nobody is kept out."""
-        deadline = self._clock.monotonic() + wait_s
         numbers = random.sample(range(PLACES), PLACES)
         while True:
             for number in numbers:

@@ -61,6 +61,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TWIN_TRIES = 5
+ROWS_AT_ONCE = 500
+"""One statement writes at most so many rows: databases take no more than some 30,000 values."""
 ID_MAX = 2**63 - 1
 """The largest number that a row can have; databases take no larger one even to look for."""
 
@@ -310,7 +312,10 @@ def _nothing_recorded(error: ServerAway) -> ServerAway:
 
 
 class Ledger:
-    """The rows of one installation. Every method blocks for at most the store's busy timeout.
+    """The rows of one installation.
+
+    Every method blocks for at most the store's busy timeout; on PostgreSQL, where the server is slow or away, also for
+    its `statement_timeout` and the store's `patience_s`.
 
     Args:
         store: Where they are.
@@ -548,9 +553,11 @@ class Ledger:
         at_once, simple = guard is _no_guard, []
         if at_once:
             done = [(attempt, end) for attempt, end in batch.ends.items() if end.reason is None]
-            concerned = self.waits.concerned(self._statements, [attempt.id for attempt, _ in done])
-            simple = [(attempt, end) for attempt, end in done if attempt.id not in concerned]
-            self._finish(simple, outcome, holds=False)
+            for ends in _at_once_or_each(done, at_once=True):
+                concerned = self.waits.concerned(self._statements, [attempt.id for attempt, _ in ends])
+                free = [(attempt, end) for attempt, end in ends if attempt.id not in concerned]
+                self._finish(free, outcome, holds=False)
+                simple += free
         tried = dict(simple)
         for attempt, end in batch.ends.items():
             if attempt not in tried:
@@ -904,11 +911,11 @@ class Ledger:
         ]
 
     def due(
-        self, names: Collection[str], *, limit: int, besides: Collection[int] = (), at: datetime | None = None
+        self, names: Collection[str], *, limit: int, unlocked: bool = False, at: datetime | None = None
     ) -> list[Due]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
-        Leaves out the ids of *besides*; at a moment, now if none is given.
+        At a moment, now if none is given; *unlocked* leaves out the rows that somebody has locked.
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
@@ -920,8 +927,8 @@ class Ledger:
             for number, priority in enumerate(self._priorities()):
                 # With very many priorities it is cheaper to sort what is due than to ask for each.
                 last = number == PRIORITIES_MAX
-                statement = texts.due(len(names), len(besides), "<=" if last else "=")
-                values = [now, *names, *besides, priority, limit - len(found)]
+                statement = texts.due(len(names), "<=" if last else "=", unlocked=unlocked)
+                values = [now, *names, priority, limit - len(found)]
                 found += [Due(*row) for row in self.store.rows_of(statement, values)]
                 if last or len(found) >= limit:
                     break
@@ -1006,9 +1013,10 @@ def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - t
     return write()
 
 
-def _at_once_or_each(rows: list[Any], *, at_once: bool) -> list[list[Any]]:
-    """Return lists of rows that one statement writes: all of them, or, so that a bad one spoils no other, each."""
-    return [rows] if rows and at_once else [[row] for row in rows]
+def _at_once_or_each(rows: Sequence[Any], *, at_once: bool) -> list[Sequence[Any]]:
+    """Return lists of rows that one statement writes: many of them, or, so that a bad one spoils no other, each."""
+    size = ROWS_AT_ONCE if at_once else 1
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _tell_too_late(event: str, attempt: Attempt) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import peewee
 
 from bgsupervisor import postgres
-from bgsupervisor.clock import ServerClock, SystemClock
+from bgsupervisor.clock import ServerClock, SystemClock, repeat_last
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
 from bgsupervisor.statuses import Reason, Status
@@ -386,18 +386,29 @@ def is_locked(error: BaseException) -> bool:
     return _sqlite_code(driver) == LOCKED or postgres.is_locked(driver)
 
 
-def roll_back_abandoned() -> None:
-    """Roll back every transaction on SQLite that this thread has begun, and that nobody will end any more.
+def roll_back_abandoned(*, for_good: bool) -> None:
+    """Roll back every transaction on SQLite of this process that a body has left open.
 
     One that was written in keeps all other writers out, also those of this very process. A connection that is merely
     forgotten does not end it: up to Python 3.12 only the garbage collector closes that, whenever it comes.
+
+    Args:
+        for_good: Other threads live, and one of them may be in the middle of it: have its connection do nothing any
+            more, or what it still writes would be committed without what went before.
     """
     gc.collect()
     for one in gc.get_objects():
         if issubclass(type(one), sqlite3.Connection):  # not isinstance, which asks proxies, and wakes what is lazy
-            with contextlib.suppress(sqlite3.Error):  # closed, or another thread's
+            with contextlib.suppress(sqlite3.Error):  # closed, or bound to another thread
                 if one.in_transaction:
+                    if for_good:
+                        one.set_authorizer(_only_rollback)
                     one.rollback()
+
+
+def _only_rollback(action: int, what: str | None, *_: object) -> int:
+    is_rollback = action == sqlite3.SQLITE_TRANSACTION and what == "ROLLBACK"
+    return sqlite3.SQLITE_OK if is_rollback else sqlite3.SQLITE_DENY
 
 
 def _of_driver(error: BaseException) -> BaseException:
@@ -481,7 +492,7 @@ class Store:
         self._server = database if isinstance(database, postgres.Server) else None
         # The clock does not keep the store, which closes its connections as soon as nobody has it any more.
         ask_the_time = weakref.WeakMethod(self._have_asked_the_time)
-        self._server_clock = None if self._is_sqlite else ServerClock(ask_the_time() or _nobody)
+        self._server_clock = None if self._is_sqlite else ServerClock(lambda: _call(ask_the_time))
         self.clock: Clock = self._server_clock or SystemClock()
         self._gate: Gate | None = None
         self.creates = True
@@ -651,7 +662,7 @@ class Store:
     def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
         """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
         deadline = self.clock.monotonic() + self.patience_s
-        for pause_s in _repeat_last(COME_BACK_S):
+        for pause_s in repeat_last(COME_BACK_S):
             try:
                 self.close()
                 self._connect()
@@ -686,7 +697,7 @@ class Store:
         if self.patience_s == 0 or self.database.in_transaction():
             return call()
         deadline = self.clock.monotonic() + self.patience_s
-        for pause_s in _repeat_last(COME_BACK_S):
+        for pause_s in repeat_last(COME_BACK_S):
             try:
                 return call()
             except ServerAway:
@@ -751,8 +762,10 @@ class Store:
     def write_problem(self, *, wait_s: float) -> str | None:
         """Return why nobody can write now, in one sentence; None if one can. Blocks for at most *wait_s*."""
         before = getattr(self.database, "timeout", 0.0)
-        self.set_busy_timeout(wait_s)
         try:
+            with translated(self):  # a server is told of it, and may have hung up
+                self._forget_lost_connection()
+                self.set_busy_timeout(wait_s)
             with self.writing():  # on files that it may not write, SQLite only finds out with a statement that writes
                 self.database.execute_sql(f'DELETE FROM "{self.tables.prefix}supervisor" WHERE 1 = 0')  # noqa: S608 - our own prefix
         except (AccessError, DatabaseError) as error:
@@ -970,14 +983,11 @@ class Store:
                 self._pid = os.getpid()
 
 
-def _repeat_last(pauses_s: tuple[float, ...]) -> Iterator[float]:
-    yield from pauses_s
-    while True:
-        yield pauses_s[-1]
-
-
-def _nobody() -> None:
-    """Stand in for a store that is gone: its clock goes by the machine's own."""
+def _call(reference: weakref.WeakMethod[Callable[[], None]]) -> None:
+    """Call a method if its object is still there: the clock of a store that is gone goes by the machine's own."""
+    method = reference()
+    if method is not None:
+        method()
 
 
 def _is_full(path: Path | None) -> bool:

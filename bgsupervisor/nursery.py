@@ -268,8 +268,7 @@ class Nursery:
         elif isinstance(message, wire.ExitsSeen):
             for who in message.whos:
                 self._exits.pop(who, None)
-            if not self._exits:
-                exits.forget_all(self._record)
+            exits.keep(self._record, self._exits.values())
         elif isinstance(message, wire.KillOrder):
             self._kill(message)
         elif isinstance(message, wire.Retire):

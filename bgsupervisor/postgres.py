@@ -60,7 +60,7 @@ HANG_UP_S = 0.5
 CHUNK_BYTES = 4096
 _LINK = {
     "application_name": "bgsupervisor",
-    "connect_timeout": "5",
+    "connect_timeout": f"{DIAL_S:.0f}",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",

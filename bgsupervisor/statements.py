@@ -72,22 +72,22 @@ class Statements:
         """Finds when the next task's time comes; value: now."""
 
     @functools.lru_cache(maxsize=100)  # noqa: B019 - as many as there are slots, for one object per process
-    def due(self, names: int, besides: int, compared: str) -> str:
-        """Return what finds tasks whose time has come; values: now, the names, the ids left out, a priority, the limit.
+    def due(self, names: int, compared: str, *, unlocked: bool) -> str:
+        """Return what finds tasks whose time has come; values: now, the names, a priority, the limit.
 
         Args:
             names: How many names.
-            besides: How many ids.
             compared: How the tasks' priority compares with the one given.
+            unlocked: Only rows that nobody has locked.
         """
         task = self._task
-        left_out = f'AND "id" NOT IN ({", ".join([self._mark] * besides)})' if besides else ""
+        skipping = f"FOR UPDATE OF {task} SKIP LOCKED" if unlocked and self._passing_over else ""
         return f"""
             SELECT "id", "attempt", "name", "data", "key", "parent_id" FROM {task}
             WHERE "status" = 'REQUEST' AND "run_at" <= {self._mark} AND "name" IN ({", ".join([self._mark] * names)})
-                {left_out} AND "priority" {compared} {self._mark}
+                AND "priority" {compared} {self._mark}
                 AND NOT EXISTS (SELECT 1 FROM "{self._prefix}dependency" AS before WHERE before."task_id" = {task}."id")
-            ORDER BY "priority" DESC, "run_at", "id" LIMIT {self._mark}
+            ORDER BY "priority" DESC, "run_at", "id" LIMIT {self._mark} {skipping}
         """.strip()  # noqa: S608 - our own names
 
     @functools.lru_cache(maxsize=100)  # noqa: B019 - as above
@@ -95,20 +95,22 @@ class Statements:
         """Return what begins attempts of *count* tasks that still wait; values: a CLAIM for each, and twice the time.
 
         Returns id and attempt of those that were claimed. A row that somebody has locked just now is passed over, not
-        waited for.
+        waited for. Which rows are free is asked once: as part of the join a server may ask it anew for each row that
+        waits.
         """
         mine, times = CLAIM[2:], ("started_at", "heartbeat_at")
         sets = [f'"{name}" = NULL' for name in self._cleared if name not in {*mine, *times}]
         sets += [f'"{name}" = claim."{name}"' for name in mine]
         sets += [f'"{name}" = {self._mark}' for name in times]
         return f"""
-            {self._rows("claim", CLAIM, count)}
-            UPDATE {self._task} SET "status" = 'START', "attempt" = claim."attempt" + 1, {", ".join(sets)}
-            FROM (
+            {self._rows("claim", CLAIM, count)},
+            free AS (
                 SELECT claim.* FROM claim JOIN {self._task} AS waiting ON waiting."id" = claim."id"
                     AND waiting."attempt" = claim."attempt" AND waiting."status" = 'REQUEST'
                 {self._passing_over}
-            ) AS claim
+            )
+            UPDATE {self._task} SET "status" = 'START', "attempt" = claim."attempt" + 1, {", ".join(sets)}
+            FROM free AS claim
             {self._where("claim", "REQUEST")}
         """  # noqa: S608 - our own names
 

@@ -68,7 +68,7 @@ BEAT_EVERY_S = 15.0
 COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PASSED_OVER_S = 0.1
-"""A waiting task whose row somebody had locked is looked at again so much later; the others are claimed meanwhile."""
+"""Waiting tasks whose rows somebody had locked are looked at again so much later; the others are claimed meanwhile."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -133,8 +133,7 @@ class Supervisor:
         self._look, self._backlog = True, False
         self._missing = 0
         self._looked_at: datetime | None = None
-        self._passed_over: set[int] = set()
-        self._passed_over_until = 0.0
+        self._passing_over_until: float | None = None
         self._next_due_at: datetime | None = None
         self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
         self._spawn_at = 0.0
@@ -454,17 +453,22 @@ class Supervisor:
         due: list[Due] = []
         if self._next_due_at is not None and self._clock.now() >= self._next_due_at:
             self._look = True
-        if self._passed_over and now >= self._passed_over_until:
-            self._passed_over.clear()
+        if self._passing_over_until is not None and now >= self._passing_over_until:
+            self._passing_over_until = None
             self._look = True
         if self._look or (self._backlog and free):
             self._looked_at = self._clock.now()
             try:
                 due = self._ledger.due(
-                    home.hello.catalogue, limit=len(free) + 1, besides=self._passed_over, at=self._looked_at
+                    home.hello.catalogue,
+                    limit=len(free) + 1,
+                    unlocked=self._passing_over_until is not None,
+                    at=self._looked_at,
                 )
             except (DatabaseError, AccessError) as error:
-                self._put_off(error, now)
+                self._looked_at = None
+                self._put_off_until = now + PUT_OFF_S[0]
+                self._bear(error)
                 return []
             self._look, self._backlog = False, bool(due)
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
@@ -482,7 +486,8 @@ class Supervisor:
             try:
                 self._next_due_at = self._ledger.next_due_at(after=looked_at)
             except (DatabaseError, AccessError) as error:
-                self._put_off(error, self._clock.monotonic())
+                self._put_off_until = max(self._put_off_until, self._clock.monotonic() + PUT_OFF_S[0])
+                self._bear(error)
 
     def _may_admit(self) -> bool:
         return self._draining is None and self._recovery.done_once and self._nurseries.ours() is not None
@@ -525,9 +530,8 @@ class Supervisor:
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
         self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
-        if outcome.passed_over:
-            self._passed_over |= {claim.due.id for claim in outcome.passed_over}
-            self._passed_over_until = now + PASSED_OVER_S
+        if outcome.passed_over and self._passing_over_until is None:
+            self._passing_over_until = self._clock.monotonic() + PASSED_OVER_S
         if claims:
             pauses.at("supervisor.claimed")
         for claim, ward in claims:
@@ -624,7 +628,7 @@ class Supervisor:
     def _start(self, claim: Claim, ward: Ward, *, claimed: bool) -> None:
         if not claimed:
             self._look = True
-            if claim.due.id not in self._passed_over:
+            if self._passing_over_until is None:
                 self._recover_at = 0.0  # our picture of the slots may be wrong
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
@@ -646,11 +650,15 @@ class Supervisor:
         """The database is locked, full or away: nothing is lost, the next pass composes the same and more."""
         self._put_off_until = now + PUT_OFF_S[min(self._put_offs, len(PUT_OFF_S) - 1)]
         self._put_offs += 1
+        self._bear(error)
+        if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
+            self._enforcement.let_the_suspended_go_on()
+
+    def _bear(self, error: BgSupervisorError) -> None:
+        """Do without the rows: say so, look again later, and carry out what cannot wait for them."""
         self._look = True
         self._complain(error)
         self._enforcement.carry_out_unrecorded()
-        if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
-            self._enforcement.let_the_suspended_go_on()
 
     def _complain(self, error: BgSupervisorError) -> None:
         now = self._clock.monotonic()
@@ -691,8 +699,8 @@ class Supervisor:
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
-        if self._passed_over and self._may_admit():
-            moments.append(max(self._passed_over_until, self._put_off_until))
+        if self._passing_over_until is not None and self._may_admit():
+            moments.append(max(self._passing_over_until, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
@@ -786,7 +794,7 @@ class Supervisor:
             self._leaving = "nothing is due"
 
     def _has_seen_work(self) -> bool:
-        return self._look or self._backlog or bool(self._passed_over)
+        return self._look or self._backlog or self._passing_over_until is not None
 
     def _send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of other nurseries, whose exits would not be seen."""
@@ -806,7 +814,8 @@ class Supervisor:
         for ward in self._wards:
             if ward.idle and ward.peer is not None:
                 self._ears.send(ward.peer, wire.Leave())
-        self._acknowledge([who for who in self._exits if who not in self._wards])
+        if self._recovery.done_once:  # else a row may depend on one of them
+            self._acknowledge([who for who in self._exits if who not in self._wards])
         self._nurseries.tell_all(wire.Retire())
         if not self._wards.running():
             self._boards.leave()

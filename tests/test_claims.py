@@ -162,7 +162,7 @@ def test_a_row_that_somebody_has_locked_is_passed_over_and_claimed_in_a_later_pa
     assert outcome.passed_over == [claims[1]]
     assert caplog.records == [], "nobody has decided anything"
     assert [due.id for due in ledger.due(["a:b"], limit=9)] == [ids[1]]
-    assert ledger.due(["a:b"], limit=9, besides=[ids[1]]) == []
+    assert ledger.due(["a:b"], limit=9, unlocked=True) == []
     hand.commit()
     assert claimed(ledger, [claims[1]]) == [ids[1]]
 
@@ -256,18 +256,29 @@ def test_a_supervisor_starts_others_beside_locked_rows_and_those_once_they_are_f
 ):
     app = make_app(APP, database=postgres_url, slots=2)
     app.start()
-    locked = [app.service.request("appx:quick", priority=5, delay_s=2.0) for _ in range(4)]
+    locked = app.service.request_many("appx:quick", [None] * 500, priority=5, delay_s=2.0)
     with contextlib.closing(psycopg.connect(postgres_url)) as hand:
         ids = [handle.id for handle in locked]
         found = hand.execute("SELECT status FROM bgsupervisor_task WHERE id = ANY(%s) FOR UPDATE", (ids,)).fetchall()
-        assert found == [("REQUEST",)] * 4, "they are locked before their time has come"
-        wait_until(lambda: len(app.service.ledger.due(["appx:quick"], limit=9)) == 4, "it has")
+        assert found == [("REQUEST",)] * 500, "they are locked before their time has come"
+        wait_until(lambda: len(app.service.ledger.due(["appx:quick"], limit=9)) == 9, "it has")
         for handle in [app.service.request("appx:quick") for _ in range(3)]:
             assert app.wait(handle).status is Status.DONE
         process = psutil.Process(app.supervisors[0].process.pid)
         used_s, began = sum(process.cpu_times()[:2]), time.monotonic()
         wait_until(lambda: time.monotonic() > began + 1, "a second has passed")
         assert sum(process.cpu_times()[:2]) - used_s < 0.4
-        assert [app.service.status(handle) for handle in locked] == [Status.REQUEST] * 4
+        assert [app.service.status(handle) for handle in locked] == [Status.REQUEST] * 500
         hand.rollback()
-    assert [app.wait(handle).attempt for handle in locked] == [1] * 4
+    assert [app.wait(handle).attempt for handle in locked] == [1] * 500
+
+
+def test_however_many_rows_a_pass_writes_no_statement_is_too_large(ledger):
+    [id] = requested(ledger)
+    assert claimed(ledger, [claim_of(id, 0)]) == [id]
+    many = [Attempt(id, 1), *(Attempt(id + number, 1) for number in range(1, 7000))]
+    ledger.apply(Batch(notes={attempt: Note(progress_done=1.0) for attempt in many}))
+    assert ledger.get(id).progress_done == 1.0
+    outcome = ledger.apply(Batch(ends={attempt: End(result="1") for attempt in many}))
+    assert outcome.ended == {Attempt(id, 1)}
+    assert ledger.get(id).status is Status.DONE

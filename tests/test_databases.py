@@ -12,6 +12,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from playhouse import migrations as _loaded_for_nobody  # noqa: F401 - another u
 import bgsupervisor
 from bgsupervisor import Service, Status, board, migrations
 from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
-from bgsupervisor.models import Store
+from bgsupervisor.models import Store, roll_back_abandoned
 from bgsupervisor.statuses import Reason
 
 pytestmark = pytest.mark.of_sqlite  # its file; tests/test_postgres.py is the same of PostgreSQL
@@ -838,3 +839,34 @@ def test_a_service_whose_database_file_was_replaced_writes_into_the_new_one(tmp_
     assert [record.name for record in fresh.list()] == ["a:after", "a:restored"]
     fresh.close()
     service.close()
+
+
+def test_what_a_thread_is_in_the_middle_of_is_rolled_back_and_nothing_of_it_is_committed_later(tmp_path):
+    path = tmp_path / "own.db"
+    with contextlib.closing(sqlite3.connect(path)) as hand:
+        hand.execute("CREATE TABLE own (id INTEGER)")
+    half_way, rolled_back, told = threading.Event(), threading.Event(), []
+
+    def write_two():
+        connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO own VALUES (1)")
+        half_way.set()
+        rolled_back.wait(30)
+        for statement in ("INSERT INTO own VALUES (2)", "COMMIT"):
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute(statement)
+                told.append(statement)
+        connection.close()
+
+    thread = threading.Thread(target=write_two)
+    thread.start()
+    assert half_way.wait(30)
+    roll_back_abandoned(for_good=True)
+    with contextlib.closing(sqlite3.connect(path, timeout=0)) as hand, hand:
+        hand.execute("INSERT INTO own VALUES (3)")  # nobody keeps it locked
+    rolled_back.set()
+    thread.join()
+    assert told == []
+    with contextlib.closing(sqlite3.connect(path)) as hand:
+        assert hand.execute("SELECT id FROM own").fetchall() == [(3,)]

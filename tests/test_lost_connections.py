@@ -656,6 +656,27 @@ def test_who_is_killed_in_the_gate_leaves_its_place_to_others(tmp_path):
             one.communicate()
 
 
+def test_a_thread_waits_for_the_turn_of_another_no_longer_than_its_limit(tmp_path):
+    gate, inside, over = Gate(tmp_path), threading.Event(), threading.Event()
+
+    def hold():
+        with gate.inside(5):
+            inside.set()
+            over.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(5)
+    before = time.monotonic()
+    with pytest.raises(TimeoutError), gate.inside(0.1):
+        pass
+    assert time.monotonic() - before < 5
+    over.set()
+    holder.join()
+    with gate.inside(5) as is_outermost:
+        assert is_outermost
+
+
 def test_threads_of_a_process_take_one_place_and_a_fork_of_it_another(tmp_path):
     gate = Gate(tmp_path)
     with gate.inside(1) as outer, gate.inside(0) as inner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -231,6 +232,29 @@ def test_a_connection_that_is_lost_within_a_transaction_is_told_and_nothing_of_i
             lose_it()
     assert ledger.find() == []
     assert ledger.request(Request(name="a:b", data="{}"))[1]
+
+
+def test_a_store_that_nobody_has_any_more_hangs_up_at_once(store_url):
+    count = "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    with contextlib.closing(psycopg.connect(store_url, autocommit=True)) as operator:
+        gc.collect()
+        gc.disable()
+        try:
+            forgotten = open_store(store_url)
+            with forgotten.connected():
+                assert operator.execute(count).fetchone()[0] == 1
+            del forgotten
+            wait_until(lambda: operator.execute(count).fetchone()[0] == 0, "its session has ended")
+        finally:
+            gc.enable()
+
+
+def test_a_connection_that_was_lost_is_no_reason_why_nobody_can_write(ledger, store_url):
+    ledger.find()
+    with contextlib.closing(psycopg.connect(store_url, autocommit=True)) as operator:
+        end = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'bgsupervisor'"
+        assert operator.execute(end).fetchone()[0]
+    assert ledger.store.write_problem(wait_s=0.1) is None
 
 
 HOLDER = """
