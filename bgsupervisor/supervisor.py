@@ -1,8 +1,8 @@
 """The supervisor: decides when. One single-threaded loop that starts tasks, watches children and records every end.
 
-It imports no application code, forks nothing itself, holds one database connection and never waits for anybody.
-Children are all treated as adopted: death comes from the pidfd, the exit from the nursery, the result from the message
-or the row; so it does not matter which supervisor started them.
+It imports no application code, forks nothing itself, holds one database connection (on PostgreSQL another one that
+only listens) and never waits for anybody. Children are all treated as adopted: death comes from the pidfd, the exit
+from the nursery, the result from the message or the row; so it does not matter which supervisor started them.
 """
 
 from __future__ import annotations
