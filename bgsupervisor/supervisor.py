@@ -383,6 +383,8 @@ class Supervisor:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not ward.never_told:
             exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
+            if exited is not None:
+                self._exits[ward.who] = exited  # its nursery is to be told that it is recorded, heard or read
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
             inherited = self._nurseries.one_died
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)

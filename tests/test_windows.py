@@ -619,6 +619,22 @@ def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
     see_that_nothing_is_left(stage, record)
 
 
+def test_a_nursery_whose_written_word_was_taken_waits_for_nobody(stage):
+    stage.start()
+    handle = stage.request("endless")
+    stage.said("in", handle)
+    stage.arm("nursery.buried")
+    os.kill(stage.service.get(handle).pid, signal.SIGKILL)
+    stage.reached("nursery.buried")
+    assert stage.wait(handle).reason == "SIGNALLED"
+    stage.supervisor.process.send_signal(signal.SIGTERM)
+    assert stage.supervisor.process.wait(LIMIT_S) == 0
+
+    stage.let_go()
+
+    wait_until(lambda: not stage.nurseries(), "the nursery has left")
+
+
 def is_still(pid):
     return psutil.Process(pid).status() == psutil.STATUS_STOPPED
 
