@@ -13,6 +13,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import bgsupervisor
@@ -131,6 +132,21 @@ class App:
             )
             assert process.poll() is None, f"the supervisor left with {process.returncode}: {started.log}"
         return started
+
+    def stand_still(self, supervisor):
+        """Stop a supervisor where it is in no transaction: within one it would hold up all others who write."""
+
+        def is_still_and_holds_nothing():
+            supervisor.process.send_signal(signal.SIGSTOP)
+            status = psutil.Process(supervisor.process.pid).status
+            wait_until(lambda: status() == psutil.STATUS_STOPPED, "the supervisor stands still")
+            database = self.database
+            with contextlib.suppress(database.error), database.connection(0.05) as connection, connection.alone():
+                return True
+            supervisor.process.send_signal(signal.SIGCONT)
+            return False
+
+        wait_until(is_still_and_holds_nothing, "the supervisor stands still, outside of any transaction")
 
     def supervisor_row(self, pid):
         with contextlib.suppress(Exception):

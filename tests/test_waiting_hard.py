@@ -355,7 +355,7 @@ def test_a_stopped_supervisor_costs_a_waiter_a_second_at_most(make):
     for one in waiters:
         app.waiting(one)
     app.board()
-    os.kill(app.alive.process.pid, signal.SIGSTOP)
+    app.stand_still(app.alive)
     try:
         app.open_gate("go")
         began = time.monotonic()

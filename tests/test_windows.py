@@ -539,7 +539,7 @@ def test_the_row_is_true_in_the_end(stage, name, does, victims):
 def test_a_supervisor_that_was_stopped_starts_nothing_when_another_may_supervise(stage):
     stage.start()
     old = stage.supervisor.process
-    os.kill(old.pid, signal.SIGSTOP)
+    stage.stand_still(stage.supervisor)
     handle = stage.request("plain")
     (stage.state_dir / "supervisor.lock").unlink()
 
@@ -554,7 +554,7 @@ def test_a_supervisor_that_was_stopped_starts_nothing_when_another_may_supervise
 def test_the_farewell_of_a_replaced_supervisor_does_not_hide_the_living_one(stage):
     stage.start()
     old = stage.supervisor.process
-    os.kill(old.pid, signal.SIGSTOP)
+    stage.stand_still(stage.supervisor)
     (stage.state_dir / "supervisor.lock").unlink()
     stage.start()
 
@@ -713,7 +713,7 @@ def test_bodies_and_nursery_change_over_from_a_supervisor_that_is_stopped_for_ev
     handles = [stage.request(body) for body in ("counts", "endless")]
     for handle in handles:
         stage.said("in", handle)
-    os.kill(stage.supervisor.process.pid, signal.SIGSTOP)
+    stage.stand_still(stage.supervisor)
     (stage.state_dir / "supervisor.lock").unlink()
     stage.start()
 
