@@ -56,6 +56,8 @@ ACK_SOON_S = 0.05
 HELD_LOOK_S = 0.0005
 HELD_WAIT_S = 5.0
 """A nursery watches a new child within a millisecond; one that has not after so long is stopped or dead."""
+GIVE_BACK_S = 3600.0
+"""So long an idle child that is to leave comes back to a database that is away, for the claim that may stand there."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
 PROGRESS_EVERY_S = 0.2
@@ -465,12 +467,23 @@ class Child:
                 self._log_path.rename(logs.task_log(self._logs, order.id, order.attempt))
 
     def _give_back_unbegun(self) -> None:
-        if self._link.disconnected.is_set():
-            pauses.at("child.unclaiming")
-            keys: list[str] = []
-            with contextlib.suppress(BgSupervisorError, OSError):
-                self._ledger(self._config.busy_timeout_s).unclaim_unbegun(self._identity, keys)
-            self._link.ring(keys)
+        """Give back what was claimed for this child and never came; a database that is away is come back to."""
+        if not self._link.disconnected.is_set():
+            return
+        pauses.at("child.unclaiming")
+        keys: list[str] = []
+        ledger, until = self._ledger(), self._clock.monotonic() + GIVE_BACK_S
+        for pause in repeat_last(RECORD_RETRY_S):
+            try:
+                ledger.unclaim_unbegun(self._identity, keys)
+                break
+            except (BgSupervisorError, OSError):
+                with contextlib.suppress(Exception):
+                    ledger.store.close()
+                if ledger.store.inode() == 0 or self._clock.monotonic() >= until:  # 0: the file is gone
+                    break
+            self._clock.sleep(pause)
+        self._link.ring(keys)
 
     # Leaving
 

@@ -152,9 +152,10 @@ class Enforcement:
 
     def carry_out(self, ward: Ward, order: Order) -> None:
         """Send the signal of an order's stage; its reason is in the row."""
-        if ward.handle is None:
-            return  # it cannot be held now; the next look may find it
         order.unsent = False
+        if ward.handle is None:
+            self._have_sent(ward, order)  # it cannot be held now; its nursery can, and the last stage comes again
+            return
         try:
             if order.stage is Stage.TERM:
                 log.info("sending SIGTERM to PID %d: %s", ward.who.pid, order.why)
@@ -202,13 +203,20 @@ class Enforcement:
         """While the database is away, have nurseries send what is overdue; they report the reason with the exit."""
         now = self._clock.monotonic()
         for ward in self._wards.running():
-            order, home = ward.order, self._nurseries.get(ward.nursery)
+            order = ward.order
             if order is None or not order.unsent or now - order.due_since < KILL_WITHOUT_RECORD_S:
                 continue
-            if home is not None and not home.peer.channel.closed:
-                number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
-                self._ears.send(home.peer, wire.KillOrder(ward.who, number, order.reason))
+            if self._have_sent(ward, order):
                 order.unsent = False
+
+    def _have_sent(self, ward: Ward, order: Order) -> bool:
+        """Have its nursery send the signal of an order's stage; False if that is away."""
+        home = self._nurseries.get(ward.nursery)
+        if home is None or home.peer.channel.closed:
+            return False
+        number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
+        self._ears.send(home.peer, wire.KillOrder(ward.who, number, order.reason))
+        return True
 
     def expect_to_leave(self, ward: Ward) -> None:
         """Have a child killed if it does not leave by itself."""

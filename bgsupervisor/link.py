@@ -275,6 +275,7 @@ class Link(threading.Thread):
             pauses.at("child.ordered")
             self.orders.put(message)
         elif isinstance(message, wire.Leave):
+            self._leaving = self.run_order is None  # a supervisor that comes now must not be told that we are idle
             self.orders.put(None)
         elif present is None or not isinstance(message, wire.Ack | wire.Cancel | wire.SlotGranted):
             return
@@ -282,11 +283,17 @@ class Link(threading.Thread):
             if isinstance(message, wire.Ack):
                 self.acknowledged.set()
             elif isinstance(message, wire.SlotGranted):
-                self.slot_granted.set()
-                self.rouse()
+                self._take_slot(message)
             else:
                 self.cancel_order = message
                 self.rouse()
+
+    def _take_slot(self, message: wire.SlotGranted) -> None:
+        """Let the body go on; not for a word that was late, when it has taken the slot itself and waits anew."""
+        wanted = self._wanted
+        if wanted is not None and message.number in (None, wanted.number):
+            self.slot_granted.set()
+            self.rouse()
 
     def _dial(self) -> None:
         if self._channel is not None or self._leaving or self._redial.wait_s() > 0:

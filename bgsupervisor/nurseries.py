@@ -275,7 +275,8 @@ class Nurseries:
     def forget_the_dead(self) -> None:
         """Remove the records of dead nurseries; no task must depend on what is written there."""
         for who, record in self._records().items():
-            if who not in self._homes and self._is_dead(who):
+            home = self._homes.get(who)
+            if (home is None or home.peer.channel.closed) and self._is_dead(who):
                 with contextlib.suppress(OSError):
                     record.unlink()
 

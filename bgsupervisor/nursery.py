@@ -163,9 +163,9 @@ class Nursery:
         self._dialled: int | None = None
         self._children: dict[int, _Forked] = {}
         self._exits: dict[Who, Exited] = {}
+        self._seen: set[Who] = set()
         self._retired = False
         self._leave = False
-        self._redial = Redial(clock)
         self._stray_left = False
         self._poll = select.poll()
         self._wake_read, wake_write = socket.socketpair()
@@ -186,6 +186,7 @@ class Nursery:
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
         gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+        self._redial = Redial(clock)  # only now: loading may take longer than a nursery bears to be alone
         pauses.at("nursery.loaded")
 
     def live(self) -> NoReturn:
@@ -268,6 +269,7 @@ class Nursery:
         elif isinstance(message, wire.ExitsSeen):
             for who in message.whos:
                 self._exits.pop(who, None)
+            self._seen.update(forked.who for forked in self._children.values() if forked.who in message.whos)
             exits.keep(self._record, self._exits.values())
         elif isinstance(message, wire.KillOrder):
             self._kill(message)
@@ -283,9 +285,10 @@ class Nursery:
             self._poll.unregister(descriptor)
             exited = _exit_of(forked, descriptor)
             os.close(descriptor)
-            if not forked.left_in_order.value:
+            if not forked.left_in_order.value and forked.who not in self._seen:
                 self._exits[forked.who] = exited
                 exits.write(self._record, exited)
+            self._seen.discard(forked.who)
             forked.process.join(1.0)  # only now is it reaped, and the process table forgets it
             with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
                 forked.process.close()  # without it every later start gets slower

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor import wire
 from bgsupervisor.ledger import Attempt, Suspension
 from bgsupervisor.statuses import Reason
-from bgsupervisor.wards import Order, Stage
+from bgsupervisor.wards import Order
 from bgsupervisor.wire import End, Who
 
 if TYPE_CHECKING:
@@ -111,8 +111,9 @@ class Recovery:
     def _resume_order(self, ward: Ward, record: TaskRecord, ending: Reason) -> None:
         """Go on ending what an earlier supervisor was ending: its reason stands in the row, so it must come true."""
         why = (record.detail or str(ending)).partition("; ")[0]
+        # The signal that was recorded may not have been sent: after another grace it is, and only then a stronger one.
         next_at = self._clock.monotonic() + self.config.grace_s
-        ward.order = Order(ending, why, record.cancel_requested_by, next_at, stage=Stage.TERM)
+        ward.order = Order(ending, why, record.cancel_requested_by, next_at)
 
     def _drop_ended(self, ward: Ward, running: Collection[Attempt]) -> None:
         if ward.attempt is not None and ward.attempt not in running and ward.end is None:

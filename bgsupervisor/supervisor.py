@@ -231,12 +231,16 @@ class Supervisor:
     def _take_child(self, peer: Peer, hello: wire.ChildHello) -> None:
         self._nurseries.met(hello.who)
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
-        ward.peer, ward.nursery, ward.leave_by = peer, hello.nursery, None
+        ward.peer, ward.nursery, ward.ready = peer, hello.nursery, hello.id is None
+        if hello.end is None:
+            ward.leave_by = None
         ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
         if hello.id is None:
             # It has read its last connection to the end: what was claimed for it, and is not in its hands, never began.
             ward.says = None
-            if ward.attempt is not None and ward.end is None:
+            if ward.end is not None:
+                ward.become_free()  # it has recorded its end itself, else it would not be idle
+            elif ward.attempt is not None:
                 self._recovery.unbegun.add(ward.attempt)
             return
         said = Attempt(hello.id, hello.attempt)
@@ -381,7 +385,7 @@ class Supervisor:
                 self._take(ward.peer, message)
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
-        elif ward.attempt is not None and ward.end is None and not ward.never_told:
+        elif ward.attempt is not None and ward.end is None and not self._never_began(ward):
             exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             if exited is not None:
                 self._exits[ward.who] = exited  # its nursery is to be told that it is recorded, heard or read
@@ -390,6 +394,10 @@ class Supervisor:
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
                 ward.end = deaths.end_of(ward, exit, exited, self._wards.oom)
+
+    def _never_began(self, ward: Ward) -> bool:
+        """Whether it is known that its claim is to be given back, however its process has ended since."""
+        return ward.never_told or ward.attempt in self._recovery.unbegun
 
     def _acknowledge(self, whos: list[Who]) -> None:
         """Let nurseries forget exits that no task depends on: of idle children, and of ends that are recorded."""
@@ -492,7 +500,8 @@ class Supervisor:
                 self._bear(error)
 
     def _may_admit(self) -> bool:
-        return self._draining is None and self._recovery.done_once and self._nurseries.ours() is not None
+        stays = self._draining is None and self._leaving is None
+        return stays and self._recovery.done_once and self._nurseries.ours() is not None
 
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
@@ -586,7 +595,7 @@ class Supervisor:
         for attempt, suspension in batch.suspensions.items():
             self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
         for attempt, back in batch.returns.items():
-            self._give_slot(by_attempt[attempt], attempt, back.slot, granted=attempt in outcome.returned)
+            self._give_slot(by_attempt[attempt], attempt, back, granted=attempt in outcome.returned)
         for attempt in batch.notes:
             by_attempt[attempt].note = Note()
         self._boards.ring(outcome.keys)
@@ -597,18 +606,20 @@ class Supervisor:
         ward.suspension_unsaved = False
         if recorded and suspension.lasts:
             pauses.at("supervisor.suspending")
+            if self._is_replaced():
+                return  # the next one has read the row, and somebody may have resumed it since
             self._enforcement.suspend(ward)
             self._beat_at = 0.0  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
-    def _give_slot(self, ward: Ward, attempt: Attempt, slot: int, *, granted: bool) -> None:
+    def _give_slot(self, ward: Ward, attempt: Attempt, back: Return, *, granted: bool) -> None:
         """Let a body go on that has waited."""
         ward.wants_slot = None
         ward.got_on_at = self._clock.monotonic()
         if granted and ward.peer is not None:
-            ward.slot = slot
-            self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt))
+            ward.slot = back.slot
+            self._ears.send(ward.peer, wire.SlotGranted(attempt.id, attempt.attempt, back.number))
         elif not granted:
             self._recover_at = 0.0  # our picture of the slots is wrong; the child asks again
 
@@ -620,6 +631,8 @@ class Supervisor:
             return
         ward.become_free()
         if ward.dead_since is not None:
+            if ward.who not in self._exits:
+                self._nurseries.tell_all(wire.ExitsSeen([ward.who]))  # its nursery's word is needed no more
             self._wards.keep_log(ward, attempt, self._config.log_max_bytes)
             self._wards.forget(ward)
         elif ward.peer is not None:
@@ -733,7 +746,7 @@ class Supervisor:
         now = self._clock.monotonic()
         if self._is_replaced():  # and starts nothing any more: the next one has its own
             return
-        if self._draining is None:
+        if self._draining is None and self._leaving is None:
             self._nurseries.start_if_missing()
         self._boards.check()
         self._leave_if_done()

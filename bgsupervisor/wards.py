@@ -73,6 +73,7 @@ class Ward:
         handle: Its pidfd; None where it cannot be held (UNKNOWN), then only its row and its words tell of it.
         attempt: What it runs, as rows have it.
         says: What it says that it runs, until the rows have been looked at.
+        ready: It has said that it waits for an order, and has had none since.
         run_place: Where its order to run begins in what its channel has written.
         end: How its attempt ended, until that is recorded.
         dead_since: When its death was seen, monotonic.
@@ -97,6 +98,7 @@ class Ward:
     slot: int | None = None
     started_mono: float = 0.0
     says: Attempt | None = None
+    ready: bool = False
     run_place: int | None = None
     end: End | None = None
     dead_since: float | None = None
@@ -129,7 +131,7 @@ class Ward:
     def idle(self) -> bool:
         """Whether it waits for an order."""
         busy = self.attempt is not None or self.says is not None or self.end is not None
-        return self.connected and not busy and self.leave_by is None and self.dead_since is None
+        return self.ready and self.connected and not busy and self.leave_by is None and self.dead_since is None
 
     @property
     def never_told(self) -> bool:
@@ -140,6 +142,7 @@ class Ward:
 
     def begin(self, claim: Claim, run_place: int) -> None:
         """Take up an attempt that was claimed for it."""
+        self.ready = False
         self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
         self.started_mono, self.run_place = claim.started_mono, run_place
         self.got_on_at, self.suspension = claim.started_mono, Suspension()

@@ -287,10 +287,11 @@ class WantSlot(msgspec.Struct, frozen=True, tag=True):
 
 
 class SlotGranted(msgspec.Struct, frozen=True, tag=True):
-    """The attempt has a slot again (committed)."""
+    """The attempt has a slot again (committed), after the wait of this number; an older supervisor names none."""
 
     id: int
     attempt: int
+    number: int | None = None
 
 
 class CallerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
