@@ -25,7 +25,7 @@ from bgsupervisor.reception import Reception
 from bgsupervisor.statedir import StateDir
 
 BODIES = """
-import os, sqlite3, time
+import atexit, os, sqlite3, time
 from pathlib import Path
 from bgsupervisor import Task, current, task
 
@@ -100,6 +100,37 @@ def waits(id: int):
     say("in")
     current().wait_for(id, part="loaded")
     say("out")
+
+@task
+def keeps_parts():
+    for part in ("first", "other", "second"):
+        while not Path(part).exists():
+            time.sleep(0.005)
+        current().reach(part)
+        say(part)
+    while not Path("end").exists():
+        time.sleep(0.005)
+
+@task
+def waits_for_each(id: int, parts: list[str]):
+    for part in parts:
+        current().wait_for(id, part=part)
+        say(part)
+    while not Path("end").exists():
+        time.sleep(0.005)
+
+@task
+def cleans_up():
+    say("in")
+    try:
+        while True:
+            time.sleep(600)
+    finally:
+        Path("cleaned").touch()
+
+@task
+def lingers():
+    atexit.register(time.sleep, 600)
 """
 S, N, C = "supervisor", "nursery", "child"
 SETTLE_S = 1.0
@@ -767,3 +798,188 @@ def test_where_no_test_has_armed_it_a_point_does_nothing():
     assert function.name == "at"
     assert [type(node) for node in function.body] == [ast.Expr], "only its docstring"
     assert pauses.at("supervisor.claimed") is None
+
+
+def test_an_application_that_loads_longer_than_a_nursery_bears_to_be_alone_is_served(stage):
+    stage.write(f"import time\ntime.sleep(1.5)\n{BODIES}")  # the nurseries of these tests bear a second
+    stage.start()
+
+    assert stage.wait(stage.request("plain")).attempt == 1
+    assert "died" not in stage.supervisor.log
+
+
+def test_a_claim_is_given_back_though_the_database_is_locked_when_its_lonely_child_is_to_leave(stage):
+    stage.more["LINK_LONELY_S"] = "0.3"
+    handle = claimed_in_vain(stage, "child.unclaiming")
+    stage.reached("child.unclaiming")
+    with stage.database.locked():
+        stage.let_go()
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
+    wait_until(lambda: stage.service.get(handle).status == "REQUEST", "it has given the claim back")
+    stage.start()
+
+    record = see_the_truth(stage, handle, "again")
+
+    see_that_nothing_is_left(stage, record)
+
+
+def test_what_never_began_waits_again_though_its_child_is_killed_before_that_is_written(stage):
+    handle = on_its_way(stage, "supervisor.claimed")
+    stage.reached("supervisor.claimed")
+    stage.supervisor.kill()
+    pid = stage.service.get(handle).pid
+    stage.arm("supervisor.unclaiming")
+    stage.start(wait=False)
+    stage.reached("supervisor.unclaiming")
+    with stage.database.locked():
+        (stage.points / "supervisor.unclaiming.go").touch()
+        wait_until(lambda: "is locked" in stage.supervisor.log, "it could not be written")
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
+    stage.let_go()
+
+    record = see_the_truth(stage, handle, "again")
+
+    assert record.tries == 0
+    see_that_nothing_is_left(stage, record)
+
+
+def test_a_replaced_supervisor_stops_no_body_that_somebody_has_resumed_since(stage):
+    handle = suspending(stage, "gated")
+    old, pid = stage.supervisor.process, stage.service.get(handle).pid
+    os.kill(old.pid, signal.SIGSTOP)
+    (stage.state_dir / "supervisor.lock").unlink()
+    stage.start()
+    wait_until(lambda: is_still(pid), "the next one stops it")
+    stage.service.resume(handle)
+    wait_until(lambda: not is_still(pid), "it goes on")
+    (stage.points / "supervisor.suspending.go").touch()
+
+    os.kill(old.pid, signal.SIGCONT)
+
+    assert old.wait(LIMIT_S) == 0
+    stage.let_go()
+    see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
+
+
+def test_a_late_word_that_a_slot_is_given_does_not_count_for_the_next_wait(tmp_path):
+    with contextlib.ExitStack() as stack:
+        stage = Stage(tmp_path / "stage", slots=2)
+        stack.callback(stage.end)
+        stage.start()
+        keeper = stage.request("keeps_parts")
+        twice = stage.request("waits_for_each", id=keeper.id, parts=["first", "second"])
+        wait_until(lambda: stage.service.get(twice).slot is None, "it waits")
+        other = stage.request("waits_for_each", id=keeper.id, parts=["other"])
+        wait_until(lambda: stage.service.get(other).slot is None, "it waits too")
+        taker = stage.request("gated")
+        stage.said("in", taker)
+        stage.arm("supervisor.granted")
+        (stage.folder / "first").touch()
+        stage.said("first", keeper)
+        (stage.folder / "gate").touch()  # only a slot was missing
+        stage.reached("supervisor.granted")
+        stage.said("first", twice)  # it has taken the slot itself
+        wait_until(lambda: stage.service.get(twice).slot is None, "it waits again")
+        (stage.folder / "other").touch()
+        stage.said("other", other)  # which has the slot now
+        (stage.folder / "second").touch()
+        stage.said("second", keeper)
+
+        (stage.points / "supervisor.granted.go").touch()
+        began = time.monotonic()
+        wait_until(lambda: time.monotonic() > began + 0.5, "the late word has come")
+
+        assert ["second", str(twice.id), "1"] not in stage.oracle()
+        (stage.folder / "end").touch()
+        for handle in (keeper, twice, other):
+            assert stage.wait(handle).status == "DONE"
+        assert ["second", str(twice.id), "1"] in stage.oracle()
+
+
+def test_a_cancelled_body_gets_to_clean_up_though_the_supervisor_dies_before_it_sends_the_signal(stage):
+    stage.start()
+    handle = stage.request("cleans_up")
+    stage.said("in", handle)
+    stage.arm("supervisor.condemned")
+    stage.service.cancel(handle, by="jana")
+    stage.reached("supervisor.condemned")
+    stage.supervisor.kill()
+    stage.start()
+
+    record = see_the_truth(stage, handle, "CANCELLED")
+
+    assert (stage.folder / "cleaned").exists()
+    see_that_nothing_is_left(stage, record)
+
+
+def test_a_supervisor_that_is_to_leave_starts_nothing_more(stage):
+    stage.configure(slots=1, spares=1)
+    on_its_way(stage, "supervisor.acknowledged", "plain")
+    stage.reached("supervisor.acknowledged")
+    handle = stage.request("plain")
+    stage.supervisor.process.send_signal(signal.SIGTERM)
+
+    stage.let_go()  # it hears of both at once
+
+    assert stage.supervisor.process.wait(LIMIT_S) == 0
+    assert stage.service.get(handle).status == "REQUEST"
+    stage.start()
+    assert stage.wait(handle).attempt == 1
+
+
+def test_a_nursery_that_stood_still_waits_for_nobody_when_a_death_was_recorded_without_its_word(stage):
+    stage.start()
+    handle = stage.request("endless")
+    stage.said("in", handle)
+    [nursery] = stage.nurseries()
+    os.kill(nursery, signal.SIGSTOP)
+    os.kill(stage.service.get(handle).pid, signal.SIGKILL)
+    assert stage.wait(handle).ended
+    stage.supervisor.process.send_signal(signal.SIGTERM)
+    assert stage.supervisor.process.wait(LIMIT_S) == 0
+
+    os.kill(nursery, signal.SIGCONT)
+
+    wait_until(lambda: not stage.nurseries(), "the nursery has left")
+
+
+def test_the_record_of_an_adopted_nursery_goes_when_it_was_killed(stage):
+    handle = running(stage)
+    [nursery] = stage.nurseries()
+    stage.supervisor.kill()
+    stage.start()
+    os.kill(nursery, signal.SIGKILL)
+    stage.let_go()
+    stage.wait(handle)
+
+    wait_until(lambda: nursery not in stage.nurseries(), "its record is gone")
+
+
+def test_a_child_that_has_recorded_its_end_itself_is_an_idle_one_like_any_other(stage):
+    stage.configure(slots=1, spares=0, reuse=3, grace_s=0.4, heartbeat_s=0.5)
+    handle = running(stage)
+    stage.stand_still(stage.supervisor)
+    (stage.folder / "gate").touch()
+    record = stage.wait(handle)
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() > began + 0.5, "it has said that it is idle")
+
+    stage.supervisor.process.send_signal(signal.SIGCONT)
+
+    wait_until(lambda: not psutil.pid_exists(record.pid), "it is sent away, with none to spare", 4.0)
+    assert "does not leave" not in stage.supervisor.log
+
+
+def test_a_child_that_cleans_up_after_its_end_gets_no_other_task_when_it_connects_anew(stage):
+    stage.configure(slots=1, spares=0, grace_s=3.0, heartbeat_s=0.2)
+    stage.start()
+    lingers = stage.wait(stage.request("lingers"))
+    (stage.state_dir / "control.sock").unlink()
+    until = time.monotonic() + 2.5
+    while time.monotonic() < until:
+        record = stage.wait(stage.request("plain"))
+        assert (record.status, record.reason) == ("DONE", None)
+        assert record.pid != lingers.pid
