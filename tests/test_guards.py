@@ -8,19 +8,22 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import wait_until
 
 from bgsupervisor import deaths, processes
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.link import Link
 from bgsupervisor.nurseries import Nurseries
 from bgsupervisor.processes import Exit, Verdict
 from bgsupervisor.reception import Peer, Reception
 from bgsupervisor.statedir import StateDir
-from bgsupervisor.wards import Ward, Wards
-from bgsupervisor.wire import Beat, Channel, End, Ended, Run, Who
+from bgsupervisor.statuses import Reason
+from bgsupervisor.wards import Order, Stage, Ward, Wards
+from bgsupervisor.wire import Beat, Channel, End, Ended, KillOrder, Run, Who
 
 SOURCE = """
 import os, signal, time
@@ -251,3 +254,21 @@ def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(ap
     wait_until(lambda: app.supervisor_row(second.process.pid), "the second supervises")
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(15) == 0
+
+
+def test_who_cannot_be_held_is_signalled_by_its_nursery_once_in_each_stage():
+    sent = []
+    home = SimpleNamespace(peer=SimpleNamespace(channel=SimpleNamespace(closed=False)))
+    enforcement = Enforcement(
+        config=None,
+        wards=[],
+        nurseries=SimpleNamespace(get=lambda _: home),
+        ears=SimpleNamespace(send=lambda _, message: sent.append(message)),
+        clock=SystemClock(),
+    )
+    ward = Ward(processes.own_identity("test"), None)
+    for stage, number in ((Stage.TERM, signal.SIGTERM), (Stage.KILL, signal.SIGKILL)):
+        order = Order(Reason.CANCELLED, "cancelled", None, 0.0, stage=stage, unsent=True)
+        enforcement.carry_out(ward, order)
+        assert not order.unsent, "else it is written again in every pass"
+        assert sent.pop() == KillOrder(ward.who, number, Reason.CANCELLED)
