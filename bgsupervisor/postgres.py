@@ -424,9 +424,8 @@ def outcome_of(database: peewee.Database, transaction: Transaction) -> bool | No
     try:
         state, recovered_at = database.execute_sql(query, (transaction.number,)).fetchone()
     except peewee.DataError as error:
-        if (
-            _state(error.__cause__ or error.__context__ or error) == _IN_THE_FUTURE
-        ):  # lost with a crash, and not given out again yet
+        driver = error.__cause__ or error.__context__ or error
+        if _state(driver) == _IN_THE_FUTURE:  # lost with a crash, and not given out again yet
             return False
         raise
     if state is None:

@@ -159,6 +159,29 @@ def test_a_request_cut_at_any_byte_is_recorded_once(service, ledger, proxy, dire
     assert proxy.cuts_done == 31
 
 
+def test_a_request_whose_number_was_given_to_another_as_well_takes_a_new_one(lossy, ledger, proxy, monkeypatch):
+    draw, doubles = lossy.store.draw_id, []
+
+    def draw_what_another_draws():
+        id = draw()
+        if not doubles:
+            with ledger.store.connected():
+                doubles.append(ledger._insert(Request(name="a:b", data='{"n":1}'), id=id)[0])
+            proxy.arm(AnswerCut((b"INSERT INTO",), "before"))
+        return id
+
+    monkeypatch.setattr(lossy.store, "draw_id", draw_what_another_draws)
+    id = lossy.request(Request(name="a:b", data='{"n":2}'))[0]
+    assert not proxy.armed
+    assert [(record.id, record.data) for record in ledger.find()] == [(id, '{"n":2}'), (doubles[0], '{"n":1}')]
+
+
+def test_numbers_that_are_taken_already_are_passed_over(ledger):
+    taken = [ledger.request(Request(name="a:b", data="{}"))[0] for _ in range(3)]
+    ledger.store.database.execute_sql("ALTER TABLE bgsupervisor_task ALTER id RESTART")  # as a crash sets it back
+    assert ledger.request(Request(name="a:b", data="{}"))[0] == max(taken) + 1
+
+
 def test_without_a_server_a_request_says_after_busy_timeout_s_that_nothing_was_recorded(service, ledger, proxy):
     service._store.patience_s = 0.5
     proxy.close()
