@@ -848,15 +848,35 @@ def test_a_connection_that_a_framework_keeps_for_each_thread_is_told_or_another(
     assert told is True if kind == "peewee" else "can only be used in that same thread" in told
 
 
+def end_session(service, raw):
+    with service.ledger.store.connected():
+        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid = %s"
+        service.ledger.store.database.execute_sql(query, (raw.info.backend_pid,))
+
+
+@kinds("django", on=["postgres"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_connection_that_django_keeps_and_the_server_has_closed_is_replaced(service, application, checks):
+    connection = application.connection
+    connection.settings_dict |= {"CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": checks}
+    service.request(Work, connection=connection)
+    end_session(service, connection.connection)
+    connection.close_if_unusable_or_obsolete()  # between two requests of the web
+    if not checks:
+        with pytest.raises(DatabaseError, match="is away or has given up"):
+            service.request(Work, connection=connection)
+        connection.close_if_unusable_or_obsolete()
+    service.request(Work, connection=connection)
+    assert seen(service) == (0, 2)
+
+
 @only_postgres
 @pytest.mark.parametrize("driver", [psycopg, psycopg2], ids=["psycopg", "psycopg2"])
 def test_a_server_that_is_away_is_told(service, url, driver):
     raw = driver.connect(url)
     service.request(Work, connection=raw)
     raw.commit()
-    with service.ledger.store.connected():
-        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid = %s"
-        service.ledger.store.database.execute_sql(query, (raw.info.backend_pid,))
+    end_session(service, raw)
     with pytest.raises(DatabaseError, match="is away or has given up"):
         service.request(Work, connection=raw)
     with pytest.raises(DatabaseError, match="cannot be used: it is closed"):
