@@ -564,6 +564,7 @@ class Store:
         """Make a store on connections that the application lends; no tables are made or checked there."""
         store = cls(database, own.tables.prefix, owned=False, path=own.path)
         store._schema_checked = True
+        store._server_clock, store.clock = own._server_clock, own.clock  # asked on whichever connection there is
         return store
 
     @contextlib.contextmanager

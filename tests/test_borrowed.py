@@ -24,7 +24,7 @@ from postgres_server import make_tables
 from psycopg.rows import dict_row
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from bgsupervisor import Service, Status, Task
+from bgsupervisor import Service, Status, Task, clock
 from bgsupervisor.errors import DatabaseError, RequestRefused, UnknownTask
 from bgsupervisor.models import Store
 
@@ -953,6 +953,19 @@ def test_the_address_of_a_peewee_database_may_be_a_whole_one(url, service, tmp_p
         service.request(Work, connection=database)
         database.close()
     assert seen(service) == (0, 2)
+
+
+@only_postgres
+def test_a_process_that_requests_on_the_applications_connection_alone_asks_the_servers_time_again(
+    service, url, monkeypatch
+):
+    with contextlib.closing(psycopg.connect(url)) as raw:
+        service.request(Work, connection=raw)
+        tell = clock._since_boot_s
+        monkeypatch.setattr(clock, "_since_boot_s", lambda: tell() + 3600)
+        assert service.ledger.clock.is_old()
+        service.request(Work, connection=raw)
+        assert not service.ledger.clock.is_old()
 
 
 @only_postgres
