@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import random
 import select
 import sqlite3
 import sys
@@ -966,6 +967,22 @@ def test_a_process_that_requests_on_the_applications_connection_alone_asks_the_s
         assert service.ledger.clock.is_old()
         service.request(Work, connection=raw)
         assert not service.ledger.clock.is_old()
+
+
+@only_postgres
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("what", ["key", "unique"])
+def test_a_key_of_more_bytes_than_a_server_takes_is_refused_and_a_shorter_one_is_not(service, url, what, lent):
+    dice = random.Random(1)
+    text = "".join(chr(dice.randrange(0x4E00, 0x9FFF)) for _ in range(1000))  # nothing to compress
+    short = text[: (2600 - len(f"{Work.__module__}:Work")) // 3]
+    with contextlib.closing(psycopg.connect(url)) as raw:
+        given = {"connection": raw} if lent else {}
+        service.request(Work, **{what: short}, **given)
+        with pytest.raises(RequestRefused, match=f"{what}.*: 30.. bytes, and PostgreSQL takes at most 2600"):
+            service.request(Work, **{what: text}, **given)
+        raw.commit()
+    assert seen(service) == (0, 1)
 
 
 @only_postgres
