@@ -7,6 +7,7 @@ a database object that speaks through the application's connection for one call,
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,10 +46,12 @@ class _Lent(NamedTuple):
         raw: The driver's own connection.
         after_commit: Has something called after the commit of the transaction that is open in the framework; None if
             the framework cannot. The supervisor then hears of the commit from the database.
+        doubt: Has the framework see whether the connection is alive before it is used in what follows.
     """
 
     raw: Any
     after_commit: AfterCommit | None = None
+    doubt: Callable[[], object] | None = None
 
 
 class _Theirs:
@@ -133,7 +136,7 @@ class Lending:
             RequestRefused: It is no connection, or leads to another database.
             DatabaseError: It is closed, or its transaction has failed; our tables are missing.
         """
-        raw, after_commit = _recognised(connection)
+        raw, after_commit, doubt = _recognised(connection)
         if isinstance(raw, sqlite3.Connection) is not isinstance(self._database, _File):
             raise self._elsewhere("SQLite" if isinstance(raw, sqlite3.Connection) else "PostgreSQL")
         was_open = _is_open(raw)
@@ -148,6 +151,8 @@ class Lending:
         except BaseException as error:
             if not was_open and _is_open(raw):  # opened by us alone, with nothing of the application in it
                 raw.rollback()
+            if isinstance(error, DatabaseError) and doubt is not None:
+                doubt()
             if isinstance(error, peewee.IntegrityError):
                 raise DatabaseError(
                     "the unique key is held by a task which this transaction does not see, for it sees nothing that "
@@ -257,12 +262,18 @@ def _of_peewee(database: peewee.Database) -> _Lent:
 def _of_django(connection: Any) -> _Lent:  # noqa: ANN401 - Django may not be installed
     try:
         connection.validate_thread_sharing()
+        if not connection.in_atomic_block:
+            connection.close_if_health_check_failed()  # as before each statement of its own
         connection.ensure_connection()
     except sys.modules["django.db.utils"].Error as error:
         raise _unusable(error) from error
     if connection.in_atomic_block and connection.needs_rollback:
         raise _unusable("its transaction has failed, and is to be rolled back")
-    return _Lent(connection.connection, connection.on_commit if connection.in_atomic_block else None)
+    return _Lent(
+        connection.connection,
+        connection.on_commit if connection.in_atomic_block else None,
+        functools.partial(setattr, connection, "errors_occurred", True),
+    )
 
 
 def _of_sqlalchemy(connection: Any) -> _Lent:  # noqa: ANN401 - SQLAlchemy may not be installed

@@ -61,6 +61,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TWIN_TRIES = 5
+DRAWS = 100
+"""A server that has crashed gives out again some numbers that others hold, one after the other."""
 ROWS_AT_ONCE = 500
 """One statement writes at most so many rows: databases take no more than some 30,000 values."""
 ID_MAX = 2**63 - 1
@@ -350,19 +352,26 @@ class Ledger:
 
     def _add(self, request: Request) -> int:
         """Record a plain request by one statement, which can be repeated: by an id that was drawn for it before."""
-        drawn, tries = None, 0
+        drawn, requested_at, tries = None, None, 0
 
         def add() -> int:
-            nonlocal drawn, tries
+            nonlocal drawn, requested_at, tries
             with self.store.adding():
-                drawn = self.store.draw_id() if drawn is None else drawn
-                tries += 1
-                try:
-                    return self._insert(request, id=drawn)[0]
-                except peewee.IntegrityError:
-                    if drawn is None or tries == 1 or self.status(drawn) is None:
-                        raise
-                    return drawn  # what was lost was only the answer
+                for draws_left in range(DRAWS, 0, -1):
+                    if drawn is None:
+                        drawn, requested_at, tries = self.store.draw_id(), self.clock.now(), 0
+                    tries += 1
+                    try:
+                        return self._insert(request, id=drawn, now=requested_at)[0]
+                    except peewee.IntegrityError:
+                        found = [] if drawn is None else self._records(self._task.id == drawn, limit=1)
+                        if not found or draws_left == 1:
+                            raise
+                        written = (request.name, request.data, requested_at)
+                        if tries > 1 and (found[0].name, found[0].data, found[0].requested_at) == written:
+                            return found[0].id  # what was lost was only the answer
+                        drawn = None  # another's: a server that has crashed gives out numbers twice
+            raise AssertionError
 
         try:
             return self.store.persistently(add)
@@ -380,8 +389,8 @@ class Ledger:
         with self.store.writing(alone=any(request.after for request in requests)):
             return [self._insert(request) for request in requests]
 
-    def _insert(self, request: Request, *, id: int | None = None) -> tuple[int, bool]:
-        now = self.clock.now()
+    def _insert(self, request: Request, *, id: int | None = None, now: datetime | None = None) -> tuple[int, bool]:
+        now = now or self.clock.now()
         row = (
             *(request.name, request.data, request.priority, request.key, request.unique_key),
             *(self._text(request.run_at or now), self._text(now), request.parent_id),

@@ -564,6 +564,7 @@ class Store:
         """Make a store on connections that the application lends; no tables are made or checked there."""
         store = cls(database, own.tables.prefix, owned=False, path=own.path)
         store._schema_checked = True
+        store._server_clock, store.clock = own._server_clock, own.clock  # asked on whichever connection there is
         return store
 
     @contextlib.contextmanager
@@ -637,7 +638,7 @@ class Store:
         If the connection is lost, it returns if all was committed, and raises ServerAway if nothing was.
 
         Raises:
-            Undecided: Nobody could be asked which of the two, for `patience_s`.
+            Undecided: Nobody could be asked which of the two, for `patience_s`, or the server does not know.
         """
         with self.connected(), self._decided(self.alone() if alone or self._is_sqlite else self.database.atomic()):
             yield
@@ -659,7 +660,7 @@ class Store:
             if number is None or not postgres.is_lost(self.database) or not self._learn(number, error):
                 raise
 
-    def _learn(self, transaction: str, error: peewee.PeeweeException) -> bool:
+    def _learn(self, transaction: postgres.Transaction, error: peewee.PeeweeException) -> bool:
         """Ask what became of a transaction whose COMMIT was not answered: True if it was committed."""
         deadline = self.clock.monotonic() + self.patience_s
         for pause_s in repeat_last(COME_BACK_S):
@@ -669,6 +670,8 @@ class Store:
                 committed = postgres.outcome_of(self.database, transaction)
             except peewee.PeeweeException as problem:
                 error = problem
+            except DatabaseError as unknowable:
+                raise self.undecided(unknowable) from error
             else:
                 if committed is not None:
                     log.info("a connection was lost in a commit, which was %s", "done" if committed else "not done")

@@ -13,7 +13,7 @@ import math
 import os
 import select
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Listener",
     "Server",
+    "Transaction",
     "draw",
     "explain",
     "hold_off",
@@ -385,23 +386,62 @@ def draw(database: peewee.Database, table: str, column: str) -> int:
     return int(database.execute_sql(query, (f'"{table}"', column)).fetchone()[0])
 
 
-def transaction_of(database: peewee.Database) -> str:
-    """Return the number of the open transaction, by which the server knows it even if this connection is lost."""
-    return str(database.execute_sql("SELECT pg_current_xact_id()::text").fetchone()[0])
+class Transaction(NamedTuple):
+    """What is to be known of a transaction before its COMMIT, to ask afterwards what became of it.
+
+    Attributes:
+        number: By which the server knows it even if its connection is lost.
+        recovered_at: When the server last rose from a crash or began: it then discards its statistics. What was not
+            yet on its disk is gone, and numbers of such transactions are given out again, to others.
+    """
+
+    number: str
+    recovered_at: str | None
 
 
-def outcome_of(database: peewee.Database, transaction: str) -> bool | None:
+_RECOVERED_AT = "pg_stat_get_bgwriter_stat_reset_time()::text"
+_IN_THE_FUTURE = "22023"
+
+
+def transaction_of(database: peewee.Database) -> Transaction:
+    """Return what the open transaction is known by."""
+    query = f"SELECT pg_current_xact_id()::text, {_RECOVERED_AT}"
+    return Transaction(*database.execute_sql(query).fetchone())
+
+
+def outcome_of(database: peewee.Database, transaction: Transaction) -> bool | None:
     """Return whether a transaction of a lost connection was committed; None if that is not decided yet.
 
     One whose session has not heard yet that its client is gone is ended, for its COMMIT cannot come any more.
+
+    Raises:
+        DatabaseError: A transaction of this number was committed, but the server has crashed meanwhile: it may be
+            another's.
     """
-    state = database.execute_sql("SELECT pg_xact_status(%s::xid8)", (transaction,)).fetchone()[0]
-    if state != "in progress":
+    # A standby may not have heard of it yet.
+    asked = "CASE WHEN NOT pg_is_in_recovery() THEN pg_xact_status(%s::xid8) END"
+    query = f"SELECT {asked}, {_RECOVERED_AT}"
+    try:
+        state, recovered_at = database.execute_sql(query, (transaction.number,)).fetchone()
+    except peewee.DataError as error:
+        driver = error.__cause__ or error.__context__ or error
+        if _state(driver) == _IN_THE_FUTURE:  # lost with a crash, and not given out again yet
+            return False
+        raise
+    if state is None:
+        return None
+    has_crashed = recovered_at is None or recovered_at != transaction.recovered_at
+    if state == "committed" and has_crashed:
+        raise DatabaseError(
+            f"the database {masked(getattr(database, 'url', ''))} has crashed meanwhile, after which it may have given "
+            "the number of this transaction to another"
+        )
+    if state != "in progress" or has_crashed:  # were it ours and committed, it would say so after a crash as well
         return bool(state == "committed")
     database.execute_sql(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_xid = %s::xid8::xid"
         " AND state LIKE 'idle in transaction%%' AND pid <> pg_backend_pid()",
-        (transaction,),
+        (transaction.number,),
     )
     return None
 

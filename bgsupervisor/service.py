@@ -52,6 +52,8 @@ log = logging.getLogger("bgsupervisor")
 
 PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
+KEY_BYTES_ON_SERVER = 2600
+"""They stand in indexes, name and unique key in one; of a row of an index PostgreSQL takes 2,704 bytes."""
 RING_KEYS = 100
 """A ring names at most so many tasks; waiters for the others look by themselves within seconds."""
 REACH_MODULES = 5000
@@ -234,7 +236,9 @@ class Service:
         name, definition = self._resolve(task)
         if definition is not None and not isinstance(task, str):
             self._check_loadable(definition)
-        run_at, unique_key = options.when(self._clock), options.unique_key()
+        run_at, key, unique_key = options.when(self._clock), options.checked_key(), options.unique_key()
+        if self._store.locks_rows:
+            _check_bytes(name, key, unique_key)
         requests = [
             Request(
                 name=name,
@@ -247,7 +251,7 @@ class Service:
                 ),
                 run_at=run_at,
                 priority=options.checked_priority(),
-                key=options.checked_key(),
+                key=key,
                 unique_key=unique_key,
                 parent_id=self._parent_id,
                 after=options.after,
@@ -523,7 +527,7 @@ class Service:
         if definition is not None:
             return definition.name, definition
         name = str(task)
-        if not name.strip() or len(name) > KEY_CHARS:
+        if not name.strip() or len(name) > KEY_CHARS or "\0" in name:
             raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
         return name, None
 
@@ -658,7 +662,19 @@ def _checked_text(what: str, text: str | None) -> str | None:
         raise RequestRefused(
             f"{what} is {text[:60]!r}; it holds half a surrogate pair, which no database stores"
         ) from None
+    if "\0" in text:
+        raise RequestRefused(f"{what} is {text[:60]!r}; it holds a NUL character, which PostgreSQL does not store")
     return text
+
+
+def _check_bytes(name: str, key: str | None, unique_key: str | None) -> None:
+    named = "name" if unique_key is None else "name and unique together"
+    for what, text in (("key", key or ""), (named, name + (unique_key or ""))):
+        size_bytes = len(text.encode("utf-8", "surrogatepass"))
+        if size_bytes > KEY_BYTES_ON_SERVER:
+            raise RequestRefused(
+                f"{what}: {size_bytes} bytes, and PostgreSQL takes at most {KEY_BYTES_ON_SERVER}; choose shorter ones"
+            )
 
 
 def _reaches(configured: Sequence[str], module: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import random
 import select
 import sqlite3
 import sys
@@ -24,7 +25,7 @@ from postgres_server import make_tables
 from psycopg.rows import dict_row
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from bgsupervisor import Service, Status, Task
+from bgsupervisor import Service, Status, Task, clock
 from bgsupervisor.errors import DatabaseError, RequestRefused, UnknownTask
 from bgsupervisor.models import Store
 
@@ -848,15 +849,35 @@ def test_a_connection_that_a_framework_keeps_for_each_thread_is_told_or_another(
     assert told is True if kind == "peewee" else "can only be used in that same thread" in told
 
 
+def end_session(service, raw):
+    with service.ledger.store.connected():
+        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid = %s"
+        service.ledger.store.database.execute_sql(query, (raw.info.backend_pid,))
+
+
+@kinds("django", on=["postgres"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_connection_that_django_keeps_and_the_server_has_closed_is_replaced(service, application, checks):
+    connection = application.connection
+    connection.settings_dict |= {"CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": checks}
+    service.request(Work, connection=connection)
+    end_session(service, connection.connection)
+    connection.close_if_unusable_or_obsolete()  # between two requests of the web
+    if not checks:
+        with pytest.raises(DatabaseError, match="is away or has given up"):
+            service.request(Work, connection=connection)
+        connection.close_if_unusable_or_obsolete()
+    service.request(Work, connection=connection)
+    assert seen(service) == (0, 2)
+
+
 @only_postgres
 @pytest.mark.parametrize("driver", [psycopg, psycopg2], ids=["psycopg", "psycopg2"])
 def test_a_server_that_is_away_is_told(service, url, driver):
     raw = driver.connect(url)
     service.request(Work, connection=raw)
     raw.commit()
-    with service.ledger.store.connected():
-        query = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid = %s"
-        service.ledger.store.database.execute_sql(query, (raw.info.backend_pid,))
+    end_session(service, raw)
     with pytest.raises(DatabaseError, match="is away or has given up"):
         service.request(Work, connection=raw)
     with pytest.raises(DatabaseError, match="cannot be used: it is closed"):
@@ -933,6 +954,35 @@ def test_the_address_of_a_peewee_database_may_be_a_whole_one(url, service, tmp_p
         service.request(Work, connection=database)
         database.close()
     assert seen(service) == (0, 2)
+
+
+@only_postgres
+def test_a_process_that_requests_on_the_applications_connection_alone_asks_the_servers_time_again(
+    service, url, monkeypatch
+):
+    with contextlib.closing(psycopg.connect(url)) as raw:
+        service.request(Work, connection=raw)
+        tell = clock._since_boot_s
+        monkeypatch.setattr(clock, "_since_boot_s", lambda: tell() + 3600)
+        assert service.ledger.clock.is_old()
+        service.request(Work, connection=raw)
+        assert not service.ledger.clock.is_old()
+
+
+@only_postgres
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("what", ["key", "unique"])
+def test_a_key_of_more_bytes_than_a_server_takes_is_refused_and_a_shorter_one_is_not(service, url, what, lent):
+    dice = random.Random(1)
+    text = "".join(chr(dice.randrange(0x4E00, 0x9FFF)) for _ in range(1000))  # nothing to compress
+    short = text[: (2600 - len(f"{Work.__module__}:Work")) // 3]
+    with contextlib.closing(psycopg.connect(url)) as raw:
+        given = {"connection": raw} if lent else {}
+        service.request(Work, **{what: short}, **given)
+        with pytest.raises(RequestRefused, match=f"{what}.*: 30.. bytes, and PostgreSQL takes at most 2600"):
+            service.request(Work, **{what: text}, **given)
+        raw.commit()
+    assert seen(service) == (0, 1)
 
 
 @only_postgres

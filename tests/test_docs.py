@@ -44,3 +44,9 @@ def test_the_readme_names_every_reason_that_can_come_about():
     told = {row[0].strip("`") for row in readme_rows("| Reason | When | For example |")}
 
     assert told == {str(reason) for reason in Reason if reason not in later}
+
+
+def test_the_page_on_postgresql_names_the_oldest_driver_that_the_package_takes():
+    oldest = re.search(r"psycopg\[binary\]>=([\d.]+)", (ROOT / "pyproject.toml").read_text())[1]
+
+    assert f"with psycopg, {oldest} or later" in (ROOT / "docs" / "postgresql.md").read_text()

@@ -32,7 +32,7 @@ from postgres_proxy import (
 )
 from postgres_server import empty, filled, make_tables, small_disk
 
-from bgsupervisor import Service, Status
+from bgsupervisor import Service, Status, postgres
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
 from bgsupervisor.gate import PLACES, Gate
@@ -157,6 +157,29 @@ def test_a_request_cut_at_any_byte_is_recorded_once(service, ledger, proxy, dire
     assert collections.Counter(record.data for record in rows) == {f'{{"n":{n}}}': 1 for n in range(len(ids))}
     assert sorted(record.id for record in rows) == sorted(ids)
     assert proxy.cuts_done == 31
+
+
+def test_a_request_whose_number_was_given_to_another_as_well_takes_a_new_one(lossy, ledger, proxy, monkeypatch):
+    draw, doubles = lossy.store.draw_id, []
+
+    def draw_what_another_draws():
+        id = draw()
+        if not doubles:
+            with ledger.store.connected():
+                doubles.append(ledger._insert(Request(name="a:b", data='{"n":1}'), id=id)[0])
+            proxy.arm(AnswerCut((b"INSERT INTO",), "before"))
+        return id
+
+    monkeypatch.setattr(lossy.store, "draw_id", draw_what_another_draws)
+    id = lossy.request(Request(name="a:b", data='{"n":2}'))[0]
+    assert not proxy.armed
+    assert [(record.id, record.data) for record in ledger.find()] == [(id, '{"n":2}'), (doubles[0], '{"n":1}')]
+
+
+def test_numbers_that_are_taken_already_are_passed_over(ledger):
+    taken = [ledger.request(Request(name="a:b", data="{}"))[0] for _ in range(3)]
+    ledger.store.database.execute_sql("ALTER TABLE bgsupervisor_task ALTER id RESTART")  # as a crash sets it back
+    assert ledger.request(Request(name="a:b", data="{}"))[0] == max(taken) + 1
 
 
 def test_without_a_server_a_request_says_after_busy_timeout_s_that_nothing_was_recorded(service, ledger, proxy):
@@ -437,6 +460,75 @@ def test_a_server_that_is_started_anew_again_and_again_loses_and_doubles_nothing
 
     told = torn(make_app, own_url, own_ledger, start_anew, busy_timeout_s=30.0)
     assert all(isinstance(outcome, int) for outcome in told.values()), told  # none had to give up
+
+
+def crash(server):
+    """Have all its sessions end and its memory be lost, as when the kernel kills one of its processes."""
+    with contextlib.closing(psycopg.connect(server.socket_url("postgres"), autocommit=True)) as victim:
+        os.kill(victim.info.backend_pid, signal.SIGKILL)
+        wait_until(lambda: not answers(victim), "the server has crashed")
+    wait_until(lambda: answers(server), "the server is back")
+
+
+def answers(who):
+    """Return whether a connection is alive, or a server lets one in."""
+    try:
+        who.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def give_out(connection, number):
+    """Have transactions committed until *number* is the next, and begin that."""
+    while True:
+        connection.execute("BEGIN")
+        found = int(connection.execute("SELECT pg_current_xact_id()::text").fetchone()[0])
+        if found >= number:
+            assert found == number
+            return
+        connection.execute("COMMIT")
+
+
+@pytest.mark.parametrize("ends_with", [None, "", "ROLLBACK", "COMMIT"])
+def test_after_a_crash_of_the_server_nobody_is_told_that_anothers_transaction_was_his(
+    own_server, own_url, own_ledger, ends_with
+):
+    """The number of a transaction that is lost is given out again: to nobody yet, or to one that is open or over."""
+    store = own_ledger.store
+    store.patience_s = BUSY_S
+    with contextlib.ExitStack() as stack:
+
+        def lose():
+            with store.writing():
+                number = int(postgres.transaction_of(store.database).number)
+                crash(own_server)
+                others.append(stack.enter_context(contextlib.closing(psycopg.connect(own_url, autocommit=True))))
+                if ends_with is not None:
+                    give_out(others[0], number)
+                    others[0].execute(ends_with)
+
+        others = []
+        with pytest.raises(Undecided if ends_with == "COMMIT" else ServerAway):
+            lose()
+        assert answers(others[0])
+
+
+def test_a_server_that_is_started_anew_still_knows_what_was_committed_and_after_a_crash_does_not_say(
+    own_server, own_ledger
+):
+    store = own_ledger.store
+    with store.writing():
+        known = postgres.transaction_of(store.database)
+    store.close()
+    own_server.stop()
+    own_server.start()
+    with store.connected():
+        assert postgres.outcome_of(store.database, known) is True
+        assert postgres.outcome_of(store.database, known._replace(number="0")) is None  # it knows of no such
+    crash(own_server)
+    with store.connected(), pytest.raises(DatabaseError, match="has crashed meanwhile"):
+        postgres.outcome_of(store.database, known)
 
 
 LIMITED = """

@@ -7,6 +7,7 @@ import gc
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -194,6 +195,16 @@ def test_limits_are_set_on_every_connection_and_what_the_address_sets_wins(store
     store.close()
     assert shown("lock_timeout") == "1ms"
     store.close()
+
+
+def test_without_an_address_that_says_otherwise_a_dead_line_and_a_long_statement_have_limits(postgres, postgres_url):
+    store = open_store(postgres_url)
+    with contextlib.closing(store), store.connected():
+        assert store.database.execute_sql("SHOW statement_timeout").fetchone()[0] == "1min"
+        with socket.socket(fileno=os.dup(store.database.connection().fileno())) as line:
+            assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            limits = [socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT]
+            assert [line.getsockopt(socket.IPPROTO_TCP, limit) for limit in limits] == [10, 5, 3, 15_000]
 
 
 def test_a_connection_of_before_a_fork_is_left_alone_by_the_child(ledger):
@@ -415,8 +426,9 @@ def test_whoever_only_looks_creates_no_tables(make_app, postgres_url):
     assert listed.returncode == 0, listed.stderr
     assert (told.returncode, told.stdout.partition("|")[0].strip()) == (
         3,
-        f"UNKNOWN - there is no database yet, {postgres_url.replace('ge%20heim%40', '***')} is missing",
+        f"UNKNOWN - {postgres_url.replace('ge%20heim%40', '***')} has none of our tables yet",
     )
+    assert "no tables to hold them" in listed.stderr
     assert app.cli("doctor").stdout.count("has none of our tables yet") == 1
     with contextlib.closing(psycopg.connect(postgres_url)) as connection:
         assert connection.execute("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'").fetchone() == (0,)

@@ -148,6 +148,8 @@ NAIVE = datetime(2031, 1, 1, 9, 30)  # noqa: DTZ001 - the error that is tested
         ({"key": 7}, "key is '7'; it must be a text"),
         ({"key": "k" * 1001}, "key is 'kkk"),
         ({"key": "\ud800"}, "half a surrogate pair"),
+        ({"key": "a\0b"}, "key is .*; it holds a NUL character"),
+        ({"unique": "a\0b"}, "unique is .*; it holds a NUL character"),
         ({"unique": ""}, "unique is ''"),
         ({"unique": 7}, "unique is '7'"),
         ({"unique": "\udfff"}, "half a surrogate pair"),
@@ -161,7 +163,7 @@ def test_an_argument_that_cannot_be_is_refused_with_a_sentence(service, options,
     assert service.list() == []
 
 
-@pytest.mark.parametrize("name", ["", "   ", "x" * 1001])
+@pytest.mark.parametrize("name", ["", "   ", "x" * 1001, "a:b\0"])
 def test_a_name_that_cannot_be_is_refused(service, name):
     with pytest.raises(RequestRefused, match=r"the task name .* cannot be"):
         service.request(name)

@@ -14,7 +14,6 @@ from bgsupervisor import processes
 from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
-from bgsupervisor.config import shown
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.statuses import Status
 
@@ -199,7 +198,7 @@ def health(session: Session, *, max_wait_s: float, max_interrupted: int | None, 
             raise
         _leave(State.UNKNOWN, str(error))
     sight: Sight | None = None
-    problem = State.UNKNOWN, f"there is no database yet, {shown(session.config().database)} is missing"
+    problem = State.UNKNOWN, session.nothing_yet()
     try:
         if service.ledger.store.is_there():
             sight = Sight.take(service, service.ledger.clock)

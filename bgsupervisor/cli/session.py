@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor.config import load
+from bgsupervisor.config import is_postgres, load, shown
 
 if TYPE_CHECKING:
     from bgsupervisor.config import Config
@@ -42,6 +42,13 @@ class Session:
         """Return the service if there is a database: whoever only looks must create nothing."""
         service = self.service()
         return service if service.ledger.store.is_there() else None
+
+    def nothing_yet(self) -> str:
+        """Say what is not there where `Store.is_there` finds no database of ours."""
+        database = self.config().database
+        if is_postgres(database):
+            return f"{shown(database)} has none of our tables yet"
+        return f"there is no database yet, {shown(database)} is missing"
 
 
 pass_session = click.make_pass_decorator(Session, ensure=True)
