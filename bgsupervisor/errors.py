@@ -114,7 +114,7 @@ class ServerAway(DatabaseError):
 
 
 class Undecided(DatabaseError):
-    """The connection was lost in the commit, and no server has answered since: it may have been recorded, or not."""
+    """The connection was lost in the commit, and no server can tell since: it may have been recorded, or not."""
 
 
 class UnsupportedSystem(BgSupervisorError):
