@@ -981,10 +981,20 @@ def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(m
 
 
 def has_dialled(process):
-    """Whether a child's link thread exists and holds its connection."""
-    with contextlib.suppress(psutil.Error):
-        return process.num_threads() == 2 and any(one.type == 1 for one in process.net_connections("unix"))
+    """Whether a child's link thread has its connection, and rests: then its hello is written too."""
+    with contextlib.suppress(psutil.Error, OSError):
+        if process.num_threads() == 2 and any(one.type == 1 for one in process.net_connections("unix")):
+            [link] = [one.id for one in process.threads() if one.id != process.pid]
+            before = switches(process.pid, link)
+            time.sleep(0.05)
+            return before == switches(process.pid, link)
     return False
+
+
+def switches(pid, thread):
+    """Return the state of a thread, and how often it has gone to rest and been interrupted."""
+    lines = Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines()
+    return [line for line in lines if line.startswith(("State:", "voluntary", "nonvoluntary"))]
 
 
 def test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled(make_endings):
