@@ -40,10 +40,15 @@ def environment() -> dict[str, str]:
 def app(make_app):
     app = make_app(SOURCE, name="a b 100%")
     yield app
-    for pid in supervisors(app):
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(pid).kill()
-    wait_until(lambda: not supervisors(app), "cron's supervisor has been killed")
+
+    def is_left():
+        """Kill them again and again: cron may have begun to start one that is not to be seen yet, or stands by."""
+        for pid in supervisors(app):
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+        return any(str(app.config) in word for words in command_lines().values() for word in words)
+
+    wait_until(lambda: not is_left(), "all that cron has started has been killed")
 
 
 @pytest.fixture
@@ -83,15 +88,22 @@ def texts(mails):
     return [path.read_text() for path in mails.glob("*.mail")]
 
 
-def supervisors(app):
-    """Return the PIDs of all `bgsupervisor run` of this application."""
-    found = []
+def command_lines():
+    """Return the command lines of all processes, by PID."""
+    found = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if "run" in words and str(app.config) in words and "sh" not in Path(words[0]).name:
-                found.append(process.pid)
+            found[process.pid] = process.cmdline()
     return found
+
+
+def supervisors(app):
+    """Return the PIDs of all `bgsupervisor run` of this application."""
+    return [
+        pid
+        for pid, words in command_lines().items()
+        if "run" in words and str(app.config) in words and "sh" not in Path(words[0]).name
+    ]
 
 
 def files(app):
