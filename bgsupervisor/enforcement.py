@@ -264,7 +264,7 @@ class Enforcement:
             return
         must_see = ward.order is not None and ward.order.stage < Stage.KILL
         wanted = ward.to_be_suspended and ward.end is None and not must_see
-        if wanted and not ward.suspension.lasts and ward.order is None:
+        if wanted and not ward.suspension.lasts and ward.order is None and ward.handle is not None:
             ward.suspension = Suspension(self._clock.now(), now, ward.suspension.total_s)
             ward.suspension_unsaved = True
         elif not wanted and ward.suspension.lasts and ward.handle is not None:

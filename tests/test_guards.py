@@ -272,3 +272,19 @@ def test_who_cannot_be_held_is_signalled_by_its_nursery_once_in_each_stage():
         enforcement.carry_out(ward, order)
         assert not order.unsent, "else it is written again in every pass"
         assert sent.pop() == KillOrder(ward.who, number, Reason.CANCELLED)
+
+
+def test_who_cannot_be_held_is_not_said_to_stand_still():
+    class Held(list):
+        def running(self):
+            return []
+
+    ward = Ward(processes.own_identity("test"), None, to_be_suspended=True)
+    Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=SystemClock()).enforce()
+    assert not ward.suspension.lasts
+    assert not ward.suspension_unsaved
+    _, ward.handle = processes.look(ward.identity)
+    with ward.handle:
+        Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=SystemClock()).enforce()
+    assert ward.suspension.lasts
+    assert ward.suspension_unsaved
