@@ -12,7 +12,6 @@ from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import HEAVY, Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.table import show_table
-from bgsupervisor.config import is_postgres
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -66,11 +65,7 @@ def ps(
         raise click.UsageError("--tree draws live tasks for people; give neither --all nor --json with it")
     service = session.existing_service()
     if service is None:
-        on_server = is_postgres(session.config().database)
-        holder, it = ("tables", "them") if on_server else ("database", "it")
-        warn(
-            f"there are no tasks yet, and no {holder} to hold them; `bgsupervisor run` or the first request makes {it}"
-        )
+        warn(f"no tasks yet: {session.nothing_yet()}; `bgsupervisor run` or the first request makes what is missing")
         if as_json:
             print_json([])
         return
