@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
+from bgsupervisor import descriptors, logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
@@ -78,7 +78,7 @@ class Birth:
     """What a nursery hands to a child; picklable, for the spawn method.
 
     Attributes:
-        kept_descriptors: The application's own, open since its import; all others that are not ours are closed.
+        not_its_own: The fork server's descriptors, which a child that was forked closes.
         load: The application must be loaded by the child itself (spawn).
         held: Shared with the nursery, which sets it once it watches the child; before that the child does nothing.
         left_in_order: Shared with the nursery; set when the child leaves with nothing unrecorded, so that nobody
@@ -87,7 +87,7 @@ class Birth:
 
     config: Config
     nursery: Who
-    kept_descriptors: frozenset[int]
+    not_its_own: descriptors.Own
     load: bool
     held: Any
     left_in_order: Any
@@ -110,14 +110,15 @@ def main(birth: Birth) -> NoReturn:
 def _become_child(birth: Birth) -> None:
     os.setsid()
     set_child_subreaper()
-    _close_foreign_descriptors(birth.kept_descriptors)
+    signal.set_wakeup_fd(-1)  # before the descriptor that it names is closed
+    birth.not_its_own.close()  # one forgotten copy of a peer's socket keeps that peer connected after its death
+    descriptors.open_standard()
     null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
+    number = descriptors.redirect(null, 0)
     os.close(null)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - multiprocessing's own was closed just now
+    sys.stdin = open(number, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
-    signal.set_wakeup_fd(-1)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _forget_inherited_exit_callbacks()
 
@@ -127,15 +128,6 @@ def _forget_inherited_exit_callbacks() -> None:
     atexit._clear()  # noqa: SLF001 - as multiprocessing does for its own children from 3.13 on
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # noqa: SLF001 - ends managers and pools of the body
-
-
-def _close_foreign_descriptors(kept: frozenset[int]) -> None:
-    # One forgotten copy of a peer's socket keeps that peer "connected" after its death.
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as plain as it is needed
-        number = int(name)
-        if number > 2 and number not in kept:  # noqa: PLR2004 - standard descriptors
-            with contextlib.suppress(OSError):
-                os.close(number)
 
 
 class AttemptContext(tasks.Context):
@@ -287,6 +279,7 @@ class Child:
 
     def _perform(self, order: Run) -> End:
         used_before = _own_usage()
+        descriptors.open_standard()  # the last body may have closed them
         with contextlib.suppress(
             OSError
         ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
@@ -312,6 +305,8 @@ class Child:
         self._phase = "ending"
         if os.getpid() != self._pid:
             os._exit(0)  # the body forked, and this is the copy: only the process that began may speak for the attempt
+        with contextlib.suppress(OSError):
+            descriptors.open_standard()  # no file of ours may become what the body prints to
         with contextlib.suppress(Exception):
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
@@ -398,11 +393,10 @@ class Child:
     def _open_log(self) -> None:
         _flush_streams()
         descriptor = logs.open_for_append(self._log_path)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        out, err = (descriptors.redirect(descriptor, number) for number in (1, 2))
         os.close(descriptor)
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        sys.stdout = open(out, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=out != 1)  # noqa: SIM115
+        sys.stderr = open(err, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=err != 2)  # noqa: SIM115, PLR2004
 
     def _default_logging(self) -> None:
         if not logging.getLogger().handlers:

@@ -25,7 +25,7 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, exits, pauses, processes, tasks, wire
+from bgsupervisor import child, descriptors, exits, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
@@ -36,7 +36,7 @@ from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
@@ -93,11 +93,17 @@ def load_application(config: Config) -> Loaded:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     os.chdir(config.base_dir)
-    failures = []
+    with _outliving_the_import():
+        failures = _load(config)
+    return Loaded(failures, [*_warnings(), *_give_up_taken_streams()])
+
+
+def _load(config: Config) -> list[LoadFailure]:
     if config.setup:
         failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
         if failure is not None:
-            return Loaded([failure], [])
+            return [failure]
+    failures = []
     for module in config.tasks:
         failure = _try_load(module, functools.partial(importlib.import_module, module))
         if failure is not None:
@@ -106,7 +112,21 @@ def load_application(config: Config) -> Loaded:
         failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
         if failure is not None:
             failures.append(failure)
-    return Loaded(failures, _warnings())
+    return failures
+
+
+@contextlib.contextmanager
+def _outliving_the_import() -> Iterator[None]:
+    """Use no descriptor any more that the application has closed at its import, as daemons do."""
+    tracker = _tracker_number()
+    identity = None if tracker is None else descriptors.identity_of(tracker)
+    yield
+    descriptors.open_standard()
+    if tracker is not None and tracker == _tracker_number() and descriptors.identity_of(tracker) != identity:
+        # multiprocessing would write to whatever has the number now.
+        resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]  # noqa: SLF001
+        resource_tracker._resource_tracker._pid = None  # type: ignore[attr-defined]  # noqa: SLF001
+        resource_tracker.ensure_running()
 
 
 def import_what_children_need() -> None:
@@ -138,6 +158,19 @@ def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
     return None
 
 
+def _give_up_taken_streams() -> list[str]:
+    """Print nothing into files that the application has opened in the place of stdout and stderr; return warnings."""
+    found = []
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if descriptors.is_taken(number):
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - for the life of the process
+            found.append(
+                f"importing the application closed {name} and opened a file in its place; what is printed outside of "
+                "bodies is lost"
+            )
+    return found
+
+
 def _warnings() -> list[str]:
     found = []
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
@@ -167,21 +200,18 @@ class Nursery:
         self._retired = False
         self._leave = False
         self._stray_left = False
-        self._poll = select.poll()
-        self._wake_read, wake_write = socket.socketpair()
-        for end in (self._wake_read, wake_write):
-            end.setblocking(False)
-        self._wake_write = wake_write
-        self._listen_to_deaths()
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._own = descriptors.Own()
+        self._note_inherited()
+        signal.signal(signal.SIGCHLD, _note)
         with contextlib.suppress(OSError):
             self._record.touch()
-        ours = _descriptors()
         self._loaded = load_application(config)
         if signal.getsignal(signal.SIGCHLD) is not _note:
             self._loaded.warnings.append(SIGCHLD_TAKEN)
+        self._poll = select.poll()
+        # Only now: an application may close at its import whatever is open, as daemons do.
+        self._wake_read, self._wake_write = socket.socketpair()
         self._listen_to_deaths()
-        self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
@@ -201,7 +231,17 @@ class Nursery:
             self._record.unlink()
         os._exit(0)
 
+    def _note_inherited(self) -> None:
+        """Note the pipes of multiprocessing by which the supervisor and this process see each other's death."""
+        parent = multiprocessing.parent_process()
+        pipes = {*descriptors.take_inherited_pipes(), *([] if parent is None else [parent.sentinel])}
+        self._own.note(*(number for number in pipes if number != _tracker_number()))
+
     def _listen_to_deaths(self) -> None:
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+            self._own.note(end.fileno())
+        self._poll.register(self._wake_read, select.POLLIN)
         signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _note)
 
@@ -215,6 +255,7 @@ class Nursery:
             sock = connect(self._state_dir.path, "control.sock", socket.SOCK_STREAM)
         except OSError:
             return
+        self._own.note(sock.fileno())
         self._channel = Channel(sock)
         self._poll.register(self._channel, select.POLLIN)
         self._redial.connected()
@@ -259,6 +300,7 @@ class Nursery:
             self._take(message)
         if channel.closed or replaced:
             self._poll.unregister(channel)
+            self._own.forget(channel.fileno())
             channel.close()
             self._channel = None
             self._redial.lost()
@@ -284,12 +326,13 @@ class Nursery:
             forked = self._children.pop(descriptor)
             self._poll.unregister(descriptor)
             exited = _exit_of(forked, descriptor)
+            self._own.forget(descriptor, *_pipes_of(forked.process))
             os.close(descriptor)
             if not forked.left_in_order.value and forked.who not in self._seen:
                 self._exits[forked.who] = exited
                 exits.write(self._record, exited)
             self._seen.discard(forked.who)
-            forked.process.join(1.0)  # only now is it reaped, and the process table forgets it
+            _ = forked.process.exitcode  # only now is it reaped; join would wait for its sentinel, see above
             with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
                 forked.process.close()  # without it every later start gets slower
             self._stray_left = True
@@ -339,12 +382,13 @@ class Nursery:
             with contextlib.suppress(Exception):
                 stream.flush()  # what is buffered here would be printed again by the child
         context: Any = multiprocessing.get_context(self._config.start_method)
+        spawns = self._config.start_method == "spawn"
         held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
         birth = child.Birth(
             config=self._config,
             nursery=self._who,
-            kept_descriptors=self._kept,
-            load=self._config.start_method == "spawn",
+            not_its_own=descriptors.Own() if spawns else self._own,
+            load=spawns,
             held=held,
             left_in_order=left_in_order,
         )
@@ -358,6 +402,7 @@ class Nursery:
             ticks = processes.start_ticks(process.pid)
             undo.pop_all()
         processes.restore_descriptor_limit(process.pid)
+        self._own.note(pidfd, *_pipes_of(process))
         forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks), left_in_order)
         self._children[pidfd] = forked
         self._poll.register(pidfd, select.POLLIN)
@@ -413,24 +458,22 @@ def _exit_of(forked: _Forked, pidfd: int) -> Exited:
     if info is not None:
         exit = Exit.from_waitid(info)
     else:
-        forked.process.join(1.0)  # returns at once
         code = forked.process.exitcode
         exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
     return Exited(who=forked.who, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
 
 
+def _tracker_number() -> int | None:
+    return getattr(resource_tracker._resource_tracker, "_fd", None)  # noqa: SLF001
+
+
+def _pipes_of(process: Any) -> tuple[int, ...]:  # noqa: ANN401 - of any start method
+    """Return this process's ends of the two pipes that multiprocessing has made for a child."""
+    return tuple(process._popen.finalizer._args)  # noqa: SLF001 - it has no name for one of them
+
+
 def _is_async(definition: tasks.Definition) -> bool:
     return inspect.iscoroutinefunction(definition.function)
-
-
-def _tracker_descriptor() -> set[int]:
-    # Bodies use semaphores and pools: multiprocessing would write to whatever took over the number of a closed pipe.
-    descriptor = getattr(resource_tracker._resource_tracker, "_fd", None)  # noqa: SLF001
-    return set() if descriptor is None else {descriptor}
-
-
-def _descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - as plain as it is needed
 
 
 def _own_children() -> list[int]:

@@ -49,7 +49,7 @@ FLOORS = (
     {"config"},
     {"statedir"},
     {"clock"},
-    {"statuses", "errors", "circles", "pauses", "statements"},
+    {"descriptors", "statuses", "errors", "circles", "pauses", "statements"},
 )
 """The rooms of the package from the top: each may import from the floors below its own, and from nowhere else."""
 

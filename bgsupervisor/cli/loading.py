@@ -1,6 +1,7 @@
 """Loads the application in a process of its own and says what came of it; `bgsupervisor check` starts it.
 
-The configuration comes pickled on stdin, the answer goes as JSON to stdout; what the application prints goes to stderr.
+The configuration and the path of a file for the answer come pickled on stdin; the answer is JSON. What the application
+prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -43,20 +45,19 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
 
     A process that does not answer within *limit_s* seconds is killed; that is one of the answer's failures.
     """
-    with tempfile.TemporaryFile() as answered:
+    with tempfile.NamedTemporaryFile() as answered:
         process = subprocess.Popen(
             [sys.executable, "-m", "bgsupervisor.cli.loading"],
             stdin=subprocess.PIPE,
-            stdout=answered,
+            stdout=2,
             start_new_session=True,
         )
         in_time = False
         try:
-            _hand_over(process, config)
+            _hand_over(process, config, answered.name)
             in_time = _ended_in_time(process, limit_s, SystemClock())
         finally:
             _end(process)
-        answered.seek(0)
         text = answered.read()
     try:
         return msgspec.json.decode(text, type=Answer)
@@ -67,10 +68,10 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
         return Answer({}, [LoadFailure(", ".join(config.tasks), told)], [])
 
 
-def _hand_over(process: subprocess.Popen[bytes], config: Config) -> None:
+def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
     assert process.stdin is not None  # noqa: S101 - it was asked for
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(pickle.dumps(config))
+        pipe.write(pickle.dumps((config, answer)))
 
 
 def _ended_in_time(process: subprocess.Popen[bytes], limit_s: float, clock: Clock) -> bool:
@@ -92,17 +93,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Load the application that stdin describes; leaves without waiting for threads that it started."""
-    config: Config = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
-    answer_fd = os.dup(1)
-    os.dup2(2, 1)
+    config, answer = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
     logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer tells it
     from bgsupervisor import tasks  # noqa: PLC0415 - only this process needs them
     from bgsupervisor.nursery import load_application  # noqa: PLC0415 - the same
 
     loaded = load_application(config)
     catalogue = {name: definition.options for name, definition in tasks.definitions().items()}
-    with os.fdopen(answer_fd, "wb") as answer:
-        answer.write(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings)))
+    # Opened only now: an application may close at its import whatever is open.
+    Path(answer).write_bytes(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from bgsupervisor import __version__
+from bgsupervisor import __version__, descriptors
 from bgsupervisor.cli.session import Session, config_option
 from bgsupervisor.errors import BgSupervisorError
 
@@ -116,14 +116,15 @@ def tell_error(error: BgSupervisorError) -> int:
 
 def _open_standard_streams() -> None:
     """Have descriptors 0 to 2 lead somewhere: a caller may have closed them, and what we open must not become them."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - for the life of the process
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - as above
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 - as above
+    descriptors.open_standard()
+    sys.stdin = sys.stdin or open(_standard(0), closefd=False)  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stdout or open(_standard(1), "w", closefd=False)  # noqa: SIM115 - as above
+    sys.stderr = sys.stderr or open(_standard(2), "w", closefd=False)  # noqa: SIM115 - as above
+
+
+def _standard(number: int) -> int:
+    """Return a descriptor to read from or print to, where the caller has closed the usual one."""
+    return os.open(os.devnull, os.O_RDWR) if descriptors.is_taken(number) else number
 
 
 def _silence_output() -> None:

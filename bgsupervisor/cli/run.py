@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from bgsupervisor import __version__
+from bgsupervisor import __version__, descriptors
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import take_notify_socket
@@ -204,5 +204,6 @@ def _redirect(path: Path) -> None:
     except OSError as error:
         raise access_error(path, "write", error, "give this user the right, or free some space") from error
     for number in (1, 2):
-        os.dup2(log_fd, number)
+        if not descriptors.is_taken(number):
+            os.dup2(log_fd, number)
     os.close(log_fd)
