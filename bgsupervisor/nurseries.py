@@ -139,6 +139,11 @@ class Nurseries:
         home = self.ours()
         return [*([] if home is None else home.hello.failures), *self.rejected]
 
+    def dangers(self) -> list[str]:
+        """Return what in the import of our nursery may cost data."""
+        home = self.ours()
+        return [] if home is None else home.hello.dangers
+
     def awaited(self) -> bool:
         """Whether a living nursery may still tell of deaths that nobody else has seen."""
         if self._clock.monotonic() >= self._awaited_until:
@@ -168,6 +173,8 @@ class Nurseries:
         self._awaited.discard(hello.who)
         for warning in hello.warnings:
             log.warning("%s", warning)
+        for danger in hello.dangers:
+            log.error("%s", danger)
         if hello.who == self.our_who:
             return True
         candidate = self._candidate

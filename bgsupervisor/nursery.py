@@ -25,10 +25,10 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, descriptors, exits, pauses, processes, tasks, wire
+from bgsupervisor import child, connections, descriptors, exits, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import apply_env_file
+from bgsupervisor.config import apply_env_file, is_postgres, sqlite_path
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
@@ -62,10 +62,11 @@ SIGCHLD_TAKEN = (
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading the application came to."""
+    """What loading the application came to; *dangers* are warnings of what may cost data."""
 
     failures: list[LoadFailure]
     warnings: list[str]
+    dangers: list[str]
 
 
 def main(config: Config) -> NoReturn:
@@ -93,19 +94,26 @@ def load_application(config: Config) -> Loaded:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     os.chdir(config.base_dir)
+    imports = connections.Imports(None if is_postgres(config.database) else sqlite_path(config.database))
     with _outliving_the_import():
-        failures = _load(config)
-    return Loaded(failures, [*_warnings(), *_give_up_taken_streams()])
+        failures = _load(config, imports)
+    connections.close_those_of_django()
+    if config.start_method == "spawn":  # then children inherit nothing
+        return Loaded(failures, _give_up_taken_streams(), [])
+    warnings = [*_warnings(), *imports.told(supervised=False), *_give_up_taken_streams()]
+    return Loaded(failures, warnings, imports.told(supervised=True))
 
 
-def _load(config: Config) -> list[LoadFailure]:
+def _load(config: Config, imports: connections.Imports) -> list[LoadFailure]:
     if config.setup:
         failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
+        imports.attribute(config.setup)
         if failure is not None:
             return [failure]
     failures = []
     for module in config.tasks:
         failure = _try_load(module, functools.partial(importlib.import_module, module))
+        imports.attribute(module)
         if failure is not None:
             failures.append(failure)
     for definition in tasks.definitions().values():
@@ -266,6 +274,7 @@ class Nursery:
                 catalogue={name: definition.options for name, definition in tasks.definitions().items()},
                 failures=self._loaded.failures,
                 warnings=self._loaded.warnings,
+                dangers=self._loaded.dangers,
                 children=[forked.who for forked in self._children.values()],
                 exits=list(self._exits.values()),
             )

@@ -690,7 +690,8 @@ class Supervisor:
         home = self._nurseries.ours()
         if home is not None:
             self._catalogue = msgspec.json.encode(home.hello.catalogue).decode()
-        failures = self._nurseries.failures()
+        dangers = [wire.LoadFailure("", danger) for danger in self._nurseries.dangers()]
+        failures = [*dangers, *self._nurseries.failures()]
         return SupervisorRecord(
             host=self._own.host,
             boot_id=self._own.boot_id,

@@ -135,7 +135,10 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged."""
+    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged.
+
+    *dangers* are warnings of what may cost data.
+    """
 
     version: int
     who: Who
@@ -144,6 +147,7 @@ class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     warnings: list[str]
     children: list[Who]
     exits: list[Exited]
+    dangers: list[str] = []
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):

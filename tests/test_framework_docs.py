@@ -117,7 +117,7 @@ def app(tmp_path):
 
 def test_every_code_block_of_the_page_is_a_file_or_a_command_of_a_section_that_is_run():
     for title, blocks in sections().items():
-        assert title in {SHARED, TOGETHER, "A plain script", "Cron", "Flask", "Django", "FastAPI"}
+        assert title in {SHARED, TOGETHER, "Connections", "A plain script", "Cron", "Flask", "Django", "FastAPI"}
         for language, text in blocks:
             assert FILE_NAME.match(text) or language in {"console", "crontab"}, f"nobody runs this of {title}: {text}"
     assert sum(len(blocks) for blocks in sections().values()) == PAGE.read_text().count("```") // 2

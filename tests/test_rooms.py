@@ -49,6 +49,7 @@ FLOORS = (
     {"config"},
     {"statedir"},
     {"clock"},
+    {"connections"},
     {"descriptors", "statuses", "errors", "circles", "pauses", "statements"},
 )
 """The rooms of the package from the top: each may import from the floors below its own, and from nowhere else."""

@@ -30,7 +30,7 @@ def check(session: Session, *, as_json: bool) -> None:
     """Show the configuration, load the modules.
 
     Each value is followed by where it came from. The modules are loaded in a process of its own, as the nursery
-    would. Leaves with 1 if one fails, or none is named.
+    would. Leaves with 1 if one fails or may cost data, or none is named.
     """
     config = session.config()
     if not as_json:
@@ -40,13 +40,15 @@ def check(session: Session, *, as_json: bool) -> None:
         print_json(_object(config, answer))
     else:
         _print_tasks(answer)
+    for danger in answer.dangers:
+        warn(f"DANGER: {danger}")
     for warning in answer.warnings:
         warn(f"warning: {warning}")
     if not config.tasks:
         warn("no task modules are configured; name them in `tasks`")
     for failure in () if as_json else answer.failures:
         _tell_failure(failure.module, failure.error)
-    raise click.exceptions.Exit(bool(answer.failures) or not config.tasks)
+    raise click.exceptions.Exit(bool(answer.failures or answer.dangers) or not config.tasks)
 
 
 def _print_configuration(config: Config) -> None:

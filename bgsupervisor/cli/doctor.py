@@ -95,6 +95,8 @@ def _modules(config: Config) -> Iterator[Finding]:
     for failure in answer.failures:
         told = f"{failure.module} does not load: {last_line(failure.error)}; see `bgsupervisor check`"
         yield Finding("task modules", Grade.WRONG, told)
+    for danger in answer.dangers:
+        yield Finding("task modules", Grade.WRONG, danger)
     for warning in answer.warnings:
         yield Finding("task modules", Grade.NOTE, warning)
     if not answer.failures and not answer.tasks:

@@ -137,6 +137,7 @@ class Sight:
         interrupted = self.ended[Status.INTERRUPTED]
         if max_interrupted is not None and interrupted > max_interrupted:
             found.append((State.WARNING, f"{interrupted} tasks were interrupted within a day"))
+        found += [(State.WARNING, danger) for danger in self.watch.dangers]
         for module, line in self.watch.failures:
             found.append((State.WARNING, f"module {module} failed to load: {line}"))
         if self.unresponsive:

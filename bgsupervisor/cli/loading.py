@@ -38,6 +38,7 @@ class Answer(msgspec.Struct, frozen=True):
     tasks: dict[str, TaskOptions]
     failures: list[LoadFailure]
     warnings: list[str]
+    dangers: list[str]
 
 
 def load_apart(config: Config, *, limit_s: float) -> Answer:
@@ -65,7 +66,7 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
         told = f"the process that loads it ended with exit code {process.returncode} before it could tell"
         if not in_time:
             told = f"it was not loaded within {limit_s:g} s"
-        return Answer({}, [LoadFailure(", ".join(config.tasks), told)], [])
+        return Answer({}, [LoadFailure(", ".join(config.tasks), told)], [], [])
 
 
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
@@ -101,7 +102,7 @@ def main() -> None:
     loaded = load_application(config)
     catalogue = {name: definition.options for name, definition in tasks.definitions().items()}
     # Opened only now: an application may close at its import whatever is open.
-    Path(answer).write_bytes(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings)))
+    Path(answer).write_bytes(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings, loaded.dangers)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

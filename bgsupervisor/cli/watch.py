@@ -37,6 +37,7 @@ class Watch:
         seen_at: When one was last seen; None if there never was one.
         catalogue: The names of all tasks that the living have loaded; None while that is not known.
         failures: Module and last line of the error, for each that failed to load.
+        dangers: Sentences about what in an import may cost data.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
         mute: Those alive that have not written for long, though their loop turns: the database is away.
@@ -47,6 +48,7 @@ class Watch:
     seen_at: datetime | None = None
     catalogue: frozenset[str] | None = None
     failures: Sequence[tuple[str, str]] = field(default=())
+    dangers: Sequence[str] = ()
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
     mute: Sequence[SupervisorRecord] = ()
@@ -59,6 +61,7 @@ class Watch:
     def warnings(self, *, now: datetime) -> list[str]:
         """Return what whoever looks at tasks should know first."""
         found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
+        found[:0] = self.dangers
         if not self.alive:
             found.insert(0, self.absence(now=now))
         return [*self.silence(now=now), *found]
@@ -90,12 +93,14 @@ def watch(service: Service, *, now: datetime) -> Watch:
     age_s = _age_s(lock)
     alive = [one for one in supervisors if _lives(one, now=now, turns=age_s <= STUCK_S)]
     catalogues = [_names(one, now=now) for one in alive]
+    told = [failure for one in alive for failure in _failures(one)]
     known = [names for names in catalogues if names is not None]
     return Watch(
         alive=alive,
         seen_at=max((one.left_at or one.heartbeat_at for one in supervisors), default=None),
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
-        failures=[failure for one in alive for failure in _failures(one)],
+        failures=[(module, line) for module, line in told if module],
+        dangers=[line for module, line in told if not module],
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
         stopped=StopMark.read(state_dir.stop_mark),
         mute=[one for one in alive if _is_silent(one, now=now)],
