@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.descriptors import Identity
 
-__all__ = ["Imports", "close_those_of_django"]
+__all__ = ["Imports", "close_reopening"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -85,8 +85,10 @@ class Imports:
         return found
 
 
-def close_those_of_django() -> None:
-    """Close what Django has opened in this thread while it was loaded; each child opens its own when it queries."""
+def close_reopening() -> None:
+    """Close what this thread has opened and what opens anew by itself: connections of Django, and of a `Service`."""
+    if models := sys.modules.get("bgsupervisor.models"):  # what is not imported has opened nothing
+        models.close_owned()
     conf, db = sys.modules.get("django.conf"), sys.modules.get("django.db")
     if conf is None or db is None or not conf.settings.configured:
         return

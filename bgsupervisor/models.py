@@ -39,6 +39,7 @@ __all__ = [
     "Tables",
     "TaskRecord",
     "UtcField",
+    "close_owned",
     "is_locked",
     "is_passing",
     "roll_back_abandoned",
@@ -530,6 +531,7 @@ class Store:
         if is_postgres(url):
             server = postgres.open_server(url, busy_timeout_s=busy_timeout_s, durable=durable)
             store = cls(server, prefix, owned=True, path=None)
+            _owned.add(store)
             store.creates, store.patience_s = creates and not looks, patience_s
             return store
         path = sqlite_path(url)
@@ -548,6 +550,7 @@ class Store:
             check_same_thread=False,
         )
         store = cls(database, prefix, owned=True, path=path)
+        _owned.add(store)
         store.creates = creates and not looks
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
@@ -984,6 +987,16 @@ class Store:
                 if self.owned:
                     self.database.dispose()
                 self._pid = os.getpid()
+
+
+_owned: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def close_owned() -> None:
+    """Close what this thread has opened for stores of our own; each opens anew when it is next used."""
+    for store in list(_owned):
+        with contextlib.suppress(peewee.PeeweeException):  # a transaction is open
+            store.close()
 
 
 def _call(reference: weakref.WeakMethod[Callable[[], None]]) -> None:

@@ -97,7 +97,7 @@ def load_application(config: Config) -> Loaded:
     imports = connections.Imports(None if is_postgres(config.database) else sqlite_path(config.database))
     with _outliving_the_import():
         failures = _load(config, imports)
-    connections.close_those_of_django()
+    connections.close_reopening()
     if config.start_method == "spawn":  # then children inherit nothing
         return Loaded(failures, _give_up_taken_streams(), [])
     warnings = [*_warnings(), *imports.told(supervised=False), *_give_up_taken_streams()]

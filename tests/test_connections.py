@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from conftest import wait_until
@@ -159,6 +160,34 @@ def test_looking_changes_neither_blocking_nor_locks(tmp_path, in_wal):
         connection.close()
         for one in (peer, listener):
             one.close()
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgres"])
+def test_a_service_that_is_used_at_import_shares_nothing(make_app, request, database):
+    options = {} if database == "sqlite" else {"database": request.getfixturevalue("postgres_url")}
+    app = make_app(
+        """
+from pathlib import Path
+from bgsupervisor import Service, task
+
+service = Service(config=Path(__file__).with_name("bgsupervisor.toml"))
+known = service.list()
+
+@task
+def counts() -> int:
+    return len(service.list())
+""",
+        reuse=2,
+        **options,
+    )
+    assert app.cli("migrate").returncode == 0
+    done = app.cli("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    app.start()
+    assert [app.service.result(app.wait(app.service.request("appx:counts")).id) for _ in range(3)] == [1, 2, 3]
+    [record] = app.state_dir.glob("nursery-*-*")
+    held = [str(path.readlink()) for path in Path(f"/proc/{record.name.split('-')[1]}/fd").iterdir()]
+    assert not [name for name in held if "bgsupervisor.db" in name]
 
 
 # ---- Django ----
