@@ -315,7 +315,9 @@ class Config:
         "seconds", 5.0, "How long a call waits for a locked database.", minimum=0, maximum=3600
     )
     start_method: Literal["fork", "spawn"] = _option(
-        "method", "fork", "How children start; spawn is slower, and right where imports leave threads behind."
+        "method",
+        "fork",
+        "How children start; spawn is slower, and right where imports leave threads or connections behind.",
     )
     auto_reload: bool = _option(
         "switch", True, "Whether a `run` from cron that finds changed code has the living supervisor load it."

@@ -125,13 +125,13 @@ def application(opening, *, threaded=False, postgres=""):
     return APPLICATION.format(opening=f"global {names}\n    {lines}", threaded=threaded, lines=LINES, postgres=postgres)
 
 
-def start_without_standard_descriptors(app):
+def start_without_standard_descriptors(app, closing_them="<&- >&- 2>&-", **environment):
     """Start a supervisor as a daemon that has closed its standard descriptors would."""
     command = [sys.executable, "-m", "bgsupervisor", "--config", str(app.config), "run"]
     output = app.folder / "run-closed.log"
     output.touch()
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], cwd=app.folder, env=app.environment()
+        ["sh", "-c", f'exec "$@" {closing_them}', "sh", *command], cwd=app.folder, env=app.environment(**environment)
     )
     app.supervisors.append(Supervising(process, output))
     wait_until(lambda: process.poll() is not None or app.supervisor_row(process.pid), "the supervisor is there")
@@ -196,6 +196,33 @@ def test_what_a_thread_opens_stays_with_reuse_reload_and_no_stdio(make_app, sour
     assert app.cli("reload").returncode == 0
     records += run_one_after_the_other(app)
     assert_all_is_whole(app, records)
+
+
+@pytest.mark.parametrize("closing_them", ["", "<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_what_a_hook_of_pythons_start_opens_stays_what_it_is(make_app, tmp_path, closing_them):
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    # The hook of an agent that watches programs: it comes before any line of ours.
+    (hooks / "sitecustomize.py").write_text(
+        f"import builtins\nbuiltins.hook = open({str(tmp_path / 'hook.log')!r}, 'a')\n"
+    )
+    app = make_app(
+        """
+from bgsupervisor import current, task
+
+@task
+def load() -> None:
+    print("printed")
+    current().reach("loaded", 1)
+    print(current().id, file=hook, flush=True)
+"""
+    )
+    start_without_standard_descriptors(app, closing_them, PYTHONPATH=str(hooks))
+    records = [app.wait(app.service.request("appx:load")) for _ in range(2)]
+    assert [record.status for record in records] == [Status.DONE] * 2, records
+    assert [app.log_of(record) for record in records] == ["printed\n"] * 2
+    assert (tmp_path / "hook.log").read_text().split() == ["1", "2"]
+    assert_all_is_whole(app, [])
 
 
 # ---- what is nobody's but the fork server's ----
