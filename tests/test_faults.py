@@ -28,7 +28,7 @@ from users import DEPLOY, their_python  # noqa: F401 - a fixture
 import bgsupervisor
 from bgsupervisor import processes
 from bgsupervisor.boards import Boards
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.nurseries import FORK_S
 from bgsupervisor.processes import Verdict
@@ -401,7 +401,7 @@ def lease(make_app):
     }
 
     def judged(**more):
-        recovery = Recovery(app.service.config, own, [], None, clock)
+        recovery = Recovery(app.service.config, own, [], None, AttendedClock(clock, longest_s=2.0, counted_s=1.0))
         recovery.compare([dataclasses.replace(record, **{**values, **more})])
         end = recovery.ends.get(Attempt(record.id, 1))
         assert (end is None) == (recovery.foreign_slots == {3})
