@@ -46,15 +46,8 @@ print(1, flush=True); input()
 @pytest.fixture
 def stranger():
     """A process of this user that bgsupervisor did not start, and that ends with 7 when it gets a signal."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDS_AT_ANY_SIGNAL], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    process.stdout.readline()
-    yield process
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    process.kill()
-    process.wait(10)
+    with speaking(ENDS_AT_ANY_SIGNAL) as process:
+        yield process
 
 
 @pytest.fixture
