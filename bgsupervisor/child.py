@@ -60,6 +60,8 @@ GIVE_BACK_S = 3600.0
 """So long an idle child that is to leave comes back to a database that is away, for the claim that may stand there."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
+RECORD_FOR_S = 86_400.0
+"""How long a child tries to record its end, in seconds: a database that has been away for a day was deleted."""
 PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 ALIVE_EVERY_S = 1.0
@@ -431,7 +433,11 @@ class Child:
         ledger = self._ledger()
         keys: list[str] = []
         told = ""
+        until = self._clock.monotonic() + RECORD_FOR_S
         for pause in repeat_last(RECORD_RETRY_S):
+            if self._clock.monotonic() >= until:
+                log.error("the end of task %d was not recorded: %s; giving up", attempt.id, told)
+                return
             try:
                 ledger.end(attempt, end, keys)
             except (BgSupervisorError, OSError) as error:
