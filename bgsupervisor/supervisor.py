@@ -251,6 +251,7 @@ class Supervisor:
                 self._recovery.unbegun.add(ward.attempt)
             return
         said = Attempt(hello.id, hello.attempt)
+        ward.run_place = None  # it speaks of it, by another connection than the order's
         if ward.attempt != said:
             ward.says = said
             self._recover_at = 0.0
@@ -394,11 +395,13 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not self._never_began(ward):
+            is_alone = self._nurseries.can_report_no_more(ward.nursery)  # first: a dead one has written all it knows
             exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             if exited is not None:
                 self._exits[ward.who] = exited  # its nursery is to be told that it is recorded, heard or read
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
-            inherited = self._nurseries.one_died
+            wait_s = 0.0 if is_alone else wait_s
+            inherited = self._nurseries.one_died or is_alone
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
                 ward.end = deaths.end_of(ward, exit, exited, self._wards.oom)
@@ -657,6 +660,9 @@ class Supervisor:
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
         self._recovery.unordered.discard(claim.attempt)
+        if ward.handle is not None and ward.handle.is_dead():  # since the claim was composed: nothing has begun
+            self._recovery.unbegun.add(claim.attempt)
+            return
         due, attempt = claim.due, claim.attempt
         order = wire.Run(
             id=attempt.id,
@@ -666,7 +672,8 @@ class Supervisor:
             key=due.key,
             parent_id=due.parent_id,
         )
-        ward.begin(claim, self._ears.send(ward.peer, order), self._clock.monotonic())
+        run_place = self._ears.send(ward.peer, order)
+        ward.begin(claim, run_place, ward.peer.channel.queued_bytes, self._clock.monotonic())
         pauses.at("supervisor.ordered")
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 

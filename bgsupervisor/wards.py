@@ -81,7 +81,8 @@ class Ward:
         attempt: What it runs, as rows have it.
         says: What it says that it runs, until the rows have been looked at.
         ready: It has said that it waits for an order, and has had none since.
-        run_place: Where its order to run begins in what its channel has written.
+        run_place: Where its order to run begins in what its channel has written; None once the child speaks of it.
+        run_end: Where that order ends.
         end: How its attempt ended, until that is recorded.
         dead_since: When its death was seen.
         note: What is known and not yet written.
@@ -110,6 +111,7 @@ class Ward:
     says: Attempt | None = None
     ready: bool = False
     run_place: int | None = None
+    run_end: int = 0
     end: End | None = None
     dead_since: float | None = None
     order: Order | None = None
@@ -150,17 +152,20 @@ class Ward:
 
     @property
     def never_told(self) -> bool:
-        """Whether not a byte of its order to run has left, and none will."""
+        """Whether it has surely not read its order to run whole, and never will."""
         if self.run_place is None or self.peer is None or self.connected:
             return False
-        return self.peer.channel.written_bytes <= self.run_place
+        channel = self.peer.channel
+        has_not_left = channel.written_bytes <= self.run_place
+        # Something was unread when the child closed the connection, and the order was the last that was sent.
+        return has_not_left or (channel.reset and channel.queued_bytes == self.run_end)
 
-    def begin(self, claim: Claim, run_place: int, now: float) -> None:
+    def begin(self, claim: Claim, run_place: int, run_end: int, now: float) -> None:
         """Take up an attempt that was claimed for it; *now* is attended."""
         self.ready = False
         self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
         self.started_at = self.got_on_at = now
-        self.run_place, self.suspension = run_place, Suspension()
+        self.run_place, self.run_end, self.suspension = run_place, run_end, Suspension()
 
     def become_free(self) -> None:
         """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
