@@ -238,7 +238,7 @@ class Supervisor:
         self._nurseries.met(hello.who)
         self._wards.vouch_for([hello.who])
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
-        ward.peer, ward.nursery, ward.ready = peer, hello.nursery, hello.id is None
+        ward.connect(peer, hello)
         if hello.end is None:
             ward.leave_by = None
         ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
@@ -251,7 +251,6 @@ class Supervisor:
                 self._recovery.unbegun.add(ward.attempt)
             return
         said = Attempt(hello.id, hello.attempt)
-        ward.run_place = None  # it speaks of it, by another connection than the order's
         if ward.attempt != said:
             ward.says = said
             self._recover_at = 0.0

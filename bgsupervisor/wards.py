@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bgsupervisor.reception import Peer, Reception
     from bgsupervisor.stacks import Question
     from bgsupervisor.statuses import Reason
-    from bgsupervisor.wire import End
+    from bgsupervisor.wire import ChildHello, End
 
 __all__ = ["Order", "Stage", "Ward", "Wards"]
 
@@ -159,6 +159,11 @@ class Ward:
         has_not_left = channel.written_bytes <= self.run_place
         # Something was unread when the child closed the connection, and the order was the last that was sent.
         return has_not_left or (channel.reset and channel.queued_bytes == self.run_end)
+
+    def connect(self, peer: Peer, hello: ChildHello) -> None:
+        """Take up a connection; what was sent by an earlier one is not measured by what this one has written."""
+        self.peer, self.nursery, self.ready = peer, hello.nursery, hello.id is None
+        self.run_place = None if hello.id is not None else self.run_place
 
     def begin(self, claim: Claim, run_place: int, run_end: int, now: float) -> None:
         """Take up an attempt that was claimed for it; *now* is attended."""

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ from bgsupervisor.nurseries import Nurseries
 from bgsupervisor.reception import Reception
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.wards import Ward
-from bgsupervisor.wire import Beat, Cancel, Channel, Run, Who
+from bgsupervisor.wire import Beat, Cancel, Channel, ChildHello, Run, Who
 
 SOURCE = """
-    import os, time
-    from pathlib import Path
+    import os
     from bgsupervisor import task
 
     @task
@@ -32,13 +30,6 @@ SOURCE = """
         with open("began", "a") as file:
             file.write(f"{os.getpid()}\\n")
         return os.getpid()
-
-    @task
-    def waits() -> None:
-        for _ in range(6000):
-            if Path("gate").exists():
-                return
-            time.sleep(0.01)
 """
 ORDER = Run(id=1, attempt=1, name="appx:returns", data="{}")
 
@@ -133,20 +124,14 @@ def has_dialled(pid):
     return bool(links & sockets)
 
 
-def test_child_that_dialled_again_and_died_is_not_said_never_to_have_begun(make_app):
-    app = make_app(SOURCE, spares=0)
-    app.start()
-    handle = app.service.request("appx:waits", {})
-    record = app.started(handle)
-    StateDir(app.state_dir).control.unlink()  # the supervisor binds it anew, and the child changes over
-    wait_until(StateDir(app.state_dir).control.exists, "control.sock is there again")
-    changed = wait_until(lambda: app.service.get(handle).heartbeat_at, "it has been heard")
-    wait_until(lambda: app.service.get(handle).heartbeat_at > changed, "it is heard again")
-    wait_until(lambda: app.service.get(handle).heartbeat_at > app.service.get(handle).started_at, "it beats")
-    time.sleep(1.5)  # a heartbeat later it speaks by the new connection; nothing shows which one that is
-    os.kill(record.pid, signal.SIGKILL)
-    ended = app.wait(handle)
-    assert (ended.status, ended.reason, ended.attempt) == ("INTERRUPTED", "SIGNALLED", 1)
+def test_never_told_of_a_child_that_has_dialled_again_is_false(connection):
+    ward, theirs = connection()
+    theirs.recv(65536)
+    again, _ = connection()
+    again.peer.channel.queued_bytes = again.peer.channel.written_bytes = 0  # nothing was sent by it
+    ward.connect(again.peer, ChildHello(version=1, who=ward.who, nursery=Who(1, 1), id=1, attempt=1, end=None))
+    ward.peer.channel.close()
+    assert not ward.never_told
 
 
 def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_app):
