@@ -582,6 +582,23 @@ def test_whoever_got_the_pid_of_a_dead_child_is_neither_adopted_nor_signalled(ma
 
 
 @needs_root
+def test_child_that_no_supervisor_accepts_keeps_its_lease_and_records_its_end(make_app, namespace):
+    app = make_app(TASKS, spares=0, slots=2, heartbeat_s=0.5, lease_s=3.0)
+    space = namespace(app)
+    supervisor = space.supervise()
+    [theirs] = running(app, "end")
+    space.kill(supervisor)
+    app.start()  # outside of the namespace: the hello of their child names a PID that is another's here
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 5.0, "more than a lease has passed")
+    record = app.service.get(theirs.id)
+    assert (record.status, record.reason) == (Status.START, None)
+    wait_until(lambda: app.service.get(theirs.id).heartbeat_at > record.heartbeat_at, "it writes its own heartbeat")
+    (app.folder / "end").touch()
+    assert app.wait(theirs.id).status is Status.DONE
+
+
+@needs_root
 @pytest.mark.slow
 def test_a_container_that_beats_is_left_alone_and_one_that_is_gone_is_lost_after_its_lease(make_app, namespace):
     app = make_app(TASKS, spares=0, slots=2, heartbeat_s=0.5, lease_s=2.0)
