@@ -213,7 +213,9 @@ class Link(threading.Thread):
 
     def _serve_once(self) -> None:
         channel = self._channel
-        timeout_s = self._next_look_s() if channel is not None else self._redial.wait_s() or REDIAL_S
+        timeout_s = self._next_look_s()
+        if channel is None:
+            timeout_s = min(timeout_s, self._redial.wait_s() or REDIAL_S)
         poll = select.poll()
         asked = None if self.questions is None else self.questions.fileno()
         for descriptor in (self._stir, asked):
