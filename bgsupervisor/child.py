@@ -30,7 +30,7 @@ from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
-from bgsupervisor.ledger import Attempt, Ledger
+from bgsupervisor.ledger import Attempt, Batch, Ledger, Note
 from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, roll_back_abandoned
@@ -60,6 +60,10 @@ GIVE_BACK_S = 3600.0
 """So long an idle child that is to leave comes back to a database that is away, for the claim that may stand there."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
+BEAT_WAIT_S = 0.2
+"""How long a heartbeat without a supervisor waits for a locked database, in seconds."""
+RECORD_FOR_S = 86_400.0
+"""How long a child tries to record its end, in seconds: a database that has been away for a day was deleted."""
 PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 ALIVE_EVERY_S = 1.0
@@ -250,6 +254,7 @@ class Child:
         with contextlib.suppress(OSError):
             self._answering.get_ready()
         self._link.questions = self._answering
+        self._link.beat_alone = self._beat_alone
         self._link.start()
         last = None
         for more in reversed(range(self._config.reuse)):
@@ -425,7 +430,11 @@ class Child:
         ledger = self._ledger()
         keys: list[str] = []
         told = ""
+        until = self._clock.monotonic() + RECORD_FOR_S
         for pause in repeat_last(RECORD_RETRY_S):
+            if self._clock.monotonic() >= until:
+                log.error("the end of task %d was not recorded: %s; giving up", attempt.id, told)
+                return
             try:
                 ledger.end(attempt, end, keys)
             except (BgSupervisorError, OSError) as error:
@@ -441,18 +450,26 @@ class Child:
             if self._link.acknowledged.wait(pause):
                 return
 
-    def _ledger(self, patience_s: float = 0.0) -> Ledger:
+    def _ledger(self, patience_s: float = 0.0, busy_timeout_s: float | None = None) -> Ledger:
         config = self._config
         # A database that is away may come back, or be restored; an empty one in its place would know of no attempt.
         store = Store.open(
             config.database,
             config.table_prefix,
-            busy_timeout_s=config.busy_timeout_s,
+            busy_timeout_s=config.busy_timeout_s if busy_timeout_s is None else busy_timeout_s,
             creates=False,
             patience_s=patience_s,
         )
         store.take_turns(config.state_dir)
         return Ledger(store)
+
+    def _beat_alone(self, order: Run) -> None:
+        """Write a heartbeat, from the link's thread; a database that is away or locked hears the next one."""
+        ledger = self._ledger(busy_timeout_s=BEAT_WAIT_S)
+        with contextlib.suppress(BgSupervisorError, OSError):
+            ledger.apply(Batch(notes={Attempt(order.id, order.attempt): Note(heartbeat_at=ledger.clock.now())}))
+        with contextlib.suppress(BgSupervisorError, OSError):
+            ledger.store.close()
 
     def _keep_log(self, order: Run) -> None:
         with contextlib.suppress(OSError):

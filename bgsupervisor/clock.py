@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Clock", "ServerClock", "SystemClock", "repeat_last"]
+__all__ = ["AttendedClock", "Clock", "ServerClock", "SystemClock", "repeat_last"]
 
 ASK_EVERY_S = 60.0
 """What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
@@ -50,6 +50,54 @@ class SystemClock:
     def sleep(self, seconds: float) -> None:
         """Block for *seconds*."""
         time.sleep(seconds)
+
+
+class AttendedClock:
+    """The time that a loop has attended to; it judges others by no other.
+
+    A loop that was stopped (SIGSTOP, a frozen container, a suspended machine) heard nobody meanwhile, and the others
+    may have been stopped as well and go on a moment later. So `monotonic` leaves that time out: of a gap between two
+    calls of `attend` that is longer than *longest_s*, only *counted_s* count.
+
+    Args:
+        machine: What the clock is made of.
+        longest_s: The longest gap that is no sign of a stop, in seconds.
+        counted_s: What counts of a longer gap, in seconds; above 0, so that time goes on for a loop of slow passes.
+    """
+
+    def __init__(self, machine: Clock, *, longest_s: float, counted_s: float) -> None:
+        self._machine = machine
+        self._longest_s = longest_s
+        self._counted_s = counted_s
+        self._left_out_s = 0.0
+        self._attended_at = machine.monotonic()
+
+    def attend(self) -> None:
+        """Note that the loop turns."""
+        now = self._machine.monotonic()
+        gap_s, self._attended_at = now - self._attended_at, now
+        if gap_s > self._longest_s:
+            self._left_out_s += gap_s - self._counted_s
+
+    def now(self) -> datetime:
+        """Return the wall-clock time, aware, in UTC."""
+        return self._machine.now()
+
+    def monotonic(self) -> float:
+        """Return attended seconds: for this loop's own deadlines only."""
+        return self.attended(self.machine_monotonic())
+
+    def machine_monotonic(self) -> float:
+        """Return CLOCK_MONOTONIC in seconds: for rows and other processes."""
+        return self._machine.monotonic()
+
+    def attended(self, machine_monotonic: float) -> float:
+        """Return the deadline of this clock that a moment of CLOCK_MONOTONIC has come to by now."""
+        return machine_monotonic - self._left_out_s
+
+    def sleep(self, seconds: float) -> None:
+        """Block for *seconds*."""
+        self._machine.sleep(seconds)
 
 
 class _Told(NamedTuple):

@@ -19,7 +19,7 @@ from bgsupervisor.wards import Order, Stage
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from bgsupervisor.clock import Clock
+    from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Wish
     from bgsupervisor.nurseries import Nurseries
@@ -41,8 +41,6 @@ KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
 STALL_SLACK_S = 2.0
 """A stall is told so much later: a child tells only now and then that its body gets on (`ALIVE_EVERY_S`)."""
-STOOD_STILL_S = 2.0
-"""Passes are at most a second apart: who has not looked for so long was stopped, and hears before it judges."""
 STALL_LOOK_S = 1.0
 """While the rows cannot tell whether a silent body waits for others, they are asked so often."""
 STACK_WAIT_S = 0.5
@@ -56,7 +54,9 @@ STACK_KEPT_CHARS = 65_536
 class Enforcement:
     """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
 
-    def __init__(self, config: Config, wards: Wards, nurseries: Nurseries, ears: Reception, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, wards: Wards, nurseries: Nurseries, ears: Reception, clock: AttendedClock
+    ) -> None:
         self.config = config
         self._wards = wards
         self._nurseries = nurseries
@@ -65,7 +65,6 @@ class Enforcement:
         self._limits_at = 0.0
         self._usage_at = 0.0
         self._stalls_at = 0.0
-        self._looked_at = clock.monotonic()
 
     def enforce(self) -> None:
         """See whose time has come."""
@@ -82,11 +81,11 @@ class Enforcement:
             self._limits_at = now + LIMITS_EVERY_S
             self._enforce_sizes(running, now)
         for ward in self._wards:
-            if ward.leave_by is not None and now >= ward.leave_by and ward.handle is not None:
+            if ward.leave_by is not None and now >= ward.leave_by and ward.target is not None:
                 log.warning("PID %d does not leave after its task has ended; killing it", ward.who.pid)
                 ward.leave_by = now + LEAVE_SLACK_S
                 with contextlib.suppress(OSError):
-                    processes.signal_tree(ward.handle, signal.SIGKILL)
+                    processes.signal_tree(ward.target, signal.SIGKILL)
 
     def heed(self, wishes: Iterable[Wish]) -> None:
         """Ask the bodies that somebody wants cancelled to end; note which ones are to be suspended, and which not."""
@@ -101,9 +100,7 @@ class Enforcement:
     def stalled(self) -> list[Ward]:
         """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
         now = self._clock.monotonic()
-        stood_still = now - self._looked_at > STOOD_STILL_S
-        self._looked_at = now
-        if stood_still or now < self._stalls_at:
+        if now < self._stalls_at:
             return []
         dues = [(ward, self._stall_due_at(ward)) for ward in self._endable()]
         return [ward for ward, due_at in dues if due_at is not None and now >= due_at]
@@ -122,7 +119,12 @@ class Enforcement:
         self._stalls_at = self._clock.monotonic() + STALL_LOOK_S
 
     def order(self, ward: Ward, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED) -> None:
-        """Begin to end an attempt, or go to *stage* at once; the first reason stands."""
+        """Begin to end an attempt, or go to *stage* at once; the first reason stands.
+
+        Nothing is begun for a process that only a row names: it may be no child of ours.
+        """
+        if not ward.vouched:
+            return
         now = self._clock.monotonic()
         if ward.order is None:
             is_late = reason is Reason.TIMED_OUT
@@ -153,13 +155,13 @@ class Enforcement:
     def carry_out(self, ward: Ward, order: Order) -> None:
         """Send the signal of an order's stage; its reason is in the row."""
         order.unsent = False
-        if ward.handle is None:
+        if ward.target is None:
             self._have_sent(ward, order)  # it cannot be held now; its nursery can, and the last stage comes again
             return
         try:
             if order.stage is Stage.TERM:
                 log.info("sending SIGTERM to PID %d: %s", ward.who.pid, order.why)
-                ward.handle.send_signal(signal.SIGTERM)
+                ward.target.send_signal(signal.SIGTERM)
             else:
                 self._kill(ward, order.why)
         except OSError as error:  # another user's process by now, or no descriptors left
@@ -168,11 +170,11 @@ class Enforcement:
 
     def suspend(self, ward: Ward) -> None:
         """Have a child and all that it started stand still; that it does is in the row."""
-        if ward.handle is None or not ward.suspension.lasts:
+        if ward.target is None or not ward.suspension.lasts:
             return
         log.info("stopping PID %d and all that it started, until somebody resumes it", ward.who.pid)
         try:
-            processes.signal_tree(ward.handle, signal.SIGSTOP)
+            processes.signal_tree(ward.target, signal.SIGSTOP)
         except OSError as error:
             log.error("PID %d cannot be stopped: %s", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
 
@@ -182,22 +184,22 @@ class Enforcement:
         Then nobody could even resume it. They are stopped anew once the database can be written.
         """
         for ward in self._wards:
-            if ward.suspension.lasts and ward.handle is not None:
+            if ward.suspension.lasts and ward.target is not None:
                 with contextlib.suppress(OSError):
                     if processes.is_stopped(ward.who.pid):
                         log.warning("letting PID %d go on: perhaps it is who keeps the database locked", ward.who.pid)
-                    processes.signal_tree(ward.handle, signal.SIGCONT)
+                    processes.signal_tree(ward.target, signal.SIGCONT)
                     ward.suspension_unsaved = True
 
     def _kill(self, ward: Ward, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", ward.who.pid, why)
-        if ward.handle is None:
+        if ward.target is None:
             return
         try:
-            processes.signal_tree(ward.handle, signal.SIGKILL)
+            processes.signal_tree(ward.target, signal.SIGKILL)
         except OSError as error:  # no descriptors left, or no process table; what it started falls to the nursery
             log.error("what PID %d started cannot be seen: %s; killing it alone", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
-            ward.handle.send_signal(signal.SIGKILL)
+            ward.target.send_signal(signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
         """While the database is away, have nurseries send what is overdue; they report the reason with the exit."""
@@ -247,7 +249,7 @@ class Enforcement:
         timeout_s = self._nurseries.options(ward.name).timeout_s
         if timeout_s is None or ward.suspension.lasts:
             return None
-        return ward.started_mono + ward.suspension.total_s + timeout_s
+        return ward.started_at + ward.suspension.total_s + timeout_s
 
     def _stall_due_at(self, ward: Ward) -> float | None:
         """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
@@ -264,23 +266,25 @@ class Enforcement:
             return
         must_see = ward.order is not None and ward.order.stage < Stage.KILL
         wanted = ward.to_be_suspended and ward.end is None and not must_see
-        if wanted and not ward.suspension.lasts and ward.order is None and ward.handle is not None:
-            ward.suspension = Suspension(self._clock.now(), now, ward.suspension.total_s)
+        if wanted and not ward.suspension.lasts and ward.order is None and ward.target is not None:
+            since_mono = self._clock.machine_monotonic()
+            ward.suspension = Suspension(self._clock.now(), since_mono, ward.suspension.total_s)
             ward.suspension_unsaved = True
-        elif not wanted and ward.suspension.lasts and ward.handle is not None:
+        elif not wanted and ward.suspension.lasts and ward.target is not None:
             # The other way round: were this supervisor to die in between, the next would do the same once more.
             with contextlib.suppress(OSError):
-                processes.signal_tree(ward.handle, signal.SIGCONT)
+                processes.signal_tree(ward.target, signal.SIGCONT)
                 log.info("letting PID %d go on", ward.who.pid)
-                ward.suspension, ward.suspension_unsaved = ward.suspension.ended(now), ward.attempt is not None
+                ward.suspension = ward.suspension.ended(self._clock.machine_monotonic())
+                ward.suspension_unsaved = ward.attempt is not None
                 ward.got_on_at = now
 
     def _ask_for_stack(self, ward: Ward) -> None:
         """Ask what it is doing, before it is asked to end; the answer is read in a later pass."""
-        if ward.handle is not None:
+        if ward.target is not None:
             ward.question_by = self._clock.monotonic() + ANSWER_S
             with contextlib.suppress(NoStack):
-                ward.question = Question.ask(ward.handle)
+                ward.question = Question.ask(ward.target)
 
     def _keep_stack(self, ward: Ward, now: float) -> None:
         """Take what was answered, when it is whole or no more can come, to the row, or to the end if that is known."""

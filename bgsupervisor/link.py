@@ -22,7 +22,7 @@ from bgsupervisor.statedir import connect, inode_of, is_another, ring_board
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Run, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
@@ -52,6 +52,7 @@ class Link(threading.Thread):
         cancel_order: The present attempt is to end, and why.
         last_progress: What the body said last and has not been sent.
         waiting: The body waits for another task, without a slot.
+        beat_alone: Writes a heartbeat where no supervisor does; short, for the body may wait for the lock meanwhile.
         questions: Where others ask for the stacks of this process; the thread answers.
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
@@ -80,6 +81,7 @@ class Link(threading.Thread):
         self._wakes: set[int] = set()
         self._stir: int | None = None
         self.questions: Answering | None = None
+        self.beat_alone: Callable[[Run], None] | None = None
         self._redial = Redial(clock)
         self._leaving = False
         self._last_beat = 0.0
@@ -211,7 +213,9 @@ class Link(threading.Thread):
 
     def _serve_once(self) -> None:
         channel = self._channel
-        timeout_s = self._next_look_s() if channel is not None else self._redial.wait_s() or REDIAL_S
+        timeout_s = self._next_look_s()
+        if channel is None:
+            timeout_s = min(timeout_s, self._redial.wait_s() or REDIAL_S)
         poll = select.poll()
         asked = None if self.questions is None else self.questions.fileno()
         for descriptor in (self._stir, asked):
@@ -335,6 +339,7 @@ class Link(threading.Thread):
             if word is not None:
                 self.say(word)
             self.say(wire.Beat(order.id, order.attempt))
+            self._beat_alone(order)
         if order is not None:
             return
         if now - self._last_look >= PARENT_LOOK_S:
@@ -343,6 +348,15 @@ class Link(threading.Thread):
                 self._leave_alone()
         if self._redial.alone_s() >= LONELY_S:
             self._leave_alone()
+
+    def _beat_alone(self, order: Run) -> None:
+        """Write the heartbeat into the row while no supervisor accepts this child, as one of another container may not.
+
+        Under the lock, so that the body cannot fork meanwhile and take the database connection along.
+        """
+        if self.beat_alone is not None and self._redial.alone_s() >= self._heartbeat_s:
+            with self._lock:
+                self.beat_alone(order)
 
     def _change_over(self) -> None:
         """Leave a supervisor in whose place another listens: it may be stopped, and never close the connection."""

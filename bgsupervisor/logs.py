@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING
 
 from bgsupervisor import linux
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
 
-__all__ = ["bound", "find", "follow", "open_for_append", "process_log", "read", "tail", "task_log"]
+__all__ = ["bound", "find", "follow", "is_own", "open_for_append", "process_log", "read", "tail", "task_log"]
 
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 65536
@@ -49,6 +50,15 @@ def find(logs: Path, *, id: int, attempt: int, pid: int | None, start_ticks: int
         candidates.append(process_log(logs, pid, start_ticks))
         candidates.append(candidates[0])  # it may have been renamed between the two looks
     return next((path for path in candidates if _is_there(path)), None)
+
+
+def is_own(path: Path) -> bool:
+    """Whether *path* is a plain file of this user, as its child has made it."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def open_for_append(path: Path) -> int:

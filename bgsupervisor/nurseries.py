@@ -153,6 +153,16 @@ class Nurseries:
         self._awaited -= dead
         return bool(self._awaited)
 
+    def can_report_no_more(self, parent: Who | None) -> bool:
+        """Whether the fork server of a dead child is dead as well; *parent* is None where the child never named it.
+
+        A child that no supervisor has heard may be of any fork server that an earlier supervisor has started.
+        """
+        if parent is not None:
+            return self._is_dead(parent)
+        earlier = {who for who in (*self._records(), *self._homes) if who not in self._started}
+        return bool(earlier) and all(self._is_dead(who) for who in earlier)
+
     def die_again_and_again(self) -> bool:
         """Whether no nursery has come up in a row of tries."""
         return self._deaths > len(RESTART_S)

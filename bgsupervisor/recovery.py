@@ -16,7 +16,7 @@ from bgsupervisor.wire import End, Who
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from bgsupervisor.clock import Clock
+    from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.processes import ProcessIdentity
@@ -39,7 +39,9 @@ class Recovery:
         done_once: Every row has been looked at since the start; before that nothing may be admitted.
     """
 
-    def __init__(self, config: Config, own: ProcessIdentity, wards: Wards, ears: Reception, clock: Clock) -> None:
+    def __init__(
+        self, config: Config, own: ProcessIdentity, wards: Wards, ears: Reception, clock: AttendedClock
+    ) -> None:
         self.config = config
         self._own = own
         self._wards = wards
@@ -87,6 +89,11 @@ class Recovery:
         attempt = Attempt(record.id, record.attempt)
         if ward.handle is None and ward.dead_since is None:
             self._wards.look_again(ward)
+        self._wards.recognise(ward)
+        if self._wards.is_stranger(ward):
+            detail = f"its row names PID {ward.who.pid}, which bgsupervisor did not start; it was written by hand"
+            self.ends[attempt] = End(reason=Reason.VANISHED, detail=detail)
+            return
         if ward.attempt == attempt:
             ward.slot = record.slot  # it may have given it to others, or taken one again
         if ward.attempt is not None or (ward.says is not None and ward.says != attempt):
@@ -100,7 +107,7 @@ class Recovery:
                 ward.who.pid,
             )
         ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
-        ward.started_mono = self._clock.monotonic() if record.started_mono is None else record.started_mono
+        ward.started_at = self._clock.attended(record.started_mono or self._clock.machine_monotonic())
         ward.says = ward.leave_by = None
         ward.to_be_suspended = record.suspend_requested_at is not None
         ward.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
@@ -160,7 +167,7 @@ class Recovery:
         silent_s = (self._clock.now() - seen).total_seconds()
         if record.started_mono is None or record.started_at is None:
             return silent_s
-        age_s = self._clock.monotonic() - record.started_mono
+        age_s = self._clock.machine_monotonic() - record.started_mono
         return min(silent_s, age_s - (seen - record.started_at).total_seconds())
 
 

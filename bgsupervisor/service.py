@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -513,7 +514,14 @@ class Service:
         )
         found, handle = processes.look(identity)
         if handle is not None and found is processes.Verdict.ALIVE:
-            return handle
+            if os.geteuid() != 0 or self._is_child(record.pid, record.start_ticks):
+                return handle
+            handle.close()
+            raise NoStack(
+                f"cannot ask PID {record.pid} for its stack: it has no log in the state directory, so the row may name "
+                "a process that bgsupervisor did not start; ask as the user that supervises",
+                pid=record.pid,
+            )
         if handle is not None:
             handle.close()
         if found is processes.Verdict.DEAD:
@@ -521,6 +529,20 @@ class Service:
         else:
             why = f"it runs on another machine or in another container (host {record.host}); ask there"
         raise NoStack(f"task {record.id} shows no stack: {why}", pid=record.pid)
+
+    def _is_child(self, pid: int, start_ticks: int) -> bool:
+        """Whether the log of a process stands in the state directory, and both belong to that folder's owner.
+
+        Root could ask any process, and the row that names it may be anybody's who writes the database.
+        """
+        from bgsupervisor import logs  # noqa: PLC0415 - a web process seldom asks
+
+        folder = StateDir(self.config.state_dir)
+        log = logs.process_log(folder.logs, pid, start_ticks)
+        try:
+            return len({path.lstat().st_uid for path in (folder.path, log, Path(f"/proc/{pid}"))}) == 1
+        except OSError:
+            return False
 
     def _resolve(self, task: TaskLike) -> tuple[str, tasks.Definition | None]:
         definition = tasks.definition_of(task)

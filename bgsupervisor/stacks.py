@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import signal
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.processes import ProcessHandle
 
-__all__ = ["ANSWER_S", "Answering", "Question", "stack_of"]
+__all__ = ["ANSWER_S", "Answering", "Question", "can_answer", "stack_of"]
 
 SIGNAL = signal.SIGURG
 NAME = "bgsupervisor-stack"
@@ -204,6 +205,14 @@ def stack_of(handle: ProcessHandle, *, timeout_s: float, clock: Clock) -> str:
     )
 
 
+def can_answer(pid: int) -> bool:
+    """Whether a process has the memory in which a child shows its stack. Raises OSError if it may not be seen."""
+    memory = _open_memory(pid)
+    if memory is not None:
+        os.close(memory)
+    return memory is not None
+
+
 def _open_memory(pid: int) -> int | None:
     """Open the memory of another process, None if it has none. Raises OSError if this user may not look."""
     with os.scandir(f"/proc/{pid}/fd") as entries:
@@ -225,7 +234,8 @@ def _ring(pid: int, memory: int, who: bytes) -> None:
     with contextlib.suppress(OSError):
         bell = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if _inode(bell) == inode:
+            # Not a file that the process itself may only read: its memory's name is its own choice.
+            if _inode(bell) == inode and stat.S_ISFIFO(os.fstat(bell).st_mode):
                 os.write(bell, who + b"\n")
         finally:
             os.close(bell)

@@ -19,6 +19,7 @@ import msgspec
 
 from bgsupervisor import deaths, pauses, processes, wire
 from bgsupervisor.boards import Boards
+from bgsupervisor.clock import AttendedClock
 from bgsupervisor.config import masked
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
@@ -53,6 +54,8 @@ log = logging.getLogger("bgsupervisor")
 
 BUSY_TIMEOUT_S = 0.1
 """How long one pass may wait for another writer of the database before it is put off."""
+STOPPED_S = 2.0
+"""Passes are at most a second apart; a supervisor that has not turned for so long was stopped."""
 NET_S = 1.0
 """Without a bell the loop looks at least so often: at the database's version, its own files and its clocks."""
 TOUCHED_LOOKS_S = (0.002, 0.01, 0.05, 0.2)
@@ -115,7 +118,7 @@ class Supervisor:
         self._store.hurry()
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store)
-        self._clock = clock = self._store.clock
+        self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S, counted_s=NET_S)
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
@@ -176,7 +179,9 @@ class Supervisor:
         until = self._clock.monotonic() + self._rest_s()
         while True:
             moment = min([until, *self._touched_looks_at[:1]])
-            heard = self._ears.hear(self._ears.rest(max(0.0, moment - self._clock.monotonic())))
+            ready = self._ears.rest(max(0.0, moment - self._clock.monotonic()))
+            self._clock.attend()
+            heard = self._ears.hear(ready)
             self._take_in(heard)
             if heard.matters or self._look or self._clock.monotonic() >= until:
                 return heard
@@ -222,6 +227,7 @@ class Supervisor:
             self._nurseries.met(message.who)
         elif isinstance(message, wire.Spawned):
             self._nurseries.take_spawned(peer, message)
+            self._wards.vouch_for([message.who])
             if message.who in self._wards:
                 self._nurseries.met(message.who)  # its own hello came first, by another socket
         else:
@@ -230,8 +236,9 @@ class Supervisor:
 
     def _take_child(self, peer: Peer, hello: wire.ChildHello) -> None:
         self._nurseries.met(hello.who)
+        self._wards.vouch_for([hello.who])
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
-        ward.peer, ward.nursery, ward.ready = peer, hello.nursery, hello.id is None
+        ward.connect(peer, hello)
         if hello.end is None:
             ward.leave_by = None
         ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
@@ -254,6 +261,7 @@ class Supervisor:
 
     def _take_nursery(self, peer: Peer, hello: wire.NurseryHello) -> None:
         self._exits.update({exited.who: exited for exited in hello.exits})
+        self._wards.vouch_for(hello.children)
         if self._nurseries.take_hello(peer, hello):
             self._look = True
             self._send_away_unneeded()
@@ -386,11 +394,13 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not self._never_began(ward):
+            is_alone = self._nurseries.can_report_no_more(ward.nursery)  # first: a dead one has written all it knows
             exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
             if exited is not None:
                 self._exits[ward.who] = exited  # its nursery is to be told that it is recorded, heard or read
             wait_s = FIRST_HELLO_S if self._nurseries.awaited() else deaths.EXIT_WAIT_S
-            inherited = self._nurseries.one_died
+            wait_s = 0.0 if is_alone else wait_s
+            inherited = self._nurseries.one_died or is_alone
             exit = deaths.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
                 ward.end = deaths.end_of(ward, exit, exited, self._wards.oom)
@@ -484,7 +494,8 @@ class Supervisor:
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
         self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
-        return [(Claim(task, ward.identity, slot, now), ward) for task, ward, slot in pairs]
+        started_mono = self._clock.machine_monotonic()
+        return [(Claim(task, ward.identity, slot, started_mono), ward) for task, ward, slot in pairs]
 
     def _look_ahead(self) -> None:
         """Do what no start has to wait for: order missing children, and see when the next task's time comes."""
@@ -512,7 +523,7 @@ class Supervisor:
     def _returning(self) -> list[Ward]:
         """Return the wards that have waited and want a slot again, in the order in which they began."""
         wanting = [ward for ward in self._wards.running() if ward.wants_slot is not None and ward.end is None]
-        return sorted(wanting, key=lambda ward: ward.started_mono)
+        return sorted(wanting, key=lambda ward: ward.started_at)
 
     # write
 
@@ -648,6 +659,9 @@ class Supervisor:
             return
         assert ward.peer is not None  # noqa: S101 - an idle ward has one
         self._recovery.unordered.discard(claim.attempt)
+        if ward.handle is not None and ward.handle.is_dead():  # since the claim was composed: nothing has begun
+            self._recovery.unbegun.add(claim.attempt)
+            return
         due, attempt = claim.due, claim.attempt
         order = wire.Run(
             id=attempt.id,
@@ -657,7 +671,8 @@ class Supervisor:
             key=due.key,
             parent_id=due.parent_id,
         )
-        ward.begin(claim, self._ears.send(ward.peer, order))
+        run_place = self._ears.send(ward.peer, order)
+        ward.begin(claim, run_place, ward.peer.channel.queued_bytes, self._clock.monotonic())
         pauses.at("supervisor.ordered")
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
 

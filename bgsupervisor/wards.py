@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import os
 from typing import TYPE_CHECKING
 
-from bgsupervisor import logs, processes
+from bgsupervisor import logs, processes, stacks
 from bgsupervisor.ledger import Attempt, Note, Suspension
 from bgsupervisor.oom import OomWatch
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.wire import Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from bgsupervisor.reception import Peer, Reception
     from bgsupervisor.stacks import Question
     from bgsupervisor.statuses import Reason
-    from bgsupervisor.wire import End
+    from bgsupervisor.wire import ChildHello, End
 
 __all__ = ["Order", "Stage", "Ward", "Wards"]
+
+
+STRANGER_S = 10.0
+"""How long a process that only a row names may take to prove that it is a child of ours."""
 
 
 class Stage(enum.IntEnum):
@@ -71,35 +76,42 @@ class Ward:
 
     Attributes:
         handle: Its pidfd; None where it cannot be held (UNKNOWN), then only its row and its words tell of it.
+        vouched: It is known to be a child of ours, and not only from a row, which anybody may have written.
+        met_at: Since when it is known.
         attempt: What it runs, as rows have it.
         says: What it says that it runs, until the rows have been looked at.
         ready: It has said that it waits for an order, and has had none since.
-        run_place: Where its order to run begins in what its channel has written.
+        run_place: Where its order to run begins in what its channel has written; None once the child speaks of it.
+        run_end: Where that order ends.
         end: How its attempt ended, until that is recorded.
-        dead_since: When its death was seen, monotonic.
+        dead_since: When its death was seen.
         note: What is known and not yet written.
-        leave_by: When it is killed if it has not left by itself, monotonic.
+        leave_by: When it is killed if it has not left by itself.
         wants_slot: The number of the wait after which it wants a slot again.
-        got_on_at: When the body last said that it gets on, or may have; monotonic.
+        started_at: When its attempt was claimed; attended, as all moments here.
+        got_on_at: When the body last said that it gets on, or may have.
         to_be_suspended: Somebody wants it to stand still.
         suspension: Whether it does, and how long it has.
         suspension_unsaved: The row does not have that yet; what is to stop is stopped after the commit.
         question: Its stack was asked for, because its time is up.
-        question_by: So long an answer is waited for, monotonic.
+        question_by: So long an answer is waited for.
         stack: What it answered.
     """
 
     identity: ProcessIdentity
     handle: ProcessHandle | None
+    vouched: bool = False
+    met_at: float = 0.0
     nursery: Who | None = None
     peer: Peer | None = None
     attempt: Attempt | None = None
     name: str = ""
     slot: int | None = None
-    started_mono: float = 0.0
+    started_at: float = 0.0
     says: Attempt | None = None
     ready: bool = False
     run_place: int | None = None
+    run_end: int = 0
     end: End | None = None
     dead_since: float | None = None
     order: Order | None = None
@@ -123,6 +135,11 @@ class Ward:
         return Who(self.identity.pid, self.identity.start_ticks)
 
     @property
+    def target(self) -> ProcessHandle | None:
+        """Where signals for it go; None if it cannot be held, or is perhaps no child of ours."""
+        return self.handle if self.vouched else None
+
+    @property
     def connected(self) -> bool:
         """Whether it can be spoken to."""
         return self.peer is not None and not (self.peer.channel.closed or self.peer.channel.broken)
@@ -135,17 +152,25 @@ class Ward:
 
     @property
     def never_told(self) -> bool:
-        """Whether not a byte of its order to run has left, and none will."""
+        """Whether it has surely not read its order to run whole, and never will."""
         if self.run_place is None or self.peer is None or self.connected:
             return False
-        return self.peer.channel.written_bytes <= self.run_place
+        channel = self.peer.channel
+        has_not_left = channel.written_bytes <= self.run_place
+        # Something was unread when the child closed the connection, and the order was the last that was sent.
+        return has_not_left or (channel.reset and channel.queued_bytes == self.run_end)
 
-    def begin(self, claim: Claim, run_place: int) -> None:
-        """Take up an attempt that was claimed for it."""
+    def connect(self, peer: Peer, hello: ChildHello) -> None:
+        """Take up a connection; what was sent by an earlier one is not measured by what this one has written."""
+        self.peer, self.nursery, self.ready = peer, hello.nursery, hello.id is None
+        self.run_place = None if hello.id is not None else self.run_place
+
+    def begin(self, claim: Claim, run_place: int, run_end: int, now: float) -> None:
+        """Take up an attempt that was claimed for it; *now* is attended."""
         self.ready = False
         self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
-        self.started_mono, self.run_place = claim.started_mono, run_place
-        self.got_on_at, self.suspension = claim.started_mono, Suspension()
+        self.started_at = self.got_on_at = now
+        self.run_place, self.run_end, self.suspension = run_place, run_end, Suspension()
 
     def become_free(self) -> None:
         """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
@@ -172,6 +197,7 @@ class Wards:
         self._logs = logs_folder
         self._clock = clock
         self._all: dict[Who, Ward] = {}
+        self._named: set[Who] = set()
         self.oom = OomWatch()
 
     def __iter__(self) -> Iterator[Ward]:
@@ -198,13 +224,43 @@ class Wards:
 
     def meet(self, identity: ProcessIdentity) -> Ward:
         """Take charge of a process; one that is not to be found is taken for dead since now."""
-        known = self._all.get(Who(identity.pid, identity.start_ticks))
+        who = Who(identity.pid, identity.start_ticks)
+        known = self._all.get(who)
         if known is not None:
             return known
-        ward = Ward(identity, None)
-        self._all[ward.who] = ward
+        ward = Ward(identity, None, vouched=who in self._named, met_at=self._clock.monotonic())
+        self._all[who] = ward
         self.look_again(ward)
         return ward
+
+    def vouch_for(self, whos: Iterable[Who]) -> None:
+        """Take processes for children of ours: they dialled the control socket, or a fork server of ours names them."""
+        for who in whos:
+            self._named.add(who)
+            if who in self._all:
+                self._all[who].vouched = True
+
+    def recognise(self, ward: Ward) -> None:
+        """See whether a process that a row names is a child of ours: vouched for, or its log stands among ours."""
+        ward.vouched = ward.vouched or ward.who in self._named or logs.is_own(self.log_of(ward))
+
+    def is_stranger(self, ward: Ward) -> bool:
+        """Whether a living process that a row names is surely no child of ours.
+
+        A child dials a new supervisor within a second, unless it is stopped or its link hangs; then it still has the
+        memory in which it shows its stack. *Attended* seconds count, for the children may have been stopped as well.
+        """
+        if ward.vouched or ward.handle is None or ward.dead_since is not None:
+            return False
+        pid = ward.who.pid
+        if pid == os.getpid():
+            return True
+        if self._clock.monotonic() - ward.met_at < STRANGER_S:
+            return False
+        try:
+            return not processes.is_stopped(pid) and not stacks.can_answer(pid)
+        except OSError:
+            return False  # not to be seen: nothing is known of it
 
     def look_again(self, ward: Ward) -> None:
         """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
@@ -218,6 +274,7 @@ class Wards:
     def forget(self, ward: Ward) -> None:
         """Let go of a dead child; its empty log goes with it."""
         ward.forget_question()
+        self._named.discard(ward.who)
         self._ears.unwatch_process(ward.who)
         if ward.handle is not None:
             ward.handle.close()

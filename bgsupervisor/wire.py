@@ -6,6 +6,7 @@ PROTOCOL_VERSION. Nothing here is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -364,6 +365,8 @@ class Channel:
     Attributes:
         closed: Nothing more will be received, nothing can be sent.
         broken: Nothing can be sent any more; what the peer has written may still be received, its last word too.
+        reset: The peer closed the connection before it had read all that was written (ECONNRESET of a Unix stream
+            socket: `unix_release_sock` in net/unix/af_unix.c, Linux 2.6 and later).
         queued_bytes: All that was ever handed to `send`.
         written_bytes: How much of it the kernel has taken.
     """
@@ -374,7 +377,7 @@ class Channel:
         self._inode = os.fstat(sock.fileno()).st_ino
         self._incoming = bytearray()
         self._outgoing: deque[memoryview] = deque()
-        self.closed = self.broken = False
+        self.closed = self.broken = self.reset = False
         self.queued_bytes = 0
         self.written_bytes = 0
 
@@ -416,8 +419,9 @@ class Channel:
                 written = self._socket.send(self._outgoing[0], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return False
-            except OSError:
+            except OSError as error:
                 self.broken = True
+                self._note_reset(error)
                 return False
             self.written_bytes += written
             if written == len(self._outgoing[0]):
@@ -439,8 +443,9 @@ class Channel:
                 chunk = self._socket.recv(65536)
             except BlockingIOError:
                 break
-            except OSError:
+            except OSError as error:
                 self.closed = True
+                self._note_reset(error)
                 break
             if not chunk:
                 self.closed = True
@@ -470,10 +475,14 @@ class Channel:
         """Drop the descriptor in a forked copy of the process, without a word to the peer."""
         self.close()
 
+    def _note_reset(self, error: OSError) -> None:
+        self.reset = self.reset or error.errno == errno.ECONNRESET  # the kernel reports it once
+
     def _readable(self) -> bool:
         try:
             self._socket.recv(1, socket.MSG_PEEK)
-        except OSError:
+        except OSError as error:
+            self._note_reset(error)
             return False
         return True
 

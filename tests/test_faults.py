@@ -28,7 +28,7 @@ from users import DEPLOY, their_python  # noqa: F401 - a fixture
 import bgsupervisor
 from bgsupervisor import processes
 from bgsupervisor.boards import Boards
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.nurseries import FORK_S
 from bgsupervisor.processes import Verdict
@@ -401,7 +401,7 @@ def lease(make_app):
     }
 
     def judged(**more):
-        recovery = Recovery(app.service.config, own, [], None, clock)
+        recovery = Recovery(app.service.config, own, [], None, AttendedClock(clock, longest_s=2.0, counted_s=1.0))
         recovery.compare([dataclasses.replace(record, **{**values, **more})])
         end = recovery.ends.get(Attempt(record.id, 1))
         assert (end is None) == (recovery.foreign_slots == {3})
@@ -579,6 +579,23 @@ def test_whoever_got_the_pid_of_a_dead_child_is_neither_adopted_nor_signalled(ma
     assert "nobody could see how it ended" in record.detail
     assert app.wait(app.service.request("appx:quick")).status is Status.DONE
     assert space.state(stranger) == "S"
+
+
+@needs_root
+def test_child_that_no_supervisor_accepts_keeps_its_lease_and_records_its_end(make_app, namespace):
+    app = make_app(TASKS, spares=0, slots=2, heartbeat_s=0.5, lease_s=3.0)
+    space = namespace(app)
+    supervisor = space.supervise()
+    [theirs] = running(app, "end")
+    space.kill(supervisor)
+    app.start()  # outside of the namespace: the hello of their child names a PID that is another's here
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 5.0, "more than a lease has passed")
+    record = app.service.get(theirs.id)
+    assert (record.status, record.reason) == (Status.START, None)
+    wait_until(lambda: app.service.get(theirs.id).heartbeat_at > record.heartbeat_at, "it writes its own heartbeat")
+    (app.folder / "end").touch()
+    assert app.wait(theirs.id).status is Status.DONE
 
 
 @needs_root

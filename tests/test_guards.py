@@ -14,7 +14,7 @@ import pytest
 from conftest import wait_until
 
 from bgsupervisor import deaths, processes
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.link import Link
 from bgsupervisor.nurseries import Nurseries
@@ -279,12 +279,13 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
         def running(self):
             return []
 
-    ward = Ward(processes.own_identity("test"), None, to_be_suspended=True)
-    Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=SystemClock()).enforce()
+    clock = AttendedClock(SystemClock(), longest_s=2.0, counted_s=1.0)
+    ward = Ward(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
+    Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=clock).enforce()
     assert not ward.suspension.lasts
     assert not ward.suspension_unsaved
     _, ward.handle = processes.look(ward.identity)
     with ward.handle:
-        Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=SystemClock()).enforce()
+        Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=clock).enforce()
     assert ward.suspension.lasts
     assert ward.suspension_unsaved

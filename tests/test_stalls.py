@@ -340,6 +340,24 @@ def test_nobody_stalls_while_the_database_cannot_be_written(tmp_path, others):
             assert app.service.result(app.wait(record.id).id) == "got on"
 
 
+def test_nothing_stalls_while_all_were_stopped_and_the_supervisor_goes_on_first(tmp_path):
+    with living(tmp_path) as app:
+        supervisor = app.start()
+        bodies = [app.begun("GetsOnUntilTheGate") for _ in range(8)]
+        pids = [*(one.pid for one in bodies), *(identity.pid for identity in app._nurseries())]
+        for pid in (supervisor.process.pid, *pids):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(7.0)  # as long as a machine is suspended
+        supervisor.process.send_signal(signal.SIGCONT)
+        time.sleep(0.05)  # in which the supervisor makes more than one pass
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert app.wait(app.request("quiet", seconds=0.5)).status == "DONE"
+        for body in bodies:
+            app.open_gate(body)
+            assert app.service.result(app.wait(body.id).id) == "got on"
+
+
 def test_a_supervisor_that_stood_still_hears_first_and_judges_then(tmp_path):
     with living(tmp_path) as app:
         supervisor = app.start()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import select
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor import logs
+from bgsupervisor import logs, processes
 from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import UnknownTask
+from bgsupervisor.errors import DatabaseError, UnknownTask
+from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.statedir import StateDir, access_error
 from bgsupervisor.statuses import Status
 
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
     from bgsupervisor.service import Service
 
 __all__ = ["log", "log_path"]
+
+ROW_EVERY_S = 0.5
+"""Interval between looks at the row of a task whose log is followed, in seconds."""
+ABANDONED_S = 5.0
+"""How long a dead process may be unrecorded before its log is no longer followed, in seconds; a supervisor takes 2."""
 
 
 @click.command()
@@ -42,7 +50,7 @@ def log(session: Session, *, id: int, follow: bool, attempt: int | None) -> None
     path = None
     try:
         path = log_path(service, record, wanted)
-        pieces = _followed(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
+        pieces = _follow(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
         if not _print(pieces):
             of_attempt = "" if attempt is None else f" in attempt {attempt}"
             warn(f"task {id} has printed nothing{of_attempt}")
@@ -67,20 +75,79 @@ def log_path(service: Service, record: TaskRecord, attempt: int) -> Path | None:
     )
 
 
-def _followed(service: Service, id: int, attempt: int) -> Iterator[str]:
-    def path() -> Path | None:
-        record = service.get(id)
-        return None if record is None else log_path(service, record, attempt)
+class _WhileRead(SystemClock):
+    """A clock whose sleep ends once nobody reads stdout: a follower must not live on for itself."""
 
-    def ended() -> bool:
-        record = service.get(id)
-        if record is None or record.attempt > attempt:
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._poll.register(sys.stdout.fileno(), 0)  # POLLERR and POLLHUP are always reported: poll(2)
+
+    def sleep(self, seconds: float) -> None:
+        """Block for *seconds*.
+
+        Raises:
+            BrokenPipeError: The reader of stdout has gone.
+        """
+        if self._poll.poll(seconds * 1000):
+            raise BrokenPipeError
+
+
+class _Followed:
+    """The row of a task whose log is followed; it is read twice a second, the log ten times."""
+
+    def __init__(self, service: Service, id: int, attempt: int) -> None:
+        self._service = service
+        self._id = id
+        self._attempt = attempt
+        self._clock = SystemClock()
+        self._database = service.ledger.store.inode()
+        self._record: TaskRecord | None = None
+        self._read_at = -ROW_EVERY_S
+        self._dead_since: float | None = None
+
+    def path(self) -> Path | None:
+        """Return where the log is, None while there is none."""
+        return None if self._record is None else log_path(self._service, self._record, self._attempt)
+
+    def ended(self) -> bool:
+        """Tell whether nothing more will be written.
+
+        Raises:
+            DatabaseError: The database file was deleted or replaced.
+        """
+        now = self._clock.monotonic()
+        if now - self._read_at < ROW_EVERY_S:
+            return False
+        self._read_at = now
+        if self._service.ledger.store.inode() != self._database:  # a look would make an empty file in its place
+            raise DatabaseError(
+                f"cannot follow task {self._id} any more: the database was deleted or replaced; look at the new one"
+            )
+        self._record = record = self._service.get(self._id)
+        if record is None or record.attempt > self._attempt:
             return True
-        if record.attempt < attempt:
-            return record.ended
-        return record.status is not Status.START
+        if record.status is Status.START and record.attempt == self._attempt:
+            return self._is_abandoned(record, now)
+        return record.ended or record.attempt == self._attempt
 
-    return logs.follow(path, ended, SystemClock())
+    def _is_abandoned(self, record: TaskRecord, now: float) -> bool:
+        """Tell whether the task's process is dead, and no supervisor is there to record that."""
+        named = (record.boot_id, record.pid_ns, record.pid, record.start_ticks)
+        identity = None if None in named else ProcessIdentity(record.host or "", *named)  # type: ignore[arg-type]
+        if identity is None or processes.verdict(identity) is not Verdict.DEAD:
+            self._dead_since = None
+            return False
+        if self._dead_since is None:
+            self._dead_since = now
+        if now - self._dead_since < ABANDONED_S or watch(self._service, now=self._clock.now()).alive:
+            return False
+        warn(f"the process of task {self._id} has ended, and no supervisor is running to record how")
+        return True
+
+
+def _follow(service: Service, id: int, attempt: int) -> Iterator[str]:
+    followed = _Followed(service, id, attempt)
+    return logs.follow(followed.path, followed.ended, _WhileRead())
 
 
 def _print(pieces: Iterator[str]) -> bool:
