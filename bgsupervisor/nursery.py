@@ -98,15 +98,19 @@ def load_application(config: Config) -> Loaded:
         failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
         if failure is not None:
             return Loaded([failure], [])
+    without_tasks = []
     for module in config.tasks:
+        known = len(tasks.definitions())
         failure = _try_load(module, functools.partial(importlib.import_module, module))
         if failure is not None:
             failures.append(failure)
+        elif len(tasks.definitions()) == known and not tasks.defines_tasks(module):
+            without_tasks.append(f"the module {module} defines no task; correct `tasks`, or import its tasks in it")
     for definition in tasks.definitions().values():
         failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
         if failure is not None:
             failures.append(failure)
-    return Loaded(failures, _warnings())
+    return Loaded(failures, [*_warnings(), *without_tasks, *tasks.remarks()])
 
 
 def import_what_children_need() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bgsupervisor.errors import WireError
+from bgsupervisor.sizes import size
 from bgsupervisor.statuses import Reason  # noqa: TC001 - msgspec reads the annotations
 
 if TYPE_CHECKING:
@@ -489,7 +490,7 @@ class Channel:
         while len(self._incoming) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming)
             if length > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {length} bytes was announced, at most {MAX_FRAME_BYTES} are allowed")
+                raise WireError(f"a frame of {size(length)} was announced, at most {size(MAX_FRAME_BYTES)} are allowed")
             stop = _LENGTH.size + length
             if len(self._incoming) < stop:
                 return
@@ -498,7 +499,7 @@ class Channel:
             try:
                 yield _decode(body)
             except (msgspec.MsgspecError, ValueError) as error:  # text that is no UTF-8 is a ValueError
-                raise WireError(f"a message of {length} bytes cannot be read: {error}") from error
+                raise WireError(f"a message of {size(length)} cannot be read: {error}") from error
 
 
 class Redial:

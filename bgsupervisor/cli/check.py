@@ -11,6 +11,8 @@ from bgsupervisor.cli.loading import load_apart
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
+from bgsupervisor.config import remarks
+from bgsupervisor.sizes import number, size
 
 if TYPE_CHECKING:
     from bgsupervisor.cli.loading import Answer
@@ -36,14 +38,13 @@ def check(session: Session, *, as_json: bool) -> None:
     if not as_json:
         _print_configuration(config)
     answer = load_apart(config, limit_s=LOAD_LIMIT_S)
+    answer = msgspec.structs.replace(answer, warnings=[*remarks(config), *answer.warnings])
     if as_json:
         print_json(_object(config, answer))
     else:
         _print_tasks(answer)
     for warning in answer.warnings:
         warn(f"warning: {warning}")
-    if not config.tasks:
-        warn("no task modules are configured; name them in `tasks`")
     for failure in () if as_json else answer.failures:
         _tell_failure(failure.module, failure.error)
     raise click.exceptions.Exit(bool(answer.failures) or not config.tasks)
@@ -59,8 +60,14 @@ def _print_configuration(config: Config) -> None:
 def _print_tasks(answer: Answer) -> None:
     click.echo(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
     for name, options in sorted(answer.tasks.items()):
-        told = ", ".join(f"{key} {value:g}" for key, value in msgspec.to_builtins(options).items())
+        told = ", ".join(f"{key} {_option(key, value)}" for key, value in msgspec.to_builtins(options).items())
         click.echo(clean(f"  {name}{f'  ({told})' if told else ''}"))
+
+
+def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of several kinds
+    if key.endswith("_bytes"):
+        return size(value)
+    return " and ".join(value) if isinstance(value, tuple | list) else number(value)
 
 
 def _tell_failure(module: str, error: str) -> None:

@@ -15,6 +15,7 @@ from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
 from bgsupervisor.errors import BgSupervisorError
+from bgsupervisor.sizes import size
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class Sight:
             ids = ", ".join(map(str, self.unresponsive))
             found.append((State.WARNING, f"running but unresponsive: {ids}"))
         if self.wal_bytes > WAL_WARN_BYTES:
-            told = f"the -wal file has {self.wal_bytes // 1024**2} MiB, a reader or a hanging supervisor keeps it"
+            told = f"the -wal file has {size(self.wal_bytes)}, a reader or a hanging supervisor keeps it"
             found.append((State.WARNING, told))
         return found
 

@@ -19,6 +19,7 @@ from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import Interrupted
+from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:
     from bgsupervisor.config import Config
@@ -87,7 +88,7 @@ def _decoded(text: str | None, config: Config) -> Any:  # noqa: ANN401 - JSON; t
     if text == "-":
         text = sys.stdin.read(config.data_max_bytes + 1)
         if len(text) > config.data_max_bytes:
-            raise click.UsageError(f"stdin holds more than data_max_bytes allows, {config.data_max_bytes:,} bytes")
+            raise click.UsageError(f"stdin holds more than data_max_bytes allows, {size(config.data_max_bytes)}")
     try:
         return msgspec.json.decode(text.encode())
     except (msgspec.DecodeError, UnicodeEncodeError) as error:

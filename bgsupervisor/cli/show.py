@@ -16,8 +16,9 @@ from bgsupervisor.cli.log import log_path
 from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.cli.text import age, clean, duration, local, size
+from bgsupervisor.cli.text import age, clean, duration, local
 from bgsupervisor.errors import DataInvalid, UnknownTask
+from bgsupervisor.sizes import number, size
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
 
@@ -218,8 +219,8 @@ def _progress(record: TaskRecord) -> str:
     if record.fraction is not None and record.progress_done is not None:
         parts.append(f"{percent(record.fraction)}%")
     if record.progress_done is not None:
-        of = "" if record.progress_total is None else f" of {record.progress_total:g}"
-        parts.append(f"({record.progress_done:g}{of})")
+        of = "" if record.progress_total is None else f" of {number(record.progress_total)}"
+        parts.append(f"({number(record.progress_done)}{of})")
     return " ".join([*parts, record.message or ""]).strip()
 
 
@@ -227,7 +228,7 @@ def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a 
     if name.endswith("_at"):
         return _when(value, now)
     if name.endswith("_bytes"):
-        return f"{size(value)} ({value:,} bytes)"
+        return size(value)
     if name.endswith("_percent"):
         return f"{value:.0f}%"
     if name in ("cpu_s", "suspended_s"):
