@@ -95,7 +95,7 @@ def load_application(config: Config) -> Loaded:
     os.chdir(config.base_dir)
     failures = []
     if config.setup:
-        failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
+        failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)), kind="setup")
         if failure is not None:
             return Loaded([failure], [])
     without_tasks = []
@@ -107,7 +107,7 @@ def load_application(config: Config) -> Loaded:
         elif len(tasks.definitions()) == known and not tasks.defines_tasks(module):
             without_tasks.append(f"the module {module} defines no task; correct `tasks`, or import its tasks in it")
     for definition in tasks.definitions().values():
-        failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
+        failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"), kind="task")
         if failure is not None:
             failures.append(failure)
     return Loaded(failures, [*_warnings(), *without_tasks, *tasks.remarks()])
@@ -130,7 +130,7 @@ def strays_of_this_process(known: set[int]) -> list[int]:
     return [pid for pid in _own_children() if pid not in known and pid != tracker]
 
 
-def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
+def _try_load(name: str, load: Callable[[], object], *, kind: str = "module") -> LoadFailure | None:
     try:
         load()
     except KeyboardInterrupt:
@@ -138,7 +138,7 @@ def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
         trace = storable("".join(traceback.format_exception(error)))
         log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())  # noqa: TRY400 - the trace goes to `check`
-        return LoadFailure(name, trace[-8000:])
+        return LoadFailure(name, trace[-8000:], kind)
     return None
 
 

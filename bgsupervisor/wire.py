@@ -114,10 +114,17 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class LoadFailure(msgspec.Struct, frozen=True):
-    """A module, or the `setup` callable, that failed to load, and why."""
+    """What failed to load, and why.
+
+    Attributes:
+        module: The name of the module, of the `setup` callable, or of the task whose signature cannot be used.
+        error: The traceback.
+        kind: "module", "setup" or "task"; a nursery of an older version reports none.
+    """
 
     module: str
     error: str
+    kind: str = "module"
 
 
 class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):

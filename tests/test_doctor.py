@@ -592,7 +592,7 @@ def test_what_is_wrong_leaves_with_1_and_is_told_in_json_too(make_app):
     assert set(found) == {"configuration", "task modules", "database", *CHECKS}
     assert found["task modules"]["grade"] == found["deploy folder"]["grade"] == "WRONG"
     assert (
-        "appx does not load: ModuleNotFoundError: No module named 'nothing_of_that_name'"
+        "module appx does not load: ModuleNotFoundError: No module named 'nothing_of_that_name'"
         in found["task modules"]["told"]
     )
 

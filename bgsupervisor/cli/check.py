@@ -17,6 +17,7 @@ from bgsupervisor.sizes import number, size
 if TYPE_CHECKING:
     from bgsupervisor.cli.loading import Answer
     from bgsupervisor.config import Config
+    from bgsupervisor.wire import LoadFailure
 
 __all__ = ["check"]
 
@@ -46,7 +47,7 @@ def check(session: Session, *, as_json: bool) -> None:
     for warning in answer.warnings:
         warn(f"warning: {warning}")
     for failure in () if as_json else answer.failures:
-        _tell_failure(failure.module, failure.error)
+        _tell_failure(failure)
     raise click.exceptions.Exit(bool(answer.failures) or not config.tasks)
 
 
@@ -70,9 +71,9 @@ def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of sever
     return " and ".join(value) if isinstance(value, tuple | list) else number(value)
 
 
-def _tell_failure(module: str, error: str) -> None:
-    warn(f"\n{module} failed to load:".strip())
-    lines = error.rstrip().splitlines()
+def _tell_failure(failure: LoadFailure) -> None:
+    warn(f"{failure.kind} {failure.module} failed to load:")
+    lines = failure.error.rstrip().splitlines()
     for line in lines[-TRACE_LINES:]:
         click.echo(f"  {clean(line)}", err=True)
 

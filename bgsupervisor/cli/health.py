@@ -138,8 +138,7 @@ class Sight:
         interrupted = self.ended[Status.INTERRUPTED]
         if max_interrupted is not None and interrupted > max_interrupted:
             found.append((State.WARNING, f"{interrupted} tasks were interrupted within a day"))
-        for module, line in self.watch.failures:
-            found.append((State.WARNING, f"module {module} failed to load: {line}"))
+        found += [(State.WARNING, str(failure)) for failure in self.watch.failures]
         if self.unresponsive:
             ids = ", ".join(map(str, self.unresponsive))
             found.append((State.WARNING, f"running but unresponsive: {ids}"))

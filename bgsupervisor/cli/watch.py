@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
@@ -28,6 +28,26 @@ LOADING_S = 60.0
 """A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
 
 
+class Failure(NamedTuple):
+    """What failed to load in a living supervisor: its kind, its name and the last line of the error."""
+
+    kind: str
+    name: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} failed to load: {self.line}"
+
+    def concerns(self, task: str) -> bool:
+        """Whether a task of this name may be missing because of it."""
+        if self.kind != "module":
+            return self.kind == "setup" or self.name == task
+        module, colon, _ = task.partition(":")
+        if not colon:
+            return True  # its own name does not say which module has it
+        return f"{module}.".startswith(f"{self.name}.")  # itself, or a package around it
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
     """What rows and the process table tell about supervisors.
@@ -36,7 +56,7 @@ class Watch:
         alive: Those that live, as far as can be seen.
         seen_at: When one was last seen; None if there never was one.
         catalogue: The names of all tasks that the living have loaded; None while that is not known.
-        failures: Module and last line of the error, for each that failed to load.
+        failures: What failed to load.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
         mute: Those alive that have not written for long, though their loop turns: the database is away.
@@ -46,7 +66,7 @@ class Watch:
     alive: Sequence[SupervisorRecord] = ()
     seen_at: datetime | None = None
     catalogue: frozenset[str] | None = None
-    failures: Sequence[tuple[str, str]] = field(default=())
+    failures: Sequence[Failure] = field(default=())
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
     mute: Sequence[SupervisorRecord] = ()
@@ -58,7 +78,7 @@ class Watch:
 
     def warnings(self, *, now: datetime) -> list[str]:
         """Return what whoever looks at tasks should know first."""
-        found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
+        found = [f"{failure}; see `bgsupervisor check`" for failure in self.failures]
         if not self.alive:
             found.insert(0, self.absence(now=now))
         return [*self.silence(now=now), *found]
@@ -149,10 +169,13 @@ def _secrets(one: SupervisorRecord) -> list[tuple[str, list[str]]]:
     return [(name, options.get("secret", [])) for name, options in json.loads(one.catalogue).items()]
 
 
-def _failures(one: SupervisorRecord) -> list[tuple[str, str]]:
+def _failures(one: SupervisorRecord) -> list[Failure]:
     if one.code_error is None:
         return []
-    return [(clean(failure["module"]), last_line(failure["error"])) for failure in json.loads(one.code_error)]
+    return [
+        Failure(failure.get("kind", "module"), clean(failure["module"]), last_line(failure["error"]))
+        for failure in json.loads(one.code_error)
+    ]
 
 
 def last_line(trace: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +129,15 @@ class _Sight:
         seen, name = self.facts.watch, self.record.name
         if not seen.lacks(name):
             return
-        module = name.partition(":")[0]
-        own = [failure for failure in seen.failures if failure[0] == module] or list(seen.failures)
+        own = [failure for failure in seen.failures if failure.concerns(name)]
         if own:
-            told = "; ".join(f"module {one} failed to load: {line}" for one, line in own)
+            told = "; ".join(map(str, own))
         else:
-            told = "no configured module has a task of this name"
-        known = {"failures": [{"module": one, "error": line} for one, line in own]}
+            near = difflib.get_close_matches(name, seen.catalogue or (), n=1)
+            hint = f" (did you mean {clean(near[0])}?)" if near else ""
+            which = "no configured module that loaded" if seen.failures else "no configured module"
+            told = f"{which} has a task of this name{hint}"
+        known = {"failures": [{"kind": one.kind, "module": one.name, "error": one.line} for one in own]}
         yield Because(
             "code_missing", f"no supervisor has code for {clean(name)}: {told}; see `bgsupervisor check`", known
         )
