@@ -43,10 +43,13 @@ class Because:
 def why(session: Session, *, id: int, as_json: bool) -> None:
     """Say why a task is not running, or not going on."""
     service = session.existing_service()
-    record = None if service is None else service.ledger.get(id)
-    if service is None or record is None:
+    if service is None:
         raise UnknownTask(id)
-    found = because(record, service)
+    with service.ledger.store.looking():  # the task, its place and what it waits for, as of one moment
+        record = service.ledger.get(id)
+        if record is None:
+            raise UnknownTask(id)
+        found = because(record, service)
     if as_json:
         told = [{"kind": one.kind, "sentence": one.sentence, **one.facts} for one in found]
         print_json({"id": id, "status": record.status, "because": told})
