@@ -511,7 +511,7 @@ def test_show_lists_parts_holds_waits_dependencies_and_children(app):
     assert f"children:\n  {child.id}  appx:add  REQUEST\n" in text
     text = app.cli("show", str(after.id)).stdout
     assert f"comes after:\n  task {task.id}, however it ends\n" in text
-    assert f"position           after task {task.id}\n" in text
+    assert f"starts     after task {task.id}\n" in text
 
     found = json.loads(app.cli("show", str(task.id), "--json").stdout)
     assert [(one["name"], one["value"]) for one in found["parts"]] == [("loaded", {"rows": 3})]

@@ -11,6 +11,7 @@ from bgsupervisor.cli.loading import load_apart
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
+from bgsupervisor.cli.traces import folded
 from bgsupervisor.config import remarks
 from bgsupervisor.sizes import number, size
 
@@ -22,14 +23,13 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 LOAD_LIMIT_S = 120.0
-TRACE_LINES = 8
-"""So much of a traceback is shown: its end."""
 
 
 @click.command()
+@click.option("--full", is_flag=True, help="Every frame of a traceback, also those of libraries.")
 @click.option("--json", "as_json", is_flag=True, help="One object.")
 @pass_session
-def check(session: Session, *, as_json: bool) -> None:
+def check(session: Session, *, full: bool, as_json: bool) -> None:
     """Show the configuration, load the modules.
 
     Each value is followed by where it came from. The modules are loaded in a process of its own, as the nursery
@@ -47,7 +47,7 @@ def check(session: Session, *, as_json: bool) -> None:
     for warning in answer.warnings:
         warn(f"warning: {warning}")
     for failure in () if as_json else answer.failures:
-        _tell_failure(failure)
+        _tell_failure(failure, config, full=full)
     raise click.exceptions.Exit(bool(answer.failures) or not config.tasks)
 
 
@@ -71,10 +71,10 @@ def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of sever
     return " and ".join(value) if isinstance(value, tuple | list) else number(value)
 
 
-def _tell_failure(failure: LoadFailure) -> None:
+def _tell_failure(failure: LoadFailure, config: Config, *, full: bool) -> None:
     warn(f"{failure.kind} {failure.module} failed to load:")
-    lines = failure.error.rstrip().splitlines()
-    for line in lines[-TRACE_LINES:]:
+    text = failure.error.rstrip()
+    for line in (text if full else folded(text, config)).splitlines():
         click.echo(f"  {clean(line)}", err=True)
 
 

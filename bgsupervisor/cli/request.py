@@ -15,6 +15,7 @@ import msgspec
 
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.traces import folded
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
@@ -165,6 +166,9 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
     except KeyboardInterrupt:
         warn(f"task {handle.id} goes on; `bgsupervisor show {handle.id}` tells about it")
         raise
+    if record.error is not None:
+        for line in folded(record.error, service.config).splitlines():
+            warn(line)
     if record.reason is not None:
         raise Interrupted(record.id, record.reason, record.detail or "")
     click.echo(record.result)
