@@ -62,17 +62,14 @@ def folded(text: str, config: Config) -> str:
     stack: list[_Frame] = []
     for line in text.splitlines():
         found = _FRAME.match(line)
-        if found is None and stack and stack[-1].takes(line):
-            stack[-1].lines.append(line)
-            continue
-        if found is None or (stack and stack[-1].margin != found["margin"]):
-            shown += _folded_stack(stack)
-            stack = []
-        if found is None:
-            shown.append(line)
-        else:
+        if found is not None:
             library = "Python's library" if line == _COMMAND else _library_of(found["path"], config)
             stack.append(_Frame([line], found["margin"], library, newest_first=not found["comma"]))
+        elif stack and stack[-1].takes(line):
+            stack[-1].lines.append(line)
+        else:
+            shown += [*_folded_stack(stack), line]
+            stack = []
     return "\n".join([*shown, *_folded_stack(stack)])
 
 
