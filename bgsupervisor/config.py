@@ -10,6 +10,7 @@ through symlinks, so that a `current` link to the newest release stays one.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -19,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from bgsupervisor.errors import ConfigError
+from bgsupervisor.errors import AccessError, ConfigError
 from bgsupervisor.statedir import access_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = [
     "OPTIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "is_postgres",
     "load",
     "masked",
+    "remarks",
     "shown",
     "sqlite_path",
     "take_notify_socket",
@@ -54,6 +56,11 @@ _T = TypeVar("_T")
 _SQLITE = "sqlite:///"
 _POSTGRES = ("postgresql://", "postgres://")
 _HOW_POSTGRES = "write postgresql://user:password@host/database, with what is special in a password as %40 (for @)"
+_INVENTED = re.compile(r"BGSUPERVISOR_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
+"""What Kubernetes sets for a service that is called bgsupervisor:
+https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables"""
+_CLOSE = 0.75
+"""From this ratio of difflib on another name is offered: SLOTS for SLOT, but not HOST for PORT."""
 _SHOWN_CHARACTERS = 60
 """A wrong value is quoted up to so many characters."""
 
@@ -457,7 +464,95 @@ def _checked(option: Option, source: _Source, key: str) -> object:
         if option.minimum is None or option.maximum is None or option.minimum <= checked <= option.maximum:
             return checked
     shown = "what it is (not shown)" if source.is_hidden else masked(repr(value))[:_SHOWN_CHARACTERS]
-    raise ConfigError(f"{key} must be {option.expected}, not {shown} ({source.origin(key)})")
+    hint = "" if source.is_hidden else _hint(option, value)
+    raise ConfigError(f"{key} must be {option.expected}, not {shown}{hint} ({source.origin(key)})")
+
+
+def _hint(option: Option, value: object) -> str:
+    """Return what to write for modules that are named as one text, or by their files; "" for all else."""
+    if option.type != "modules":
+        return ""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return ""
+    meant = [re.sub(r"\.py$", "", name.strip().removeprefix("./")).replace("/", ".") for name in names]
+    if not meant or not all(re.fullmatch(_MODULE, name) for name in meant):
+        return ""
+    return f"; did you mean {option.name} = {json.dumps(meant, ensure_ascii=False)}?"
+
+
+def remarks(config: Config, *, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> list[str]:
+    """Return a sentence for each thing in the configuration that was probably meant otherwise; none is an error.
+
+    Args:
+        config: The configuration that is in force.
+        environ: The environment, by default this process's.
+        cwd: The working folder, as for `load`.
+
+    Blocks for reading the configuration files upwards from the working folder, and `env_file`.
+    """
+    environ = os.environ if environ is None else environ
+    found = [*_unknown_variables(environ, "the environment")]
+    with suppress(ConfigError):  # whether it can be read was checked when it was loaded; it may have changed since
+        found += _unknown_variables(env_file_values(config), str(config.env_file))
+    found += [
+        f"{other} is ignored, because {config.path} is in force; remove one, or name the one to use with --config"
+        for other in _ignored_files(config, environ, cwd)
+    ]
+    twice = sorted({module for module in config.tasks if config.tasks.count(module) > 1})
+    found += [
+        f"tasks names {module} twice ({config.origins.get('tasks', DEFAULT)}); once is enough" for module in twice
+    ]
+    if not config.tasks:
+        found.append("no task modules are configured; name them in `tasks`")
+    return [*found, *_slashes(config)]
+
+
+def _unknown_variables(environ: Mapping[str, str], where: str) -> Iterator[str]:
+    prefix = _variable("")
+    known = {*map(_variable, _KEYS), CONFIG_VARIABLE}
+    for variable in sorted(environ):
+        if not variable.startswith(prefix) or variable in known or _INVENTED.fullmatch(variable):
+            continue
+        key = variable.removeprefix(prefix).lower()
+        nearest = [_variable(one) for one in difflib.get_close_matches(key, (*_KEYS, "config"), n=1, cutoff=_CLOSE)]
+        hint = f"did you mean {nearest[0]}?" if nearest else "`bgsupervisor check` lists the settings"
+        yield f"{where} has {variable}, which is no setting and has no effect; {hint}"
+
+
+def _ignored_files(config: Config, environ: Mapping[str, str], cwd: Path | None) -> Iterator[Path]:
+    """Yield the other configurations that a search from the working folder meets, the nearest first."""
+    if config.path is None:
+        return
+    with suppress(ConfigError):
+        start = Path(os.path.normpath(cwd.absolute())) if cwd else working_folder(environ)
+        for folder in (start, *start.parents):
+            for name in (FILE_NAME, PROJECT_FILE_NAME):
+                file = folder / name
+                if file != config.path and _is_configuration(file):
+                    yield file
+
+
+def _is_configuration(file: Path) -> bool:
+    """Tell whether *file* would have been taken; one that cannot be read is not worth a word here."""
+    with suppress(ConfigError, AccessError):
+        return _is_there(file) and (file.name == FILE_NAME or _project_table(file) is not None)
+    return False
+
+
+def _slashes(config: Config) -> Iterator[str]:
+    """Yield a word about three slashes before what looks like an absolute path."""
+    if is_postgres(config.database):
+        return
+    path = sqlite_path(config.database)
+    with suppress(ValueError, OSError):
+        inner = path.relative_to(config.base_dir)
+        absolute = Path("/") / inner
+        if len(inner.parts) > 1 and not path.parent.is_dir() and absolute.parent.is_dir():
+            yield (
+                f"the folder {path.parent} of the database does not exist, and {absolute.parent} does; did you mean "
+                f"{_SQLITE}{absolute}, with four slashes? ({config.origins.get('database', DEFAULT)})"
+            )
 
 
 def _check_lease(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:

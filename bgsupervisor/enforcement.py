@@ -12,6 +12,7 @@ import msgspec
 from bgsupervisor import logs, pauses, processes, wire
 from bgsupervisor.errors import NoStack
 from bgsupervisor.ledger import Suspension
+from bgsupervisor.sizes import compared, number
 from bgsupervisor.stacks import ANSWER_S, Question
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wards import Order, Stage
@@ -112,7 +113,7 @@ class Enforcement:
                 ward.got_on_at = self._clock.monotonic()
             else:
                 stall_s = self._nurseries.options(ward.name).stall_s or 0.0
-                self.order(ward, Reason.TIMED_OUT, f"made no progress for its stall_s of {stall_s:g} s")
+                self.order(ward, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
 
     def put_off_stalls(self) -> None:
         """Ask later: the rows cannot be read now."""
@@ -239,7 +240,7 @@ class Enforcement:
         due_at = self._time_due_at(ward)
         if due_at is not None and ward.order is None and now >= due_at:
             timeout_s = self._nurseries.options(ward.name).timeout_s
-            self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {timeout_s:g} s")
+            self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
         if ward.order is not None and now >= ward.order.next_at and not _waits_for_kill(ward.order):
             self.ask(ward, ward.order)
             self._escalate(ward.order, Stage(min(ward.order.stage + 1, Stage.KILL)), now)
@@ -325,7 +326,8 @@ class Enforcement:
         limit = self._nurseries.options(ward.name).memory_limit_bytes
         if limit is not None and rss_bytes > limit and ward.order is None:
             # No grace: it would use it to grow.
-            why = f"used {rss_bytes} bytes of memory, past its memory_limit_bytes of {limit}"
+            used, allowed = compared(rss_bytes, limit)
+            why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
             self.order(ward, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
 
     def _note_usage(self, ward: Ward, used: processes.Usage, now: float) -> None:

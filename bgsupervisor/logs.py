@@ -14,6 +14,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from bgsupervisor import linux
+from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -196,7 +197,7 @@ class _Text:
         begun = self._keep(self._decoder.decode(b"", final=True))
         line_end = "" if self._at_line_start else "\n"
         self._at_line_start = True
-        return f"{begun}{line_end}... {left_out_bytes} bytes left out ...\n"
+        return f"{begun}{line_end}... {size(left_out_bytes)} left out ...\n"
 
     def _keep(self, text: str) -> str:
         if text:

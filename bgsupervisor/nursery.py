@@ -96,31 +96,37 @@ def load_application(config: Config) -> Loaded:
     os.chdir(config.base_dir)
     imports = connections.Imports(None if is_postgres(config.database) else sqlite_path(config.database))
     with _outliving_the_import():
-        failures = _load(config, imports)
+        failures, without_tasks = _load(config, imports)
     connections.close_reopening()
+    remarks = [*without_tasks, *tasks.remarks()]
     if config.start_method == "spawn":  # then children inherit nothing
-        return Loaded(failures, _give_up_taken_streams(), [])
-    warnings = [*_warnings(), *imports.told(supervised=False), *_give_up_taken_streams()]
+        return Loaded(failures, [*remarks, *_give_up_taken_streams()], [])
+    warnings = [*_warnings(), *remarks, *imports.told(supervised=False), *_give_up_taken_streams()]
     return Loaded(failures, warnings, imports.told(supervised=True))
 
 
-def _load(config: Config, imports: connections.Imports) -> list[LoadFailure]:
+def _load(config: Config, imports: connections.Imports) -> tuple[list[LoadFailure], list[str]]:
+    """Return what failed to load, and sentences about modules without tasks."""
     if config.setup:
-        failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
+        failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)), kind="setup")
         imports.attribute(config.setup)
         if failure is not None:
-            return [failure]
-    failures = []
+            return [failure], []
+    failures: list[LoadFailure] = []
+    without_tasks = []
     for module in config.tasks:
+        known = len(tasks.definitions())
         failure = _try_load(module, functools.partial(importlib.import_module, module))
         imports.attribute(module)
         if failure is not None:
             failures.append(failure)
+        elif len(tasks.definitions()) == known and not tasks.defines_tasks(module):
+            without_tasks.append(f"the module {module} defines no task; correct `tasks`, or import its tasks in it")
     for definition in tasks.definitions().values():
-        failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
+        failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"), kind="task")
         if failure is not None:
             failures.append(failure)
-    return failures
+    return failures, without_tasks
 
 
 @contextlib.contextmanager
@@ -154,7 +160,7 @@ def strays_of_this_process(known: set[int]) -> list[int]:
     return [pid for pid in _own_children() if pid not in known and pid != tracker]
 
 
-def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
+def _try_load(name: str, load: Callable[[], object], *, kind: str = "module") -> LoadFailure | None:
     try:
         load()
     except KeyboardInterrupt:
@@ -162,7 +168,7 @@ def _try_load(name: str, load: Callable[[], object]) -> LoadFailure | None:
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
         trace = storable("".join(traceback.format_exception(error)))
         log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())  # noqa: TRY400 - the trace goes to `check`
-        return LoadFailure(name, trace[-8000:])
+        return LoadFailure(name, trace[-8000:], kind)
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from bgsupervisor.errors import DataInvalid, DataTooLarge, TaskDefinitionError
+from bgsupervisor.sizes import compared
 
 __all__ = ["DEPTH_MAX", "MASK", "Signature", "decode_data", "decode_value", "encode_data", "encode_result", "mask"]
 
@@ -325,8 +326,9 @@ def _to_json(value: object, subject: _Subject, *, limit_bytes: int) -> str:
         steps, told = _culprit(value) or ((), f"cannot be held by JSON: {error}")
         raise subject.refused(steps, told) from None
     if len(text) > limit_bytes:
+        found, allowed = compared(len(text), limit_bytes)
         raise DataTooLarge(
-            f"{subject.words} is too large: {len(text):,} bytes, but data_max_bytes allows {limit_bytes:,}; "
+            f"{subject.words} is too large: {found}, but data_max_bytes allows {allowed}; "
             "keep the bulk elsewhere and pass where it is, or raise data_max_bytes",
             size_bytes=len(text),
             limit_bytes=limit_bytes,

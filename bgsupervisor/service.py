@@ -549,6 +549,9 @@ class Service:
         if definition is not None:
             return definition.name, definition
         name = str(task)
+        base = tasks.base_named(name)
+        if base is not None:
+            base.definition()  # raises, and says why
         if not name.strip() or len(name) > KEY_CHARS or "\0" in name:
             raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
         return name, None

@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import difflib
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, overload
 
+from bgsupervisor import lookalikes
 from bgsupervisor.errors import NotInTask, TaskDefinitionError
 from bgsupervisor.payload import Signature
 from bgsupervisor.wire import TaskOptions
@@ -27,7 +30,17 @@ if TYPE_CHECKING:
 
     Awaited: TypeAlias = Handle | int
 
-__all__ = ["Context", "Definition", "FunctionTask", "Task", "current", "definition_of", "definitions", "task"]
+__all__ = [
+    "Context",
+    "Definition",
+    "FunctionTask",
+    "Task",
+    "current",
+    "definition_of",
+    "definitions",
+    "remarks",
+    "task",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -316,6 +329,34 @@ def entered(context: Context) -> Iterator[None]:
         _context = before
 
 
+class _Place(NamedTuple):
+    """Where the source defines a task.
+
+    Attributes:
+        module: Its module's name.
+        qualname: Of the class or function.
+        line: Of its definition; None where it was made by other code, as a dataclass with slots is.
+        execution: What importing made for this execution of the module; each reload makes another. None where there
+            is no such object, as in a shell, where everything may be defined again.
+    """
+
+    module: str
+    qualname: str
+    line: int | None
+    execution: object
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.qualname}"
+
+    def excludes(self, other: _Place) -> bool:
+        """Whether a task that is defined here may not replace one of the same name that was defined there."""
+        if (self.module, self.qualname) != (other.module, other.qualname):
+            return True
+        if self.execution is None or self.execution is not other.execution:
+            return False
+        return None not in (self.line, other.line) and self.line != other.line
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
     """A task as the rest of the package sees it.
@@ -324,6 +365,8 @@ class Definition:
         name: What rows call it.
         module: Where it is defined.
         body: The function to call with the data's keys as keywords, made anew for each attempt.
+        place: Where it is defined.
+        owner: The class, None for a function.
         options: What the supervisor must know, and which keys of the data are masked wherever data is shown.
     """
 
@@ -331,39 +374,89 @@ class Definition:
     module: str
     body: Callable[[], Callable[..., Any]]
     function: Callable[..., Any]
-    takes_self: bool
+    place: _Place
+    owner: type[Task] | None
     options: TaskOptions
+
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is a class with abstract methods: a base of others, of which no attempt can make an instance."""
+        return self.owner is not None and inspect.isabstract(self.owner)
 
     @functools.cached_property
     def signature(self) -> Signature:
         """The data that the body takes.
 
         Raises:
-            TaskDefinitionError: A parameter that no data can fill, or a hint that cannot be read from JSON.
+            TaskDefinitionError: A parameter that no data can fill, a hint that cannot be read from JSON, or a class
+                whose `__init__` needs arguments.
         """
-        return Signature.of(self.function, skip_self=self.takes_self, owner=self.name)
+        if self.owner is not None:
+            _check_made_without_arguments(self.owner, self.name)
+        return Signature.of(self.function, skip_self=self.owner is not None, owner=self.name)
 
 
 _definitions: dict[str, Definition] = {}
 
 
 def definitions() -> dict[str, Definition]:
-    """Return all tasks that this process has loaded, by name."""
-    return dict(_definitions)
+    """Return all tasks that this process has loaded, by name; classes with abstract methods are none."""
+    return {name: definition for name, definition in _definitions.items() if not definition.is_abstract}
 
 
 def _define(definition: Definition) -> Definition:
     known = _definitions.get(definition.name)
-    if known is not None and (known.module, known.function.__qualname__) != (
-        definition.module,
-        definition.function.__qualname__,
-    ):
+    place = definition.place
+    if known is not None and place.excludes(known.place):
+        if str(place) == str(known.place):
+            raise TaskDefinitionError(
+                f"two tasks have the name {definition.name!r}: the one at line {place.line} would replace the one at "
+                f"line {known.place.line}; rename one of them"
+            )
         raise TaskDefinitionError(
-            f"two tasks have the name {definition.name!r}: {known.module}.{known.function.__qualname__} and "
-            f"{definition.module}.{definition.function.__qualname__}; set `name` of one of them"
+            f"two tasks have the name {definition.name!r}: {known.place} and {place}; set `name` of one of them"
         )
     _definitions[definition.name] = definition
     return definition
+
+
+def _line_of_class(module: str) -> int | None:
+    """Return the line of the class statement that runs now, None where other code makes the class."""
+    frame = sys._getframe(2)  # noqa: SLF001 - the caller of __init_subclass__; inspect's functions read files
+    while frame.f_back is not None and frame.f_code.co_name in {"__new__", "__init_subclass__"}:
+        frame = frame.f_back  # metaclasses and the application's own bases
+    return frame.f_lineno if frame.f_globals.get("__name__") == module else None
+
+
+def _execution_of(module: str) -> object:
+    return getattr(sys.modules.get(module), "__spec__", None)
+
+
+def _check_made_without_arguments(owner: type[Task], name: str) -> None:
+    try:
+        signature = inspect.signature(owner)
+    except (TypeError, ValueError):  # a constructor in C, which says nothing
+        return
+    needed = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}
+    ]
+    if needed:
+        raise TaskDefinitionError(
+            f"{name}: __init__ needs {', '.join(needed)}, and each attempt makes its instance without arguments; "
+            "give them defaults, or take them as parameters of run"
+        )
+
+
+def _check_returns(function: Callable[..., Any], qualified: str) -> None:
+    """Refuse a body that only makes a generator: calling it would run none of its lines."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TaskDefinitionError(
+            f"{qualified}: the body has `yield`, so calling it would run none of its lines; return a value instead, "
+            "and call progress or track to report what is done"
+        )
 
 
 def _name(own: object, qualified: str) -> str:
@@ -403,7 +496,10 @@ def _seconds(owner: str, option: str, value: object) -> float | None:
 def _secret(owner: str, secret: object) -> tuple[str, ...]:
     if isinstance(secret, str) or not isinstance(secret, list | tuple | set | frozenset):
         raise TaskDefinitionError(f'{owner}: secret is {secret!r}; it must be a tuple of names, as ("password",)')
-    return tuple(str(name) for name in secret)
+    for key in secret:
+        if not isinstance(key, str):
+            raise TaskDefinitionError(f'{owner}: secret has {key!r}; it must be a tuple of names, as ("password",)')
+    return tuple(secret)
 
 
 class Task:
@@ -430,20 +526,30 @@ class Task:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Record the class, unless it is a base of others that has no `run` of its own or inherited."""
+        qualified = f"{cls.__module__}:{cls.__qualname__}"
+        for keyword, value in kwargs.items():
+            if keyword in lookalikes.OPTIONS or lookalikes.advice(keyword):
+                raise TaskDefinitionError(f"{qualified}: {_how_to_set(keyword, value)}")
         super().__init_subclass__(**kwargs)
         function = inspect.getattr_static(cls, "run", None)
         if function is None:
             return
         if not inspect.isfunction(function):
-            raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__}: run must be a plain method")
-        name = _name(cls.__dict__.get("name"), f"{cls.__module__}:{cls.__qualname__}")
+            raise TaskDefinitionError(
+                f"{qualified}: run must be a plain method, not a {type(function).__name__}; write def run(self, ...)"
+            )
+        _check_returns(function, f"{qualified}.run")
+        name = _name(cls.__dict__.get("name"), qualified)
         cls.__definition = _define(
             Definition(
                 name=name,
                 module=cls.__module__,
                 body=lambda: cls().run,
                 function=function,
-                takes_self=True,
+                place=_Place(
+                    cls.__module__, cls.__qualname__, _line_of_class(cls.__module__), _execution_of(cls.__module__)
+                ),
+                owner=cls,
                 options=_options(
                     name,
                     timeout_s=cls.timeout_s,
@@ -461,12 +567,14 @@ class Task:
         """Return what the rest of the package knows of this class.
 
         Raises:
-            TaskDefinitionError: The class has no `run`.
+            TaskDefinitionError: The class has no `run`, or abstract methods.
         """
-        definition = cls.__dict__.get("_Task__definition")
+        definition: Definition | None = cls.__dict__.get("_Task__definition")
         if definition is None:
             raise TaskDefinitionError(f"{cls.__module__}:{cls.__qualname__} has no `run`, so it cannot be requested")
-        return definition  # type: ignore[no-any-return]
+        if definition.is_abstract:
+            raise TaskDefinitionError(f"{definition.name} has abstract methods, so it cannot be requested")
+        return definition
 
     @property
     def id(self) -> int | None:
@@ -585,23 +693,38 @@ def task(
     stall_s: float | None = None,
     memory_limit_bytes: int | None = None,
     secret: tuple[str, ...] = (),
+    **unknown: object,
 ) -> Any:
     """Make a task of a function; the options are those of `Task`.
 
     Raises:
-        TaskDefinitionError: An option of a wrong type, a name that another task has, or not a function.
+        TaskDefinitionError: An option that there is not, or of a wrong type, a name that another task has, or not a
+            function.
     """
+    for keyword in unknown:
+        hint = lookalikes.advice(keyword) or f"the options are {', '.join(lookalikes.OPTIONS)}"
+        raise TaskDefinitionError(f"{keyword} is not an option of @task; {hint}")
 
     def decorate(function: Callable[..., Any]) -> FunctionTask[..., Any]:
         if not inspect.isfunction(function):
-            raise TaskDefinitionError(f"@task is for functions, not for {function!r}; subclass Task instead")
-        own = _name(name, f"{function.__module__}:{function.__qualname__}")
+            instead = "subclass Task instead; a name is given as @task(name=...)"
+            raise TaskDefinitionError(f"@task is for functions, not for {function!r}; {instead}")
+        qualified = f"{function.__module__}:{function.__qualname__}"
+        _check_is_no_method(function, qualified)
+        _check_returns(function, qualified)
+        own = _name(name, qualified)
         definition = Definition(
             name=own,
             module=function.__module__,
             body=lambda: function,
             function=function,
-            takes_self=False,
+            place=_Place(
+                function.__module__,
+                function.__qualname__,
+                function.__code__.co_firstlineno,
+                _execution_of(function.__module__),
+            ),
+            owner=None,
             options=_options(
                 own, timeout_s=timeout_s, stall_s=stall_s, memory_limit_bytes=memory_limit_bytes, secret=secret
             ),
@@ -611,14 +734,100 @@ def task(
     return decorate if function is None else decorate(function)
 
 
+def _check_is_no_method(function: Callable[..., Any], qualified: str) -> None:
+    outer = function.__qualname__.rpartition(".")[0]
+    first = next(iter(inspect.signature(function).parameters), None)
+    if outer and not outer.endswith("<locals>") and first in {"self", "cls"}:
+        raise TaskDefinitionError(
+            f"@task is for functions, not for the method {qualified}, whose {first} no data can fill; "
+            "move it out of its class, or subclass Task"
+        )
+
+
 def definition_of(what: object) -> Definition | None:
     """Return the definition of a task class, a task function or a loaded task's name; None for an unknown name.
 
     Raises:
-        TaskDefinitionError: It is none of these.
+        TaskDefinitionError: It is none of these, or a class that is only a base of others.
     """
     if isinstance(what, str):
-        return _definitions.get(what)
+        definition = _definitions.get(what)
+        return None if definition is None or definition.is_abstract else definition
     if isinstance(what, FunctionTask) or (inspect.isclass(what) and issubclass(what, Task)):
         return what.definition()
     raise TaskDefinitionError(f"{what!r} is not a task: give a Task class, a function with @task, or a name as text")
+
+
+# ---- What Python does not report -------------------------------------------------------------------------------
+
+
+def remarks() -> list[str]:
+    """Return a sentence for each thing in the loaded tasks that was probably meant otherwise; none is an error."""
+    found: list[str] = []
+    for cls in _subclasses(Task):
+        found += _remarks_on_class(cls)
+    for definition in definitions().values():
+        found += _remarks_on_secret(definition)
+    return found
+
+
+def defines_tasks(module: str) -> bool:
+    """Whether a loaded task was defined in *module* or below it."""
+    return any(one.module == module or one.module.startswith(f"{module}.") for one in definitions().values())
+
+
+def _subclasses(base: type[Task]) -> Iterator[type[Task]]:
+    """Yield the classes below *base*, each once."""
+    waiting, seen = [base], {base}
+    while waiting:
+        for cls in waiting.pop(0).__subclasses__():
+            if cls not in seen:
+                seen.add(cls)
+                waiting.append(cls)
+                yield cls
+
+
+def _remarks_on_class(cls: type[Task]) -> Iterator[str]:
+    qualified = f"{cls.__module__}:{cls.__qualname__}"
+    has_run = inspect.getattr_static(cls, "run", None) is not None
+    if not has_run and not cls.__subclasses__() and not inspect.isabstract(cls):
+        yield f"{qualified} has no `run` and no subclass, so it is no task; define `run`, or remove it"
+    own = {name: value for part in cls.__mro__ if _is_counted_for(cls, part) for name, value in vars(part).items()}
+    for name, value in own.items():
+        if name.startswith("_") or not isinstance(value, int | float | str | tuple | list | set | dict | None):
+            continue
+        if hasattr(Task, name) and name not in lookalikes.OPTIONS:
+            yield f"{qualified}: the attribute `{name}` hides Task.{name}; rename it"
+        elif hint := lookalikes.advice(name):
+            yield f"{qualified}: `{name}` is not an option and has no effect; {hint}"
+
+
+def _is_counted_for(cls: type[Task], part: type) -> bool:
+    """Whether the attributes of *part* are looked at with *cls*: its own, and those that no task above it has."""
+    return part is cls or not any(issubclass(base, part) for base in cls.__bases__ if issubclass(base, Task))
+
+
+def _remarks_on_secret(definition: Definition) -> Iterator[str]:
+    """Look for slips of the pen alone: a secret may be a key deep in the data."""
+    try:
+        signature = definition.signature
+    except TaskDefinitionError:
+        return  # a failure, which is reported
+    for key in definition.options.secret:
+        near = difflib.get_close_matches(key, signature.hints, n=1, cutoff=lookalikes.CLOSE)
+        if key not in signature.hints and near:
+            yield f"{definition.name}: secret names {key!r}, which is no parameter; did you mean {near[0]!r}?"
+
+
+def base_named(name: str) -> type[Task] | None:
+    """Return the loaded class of this name that cannot be requested because it is only a base, if there is one."""
+    for cls in _subclasses(Task):
+        if f"{cls.__module__}:{cls.__qualname__}" == name and definition_of(name) is None:
+            return cls
+    return None
+
+
+def _how_to_set(keyword: str, value: object) -> str:
+    if keyword in lookalikes.OPTIONS:
+        return f"options are attributes, not keywords of the class; write {keyword} = {value!r} in its body"
+    return f"{keyword} is not an option of a task; {lookalikes.advice(keyword)}"

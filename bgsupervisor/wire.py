@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bgsupervisor.errors import WireError
+from bgsupervisor.sizes import size
 from bgsupervisor.statuses import Reason  # noqa: TC001 - msgspec reads the annotations
 
 if TYPE_CHECKING:
@@ -114,10 +115,17 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class LoadFailure(msgspec.Struct, frozen=True):
-    """A module, or the `setup` callable, that failed to load, and why."""
+    """What failed to load, and why.
+
+    Attributes:
+        module: The name of the module, of the `setup` callable, or of the task whose signature cannot be used.
+        error: The traceback.
+        kind: "module", "setup" or "task"; a nursery of an older version reports none.
+    """
 
     module: str
     error: str
+    kind: str = "module"
 
 
 class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -502,7 +510,7 @@ class Channel:
         while len(self._incoming) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._incoming)
             if length > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {length} bytes was announced, at most {MAX_FRAME_BYTES} are allowed")
+                raise WireError(f"a frame of {size(length)} was announced, at most {size(MAX_FRAME_BYTES)} are allowed")
             stop = _LENGTH.size + length
             if len(self._incoming) < stop:
                 return
@@ -511,7 +519,7 @@ class Channel:
             try:
                 yield _decode(body)
             except (msgspec.MsgspecError, ValueError) as error:  # text that is no UTF-8 is a ValueError
-                raise WireError(f"a message of {length} bytes cannot be read: {error}") from error
+                raise WireError(f"a message of {size(length)} cannot be read: {error}") from error
 
 
 class Redial:

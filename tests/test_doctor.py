@@ -256,7 +256,7 @@ def test_less_than_100_mib_are_too_few(scene, tmp_path):
 
 
 def test_enough_room_passes(scene, monkeypatch):
-    passes(file_checks.free_space, moved(scene, "/dev/shm/x.db") if _room("/dev/shm") else scene, "MiB are free")
+    passes(file_checks.free_space, moved(scene, "/dev/shm/x.db") if _room("/dev/shm") else scene, "iB are free")
 
 
 def _room(folder):
@@ -335,7 +335,7 @@ def cgroup(machine, text, **files):
 def test_the_lowest_memory_limit_on_the_way_up_is_told(scene, machine):
     passes(limits.memory, scene, "no limit of memory")
     cgroup(machine, "0::/a/b\n", **{"a/b/memory.max": "max", "a/memory.max": 8 << 30, "memory.max": 4 << 30})
-    fails(limits.memory, scene, "may use 4,096 MiB, 256 MiB for each of 16 slots", Grade.NOTE)
+    fails(limits.memory, scene, "may use 4 GiB, 256 MiB for each of 16 slots", Grade.NOTE)
 
 
 def test_the_first_version_of_cgroups_is_read_too(scene, machine):
@@ -592,7 +592,7 @@ def test_what_is_wrong_leaves_with_1_and_is_told_in_json_too(make_app):
     assert set(found) == {"configuration", "task modules", "database", *CHECKS}
     assert found["task modules"]["grade"] == found["deploy folder"]["grade"] == "WRONG"
     assert (
-        "appx does not load: ModuleNotFoundError: No module named 'nothing_of_that_name'"
+        "module appx does not load: ModuleNotFoundError: No module named 'nothing_of_that_name'"
         in found["task modules"]["told"]
     )
 

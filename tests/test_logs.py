@@ -100,7 +100,7 @@ def test_thirty_megabytes_stay_bounded_and_keep_their_first_and_last_lines(log):
     text = "".join(logs.read(log))
     assert text.startswith("line 0 x")
     assert text.endswith("\nthe end\n")
-    assert text.count("bytes left out") == 1
+    assert text.count(" left out ...") == 1
     assert logs.tail(log, 2) == ["line 29999 " + "x" * 1000, "the end"]
 
 
@@ -131,7 +131,7 @@ def test_without_holes_the_first_quarter_remains_and_the_writer_goes_on(log, mon
 def test_the_cut_is_told_in_one_line_of_its_own(log):
     with_hole(log, b"begun ", 3, b"rest\nlast\n")
     text = "".join(logs.read(log))
-    assert f"\n... {3 * 4096} bytes left out ...\nrest\nlast\n" in text
+    assert "\n... 12 KiB left out ...\nrest\nlast\n" in text
     assert "\0" not in text
 
 
@@ -215,7 +215,7 @@ def test_following_tells_what_was_cut_out_ahead_of_it(log):
         with_hole(log, b"one\n", 2, b"last\n")
 
     text = "".join(logs.follow(lambda: log, lambda: next(ends), ScriptedClock(grow)))
-    assert text.endswith(f"... {2 * 4096} bytes left out ...\nlast\n")
+    assert text.endswith("... 8 KiB left out ...\nlast\n")
 
 
 def test_a_follower_that_is_left_closes_the_file(log):

@@ -129,9 +129,19 @@ def test_every_code_block_of_the_page_is_run_by_a_test_of_its_section():
         "Five questions to the database": {"sql"},
         "Upgrading": {"console"},
         "Monitoring": {"console", "crontab"},
+        "What became of a task": {"console"},
         "Doctor": {"console"},
     }
     assert sum(len(BLOCK.findall(text)) for text in SECTIONS.values()) == TEXT.count("```") // 2
+
+
+# ---- what became of a task ----
+
+
+def test_the_commands_that_show_a_task_do_what_the_page_says(app):
+    app.start()
+    app.started(app.service.request("appx:until", {"name": "never"}))
+    follow(app, "What became of a task")
 
 
 # ---- tasks that hang ----

@@ -129,6 +129,48 @@ def test_missing_code_names_the_module_that_did_not_load_and_the_last_line_of_it
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mail:send", "module mail failed to load: E: 1"),
+        ("mail.fast:send", "module mail failed to load: E: 1"),
+        ("shop:buy", "task shop:buy failed to load: E: 2"),
+        ("shop:sell", "no configured module that loaded has a task of this name (did you mean shop:sells?)"),
+        ("mailing:send", "no configured module that loaded has a task of this name"),
+        ("send", "module mail failed to load: E: 1; module shop.old failed to load: E: 3"),
+    ],
+)
+def test_why_names_only_the_failures_that_concern_the_task(app, name, told):
+    failures = [
+        {"module": "mail", "error": "E: 1"},
+        {"module": "shop:buy", "error": "E: 2", "kind": "task"},
+        {"module": "shop.old", "error": "E: 3", "kind": "module"},
+    ]
+    _supervise(app, catalogue='{"shop:sells":{}}', code_error=json.dumps(failures))
+    [(kind, sentence)] = _why(app, _requested(app, name=name))
+
+    assert kind == "code_missing"
+    assert sentence == f"no supervisor has code for {name}: {told}; see `bgsupervisor check`"
+
+
+def test_why_names_a_setup_that_failed_as_what_it_is(app):
+    _supervise(app, code_error=json.dumps([{"module": "shop:setup", "error": "E: 1", "kind": "setup"}]))
+    (_, sentence) = _why(app, _requested(app, name="mail:send"))[0]
+
+    assert sentence.startswith("no supervisor has code for mail:send: setup shop:setup failed to load: E: 1; ")
+
+
+def test_task_whose_signature_fails_is_called_a_task_everywhere(make_app):
+    app = make_app("from bgsupervisor import task\n@task\ndef bad(*ids): ...\n")
+    app.start()
+
+    sentence = "task appx:bad failed to load: "
+    assert sentence in app.cli("ps").stderr
+    assert sentence in app.cli("health").stdout
+    assert sentence.strip() in app.cli("check").stderr
+    assert "task appx:bad does not load: " in app.cli("doctor").stdout
+
+
 def test_a_task_that_comes_after_another_tells_how_far_that_is(app):
     first, second = _running(app), _requested(app)
     app.service.ledger.apply(Batch(notes={first: Note(progress_done=61, progress_total=100)}))
@@ -469,7 +511,7 @@ def test_show_lists_parts_holds_waits_dependencies_and_children(app):
     assert f"children:\n  {child.id}  appx:add  REQUEST\n" in text
     text = app.cli("show", str(after.id)).stdout
     assert f"comes after:\n  task {task.id}, however it ends\n" in text
-    assert f"position           after task {task.id}\n" in text
+    assert f"starts     after task {task.id}\n" in text
 
     found = json.loads(app.cli("show", str(task.id), "--json").stdout)
     assert [(one["name"], one["value"]) for one in found["parts"]] == [("loaded", {"rows": 3})]

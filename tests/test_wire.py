@@ -141,8 +141,8 @@ def test_several_frames_in_one_piece_are_several_messages_and_the_rest_waits(pai
 @pytest.mark.parametrize(
     ("sent", "says"),
     [
-        (struct.pack(">I", wire.MAX_FRAME_BYTES + 1), "a frame of 83886081 bytes was announced"),
-        (b"GET / HTTP/1.1\r\n\r\n", "bytes was announced"),
+        (struct.pack(">I", wire.MAX_FRAME_BYTES + 1), "a frame of 80 MiB was announced"),
+        (b"GET / HTTP/1.1\r\n\r\n", "GiB was announced"),
         (struct.pack(">I", 0), "a message of 0 bytes cannot be read"),
         (struct.pack(">I", 3) + b"\xc1\xc1\xc1", "a message of 3 bytes cannot be read"),
         (frame({"type": "Beat", "id": "one", "attempt": 1}), "cannot be read: Expected `int`"),
@@ -392,7 +392,7 @@ def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n", "bytes was announced"),
+        (b"GET / HTTP/1.1\r\n\r\n", "GiB was announced"),
         (frame({"type": "Bribe"}), "cannot be read"),
         (frame(Beat(1, 1)), "did not say hello first"),
         (frame(hello(version=99)), "it speaks protocol 99, this supervisor speaks 1"),

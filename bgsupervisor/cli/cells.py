@@ -14,6 +14,7 @@ from bgsupervisor.cli.table import DROPPED, Column, terminal_columns
 from bgsupervisor.cli.text import age, clean, duration, short_duration, size, width
 from bgsupervisor.cli.watch import Watch, watch
 from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.sizes import number
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def _not_started(record: TaskRecord, facts: Facts) -> str:
 def advance(record: TaskRecord, bar_columns: int) -> str:
     """Return bar and percentage, or the count alone where the total is not known."""
     if record.fraction is None:
-        return "" if record.progress_done is None else f"{record.progress_done:g}"
+        return "" if record.progress_done is None else number(record.progress_done)
     words = f"{percent(record.fraction):3d}%" if bar_columns else f"{percent(record.fraction)}%"
     return f"{_bar(record.fraction, bar_columns)} {words}" if bar_columns else words
 

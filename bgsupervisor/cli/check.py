@@ -11,22 +11,25 @@ from bgsupervisor.cli.loading import load_apart
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
+from bgsupervisor.cli.traces import folded
+from bgsupervisor.config import remarks
+from bgsupervisor.sizes import number, size
 
 if TYPE_CHECKING:
     from bgsupervisor.cli.loading import Answer
     from bgsupervisor.config import Config
+    from bgsupervisor.wire import LoadFailure
 
 __all__ = ["check"]
 
 LOAD_LIMIT_S = 120.0
-TRACE_LINES = 8
-"""So much of a traceback is shown: its end."""
 
 
 @click.command()
+@click.option("--full", is_flag=True, help="Every frame of a traceback, also those of libraries.")
 @click.option("--json", "as_json", is_flag=True, help="One object.")
 @pass_session
-def check(session: Session, *, as_json: bool) -> None:
+def check(session: Session, *, full: bool, as_json: bool) -> None:
     """Show the configuration, load the modules.
 
     Each value is followed by where it came from. The modules are loaded in a process of its own, as the nursery
@@ -36,6 +39,7 @@ def check(session: Session, *, as_json: bool) -> None:
     if not as_json:
         _print_configuration(config)
     answer = load_apart(config, limit_s=LOAD_LIMIT_S)
+    answer = msgspec.structs.replace(answer, warnings=[*remarks(config), *answer.warnings])
     if as_json:
         print_json(_object(config, answer))
     else:
@@ -44,10 +48,8 @@ def check(session: Session, *, as_json: bool) -> None:
         warn(f"DANGER: {danger}")
     for warning in answer.warnings:
         warn(f"warning: {warning}")
-    if not config.tasks:
-        warn("no task modules are configured; name them in `tasks`")
     for failure in () if as_json else answer.failures:
-        _tell_failure(failure.module, failure.error)
+        _tell_failure(failure, config, full=full)
     raise click.exceptions.Exit(bool(answer.failures or answer.dangers) or not config.tasks)
 
 
@@ -61,14 +63,20 @@ def _print_configuration(config: Config) -> None:
 def _print_tasks(answer: Answer) -> None:
     click.echo(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
     for name, options in sorted(answer.tasks.items()):
-        told = ", ".join(f"{key} {value:g}" for key, value in msgspec.to_builtins(options).items())
+        told = ", ".join(f"{key} {_option(key, value)}" for key, value in msgspec.to_builtins(options).items())
         click.echo(clean(f"  {name}{f'  ({told})' if told else ''}"))
 
 
-def _tell_failure(module: str, error: str) -> None:
-    warn(f"\n{module} failed to load:".strip())
-    lines = error.rstrip().splitlines()
-    for line in lines[-TRACE_LINES:]:
+def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of several kinds
+    if key.endswith("_bytes"):
+        return size(value)
+    return " and ".join(value) if isinstance(value, tuple | list) else number(value)
+
+
+def _tell_failure(failure: LoadFailure, config: Config, *, full: bool) -> None:
+    warn(f"{failure.kind} {failure.module} failed to load:")
+    text = failure.error.rstrip()
+    for line in (text if full else folded(text, config)).splitlines():
         click.echo(f"  {clean(line)}", err=True)
 
 

@@ -93,7 +93,7 @@ def _modules(config: Config) -> Iterator[Finding]:
         return
     answer = load_apart(config, limit_s=LOAD_LIMIT_S)
     for failure in answer.failures:
-        told = f"{failure.module} does not load: {last_line(failure.error)}; see `bgsupervisor check`"
+        told = f"{failure.kind} {failure.module} does not load: {last_line(failure.error)}; see `bgsupervisor check`"
         yield Finding("task modules", Grade.WRONG, told)
     for danger in answer.dangers:
         yield Finding("task modules", Grade.WRONG, danger)

@@ -15,6 +15,7 @@ from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
 from bgsupervisor.errors import BgSupervisorError
+from bgsupervisor.sizes import size
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -138,13 +139,12 @@ class Sight:
         if max_interrupted is not None and interrupted > max_interrupted:
             found.append((State.WARNING, f"{interrupted} tasks were interrupted within a day"))
         found += [(State.WARNING, danger) for danger in self.watch.dangers]
-        for module, line in self.watch.failures:
-            found.append((State.WARNING, f"module {module} failed to load: {line}"))
+        found += [(State.WARNING, str(failure)) for failure in self.watch.failures]
         if self.unresponsive:
             ids = ", ".join(map(str, self.unresponsive))
             found.append((State.WARNING, f"running but unresponsive: {ids}"))
         if self.wal_bytes > WAL_WARN_BYTES:
-            told = f"the -wal file has {self.wal_bytes // 1024**2} MiB, a reader or a hanging supervisor keeps it"
+            told = f"the -wal file has {size(self.wal_bytes)}, a reader or a hanging supervisor keeps it"
             found.append((State.WARNING, told))
         return found
 

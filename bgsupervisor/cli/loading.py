@@ -66,7 +66,8 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
         told = f"the process that loads it ended with exit code {process.returncode} before it could tell"
         if not in_time:
             told = f"it was not loaded within {limit_s:g} s"
-        return Answer({}, [LoadFailure(", ".join(config.tasks), told)], [], [])
+        what = LoadFailure(", ".join(config.tasks) or str(config.setup), told, "modules" if config.tasks else "setup")
+        return Answer({}, [what], [], [])
 
 
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -72,17 +72,20 @@ def ps(
     clock = service.ledger.clock
     wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
     rows = Rows(store=service.ledger.store, now=clock.now(), statuses=wanted, name=name, key=key)
-    if as_tree:
-        records = rows.live(limit or LIMIT)
-    elif everything:
-        records = rows.newest(limit or LIMIT_ALL)
-    else:
-        live = rows.live(limit or LIMIT)
-        ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
-        records = live + rows.ended(ended_limit)
-    grown = tree.Tree.grow(rows, records) if as_tree else None
-    causes = grown.causes if grown else Ties(rows.store).causes(records)
-    facts = cells.Facts.gather(service, positions=rows.positions(), clock=clock, causes=causes)
+    with rows.store.looking():  # as of one moment: a task that was claimed meanwhile has no place in the queue
+        if as_tree:
+            records = rows.live(limit or LIMIT)
+        elif everything:
+            records = rows.newest(limit or LIMIT_ALL)
+        else:
+            live = rows.live(limit or LIMIT)
+            ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
+            records = live + rows.ended(ended_limit)
+        grown = tree.Tree.grow(rows, records) if as_tree else None
+        causes = grown.causes if grown else Ties(rows.store).causes(records)
+        positions, busy = rows.positions(), rows.busy()
+        counts = _Counts.of(service, since=rows.now - timedelta(days=1))
+    facts = cells.Facts.gather(service, positions=positions, clock=clock, causes=causes)
     for sentence in facts.watch.warnings(now=facts.now):
         warn(sentence)
     problem = service.ledger.store.write_problem(wait_s=WRITE_WAIT_S)
@@ -91,21 +94,32 @@ def ps(
     if as_json:
         print_json([_object(record, facts, service) for record in records])
         return
-    _summarize(service, facts.watch, records, now=facts.now)
+    _summarize(counts, facts.watch, records)
     if grown and records:
-        show_table(tree.columns(grown, facts, busy=rows.busy()), narrowing=tree.NARROWING, for_programs=False)
+        show_table(tree.columns(grown, facts, busy=busy), narrowing=tree.NARROWING, for_programs=False)
     elif records:
         show_table(cells.columns(records, facts), narrowing=cells.NARROWING)
 
 
-def _summarize(service: Service, seen: Watch, records: list[TaskRecord], *, now: datetime) -> None:
+class _Counts(NamedTuple):
+    """How many tasks there are; counting all rows ever would take a second per million, these have small indexes."""
+
+    live: dict[Status, int]
+    waiting: int
+    ended: dict[Status, int]
+
+    @classmethod
+    def of(cls, service: Service, *, since: datetime) -> _Counts:
+        ledger = service.ledger
+        return cls(ledger.live_counts(), ledger.waiting_count(), ledger.ended_counts(since))
+
+
+def _summarize(counts: _Counts, seen: Watch, records: list[TaskRecord]) -> None:
     """Say how many tasks there are; on stderr, so that what a program reads has rows only."""
-    # Counting all rows ever would take a second per million; these counts come from small indexes.
-    live, ended = service.ledger.live_counts(), service.ledger.ended_counts(now - timedelta(days=1))
+    live, waiting, ended = counts
     slots = sum(one.slots for one in seen.alive)
     words = [f"{status} {count:,}" for status, count in live.items()]
     if slots:
-        waiting = service.ledger.waiting_count()
         words[-1] = f"{Status.START} {live[Status.START] - waiting:,} of {slots} slots"
         words[-1] += f" and {waiting:,} waiting" if waiting else ""
     warn(" · ".join(words) + "; in 24 h " + " · ".join(f"{status} {count:,}" for status, count in ended.items()))

@@ -15,10 +15,12 @@ import msgspec
 
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.traces import folded
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import Interrupted
+from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:
     from bgsupervisor.config import Config
@@ -87,7 +89,7 @@ def _decoded(text: str | None, config: Config) -> Any:  # noqa: ANN401 - JSON; t
     if text == "-":
         text = sys.stdin.read(config.data_max_bytes + 1)
         if len(text) > config.data_max_bytes:
-            raise click.UsageError(f"stdin holds more than data_max_bytes allows, {config.data_max_bytes:,} bytes")
+            raise click.UsageError(f"stdin holds more than data_max_bytes allows, {size(config.data_max_bytes)}")
     try:
         return msgspec.json.decode(text.encode())
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
@@ -164,6 +166,9 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
     except KeyboardInterrupt:
         warn(f"task {handle.id} goes on; `bgsupervisor show {handle.id}` tells about it")
         raise
+    if record.error is not None:
+        for line in folded(record.error, service.config).splitlines():
+            warn(line)
     if record.reason is not None:
         raise Interrupted(record.id, record.reason, record.detail or "")
     click.echo(record.result)

@@ -14,7 +14,7 @@ import click
 from bgsupervisor import __version__, descriptors
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import take_notify_socket
+from bgsupervisor.config import remarks, take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
 from bgsupervisor.notify import Notifier
 from bgsupervisor.stamp import code_stamp, read_stamp
@@ -107,6 +107,8 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
     with _own_log(state_dir.logs / LOG_NAME):
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
         logging.getLogger("peewee").setLevel(logging.WARNING)
+        for remark in remarks(config):
+            logging.getLogger("bgsupervisor").warning("%s", remark)
         supervisor = Supervisor(config, state_dir=state_dir, lock=lock, notifier=notifier, reread=load, burst=burst)
         return supervisor.run()
 

@@ -1,4 +1,4 @@
-"""`bgsupervisor show`: everything that is known of one task."""
+"""`bgsupervisor show`: what is known of one task, for people; the machine's facts where they are asked for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from bgsupervisor import logs, payload
+from bgsupervisor import logs, payload, processes
 from bgsupervisor.cli import waiting
 from bgsupervisor.cli.cells import Facts, percent
 from bgsupervisor.cli.log import log_path
 from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.cli.text import age, clean, duration, local, size
+from bgsupervisor.cli.text import age, clean, duration, local
+from bgsupervisor.cli.traces import FULL_HINT, folded
 from bgsupervisor.errors import DataInvalid, UnknownTask
+from bgsupervisor.sizes import number, size
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bgsupervisor.cli.rows import Cause
+    from bgsupervisor.config import Config
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
 
@@ -34,42 +37,37 @@ __all__ = ["show"]
 
 LOG_LINES = 20
 CHILDREN_SHOWN = 100
-LABEL_COLUMNS = 18
+LABEL_COLUMNS = 10
+FACT_COLUMNS = 20
 _SECRET_NAME = re.compile(r"passw(or)?d|secret|token|authorization|api_?key", re.IGNORECASE)
 """The application's own list of secrets is in its code, which this command does not import."""
-_SPECIAL = {
-    "id",
-    "name",
-    "data",
-    "result",
-    "error",
-    "stack",
-    "detail",
-    "progress_done",
-    "progress_total",
-    "message",
-    "status",
-    "reason",
-}
+_TEXTS = {"data", "result", "error", "stack", "detail", "message"}
+"""The columns that --full does not repeat."""
+DELAYED_S = 1.0
+"""A task that was to start so much later than it was requested was requested for later."""
 
 
 @click.command()
 @click.argument("id", type=int)
-@click.option("--json", "as_json", is_flag=True, help="One object; times are in UTC.")
+@click.option("--full", is_flag=True, help="The machine's facts too, and every frame of a traceback.")
+@click.option("--json", "as_json", is_flag=True, help="One object with everything; times are in UTC.")
 @pass_session
-def show(session: Session, *, id: int, as_json: bool) -> None:
-    """Show everything about one task.
+def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
+    """Show what one task does, did and left.
 
     Values of data that the task's class declares as secret are masked, and those whose names look like secrets
     (password, secret, token, authorization, api_key).
     """
     service = session.existing_service()
-    record = None if service is None else service.get(id)
-    if service is None or record is None:
+    if service is None:
         raise UnknownTask(id)
-    around = _Around.of(record, service)
+    with service.ledger.store.looking():
+        record = service.get(id)
+        if record is None:
+            raise UnknownTask(id)
+        around = _Around.of(record, service)
+        interruptions = service.ledger.interruptions(id)
     facts = Facts.gather(service, positions={}, clock=service.ledger.clock, causes=around.causes)
-    interruptions = service.ledger.interruptions(id)
     path, tail = _log(service, record)
     if as_json:
         data, _ = _masked(record, facts)
@@ -92,16 +90,21 @@ def show(session: Session, *, id: int, as_json: bool) -> None:
         warn(sentence)
     for label, text in _facts(record, service, facts):
         _print_fact(label, text)
-    for title, lines in around.blocks(record, facts):
-        _print_block(title, "\n".join(lines))
-    _print_block("error", record.error)
-    _print_block("stack when its time was up", record.stack)
-    _print_interruptions(interruptions, facts.now)
     if path is not None:
         _print_fact("log", str(path))
         if tail is None:
             warn(f"this user cannot read {path}")
-        _print_block(f"last {LOG_LINES} lines of the log", None if tail is None else "\n".join(tail))
+    for title, lines in around.blocks(record, facts):
+        _print_block(title, "\n".join(lines))
+    _print_trace("error", record.error, service.config, full=full)
+    _print_trace("stack when its time was up", record.stack, service.config, full=full)
+    earlier = [one for one in interruptions if one["attempt"] != record.attempt or not record.ended]
+    lines = [f"{one['attempt']}  {_when(one['ended_at'], facts.now)}  {_how(one)}" for one in earlier]
+    _print_block("earlier attempts", "\n".join(map(clean, lines)))
+    few = tail is not None and len(tail) < LOG_LINES
+    _print_block("log" if few else f"last {LOG_LINES} lines of the log", "\n".join(tail or ()))
+    if full:
+        _print_machine_facts(record, service, facts.now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +180,9 @@ def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] |
 
 def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple[str, str]]:
     """Yield what is known, one short text each; first what people look for first."""
-    yield "task", f"{record.id}, {record.name}"
-    yield "status", f"{record.status}{f' / {record.reason}' if record.reason else ''}"
-    if record.detail:
-        yield "detail", record.detail
+    yield from _heading(record)
     if record.position is not None:
-        yield "position", _why_it_waits(record, facts)
+        yield "starts", _why_it_waits(record, facts)
     if facts.silence(record):
         yield "heard", facts.silence(record)
     if facts.suspension(record):
@@ -192,14 +192,68 @@ def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple
         yield "progress", told
     data, is_masked = _masked(record, facts)
     yield "data", _written(data) + (" (masked)" if is_masked else "")
-    if record.result is not None:
+    if record.result not in (None, "null"):
         yield "result", _written(_parsed(record.result))
-    runtime_s = facts.runtime_s(record)
+    yield from _times(record, facts)
+    if record.cancel_requested_at is not None and not record.ended:
+        by = f" by {record.cancel_requested_by}" if record.cancel_requested_by else ""
+        yield "cancelled", f"{_when(record.cancel_requested_at, facts.now)}{by}"
+    if record.ending is not None and not record.ended:
+        yield "ending", str(record.ending)
+    if record.pid is not None:
+        yield "where", _where(record, service)
+    used = _used(record)
+    if used:
+        yield "used", used
+
+
+def _heading(record: TaskRecord) -> Iterable[tuple[str, str]]:
+    yield "task", f"{record.id}, {record.name}"
+    if record.key is not None:
+        yield "key", record.key + (" (unique)" if record.unique_key is not None else "")
+    elif record.unique_key is not None:
+        yield "unique", record.unique_key
+    yield "status", f"{record.status}{f' / {record.reason}' if record.reason else ''}"
+    if record.detail:
+        yield "detail", record.detail
+
+
+def _times(record: TaskRecord, facts: Facts) -> Iterable[tuple[str, str]]:
+    now, runtime_s = facts.now, facts.runtime_s(record)
+    parent = f", by task {record.parent_id}" if record.parent_id is not None else ""
+    priority = f", with priority {record.priority}" if record.priority else ""
+    yield "requested", f"{_when(record.requested_at, now)}{parent}{priority}"
+    if (record.run_at - record.requested_at).total_seconds() > DELAYED_S:
+        yield "due", _when(record.run_at, now)
+    if record.started_at is not None:
+        attempt = f", attempt {record.attempt}" if record.attempt > 1 else ""
+        yield "started", f"{_when(record.started_at, now)}{attempt}"
     if runtime_s is not None:
-        yield "runtime", duration(runtime_s) if runtime_s >= 1 else f"{runtime_s:.3f} s"
-    for name, value in columns_of(record, service).items():
-        if value is not None and name not in _SPECIAL:
-            yield name, _readable(name, value, facts.now)
+        took = duration(runtime_s) if runtime_s >= 1 else f"{runtime_s * 1000:.0f} ms"
+        took += f", of it {duration(record.suspended_s)} suspended" if record.suspended_s else ""
+        yield ("ran", took) if record.ended else ("running", took)
+    if record.ended_at is not None:
+        yield "ended", _when(record.ended_at, now)
+
+
+def _where(record: TaskRecord, service: Service) -> str:
+    words = [f"PID {record.pid}"]
+    if record.slot is not None and not record.ended:
+        words.append(f"slot {record.slot}")
+    if record.host is not None and record.host != processes.host_id(service.config.host):
+        words.append(f"host {record.host}")
+    return ", ".join(words)
+
+
+def _used(record: TaskRecord) -> str:
+    words = []
+    if record.rss_bytes is not None and not record.ended:
+        words.append(f"{size(record.rss_bytes)} of memory")
+    if record.peak_rss_bytes is not None:
+        words.append(f"at most {size(record.peak_rss_bytes)}" + (" of memory" if not words else ""))
+    if record.cpu_s is not None:
+        words.append(f"{record.cpu_s:.2f} s of CPU time")
+    return ", ".join(words)
 
 
 def _why_it_waits(record: TaskRecord, facts: Facts) -> str:
@@ -210,7 +264,7 @@ def _why_it_waits(record: TaskRecord, facts: Facts) -> str:
     needs = waiting.gathered(facts.causes.get(record.id, ()))
     if needs:
         return ", ".join(one.what() for one in needs)
-    return str(record.position)
+    return f"at place {record.position} in the queue"
 
 
 def _progress(record: TaskRecord) -> str:
@@ -218,8 +272,8 @@ def _progress(record: TaskRecord) -> str:
     if record.fraction is not None and record.progress_done is not None:
         parts.append(f"{percent(record.fraction)}%")
     if record.progress_done is not None:
-        of = "" if record.progress_total is None else f" of {record.progress_total:g}"
-        parts.append(f"({record.progress_done:g}{of})")
+        of = "" if record.progress_total is None else f" of {number(record.progress_total)}"
+        parts.append(f"({number(record.progress_done)}{of})")
     return " ".join([*parts, record.message or ""]).strip()
 
 
@@ -227,7 +281,7 @@ def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a 
     if name.endswith("_at"):
         return _when(value, now)
     if name.endswith("_bytes"):
-        return f"{size(value)} ({value:,} bytes)"
+        return size(value)
     if name.endswith("_percent"):
         return f"{value:.0f}%"
     if name in ("cpu_s", "suspended_s"):
@@ -278,8 +332,18 @@ def _print_block(title: str, text: str | None) -> None:
             click.echo(f"  {clean(line)}")
 
 
-def _print_interruptions(interruptions: list[dict[str, Any]], now: datetime) -> None:
-    if interruptions:
-        click.echo("\ninterrupted attempts:")
-    for one in interruptions:
-        click.echo(clean(f"  {one['attempt']}  {_when(one['ended_at'], now)}  {one['reason']}: {one['detail'] or ''}"))
+def _print_trace(title: str, text: str | None, config: Config, *, full: bool) -> None:
+    shown = text if full or text is None else folded(text, config)
+    is_whole = text is None or shown == "\n".join(text.splitlines()) or full
+    _print_block(title if is_whole else f"{title} ({FULL_HINT})", shown)
+
+
+def _how(interruption: dict[str, Any]) -> str:
+    return f"{interruption['reason']}: {interruption['detail'] or ''}"
+
+
+def _print_machine_facts(record: TaskRecord, service: Service, now: datetime) -> None:
+    click.echo("\nall columns:")
+    for name, value in columns_of(record, service).items():
+        if value is not None and name not in _TEXTS:
+            click.echo(clean(f"  {name:<{FACT_COLUMNS}} {_readable(name, value, now)}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.traces import folded
 from bgsupervisor.errors import UnknownTask
 
 __all__ = ["stack"]
@@ -12,10 +13,12 @@ __all__ = ["stack"]
 
 @click.command()
 @click.argument("id", type=int)
+@click.option("--full", is_flag=True, help="Every frame, also those of libraries.")
 @pass_session
-def stack(session: Session, *, id: int) -> None:
+def stack(session: Session, *, id: int, full: bool) -> None:
     """Print the Python stacks of all threads of a running task, which goes on meanwhile."""
     service = session.existing_service()
     if service is None:
         raise UnknownTask(id)
-    click.echo(service.stack(id).rstrip())
+    text = service.stack(id).rstrip()
+    click.echo(text if full else folded(text, service.config))

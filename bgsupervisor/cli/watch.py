@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
@@ -28,6 +28,26 @@ LOADING_S = 60.0
 """A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
 
 
+class Failure(NamedTuple):
+    """What failed to load in a living supervisor: its kind, its name and the last line of the error."""
+
+    kind: str
+    name: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} failed to load: {self.line}"
+
+    def concerns(self, task: str) -> bool:
+        """Whether a task of this name may be missing because of it."""
+        if self.kind != "module":
+            return self.kind == "setup" or self.name == task
+        module, colon, _ = task.partition(":")
+        if not colon:
+            return True  # its own name does not say which module has it
+        return f"{module}.".startswith(f"{self.name}.")  # itself, or a package around it
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
     """What rows and the process table tell about supervisors.
@@ -36,7 +56,7 @@ class Watch:
         alive: Those that live, as far as can be seen.
         seen_at: When one was last seen; None if there never was one.
         catalogue: The names of all tasks that the living have loaded; None while that is not known.
-        failures: Module and last line of the error, for each that failed to load.
+        failures: What failed to load.
         dangers: Sentences about what in an import may cost data.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
@@ -47,7 +67,7 @@ class Watch:
     alive: Sequence[SupervisorRecord] = ()
     seen_at: datetime | None = None
     catalogue: frozenset[str] | None = None
-    failures: Sequence[tuple[str, str]] = field(default=())
+    failures: Sequence[Failure] = field(default=())
     dangers: Sequence[str] = ()
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
@@ -60,7 +80,7 @@ class Watch:
 
     def warnings(self, *, now: datetime) -> list[str]:
         """Return what whoever looks at tasks should know first."""
-        found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
+        found = [f"{failure}; see `bgsupervisor check`" for failure in self.failures]
         found[:0] = self.dangers
         if not self.alive:
             found.insert(0, self.absence(now=now))
@@ -99,8 +119,8 @@ def watch(service: Service, *, now: datetime) -> Watch:
         alive=alive,
         seen_at=max((one.left_at or one.heartbeat_at for one in supervisors), default=None),
         catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
-        failures=[(module, line) for module, line in told if module],
-        dangers=[line for module, line in told if not module],
+        failures=[one for one in told if one.name],
+        dangers=[one.line for one in told if not one.name],
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
         stopped=StopMark.read(state_dir.stop_mark),
         mute=[one for one in alive if _is_silent(one, now=now)],
@@ -154,10 +174,13 @@ def _secrets(one: SupervisorRecord) -> list[tuple[str, list[str]]]:
     return [(name, options.get("secret", [])) for name, options in json.loads(one.catalogue).items()]
 
 
-def _failures(one: SupervisorRecord) -> list[tuple[str, str]]:
+def _failures(one: SupervisorRecord) -> list[Failure]:
     if one.code_error is None:
         return []
-    return [(clean(failure["module"]), last_line(failure["error"])) for failure in json.loads(one.code_error)]
+    return [
+        Failure(failure.get("kind", "module"), clean(failure["module"]), last_line(failure["error"]))
+        for failure in json.loads(one.code_error)
+    ]
 
 
 def last_line(trace: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,13 @@ class Because:
 def why(session: Session, *, id: int, as_json: bool) -> None:
     """Say why a task is not running, or not going on."""
     service = session.existing_service()
-    record = None if service is None else service.ledger.get(id)
-    if service is None or record is None:
+    if service is None:
         raise UnknownTask(id)
-    found = because(record, service)
+    with service.ledger.store.looking():  # the task, its place and what it waits for, as of one moment
+        record = service.ledger.get(id)
+        if record is None:
+            raise UnknownTask(id)
+        found = because(record, service)
     if as_json:
         told = [{"kind": one.kind, "sentence": one.sentence, **one.facts} for one in found]
         print_json({"id": id, "status": record.status, "because": told})
@@ -128,13 +132,15 @@ class _Sight:
         seen, name = self.facts.watch, self.record.name
         if not seen.lacks(name):
             return
-        module = name.partition(":")[0]
-        own = [failure for failure in seen.failures if failure[0] == module] or list(seen.failures)
+        own = [failure for failure in seen.failures if failure.concerns(name)]
         if own:
-            told = "; ".join(f"module {one} failed to load: {line}" for one, line in own)
+            told = "; ".join(map(str, own))
         else:
-            told = "no configured module has a task of this name"
-        known = {"failures": [{"module": one, "error": line} for one, line in own]}
+            near = difflib.get_close_matches(name, seen.catalogue or (), n=1)
+            hint = f" (did you mean {clean(near[0])}?)" if near else ""
+            which = "no configured module that loaded" if seen.failures else "no configured module"
+            told = f"{which} has a task of this name{hint}"
+        known = {"failures": [{"kind": one.kind, "module": one.name, "error": one.line} for one in own]}
         yield Because(
             "code_missing", f"no supervisor has code for {clean(name)}: {told}; see `bgsupervisor check`", known
         )

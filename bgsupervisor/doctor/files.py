@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.sizes import size
 from bgsupervisor.statedir import user_name
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def free_space(scene: Scene) -> Iterator[Told]:
     for folder in folders.values():
         state = os.statvfs(folder)
         free = state.f_bavail * state.f_frsize
-        told = f"{free // 1024**2:,} MiB are free for {folder}"
+        told = f"{size(free)} are free for {folder}"
         if free < SPACE_MIN_BYTES:
             yield wrong(f"{told}; free some, or `bgsupervisor prune`: on a full disk no end can be recorded")
         else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
 from bgsupervisor.doctor.keepers import PROCESSES_PER_SLOT, lock_holder
+from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ def memory(scene: Scene) -> Iterator[Told]:
         return
     share = limit // scene.config.slots
     yield note(
-        f"{whose} cgroup may use {limit // 1024**2:,} MiB, {share // 1024**2:,} MiB for each of {scene.config.slots} "
+        f"{whose} cgroup may use {size(limit)}, {size(share)} for each of {scene.config.slots} "
         "slots; beyond it the kernel kills a process"
     )
 
