@@ -85,7 +85,7 @@ def _open_here() -> Iterator[OpenTransaction]:
             yield OpenTransaction(database.connection(), "a transaction of a Peewee database", "connection=database")
     for session in [*_scoped(scopes), *_in_frames()]:
         for raw in _raws(session):
-            yield OpenTransaction(raw, f"a transaction of SQLAlchemy's {type(session).__name__}", "connection=session")
+            yield OpenTransaction(raw, f"a transaction of an SQLAlchemy {type(session).__name__}", "connection=session")
     mine = [one for one in _in_frames() if isinstance(one, sqlite3.Connection)]
     for raw in [*_bound(connections), *mine]:
         yield OpenTransaction(raw, "a transaction of a connection of sqlite3", "connection=connection")
@@ -117,7 +117,7 @@ def _of_django() -> Iterator[OpenTransaction]:
         for wrapper in django_db.connections.all(initialized_only=True):
             if isinstance(wrapper.connection, sqlite3.Connection) and wrapper.connection.in_transaction:
                 hint = f'connection=django.db.connections["{wrapper.alias}"]'
-                yield OpenTransaction(wrapper.connection, "a transaction of Django's", hint)
+                yield OpenTransaction(wrapper.connection, "a transaction of Django", hint)
 
 
 def _scoped(scopes: Iterable[Any]) -> Iterator[Any]:

@@ -751,8 +751,10 @@ class Store:
     def _waiting(self, seconds: float) -> Iterator[None]:
         """Limit the wait for a lock. Raises _StillLocked if it is over."""
         try:
-            with self.connected():
-                self._wait_at_most(seconds)
+            if self.database.is_closed():
+                with self.connected():
+                    pass
+            self._wait_at_most(seconds)
             yield
         except DatabaseError as error:
             if is_locked(error):
@@ -762,7 +764,7 @@ class Store:
     def _wait_at_most(self, seconds: float) -> None:
         """Limit the wait of this thread's connection; the `timeout` of Peewee is one for all threads."""
         if not self.database.is_closed():
-            self.database.execute_sql(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
+            self.database.connection().execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
 
     def _transactions_of_caller(self) -> list[OpenTransaction]:
         from bgsupervisor.callers import open_transactions  # noqa: PLC0415 - only on the way to an error
