@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
+from bgsupervisor.callers import origins, same_file
 from bgsupervisor.errors import DatabaseError, RequestRefused
 from bgsupervisor.ledger import Ledger
 from bgsupervisor.models import Store, translated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from bgsupervisor.clock import Clock
 
@@ -97,7 +97,7 @@ class _Server(peewee.PostgresqlDatabase):
     def cursor(self, named_cursor: None = None) -> Any:  # noqa: ANN401, ARG002 - as Peewee has it
         """Return a cursor as the driver has it, whatever rows and cursors the application has made its own."""
         raw: Any = self._state.conn
-        if "psycopg" in _origins(raw):
+        if "psycopg" in origins(raw):
             psycopg: Any = sys.modules["psycopg"]
             return psycopg.Cursor(raw, row_factory=psycopg.rows.tuple_row)
         return raw.cursor(cursor_factory=sys.modules["psycopg2.extensions"].cursor)
@@ -186,7 +186,7 @@ class Lending:
         file = next(
             row[2] for row in sqlite3.Cursor(raw).execute("PRAGMA database_list").fetchall() if row[1] == "main"
         )
-        if not file or self.own.path is None or not _same_file(file, self.own.path):
+        if not file or self.own.path is None or not same_file(file, self.own.path):
             raise self._elsewhere(file or "a database in memory")
         # It changes nothing, but is the kind of statement before which sqlite3 begins a transaction; a savepoint is
         # not, and would commit at its end. And only a transaction whose first statement writes waits for others.
@@ -230,12 +230,12 @@ def _recognised(connection: Any) -> _Lent:  # noqa: ANN401 - of any framework
     """
     if isinstance(connection, peewee.Proxy):
         connection = connection.obj
-    origins = _origins(connection)
+    packages = origins(connection)
     if isinstance(connection, peewee.Database):
         lent = _of_peewee(connection)
-    elif "django" in origins and hasattr(connection, "ensure_connection"):
+    elif "django" in packages and hasattr(connection, "ensure_connection"):
         lent = _of_django(connection)
-    elif "sqlalchemy" in origins and not _is_async(connection):
+    elif "sqlalchemy" in packages and not _is_async(connection):
         lent = _of_sqlalchemy(connection)
     else:
         lent = _Lent(connection)
@@ -302,7 +302,7 @@ def _check_usable(raw: Any) -> None:  # noqa: ANN401 - of any driver
             sqlite3.Cursor(raw).execute("PRAGMA database_list").close()
         except sqlite3.ProgrammingError as error:  # closed, or of another thread
             raise _unusable(error) from error
-    elif _origins(raw) & {"psycopg", "psycopg2"} and hasattr(raw, "autocommit"):
+    elif origins(raw) & {"psycopg", "psycopg2"} and hasattr(raw, "autocommit"):
         state = _UNKNOWN if raw.closed else _transaction_of(raw)
         if state == _UNKNOWN:
             raise _unusable("it is closed")
@@ -333,15 +333,3 @@ def _transaction_of(raw: Any) -> int:  # noqa: ANN401 - of either driver
 def _is_async(connection: object) -> bool:
     kind = type(connection)
     return hasattr(kind, "__aenter__") or kind.__module__.startswith("sqlalchemy.ext.asyncio")
-
-
-def _origins(thing: object) -> set[str]:
-    """Return the packages in which the class of *thing*, and those that it is made of, are defined."""
-    return {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
-
-
-def _same_file(one: str, other: Path) -> bool:
-    try:
-        return other.samefile(one)
-    except OSError:
-        return False

@@ -152,6 +152,7 @@ _KINDS = {
     "count": _Kind("a whole number", _count, int),
     "seconds": _Kind("a number of seconds", _number, float),
     "ending": _Kind('"leave", "drain" or "kill"', _text("leave|drain|kill")),
+    "answer": _Kind('"warn", "refuse" or "accept"', _text("warn|refuse|accept")),
     "switch": _Kind("true or false", _switch, _SWITCHES.__getitem__),
     "days": _Kind("a number of days", _number, float),
     "bytes": _Kind('a size such as 1048576 or "1 MiB"', _size),
@@ -320,6 +321,11 @@ class Config:
     )
     busy_timeout_s: float = _option(
         "seconds", 5.0, "How long a call waits for a locked database.", minimum=0, maximum=3600
+    )
+    unknown_names: Literal["warn", "refuse", "accept"] = _option(
+        "answer",
+        "warn",
+        "What becomes of a request by a name that is not known; accept such names while new code is on its way.",
     )
     start_method: Literal["fork", "spawn"] = _option(
         "method",

@@ -5,6 +5,7 @@
     ├── SchemaError            tables of another version, or none             (exit 3)
     ├── AccessError            a file or folder that this user may not use    (exit 1)
     ├── DatabaseError          the database cannot be read or written now     (exit 1)
+    │   ├── LockedByCaller     a transaction of the calling thread keeps it locked (SQLite)
     │   ├── ServerAway         its server does not answer (PostgreSQL)
     │   └── Undecided          nor does it say whether it had recorded
     ├── UnsupportedSystem      this operating system cannot supervise         (exit 1)
@@ -12,7 +13,8 @@
     ├── RequestRefused         the request was not recorded
     │   ├── DataInvalid        data does not fit the body's signature, or is not JSON
     │   ├── DataTooLarge       data exceeds data_max_bytes
-    │   └── TaskNotConfigured  no supervisor could load this class
+    │   ├── TaskNotConfigured  no supervisor could load this class
+    │   └── UnknownTaskName    no known task has this name, or several have (exit 2)
     ├── UnknownTask            no task has this id
     ├── NotEnded               the task has no result yet
     ├── Interrupted            the task ended INTERRUPTED, so it has no result
@@ -51,6 +53,7 @@ __all__ = [
     "Deadlock",
     "Interrupted",
     "LockHeld",
+    "LockedByCaller",
     "NoStack",
     "NotEnded",
     "NotInTask",
@@ -65,6 +68,7 @@ __all__ = [
     "Undecided",
     "Unkillable",
     "UnknownTask",
+    "UnknownTaskName",
     "UnsupportedSystem",
     "WaitTimeout",
     "WireError",
@@ -107,6 +111,10 @@ class AccessError(BgSupervisorError):
 
 class DatabaseError(BgSupervisorError):
     """The database cannot be read or written at the moment (locked, full, away, damaged)."""
+
+
+class LockedByCaller(DatabaseError):
+    """A transaction that the calling thread has open keeps the database locked, so that waiting is in vain (SQLite)."""
 
 
 class ServerAway(DatabaseError):
@@ -157,6 +165,22 @@ class DataTooLarge(RequestRefused):
 
 class TaskNotConfigured(RequestRefused):
     """No configured module loads this class, so no supervisor could ever run it."""
+
+
+class UnknownTaskName(RequestRefused):
+    """No known task has this name, or the short name means several.
+
+    Attributes:
+        name: The name asked for.
+        candidates: What it may mean; empty where nothing is like it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, name: str, candidates: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.name = name
+        self.candidates = candidates
 
 
 class UnknownTask(BgSupervisorError, LookupError):

@@ -24,12 +24,20 @@ import peewee
 from bgsupervisor import postgres
 from bgsupervisor.clock import ServerClock, SystemClock, repeat_last
 from bgsupervisor.config import is_postgres, masked, sqlite_path
-from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, ServerAway, Undecided
+from bgsupervisor.errors import (
+    AccessError,
+    BgSupervisorError,
+    DatabaseError,
+    LockedByCaller,
+    ServerAway,
+    Undecided,
+)
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from bgsupervisor.callers import OpenTransaction
     from bgsupervisor.clock import Clock
     from bgsupervisor.gate import Gate
 
@@ -55,6 +63,8 @@ DATABASE_MODE = 0o660
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
+OWN_LOCK_S = 0.1
+"""Wait for a locked file, in seconds, after which a call looks whether its own thread keeps it locked."""
 COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Pauses between tries to reach a server that has hung up; the last one repeats."""
 
@@ -454,6 +464,10 @@ def translated(store: Store) -> Iterator[None]:
         raise store.explain(error) from error
 
 
+class _StillLocked(Exception):
+    """Another connection has the lock that a call waits for."""
+
+
 class _ThreadConnection:
     """Closes a thread's connection when the thread ends; Python 3.13 warns of connections left open."""
 
@@ -498,6 +512,7 @@ class Store:
         self._gate: Gate | None = None
         self.creates = True
         self.patience_s = 0.0
+        self._has_neighbours = False
 
     @classmethod
     def open(
@@ -511,6 +526,7 @@ class Store:
         creates: bool = True,
         patience_s: float = 0.0,
         looks: bool = False,
+        has_neighbours: bool = False,
     ) -> Store:
         """Make a store of its own for *url*; opens nothing yet.
 
@@ -524,6 +540,8 @@ class Store:
             patience_s: For how long a call comes back to a server that has hung up (PostgreSQL): to learn what became
                 of a commit, and to repeat what is not there (`persistently`).
             looks: Change nothing of the database, not even SQLite's journal mode; implies that nothing is created.
+            has_neighbours: Other code of the calling thread, as an application's, may have a transaction open on the
+                same file: a call says so at once instead of waiting for it in vain (SQLite).
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.
@@ -552,6 +570,7 @@ class Store:
         store = cls(database, prefix, owned=True, path=path)
         _owned.add(store)
         store.creates = creates and not looks
+        store._has_neighbours = has_neighbours
         store._follows_file = not checkpointer  # the supervisor leaves instead, and the next one opens the new file
         return store
 
@@ -697,9 +716,12 @@ class Store:
         Only what was not recorded is repeated. Inside a transaction it is called once.
 
         Raises:
+            LockedByCaller: A transaction that this thread has open keeps the file locked (SQLite).
             ServerAway: No server for `patience_s`.
             Undecided: As `writing`.
         """
+        if self._has_neighbours and not self.database.in_transaction():
+            return self._beside_neighbours(call)
         if self.patience_s == 0 or self.database.in_transaction():
             return call()
         deadline = self.clock.monotonic() + self.patience_s
@@ -711,6 +733,54 @@ class Store:
                     raise
             self.clock.sleep(pause_s)
         raise AssertionError
+
+    def _beside_neighbours(self, call: Callable[[], T]) -> T:
+        """Return what *call* returns, unless a transaction of this thread keeps the file locked; see `persistently`."""
+        limit_s = getattr(self.database, "timeout", 0.0)
+        own: list[OpenTransaction] = []
+        try:
+            with contextlib.suppress(_StillLocked), self._waiting(min(OWN_LOCK_S, limit_s)):
+                return call()
+            own = self._transactions_of_caller()
+            if own:
+                with contextlib.suppress(_StillLocked), self._waiting(0.0):  # it may be free by now
+                    return call()
+                self._refuse_to_wait_for(own)
+        finally:
+            self._wait_at_most(limit_s)
+        return call()
+
+    @contextlib.contextmanager
+    def _waiting(self, seconds: float) -> Iterator[None]:
+        """Limit the wait for a lock. Raises _StillLocked if it is over."""
+        try:
+            if self.database.is_closed():
+                with self.connected():
+                    pass
+            self._wait_at_most(seconds)
+            yield
+        except DatabaseError as error:
+            if is_locked(error):
+                raise _StillLocked from error
+            raise
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Limit the wait of this thread's connection; the `timeout` of Peewee is one for all threads."""
+        if not self.database.is_closed():
+            self.database.connection().execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
+
+    def _transactions_of_caller(self) -> list[OpenTransaction]:
+        from bgsupervisor.callers import open_transactions  # noqa: PLC0415 - only on the way to an error
+
+        return [] if self.path is None else open_transactions(self.path)
+
+    def _refuse_to_wait_for(self, own: Sequence[OpenTransaction]) -> None:
+        for one in own:
+            if one.holds_lock(f"{self.tables.prefix}task"):
+                raise LockedByCaller(
+                    f"cannot write to the database {self.path}: it is kept locked by {one.owner} of this very thread; "
+                    f"have the request join it, {one.hint}, or make it after the commit"
+                )
 
     def draw_id(self) -> int | None:
         """Return the id for a new task that nobody else will get; None where the database is to choose it.
@@ -729,6 +799,15 @@ class Store:
             if not self._is_sqlite:
                 postgres.hold_off(self.database, self._lock_key)
             yield
+
+    def write_first(self) -> None:
+        """Take the write lock for a transaction that the caller has open, before anything is read in it (SQLite).
+
+        A deferred transaction that has read cannot write after another's commit: https://sqlite.org/isolation.html
+        """
+        if self._is_sqlite and not self.owned and self.database.in_transaction():
+            with self.connected():
+                self.database.execute_sql(f'DELETE FROM "{self.tables.prefix}task" WHERE 1 = 0')  # noqa: S608 - our own prefix
 
     @contextlib.contextmanager
     def adding(self) -> Iterator[None]:

@@ -9,12 +9,15 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
+from uuid import UUID
 
 import peewee
 
@@ -29,15 +32,17 @@ from bgsupervisor.errors import (
     RequestRefused,
     TaskNotConfigured,
     UnknownTask,
+    UnknownTaskName,
     WaitTimeout,
 )
 from bgsupervisor.ledger import Ledger, Request
 from bgsupervisor.models import Store
+from bgsupervisor.names import SUPERVISOR_SILENT_S, Catalogue, Known, listed
 from bgsupervisor.statedir import StateDir, send_datagram
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bgsupervisor.borrowed import Lending
     from bgsupervisor.clock import Clock
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from bgsupervisor.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
+    Key = str | int | UUID
 
 __all__ = ["Handle", "Service"]
 
@@ -65,8 +71,14 @@ UNSUPERVISED_WARN_S = 180.0
 """`request` warns when no supervisor has been seen for so long: cron would have started one by then."""
 UNSUPERVISED_LOOK_S = 60.0
 """It looks, and warns, at most so often."""
-SUPERVISOR_SILENT_S = 45.0
-"""Three missed beats: no supervisor is alive."""
+CATALOGUE_AGE_S = 60.0
+"""Age at which the catalogue of the supervisors is read again, in seconds."""
+CATALOGUE_AGE_MISSED_S = 1.0
+"""The same where it lacks a name: a supervisor may have loaded new code since."""
+NAME_WARN_S = 60.0
+"""Least interval between two warnings of one unknown name, in seconds."""
+NAMES_WARNED_MAX = 1000
+"""Limit of the names whose last warning is remembered."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,7 +119,9 @@ class Backing:
         else:
             config = load(origin.config, database=database)
             wait_s = config.busy_timeout_s
-            store = Store.open(config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s)
+            store = Store.open(
+                config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s, has_neighbours=True
+            )
         ledger = Ledger(store, origin.clock)
         return cls(config, ledger, ledger.clock)
 
@@ -124,6 +138,9 @@ class Service:
         database: A URL as in the configuration, or a Peewee database of the application, whose open transaction a
             request then joins; None takes the configured one.
         config: The configuration file; None finds it as the command line does.
+        unknown_names: What a request by a name means that no supervisor and no loaded module has: "warn" records it
+            and logs a warning, "refuse" raises UnknownTaskName, "accept" records it silently. None takes the
+            configured `unknown_names`.
 
     Raises:
         ConfigError: No configuration and no database, or a wrong value.
@@ -137,6 +154,7 @@ class Service:
         *,
         config: str | Path | None = None,
         clock: Clock | None = None,
+        unknown_names: Literal["warn", "refuse", "accept"] | None = None,
     ) -> None:
         self._origin = Origin(database, config, clock)
         self._own: Backing | None = None
@@ -145,6 +163,9 @@ class Service:
         _ = self._backing  # a configuration that is missing or wrong is told here
         self._loadable: set[str] = set()
         self._unsupervised_look_at = 0.0
+        self._unknown_names = unknown_names
+        self._catalogue_read = (-math.inf, Catalogue())  # replaced as a whole, since threads share it
+        self._names_warned: dict[str, float] = {}
 
     @classmethod
     def of_task(cls, config: Config, parent_id: int | None) -> Service:
@@ -164,25 +185,26 @@ class Service:
         run_at: datetime | None = None,
         delay_s: float | None = None,
         priority: int = 0,
-        key: str | None = None,
-        unique: str | bool | None = None,
-        after: Sequence[Handle | int] = (),
+        key: Key | None = None,
+        unique: Key | bool | None = None,
+        after: Sequence[Handle | int] | Handle | int | None = (),
         after_any_end: bool = False,
         connection: object | None = None,
     ) -> Handle:
         """Record a task and wake the supervisor; the task runs after this call has returned and its commit is durable.
 
         Args:
-            task: A Task class, a @task function, or its name.
+            task: A Task class, a @task function, or its name; what follows the colon is enough where it means one task.
             data: The body's keyword arguments; whatever msgspec can write as JSON.
             run_at: Not before this moment; an aware datetime.
             delay_s: Not before so many seconds from now, at least 0; instead of *run_at*.
             priority: Larger is sooner.
-            key: The caller's own name for it (an invoice number, a user); any number of tasks may share one.
-            unique: A key that only one live task of this class may hold: a text of its own, or True for *key*, or for
+            key: The caller's own name for it (an invoice number, a user's id); any number of tasks may share one. A
+                number or UUID is kept as its text.
+            unique: A key that only one live task of this class may hold: one of its own, or True for *key*, or for
                 the class if there is no key. The second request gets the first's handle, with created=False.
-            after: Tasks that must be DONE before this one starts. If one of them is interrupted, this one becomes
-                INTERRUPTED / DEPENDENCY, which names it.
+            after: A task, or several, that must be DONE before this one starts. If one of them is interrupted, this
+                one becomes INTERRUPTED / DEPENDENCY, which names it.
             after_any_end: Start after they have ended, however.
             connection: Of the application, to the same database: the request becomes part of the transaction that is
                 open there, or opens one as the application's own statements do; if the connection commits each of
@@ -194,9 +216,13 @@ class Service:
             DataInvalid: The data does not fit the body, or is not JSON; says which field.
             DataTooLarge: More than data_max_bytes.
             TaskNotConfigured: No supervisor could load this class.
+            UnknownTaskName: No supervisor and no loaded module has a task of this name, where `unknown_names` says
+                "refuse"; else that is a warning in the log.
             UnknownTask: A task in *after* does not exist.
             RequestRefused: An argument that cannot be, such as a run_at without time zone, or a *connection* to another
                 database.
+            LockedByCaller: A transaction of this very thread keeps the SQLite file locked, and was not given as
+                *connection*.
 
         Blocks for one durable commit. Inside an open transaction of *connection*, or of a shared Peewee database, it is
         part of that transaction, and the supervisor is woken after its commit.
@@ -220,7 +246,7 @@ class Service:
         run_at: datetime | None = None,
         delay_s: float | None = None,
         priority: int = 0,
-        key: str | None = None,
+        key: Key | None = None,
         connection: object | None = None,
     ) -> list[Handle]:
         """Record one task per data in one transaction, all or none; as `request`, but without `unique` and `after`."""
@@ -237,10 +263,31 @@ class Service:
         name, definition = self._resolve(task)
         if definition is not None and not isinstance(task, str):
             self._check_loadable(definition)
-        run_at, key, unique_key = options.when(self._clock), options.checked_key(), options.unique_key()
+        run_at = options.when(self._clock)
+        requests = None if definition is None else self._requests(name, definition, datas, options, run_at)
+        if not datas:
+            return []
+        with self._ledger_on(connection) as ledger:
+            if requests is None:
+                requests = self._requests(*self._found(name, ledger), datas, options, run_at)
+            found = ledger.request_many(requests)
+            with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
+                self._warn_if_unsupervised(ledger)
+        return [Handle(id, created) for id, created in found]
+
+    def _requests(
+        self,
+        name: str,
+        definition: tasks.Definition | None,
+        datas: Sequence[Mapping[str, object] | None],
+        options: _Options,
+        run_at: datetime | None,
+    ) -> list[Request]:
+        """Return one request per data, all checked and encoded."""
+        key, unique_key = options.checked_key(), options.unique_key()
         if self._store.locks_rows:
             _check_bytes(name, key, unique_key)
-        requests = [
+        return [
             Request(
                 name=name,
                 data=payload.encode_data(
@@ -260,13 +307,6 @@ class Service:
             )
             for data in datas
         ]
-        if not requests:
-            return []
-        with self._ledger_on(connection) as ledger:
-            found = ledger.request_many(requests)
-            with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
-                self._warn_if_unsupervised(ledger)
-        return [Handle(id, created) for id, created in found]
 
     @contextlib.contextmanager
     def _ledger_on(self, connection: object | None) -> Iterator[Ledger]:
@@ -284,15 +324,15 @@ class Service:
 
     # Asking
 
-    def status(self, task: TaskLike | Handle | int, *, key: str | None = None) -> Status | None:
+    def status(self, task: TaskLike | Handle | int, *, key: Key | None = None) -> Status | None:
         """Return the status of the newest task of a class (and key), or of one task; None if there is none."""
         if isinstance(task, Handle | int):
             record = self._ledger.get(int(task))
         else:
-            record = self._ledger.newest(self._resolve(task)[0], key=key)
+            record = self._ledger.newest(self._name_of(task), key=key_text(key))
         return None if record is None else record.status
 
-    def get(self, task: Handle | int, *, name: TaskLike | None = None, key: str | None = None) -> TaskRecord | None:
+    def get(self, task: Handle | int, *, name: TaskLike | None = None, key: Key | None = None) -> TaskRecord | None:
         """Return all that is known of a task now, or None if it never existed or was pruned.
 
         Args:
@@ -301,9 +341,9 @@ class Service:
             key: It must have been requested with this key, else None: the check that it is this user's task.
         """
         record = self._ledger.get(int(task))
-        if record is None or (name is not None and record.name != self._resolve(name)[0]):
+        if record is None or (name is not None and record.name != self._name_of(name)):
             return None
-        if key is not None and record.key != key:
+        if key is not None and record.key != key_text(key):
             return None
         if record.ended:
             return record
@@ -318,21 +358,21 @@ class Service:
         self,
         *,
         name: TaskLike | None = None,
-        key: str | None = None,
+        key: Key | None = None,
         status: Status | str | None = None,
         limit: int | None = 100,
     ) -> list[TaskRecord]:
         """Return the tasks that match all that is given, newest first, at most *limit* (None is no limit)."""
         return self._ledger.find(
-            names=None if name is None else [self._resolve(name)[0]],
-            key=key,
+            names=None if name is None else [self._name_of(name)],
+            key=key_text(key),
             statuses=None if status is None else [Status(status)],
             limit=limit,
         )
 
     def counts(self, task: TaskLike | None = None) -> dict[Status, int]:
         """Return how many tasks (of a class) have each status, zeros included."""
-        return self._ledger.counts(None if task is None else self._resolve(task)[0])
+        return self._ledger.counts(None if task is None else self._name_of(task))
 
     def wait(self, task: Handle | int, *, timeout_s: float) -> TaskRecord:
         """Block until the task has ended, at most *timeout_s*, and return it.
@@ -556,6 +596,69 @@ class Service:
             raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
         return name, None
 
+    def _name_of(self, task: TaskLike) -> str:
+        """Return the full name of a task, which a short one means where it means one only.
+
+        Raises:
+            UnknownTaskName: It means several.
+        """
+        name, definition = self._resolve(task)
+        if definition is not None or ":" in name:
+            return name
+        known = self._known_names(self._ledger, CATALOGUE_AGE_S)
+        meant = [] if name in known else known.meant_by(name)
+        if len(meant) > 1:
+            raise _ambiguous(name, meant)
+        return meant[0] if meant else name
+
+    def _found(self, name: str, ledger: Ledger) -> tuple[str, tasks.Definition | None]:
+        """Return the full name, and the definition where there is one here, of a name that is not loaded here.
+
+        Raises:
+            UnknownTaskName: It is not known, or means several tasks, and shall be refused.
+        """
+        with contextlib.suppress(BgSupervisorError):
+            ledger.store.write_first()
+        for age_s in (CATALOGUE_AGE_S, CATALOGUE_AGE_MISSED_S):
+            known = self._known_names(ledger, age_s)
+            if name in known:
+                return name, None
+        meant = [] if ":" in name else known.meant_by(name)
+        if len(meant) == 1:
+            return meant[0], tasks.definition_of(meant[0])
+        answer = self._unknown_names or self._config.unknown_names
+        objection = None if answer == "accept" else known.objection(name)
+        if meant and answer != "accept":
+            error = _ambiguous(name, meant)
+        elif objection is not None:
+            nearest = known.nearest(name)
+            error = UnknownTaskName(objection, name=name, candidates=(nearest,) if nearest else ())
+        else:
+            return name, None
+        if answer == "refuse":
+            raise error
+        self._warn_of_name(name, error)
+        return name, None
+
+    def _warn_of_name(self, name: str, error: UnknownTaskName) -> None:
+        now = self._clock.monotonic()
+        if now - self._names_warned.get(name, -math.inf) < NAME_WARN_S:
+            return
+        if len(self._names_warned) >= NAMES_WARNED_MAX:
+            self._names_warned.clear()
+        self._names_warned[name] = now
+        log.warning("a task is requested that may never run: %s", error)
+
+    def _known_names(self, ledger: Ledger, age_s: float) -> Known:
+        """Return the names that are known here; the catalogue of the supervisors is at most *age_s* seconds old."""
+        read_at, catalogue = self._catalogue_read
+        now = self._clock.monotonic()
+        if now - read_at > age_s:
+            with contextlib.suppress(BgSupervisorError):  # what the caller asks for next meets it again
+                catalogue = Catalogue.of(ledger.supervisors(), now=self._clock.now())
+            self._catalogue_read = now, catalogue
+        return Known(catalogue, self._config.tasks)
+
     def _check_loadable(self, definition: tasks.Definition) -> None:
         """Refuse a class that no supervisor could load: it would stay REQUEST for ever."""
         module, configured = definition.module, self._config.tasks
@@ -600,10 +703,23 @@ class Service:
         send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:RING_KEYS]).encode())
 
 
-def _after(after: Sequence[Handle | int]) -> tuple[int, ...]:
-    if isinstance(after, str | bytes):
-        raise ValueError(f"after is {after!r}; it must be a list of handles or ids")  # noqa: TRY004 - as all bad arguments
-    return tuple(tasks.checked_ids(after))
+def _after(after: Sequence[Handle | int] | Handle | int | None) -> tuple[int, ...]:
+    if after is None:
+        return ()
+    several = isinstance(after, Iterable) and not isinstance(after, str | bytes)
+    awaited: Iterable[object] = after if several else [after]  # type: ignore[assignment]
+    try:
+        return tuple(tasks.checked_ids(awaited))
+    except ValueError:
+        raise RequestRefused(f"after is {after!r}; it must be a handle or an id, or a list of them") from None
+
+
+def _ambiguous(name: str, meant: Sequence[str]) -> UnknownTaskName:
+    return UnknownTaskName(
+        f"the task name {name!r} means {len(meant)} tasks: {listed(meant)}; give one of these",
+        name=name,
+        candidates=tuple(meant),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -613,8 +729,8 @@ class _Options:
     run_at: datetime | None = None
     delay_s: float | None = None
     priority: int = 0
-    key: str | None = None
-    unique: str | bool | None = None
+    key: Key | None = None
+    unique: Key | bool | None = None
     after: tuple[int, ...] = ()
     after_any_end: bool = False
 
@@ -676,11 +792,26 @@ def _url_of(database: peewee.Database) -> str:
     return f"sqlite:///{name if ':memory:' in name else Path(name).absolute()}"
 
 
-def _checked_text(what: str, text: str | None) -> str | None:
-    if text is None:
+def _as_text(what: str, key: object) -> str:
+    """Return the text as which rows have a key: the id of a user may be a number or a UUID."""
+    if isinstance(key, str):
+        return key
+    if isinstance(key, bool) or not isinstance(key, int | UUID):
+        raise RequestRefused(f"{what} is {repr(key)[:60]}; it must be a text, a whole number or a UUID")
+    return str(int(key) if isinstance(key, int) else key)  # the text of an IntEnum is that of its number
+
+
+def key_text(key: Key | None) -> str | None:
+    """Return a key that is searched for, as rows have it."""
+    return None if key is None else _as_text("key", key)
+
+
+def _checked_text(what: str, given: object) -> str | None:
+    if given is None:
         return None
-    if not isinstance(text, str) or not text or len(text) > KEY_CHARS:
-        raise RequestRefused(f"{what} is {str(text)[:60]!r}; it must be a text of 1 to {KEY_CHARS} characters")
+    text = _as_text(what, given)
+    if not text or len(text) > KEY_CHARS:
+        raise RequestRefused(f"{what} is {text[:60]!r}; it must be a text of 1 to {KEY_CHARS} characters")
     try:
         text.encode()
     except UnicodeEncodeError:

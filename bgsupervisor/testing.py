@@ -32,6 +32,7 @@ from bgsupervisor.config import MIB, Config, load
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ledger, Note
 from bgsupervisor.models import Store, SupervisorRecord
+from bgsupervisor.names import Catalogue, Known
 from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.statuses import Status
 from bgsupervisor.wire import End
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.ledger import Due, Request
     from bgsupervisor.models import TaskRecord
-    from bgsupervisor.service import Backing, Origin, TaskLike
+    from bgsupervisor.service import Backing, Key, Origin, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]
 
@@ -141,7 +142,7 @@ class TaskBox:
         task: TaskLike,
         *,
         data: Mapping[str, object] | None = None,
-        key: str | None = None,
+        key: Key | None = None,
         times: int | None = None,
     ) -> list[TaskRecord]:
         """Fail unless a task was requested; return the records that match, the oldest first.
@@ -159,7 +160,8 @@ class TaskBox:
         definition = tasks.definition_of(task)
         name = str(task) if definition is None else definition.name
         requested = self.requested
-        found = [one for one in requested if one.name == name and (key is None or one.key == key)]
+        names, key = {name, *Known(Catalogue(), ()).meant_by(name)}, service.key_text(key)
+        found = [one for one in requested if one.name in names and (key is None or one.key == key)]
         wanted = name if key is None else f"{name} with key {key!r}"
         if data is not None:
             text = payload.encode_data(data, signature=None, limit_bytes=self._data_max_bytes, name=name)

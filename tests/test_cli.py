@@ -196,14 +196,14 @@ def test_waiting_prints_the_result_alone_or_says_why_there_is_none(make_app):
     assert "task 3 has not ended within 0.2 s" in late.stderr
 
 
-def test_a_name_that_no_supervisor_knows_is_warned_of(make_app):
+def test_a_name_that_no_supervisor_knows_is_refused(make_app):
     app = make_app(TASKS)
     app.start()
     wait_until(lambda: "appx:add" in app.service.ledger.supervisors()[0].catalogue, "the catalogue is in the row")
     done = app.cli("request", "appx:ad", "{}")
 
-    assert done.returncode == 0
-    assert "no supervisor has code for appx:ad" in done.stderr
+    assert done.returncode == 2
+    assert "no supervisor has a task named 'appx:ad'" in done.stderr
     assert "did you mean appx:add?" in done.stderr
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     {"testing"},
     {"__init__"},
     {"service"},
-    {"borrowed"},
+    {"borrowed", "names"},
     {"nurseries", "boards", "recovery", "enforcement", "deaths", "housekeeping"},
     {"wards"},
     {"reception"},
@@ -44,7 +44,7 @@ FLOORS = (
     {"exits"},
     {"wire"},
     {"stacks"},
-    {"processes", "oom", "logs", "notify", "stamp", "postgres", "gate"},
+    {"processes", "oom", "logs", "notify", "stamp", "postgres", "gate", "callers"},
     {"linux"},
     {"config"},
     {"statedir"},
@@ -303,8 +303,8 @@ def test_a_web_process_that_imports_the_package_does_not_pay_for_supervising():
         f"bgsupervisor.{room}"
         for room in (
             *("clock", "config", "errors", "ledger", "models", "payload", "postgres"),
-            *("barriers", "circles", "needs", "pauses", "service", "statedir", "statements", "statuses", "tasks"),
-            *("waits", "wire", "lookalikes", "sizes"),
+            *("barriers", "circles", "names", "needs", "pauses", "service", "statedir", "statements", "statuses"),
+            *("tasks", "waits", "wire", "lookalikes", "sizes"),
         )
     }
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import click
 
+from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.rows import Rows
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.housekeeping import prune as prune_rows
+from bgsupervisor.names import Catalogue, listed
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
+
+if TYPE_CHECKING:
+    from bgsupervisor.service import Service
 
 __all__ = ["prune"]
 
@@ -25,7 +32,7 @@ ENDED = (Status.DONE, Status.INTERRUPTED)
 @click.option(
     "--status", "statuses", multiple=True, type=click.Choice(ENDED, case_sensitive=False), help="Only this status."
 )
-@click.option("--name", "names", multiple=True, help="Only tasks of this name.")
+@click.option("--name", "names", multiple=True, help="Only tasks of this name; the part after the colon is enough.")
 @click.option("--dry-run", is_flag=True, help="Only say how many.")
 @pass_session
 def prune(
@@ -44,15 +51,38 @@ def prune(
     if service is None:
         click.echo("there are no tasks")
         return
+    wanted_names = _full_names(names, service)
     days = service.config.keep_days if older_than_days is None else older_than_days
     if older_than_days is None and days == 0:
         raise click.UsageError("keep_days is 0, which keeps all; say --older-than-days")
     before = service.ledger.clock.now() - timedelta(days=days)
     for status in statuses or ENDED:
-        wanted = {"before": before, "statuses": [Status(status)], "names": names or None}
+        wanted = {"before": before, "statuses": [Status(status)], "names": wanted_names if names else None}
         count = service.ledger.count_old(**wanted)  # type: ignore[arg-type]
         if not dry_run:
             count, folder = 0, StateDir(service.config.state_dir).logs
             while pruned := prune_rows(service.ledger, folder, **wanted):  # type: ignore[arg-type]
                 count += pruned
         click.echo(f"{Status(status)}: {count} task(s) {'would be deleted' if dry_run else 'deleted'}")
+
+
+def _full_names(names: tuple[str, ...], service: Service) -> list[str]:
+    """Return the full names that *names* mean: as they are, or as the part after the colon.
+
+    Raises:
+        click.UsageError: One means several.
+    """
+    if not names:
+        return []
+    now = service.ledger.clock.now()
+    in_rows = Rows(store=service.ledger.store, now=now).all_names()
+    known = {*in_rows, *Catalogue.of(service.ledger.supervisors(), now=now).seen}
+    found = []
+    for name in names:
+        meant = [name] if name in known else sorted(one for one in known if one.partition(":")[2] == name)
+        if len(meant) > 1:
+            raise click.UsageError(f"--name {name} means {len(meant)} names: {listed(meant)}; give one of them")
+        if not meant:
+            warn(f"no task has the name {name}" + (f"; their names are {listed(in_rows)}" if in_rows else ""))
+        found += meant
+    return found

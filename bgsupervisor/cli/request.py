@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import json
 import sys
@@ -13,23 +12,32 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from bgsupervisor import tasks
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.text import clean
 from bgsupervisor.cli.traces import folded
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
-from bgsupervisor.errors import Interrupted
+from bgsupervisor.errors import Interrupted, UnknownTaskName, WaitTimeout
+from bgsupervisor.names import Catalogue, Known
 from bgsupervisor.sizes import size
+from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from bgsupervisor.config import Config
+    from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Handle, Service
 
 __all__ = ["request"]
 
-WAIT_S = 3600.0
-"""How long --wait waits if nothing else is said."""
+WAIT_S = 600.0
+"""Default limit of --wait, in seconds."""
+REMIND_S = 60.0
+"""Interval between two warnings, during --wait, that nothing can run the task, in seconds."""
 
 
 @click.command()
@@ -46,6 +54,7 @@ WAIT_S = 3600.0
 @click.option("--priority", type=int, default=0, help="Larger is sooner.")
 @click.option("--at", metavar="TIME", help="Not before 14:30, 2027-01-31 14:30 (local time) or an ISO time with zone.")
 @click.option("--delay-s", type=click.FloatRange(min=0), help="Not before so many seconds from now.")
+@click.option("--force", is_flag=True, help="Record it although no supervisor or task module has NAME.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result as JSON; 1 if it was interrupted.")
 @click.option(
     "--timeout-s", type=click.FloatRange(min=0), default=WAIT_S, show_default=True, help="How long --wait waits."
@@ -60,6 +69,7 @@ def request(
     data: str | None,
     unique: str | None,
     at: str | None,
+    force: bool,
     wait: bool,
     timeout_s: float,
     as_json: bool,
@@ -67,18 +77,23 @@ def request(
 ) -> None:
     """Request a task.
 
-    NAME is as "myapp.tasks:ImportInvoices"; JSON is an object of its body's arguments.
+    NAME is as "myapp.tasks:ImportInvoices"; the part after the colon is enough where it means one task. JSON is an
+    object of its body's arguments.
 
     With - the JSON comes from stdin, where other users of this machine cannot see it.
     """
     if unique is not None and unique.lstrip().startswith("{"):
         raise click.UsageError("--unique took the data for its VALUE; write --unique last, or --unique=VALUE")
-    service = session.service()
+    service = session.service(unknown_names="accept" if force else "refuse")
     values = _decoded(data, service.config)
     run_at = None if at is None else _moment(at)
-    _load_signature(name, service.config)
-    handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
-    _tell(handle, name, service, quietly=wait, as_json=as_json and not wait)
+    _load(name, service)
+    try:
+        handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
+    except UnknownTaskName as error:
+        sentence = f"cannot request this: {error}. --force records it all the same"
+        raise UnknownTaskName(sentence, name=error.name, candidates=error.candidates) from None
+    _tell(handle, service, quietly=wait, as_json=as_json and not wait)
     if wait:
         _wait(handle, service, timeout_s)
 
@@ -122,26 +137,38 @@ def _moment(text: str) -> datetime:
     return today if today > now else datetime.combine(now.date() + timedelta(days=1), clock_time).astimezone()
 
 
-def _load_signature(name: str, config: Config) -> None:
-    """Import the configured module that *name* starts with, so that the data is checked now; the child checks again.
+def _load(name: str, service: Service) -> None:
+    """Import the configured modules as far as *name* needs it, so that name and data are checked now.
 
-    What the module prints goes to stderr. If it cannot be imported here, nothing is known, and that is no error.
+    The module that the name begins with, and the others only if neither that one nor a supervisor has the name. What
+    they print goes to stderr. What cannot be imported here leaves less known, and that is no error.
     """
-    module = name.partition(":")[0]
-    if module not in config.tasks:
-        return
+    config = service.config
+    own = name.partition(":")[0]
+    _import([module for module in config.tasks if module == own], config)
+    if tasks.definition_of(name) is None:
+        supervisors = service.ledger.supervisors()
+        living = Catalogue.of(supervisors, now=service.ledger.clock.now()).living
+        if name not in (living or ()):
+            _import(config.tasks, config)
+
+
+def _import(modules: Iterable[str], config: Config) -> None:
     apply_env_file(config)
-    sys.path[:0] = [str(config.base_dir), *config.python_path]
+    sys.path[:0] = [one for one in (str(config.base_dir), *config.python_path) if one not in sys.path]
     with contextlib.redirect_stdout(sys.stderr):
-        try:
-            importlib.import_module(module)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # noqa: BLE001, S110 - a module may raise anything, sys.exit included
-            pass
+        for module in modules:
+            try:
+                importlib.import_module(module)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # noqa: BLE001, S110 - a module may raise anything, sys.exit included
+                pass
 
 
-def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json: bool) -> None:
+def _tell(handle: Handle, service: Service, *, quietly: bool, as_json: bool) -> None:
+    record = service.ledger.get(handle.id)
+    name = "pruned" if record is None else clean(record.name)
     if as_json:
         print_json({"id": handle.id, "created": handle.created})
     else:
@@ -150,19 +177,34 @@ def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json
             told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
         if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
             click.echo(told, err=quietly)
+    _warn_if_nothing_runs(record, service)
+
+
+def _warn_if_nothing_runs(record: TaskRecord | None, service: Service) -> None:
+    """Say on stderr that there is no supervisor, or none that has the code of a task which has yet to start."""
+    if record is None or record.status is not Status.REQUEST:
+        return
     now = service.ledger.clock.now()
     seen = watch(service, now=now)
     if not seen.alive:
         warn(seen.absence(now=now))
-    elif seen.lacks(name):
-        near = difflib.get_close_matches(name, seen.catalogue or (), n=1)
-        hint = f"; did you mean {near[0]}?" if near else "; see `bgsupervisor check`"
-        warn(f"no supervisor has code for {name}, so it waits until one has{hint}")
+    elif seen.lacks(record.name):
+        nearest = Known(Catalogue(seen.catalogue), ()).nearest(record.name)
+        hint = f"did you mean {nearest}?" if nearest else "see `bgsupervisor check`"
+        warn(f"no supervisor has code for {record.name}, so it waits until one has; {hint}")
 
 
 def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
+    clock = service.ledger.clock
+    deadline = clock.monotonic() + timeout_s
+    record = None
     try:
-        record = service.wait(handle, timeout_s=timeout_s)
+        while record is None:
+            left_s = max(deadline - clock.monotonic(), 0.0)
+            try:
+                record = service.wait(handle, timeout_s=min(left_s, REMIND_S))
+            except WaitTimeout:
+                _remind(handle, service, timeout_s, is_over=left_s <= REMIND_S)
     except KeyboardInterrupt:
         warn(f"task {handle.id} goes on; `bgsupervisor show {handle.id}` tells about it")
         raise
@@ -172,3 +214,15 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
     if record.reason is not None:
         raise Interrupted(record.id, record.reason, record.detail or "")
     click.echo(record.result)
+
+
+def _remind(handle: Handle, service: Service, timeout_s: float, *, is_over: bool) -> None:
+    """Say if nothing can run the task. Raises WaitTimeout when the limit is reached."""
+    record = service.ledger.get(handle.id)
+    _warn_if_nothing_runs(record, service)
+    if is_over:
+        goes_on = "still waits to start" if record and record.status is Status.REQUEST else "goes on"
+        raise WaitTimeout(
+            f"task {handle.id} has not ended within {timeout_s:g} s and {goes_on}; `bgsupervisor show {handle.id}` "
+            f"shows it, `bgsupervisor why {handle.id}` what keeps it, and --timeout-s waits longer"
+        )

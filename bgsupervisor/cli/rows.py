@@ -197,21 +197,23 @@ class Rows:
         task = self._task
         filters = []
         if self.name is not None:
-            filters.append(task.name.in_(self._names(self.name)))
+            filters.append(task.name.in_([self.name, *self.full_names(self.name)]))
         if self.key is not None:
             filters.append(task.key == self.key)
         return filters
 
-    def _names(self, wanted: str) -> list[str]:
-        """Return the full names that *wanted* means: itself, and those whose part after the colon it is."""
-        task, found = self._task, [wanted]
-        name = task.select(peewee.fn.MIN(task.name)).scalar()
-        for _ in range(NAMES_MAX):
-            if name is None:
-                break
-            if name.partition(":")[2] == wanted:
+    def full_names(self, short: str) -> list[str]:
+        """Return the names of the tasks in the rows whose part after the colon is *short*, in their order."""
+        return [name for name in self.all_names() if name.partition(":")[2] == short]
+
+    def all_names(self) -> list[str]:
+        """Return the names that tasks in the rows have, in their order, at most NAMES_MAX."""
+        task, found = self._task, list[str]()
+        with self.store.connected():
+            name = task.select(peewee.fn.MIN(task.name)).scalar()
+            while name is not None and len(found) < NAMES_MAX:
                 found.append(name)
-            name = task.select(peewee.fn.MIN(task.name)).where(task.name > name).scalar()
+                name = task.select(peewee.fn.MIN(task.name)).where(task.name > name).scalar()
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -32,11 +32,11 @@ class Session:
         """
         return load(self.config_path, flags=flags)
 
-    def service(self) -> Service:
+    def service(self, *, unknown_names: Literal["warn", "refuse", "accept"] | None = None) -> Service:
         """Return the service, whose first call creates the database where there is none."""
         from bgsupervisor.service import Service  # noqa: PLC0415 - `run` beside a living supervisor does without
 
-        return Service(config=self.config_path)
+        return Service(config=self.config_path, unknown_names=unknown_names)
 
     def existing_service(self) -> Service | None:
         """Return the service if there is a database: whoever only looks must create nothing."""

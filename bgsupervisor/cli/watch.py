@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
+from bgsupervisor.names import SUPERVISOR_SILENT_S, names_of
 from bgsupervisor.processes import ProcessIdentity, Verdict
-from bgsupervisor.service import SUPERVISOR_SILENT_S
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ __all__ = ["Watch", "last_line", "watch"]
 
 TOUCHED_S = 5.0
 """A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
-LOADING_S = 60.0
-"""A supervisor that is younger and has no tasks yet may still be loading them, so none is called missing."""
 
 
 class Failure(NamedTuple):
@@ -112,7 +110,7 @@ def watch(service: Service, *, now: datetime) -> Watch:
     lock = Lock(state_dir.lock)
     age_s = _age_s(lock)
     alive = [one for one in supervisors if _lives(one, now=now, turns=age_s <= STUCK_S)]
-    catalogues = [_names(one, now=now) for one in alive]
+    catalogues = [names_of(one, now=now) for one in alive]
     told = [failure for one in alive for failure in _failures(one)]
     known = [names for names in catalogues if names is not None]
     return Watch(
@@ -162,12 +160,6 @@ def _lives(one: SupervisorRecord, *, now: datetime, turns: bool) -> bool:
         handle.close()
     # A row of another PID namespace cannot be compared with the lock, so its silence counts.
     return found is Verdict.ALIVE or (found is Verdict.UNKNOWN and not _is_silent(one, now=now))
-
-
-def _names(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:
-    names = frozenset(json.loads(one.catalogue))
-    is_loading = not names and one.code_error is None and now - one.started_at < timedelta(seconds=LOADING_S)
-    return None if is_loading else names
 
 
 def _secrets(one: SupervisorRecord) -> list[tuple[str, list[str]]]:
