@@ -95,7 +95,7 @@ class Peewee(Sqlite3):
     def __init__(self, url):
         from playhouse.db_url import connect
 
-        self.database = connect(url)
+        self.database = connect(url, unquote_password=True)
         self.execute("CREATE TABLE orders (id INTEGER)")
 
     @property
