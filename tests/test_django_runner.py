@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -292,4 +293,19 @@ def test_a_test_that_means_it_reaches_the_real_database(project):
         }
     )
     project.test(ran=2)
+    project.assert_untouched()
+
+
+def snippets(page):
+    text = (Path(__file__).parent.parent / "docs" / page).read_text()
+    found = re.findall(r"```(?:python|toml|sh)\n# (\S+)\n(.*?)```", text, re.DOTALL)
+    return {name: text for name, text in found if name.startswith("orders/")}
+
+
+def test_the_snippets_of_the_page_work(project):
+    project.write(snippets("frameworks.md") | snippets("testing.md"))
+    urls = PROJECT["mysite/urls.py"].replace('path("after", views.after_commit), path("within", views.within)', "PATHS")
+    project.write({"mysite/urls.py": urls.replace("PATHS", 'path("orders/", views.create)')})
+    project.python("manage.py", "makemigrations", "-v0")
+    project.test(ran=3)
     project.assert_untouched()

@@ -150,7 +150,7 @@ class Django(Sqlite3):
         from django.db import connections
 
         if not settings.configured:
-            settings.configure(DATABASES={})
+            settings.configure(USE_TZ=True, TIME_ZONE="Europe/Berlin")
             django.setup()
         if url.startswith("sqlite"):
             given = {"ENGINE": "django.db.backends.sqlite3", "NAME": url.removeprefix("sqlite:///")}
@@ -160,11 +160,8 @@ class Django(Sqlite3):
             parts = psycopg.conninfo.conninfo_to_dict(url)
             keys = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
             given = {"ENGINE": "django.db.backends.postgresql", **{keys[key]: value for key, value in parts.items()}}
-        connections.settings = connections.configure_settings(
-            {"default": {"ENGINE": "django.db.backends.dummy"}, "orders": given}
-        )
-        with contextlib.suppress(AttributeError):
-            del connections["orders"]
+        both = {"default": {"ENGINE": "django.db.backends.dummy"}, "orders": given}
+        connections.settings.update(connections.configure_settings(both))
         self.django = connections["orders"]
         self.execute("CREATE TABLE orders (id INTEGER)")
 
@@ -184,7 +181,12 @@ class Django(Sqlite3):
     savepoint = transaction
 
     def close(self):
+        from django.db import connections
+
         self.django.close()
+        if "orders" in connections.settings:
+            del connections["orders"]
+            del connections.settings["orders"]
 
 
 ON_SQLITE = (Sqlite3, Peewee, SqlAlchemy, Django)
