@@ -309,3 +309,32 @@ def test_the_snippets_of_the_page_work(project):
     project.python("manage.py", "makemigrations", "-v0")
     project.test(ran=3)
     project.assert_untouched()
+
+
+def test_the_runner_on_a_server_follows_rollbacks_and_can_drop_its_database(project, postgres_url):
+    import psycopg
+
+    keys = {"dbname": "NAME", "user": "USER", "password": "PASSWORD", "host": "HOST", "port": "PORT"}
+    parts = psycopg.conninfo.conninfo_to_dict(postgres_url)
+    given = {"ENGINE": "django.db.backends.postgresql", **{keys[key]: str(value) for key, value in parts.items()}}
+    settings = project.folder / "mysite" / "settings.py"
+    settings.write_text(f"{settings.read_text()}\nDATABASES = {{'default': {given!r}}}\n")
+    project.write(
+        {
+            "orders/tests.py": VIEW
+            + """
+    from django.db import transaction
+    from django.test import TransactionTestCase
+
+    class Committed(TransactionTestCase):
+        def test_four(self):
+            self.client.post("/within", {"customer": "jana"})
+            with self.assertRaises(ZeroDivisionError), transaction.atomic():
+                self.client.post("/within", {"customer": "jana"})
+                1 / 0
+            self.assertEqual(len(service.list()), 1)
+    """
+        }
+    )
+    project.test(ran=4)
+    project.assert_untouched()

@@ -311,3 +311,41 @@ def test_pytest_with_isolation_off_stays_off_under_django(project):
         (project.folder / "test_shop.py").read_text().replace("assert ", "assert not ")
     )
     project.pytest("-p", "no:bgsupervisor", passed=1)
+
+
+def test_a_run_that_was_killed_is_cleared_away_by_the_next(project):
+    project.write("test_plain.py", "def test_one(): ...\n")
+    project.write(
+        "test_shop.py",
+        """
+        import os, signal, sys
+        from shop import mail, service
+
+        def test_one():
+            service.request(mail)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    project.python("-m", "pytest", "test_shop.py", code=-9)
+    assert len(list(project.temporary.glob("bgsupervisor-tests-*/in-use"))) == 1
+    project.write("test_shop.py", "from shop import mail, service\ndef test_one(): service.request(mail)\n")
+    project.pytest("test_shop.py", passed=1)
+
+
+def test_a_run_leaves_the_folder_of_another_that_goes_on(project):
+    project.write("test_inner.py", "from shop import mail, service\ndef test_one(): service.request(mail)\n")
+    project.write(
+        "test_outer.py",
+        """
+        import subprocess, sys
+        from shop import mail, service
+
+        def test_one(bgsupervisor):
+            service.request(mail)
+            inner = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_inner.py"]
+            subprocess.run(inner, check=True)
+            bgsupervisor.assert_requested(mail, times=1)
+            service.request(mail)
+        """,
+    )
+    project.pytest("test_outer.py", passed=1)

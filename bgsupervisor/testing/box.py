@@ -5,7 +5,6 @@ Knows no test framework, and not when a test begins or ends.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -13,9 +12,7 @@ import importlib
 import inspect
 import logging
 import os
-import shutil
 import socket
-import sys
 import tempfile
 import threading
 import weakref
@@ -37,6 +34,7 @@ from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.statuses import Status
 from bgsupervisor.testing.commits import Mark, Outcome, mark
+from bgsupervisor.testing.folders import remove, run_folder
 from bgsupervisor.wire import End
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ if TYPE_CHECKING:
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Backing, Origin, TaskLike
 
-__all__ = ["FakeClock", "TaskBox", "run_folder"]
+__all__ = ["FakeClock", "TaskBox"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -281,7 +279,7 @@ class TaskBox:
             if self._opened is not None:
                 self._opened.close()
             if self._folder is not None:
-                _remove(*self._folder)
+                remove(*self._folder)
 
     # What the ledger tells
 
@@ -559,28 +557,6 @@ def _joined(database: object) -> Lent | None:
     if isinstance(database, peewee.Database) and database.in_transaction():
         return recognised(database)
     return None
-
-
-_run_folder: Path | None = None
-_run_folder_lock = threading.Lock()
-
-
-def run_folder() -> Path:
-    """Return the folder of all boxes of this process and its forks; the process that has made it removes it."""
-    global _run_folder  # noqa: PLW0603 - one for the process
-    with _run_folder_lock:
-        if _run_folder is None:
-            _run_folder = Path(tempfile.mkdtemp(prefix="bgsupervisor-tests-"))
-            atexit.register(_remove, _run_folder, os.getpid())
-            multiprocessing: Any = sys.modules.get("multiprocessing.util")
-            if multiprocessing is not None:  # its children run no exit handlers but these
-                multiprocessing.Finalize(None, _remove, (_run_folder, os.getpid()), exitpriority=0)
-        return _run_folder
-
-
-def _remove(folder: Path, maker: int) -> None:
-    if os.getpid() == maker:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _awaited(coroutine: Coroutine[Any, Any, object]) -> object:

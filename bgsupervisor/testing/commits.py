@@ -63,8 +63,8 @@ def mark(raw: Any, folder: Path) -> Mark | None:  # noqa: ANN401 - a connection 
 class _FileMark:
     """A row in a file of its own, attached to the application's connection: committed and rolled back with it.
 
-    SQLite attaches within a transaction too, and keeps savepoints of all attached files together. The file stays
-    attached, for an outer transaction may hold it longer than the test: https://www.sqlite.org/lang_attach.html
+    SQLite attaches within a transaction too, since 3.21 (https://www.sqlite.org/releaselog/3_21_0.html), and keeps the
+    savepoints of all attached files together. The file stays attached: an outer transaction may outlive the test.
     """
 
     def __init__(self, raw: sqlite3.Connection, folder: Path) -> None:

@@ -12,7 +12,8 @@ import unittest
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import service
-from bgsupervisor.testing.box import TaskBox, run_folder
+from bgsupervisor.testing.box import TaskBox
+from bgsupervisor.testing.folders import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
