@@ -175,40 +175,56 @@ def test_a_project_outside_its_tests_is_not_isolated(project):
     project.wake.recv(10)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_parallel_test_processes_share_nothing_and_leave_nothing(project, method):
-    classes = "".join(
-        f"""
+PART = """
     class Part{number}(TestCase):
         def test_it(self):
             with self.captureOnCommitCallbacks(execute=True):
                 self.client.post("/after", {{"customer": "jana"}})
             self.assertEqual([one.id for one in service.list()], [1])
-            type(self).last = service.config.database
 
         @classmethod
         def tearDownClass(cls):
             super().tearDownClass()
-            service.request(SendInvoice, {{"order_id": 1}})  # outside tests
-            assert service.config.database != cls.last
+            request_outside()
     """
-        for number in range(6)
-    )
+OUTSIDE = """
+    import os
+
+    def request_outside():
+        service.request(SendInvoice, {"order_id": 1})
+        with open("boxes", "a") as file:
+            file.write(f"{os.getpid()} {service.config.database}\\n")
+    """
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("first", ["the parent", "a worker"])
+def test_parallel_test_processes_share_nothing_and_leave_nothing(project, method, first):
+    parts = "".join(PART.format(number=number) for number in range(6))
+    project.write({"orders/tests.py": VIEW + OUTSIDE + parts})
+    if first == "the parent":
+        with (project.folder / "orders" / "tests.py").open("a") as file:
+            file.write("\nrequest_outside()\n")
+    else:  # where all Services were made before there was a test environment
+        with (project.folder / "orders" / "models.py").open("a") as file:
+            file.write("\nimport orders.views\n")
     project.write(
         {
-            "orders/tests.py": VIEW + classes,
             "run.py": f"""
-        import multiprocessing, sys
-        if __name__ == "__main__":
-            multiprocessing.set_start_method({method!r})
-            from django.core.management import execute_from_command_line
-            execute_from_command_line(sys.argv)
-        """,
+            import multiprocessing, sys
+            if __name__ == "__main__":
+                multiprocessing.set_start_method({method!r})
+                from django.core.management import execute_from_command_line
+                execute_from_command_line(sys.argv)
+            """
         }
     )
     text = project.python("run.py", "test", "--parallel", "2", DJANGO_SETTINGS_MODULE="mysite.settings")
     assert "Ran 9 tests" in text
-    assert "Found 9 test(s)" in text
+
+    boxes = {tuple(line.split()) for line in (project.folder / "boxes").read_text().splitlines()}
+    assert len(boxes) == len({pid for pid, _ in boxes}) == len({path for _, path in boxes})
+    assert len(boxes) >= (2 if first == "the parent" else 1)
     project.assert_untouched()
 
 

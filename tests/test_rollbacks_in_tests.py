@@ -303,6 +303,13 @@ def test_inline_a_task_runs_after_the_commit(bgsupervisor, service, application)
     assert ran == ["kept"]
 
 
+def test_inline_a_task_has_run_when_the_block_ends(bgsupervisor, service, application):
+    with bgsupervisor.inline(), application.transaction():
+        application.insert()
+        service.request(note, {"text": "kept"}, connection=application.connection)
+    assert ran == ["kept"]
+
+
 def test_the_applications_own_rows_are_as_they_would_be(bgsupervisor, service, application):
     with application.transaction():
         application.insert()
