@@ -392,3 +392,18 @@ def test_a_rollback_takes_nothing_back_that_ran_before(bgsupervisor, service, tm
         assert len(bgsupervisor.run_pending()) == 1
         transaction.rollback()
     assert ran == ["a"]
+
+
+def test_many_requests_of_a_transaction_are_asked_for_together(bgsupervisor, service, postgres_url, monkeypatch):
+    import psycopg
+
+    with psycopg.connect(postgres_url) as connection:
+        connects = []
+        connect = psycopg.connect
+        monkeypatch.setattr(psycopg, "connect", lambda **named: connects.append(named) or connect(**named))
+        for _ in range(10):
+            with connection.transaction():
+                service.request_many(note, [{}, {}], connection=connection)
+        bgsupervisor.assert_requested(note, times=20)
+        connection.rollback()
+    assert len(connects) == 1

@@ -33,7 +33,7 @@ from bgsupervisor.ledger import Attempt, Batch, Claim, Ledger, Note
 from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.statuses import Status
-from bgsupervisor.testing.commits import Mark, Outcome, mark
+from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
 from bgsupervisor.testing.folders import remove, run_folder
 from bgsupervisor.wire import End
 
@@ -330,14 +330,13 @@ class TaskBox:
         if notes:
             self._ledger().apply(Batch(notes=notes))
         with self._lock:
-            outcomes = {one: one.mark.outcome() for one in self._uncommitted}
-            lost = [
-                id for one, outcome in outcomes.items() if outcome is Outcome.ROLLED_BACK and one.new for id in one.ids
-            ]
+            found = outcomes(one.mark for one in self._uncommitted)
+            known = [(one, found[one.mark]) for one in self._uncommitted]
+            lost = [id for one, outcome in known if outcome is Outcome.ROLLED_BACK and one.new for id in one.ids]
             if lost:
                 self._ledger().forget(lost)
-            self._uncommitted = [one for one, outcome in outcomes.items() if outcome is Outcome.OPEN]
-        for one in [one for one, outcome in outcomes.items() if outcome is Outcome.COMMITTED]:
+            self._uncommitted = [one for one, outcome in known if outcome is Outcome.OPEN]
+        for one in [one for one, outcome in known if outcome is Outcome.COMMITTED]:
             self._run_committed(one)
 
     def _cancel_asked(self, record: TaskRecord) -> None:
@@ -437,7 +436,8 @@ class _BoxLedger(Ledger):
 
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests; see `Ledger.request_many`."""
-        self._box._settle()  # noqa: SLF001 - a part of the box
+        if any(one.unique_key is not None or one.after for one in requests):  # of tasks that were rolled back meanwhile
+            self._box._settle()  # noqa: SLF001 - a part of the box
         lent = self._lent()  # before anything is recorded: a connection that cannot be is refused
         found = super().request_many(requests)
         self._box._recorded([id for id, created in found if created], lent, new=True)  # noqa: SLF001

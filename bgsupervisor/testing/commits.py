@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from bgsupervisor.borrowed import cursor_of, is_in_transaction, origins
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["Mark", "Outcome", "mark"]
+__all__ = ["Mark", "Outcome", "mark", "outcomes"]
 
 ATTACHED = "bgsupervisor_marks"
 """The name under which an SQLite connection of the application has the file of marks."""
@@ -39,8 +40,26 @@ class Outcome(enum.Enum):
 class Mark(Protocol):
     """A trace in one transaction or savepoint of the application."""
 
-    def outcome(self) -> Outcome:
-        """Return what became of it."""
+    @property
+    def place(self) -> object:
+        """Return where it is; marks of one place are asked for together."""
+
+    def ask(self, values: set[str]) -> dict[str, Outcome]:
+        """Return the outcome of each mark of this place that *values* name."""
+
+    value: str
+
+
+def outcomes(marks: Iterable[Mark]) -> dict[Mark, Outcome]:
+    """Return what became of the transaction of each mark."""
+    places: dict[object, list[Mark]] = {}
+    for one in marks:
+        places.setdefault(one.place, []).append(one)
+    found: dict[Mark, Outcome] = {}
+    for these in places.values():
+        known = these[0].ask({one.value for one in these})
+        found |= {one: known[one.value] for one in these}
+    return found
 
 
 def mark(raw: Any, folder: Path) -> Mark | None:  # noqa: ANN401 - a connection of either driver
@@ -69,14 +88,14 @@ class _FileMark:
 
     def __init__(self, raw: sqlite3.Connection, folder: Path) -> None:
         self._raw = raw
-        self._value = os.urandom(16).hex()
+        self.value = os.urandom(16).hex()
         cursor = sqlite3.Cursor(raw)
         attached = {row[1]: row[2] for row in cursor.execute("PRAGMA database_list").fetchall()}
         if ATTACHED not in attached:
             attached[ATTACHED] = self._make(folder)
             cursor.execute(f"ATTACH ? AS {ATTACHED}", (attached[ATTACHED],))
-        self._file = attached[ATTACHED]
-        cursor.execute(f"INSERT INTO {ATTACHED}.{TABLE} VALUES (?)", (self._value,))  # noqa: S608 - constants
+        self.place = attached[ATTACHED]
+        cursor.execute(f"INSERT INTO {ATTACHED}.{TABLE} VALUES (?)", (self.value,))  # noqa: S608 - constants
 
     @staticmethod
     def _make(folder: Path) -> str:
@@ -86,28 +105,28 @@ class _FileMark:
             connection.execute(f"CREATE TABLE {TABLE} (value TEXT PRIMARY KEY) WITHOUT ROWID")
         return file
 
-    def outcome(self) -> Outcome:
-        """Return what became of it."""
-        with contextlib.closing(sqlite3.connect(self._file, timeout=0, isolation_level=None)) as outside:
-            if self._is_in(sqlite3.Cursor(outside), TABLE):
-                return Outcome.COMMITTED
+    def ask(self, values: set[str]) -> dict[str, Outcome]:
+        """Return the outcome of each mark of this connection that *values* name."""
+        with contextlib.closing(sqlite3.connect(self.place, timeout=0, isolation_level=None)) as outside:
+            committed = self._marks(outside, TABLE)
             try:
-                seen = self._is_in(sqlite3.Cursor(self._raw), f"{ATTACHED}.{TABLE}")
+                others = self._marks(self._raw, f"{ATTACHED}.{TABLE}")  # what a savepoint has lost is not among them
             except sqlite3.Error:  # closed, or of another thread
-                return self._without_its_connection(outside)
-            return Outcome.OPEN if seen else Outcome.ROLLED_BACK
+                try:
+                    outside.execute("BEGIN IMMEDIATE")
+                    others = set()
+                except sqlite3.OperationalError:  # somebody else may write: the transaction that made the marks
+                    others = values
+                committed = self._marks(outside, TABLE)  # perhaps a moment ago
+        return {
+            one: Outcome.COMMITTED if one in committed else Outcome.OPEN if one in others else Outcome.ROLLED_BACK
+            for one in values
+        }
 
-    def _without_its_connection(self, outside: sqlite3.Connection) -> Outcome:
-        try:
-            outside.execute("BEGIN IMMEDIATE")
-        except sqlite3.OperationalError:  # somebody else may write: the transaction that made the mark
-            return Outcome.OPEN
-        committed = self._is_in(sqlite3.Cursor(outside), TABLE)  # perhaps a moment ago
-        return Outcome.COMMITTED if committed else Outcome.ROLLED_BACK
-
-    def _is_in(self, cursor: sqlite3.Cursor, table: str) -> bool:
-        found = cursor.execute(f"SELECT 1 FROM {table} WHERE value = ?", (self._value,))  # noqa: S608 - constants
-        return bool(found.fetchall())
+    @staticmethod
+    def _marks(connection: sqlite3.Connection, table: str) -> set[str]:
+        found = sqlite3.Cursor(connection).execute(f"SELECT value FROM {table}")  # noqa: S608 - constants
+        return {row[0] for row in found.fetchall()}
 
 
 class _ServerMark:
@@ -120,7 +139,7 @@ class _ServerMark:
     def __init__(self, raw: Any) -> None:  # noqa: ANN401 - the drivers may not be installed
         self._driver: Any = sys.modules["psycopg" if "psycopg" in origins(raw) else "psycopg2"]
         info = raw.info
-        self._place = {
+        self._where = {
             "host": info.host,
             "port": info.port,
             "dbname": info.dbname,
@@ -128,6 +147,7 @@ class _ServerMark:
             "password": info.password,
             "connect_timeout": CONNECT_TIMEOUT_S,
         }
+        self.place = tuple(self._where.values())
         cursor = cursor_of(raw)
         cursor.execute(f"SELECT to_regclass('pg_temp.{TABLE}') IS NULL")
         if cursor.fetchone()[0]:
@@ -136,16 +156,16 @@ class _ServerMark:
             f"INSERT INTO pg_temp.{TABLE} VALUES (0) "  # noqa: S608 - a constant
             "RETURNING (((pg_current_xact_id()::text::bigint >> 32) << 32) + xmin::text::bigint)::text"
         )
-        self._number = cursor.fetchone()[0]
+        self.value = cursor.fetchone()[0]
 
-    def outcome(self) -> Outcome:
-        """Return what became of it; OPEN where the server cannot be asked."""
-        try:
-            with contextlib.closing(self._driver.connect(**self._place)) as outside:
-                cursor = outside.cursor()
-                cursor.execute("SELECT pg_xact_status(%s::xid8)", (self._number,))
-                state = cursor.fetchone()[0]
-        except self._driver.Error:
-            return Outcome.OPEN
+    def ask(self, values: set[str]) -> dict[str, Outcome]:
+        """Return the outcome of each transaction that *values* number; OPEN where the server cannot be asked."""
         known = {"committed": Outcome.COMMITTED, "aborted": Outcome.ROLLED_BACK}
-        return known.get(state, Outcome.OPEN)
+        try:
+            with contextlib.closing(self._driver.connect(**self._where)) as outside:
+                cursor = outside.cursor()
+                query = "SELECT number, pg_xact_status(number::xid8) FROM unnest(%s::text[]) AS number"
+                cursor.execute(query, (list(values),))
+                return {number: known.get(state, Outcome.OPEN) for number, state in cursor.fetchall()}
+        except self._driver.Error:
+            return dict.fromkeys(values, Outcome.OPEN)
