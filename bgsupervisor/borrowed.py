@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AfterCommit = Callable[[Callable[[], object]], object]
 
-__all__ = ["Lending"]
+__all__ = ["Lending", "Lent", "cursor_of", "is_in_transaction", "recognised"]
 
 _KNOWN = (
     "give a Peewee database, Django's connection, an SQLAlchemy Session or Connection, or a connection of sqlite3, "
@@ -39,7 +39,7 @@ _WHERE = """SELECT to_regclass(%s)::oid::bigint, current_database()::text,
 """Two connections that see one table of one server get the same answer; null is no table."""
 
 
-class _Lent(NamedTuple):
+class Lent(NamedTuple):
     """A connection of the application.
 
     Attributes:
@@ -96,11 +96,7 @@ class _Server(peewee.PostgresqlDatabase):
 
     def cursor(self, named_cursor: None = None) -> Any:  # noqa: ANN401, ARG002 - as Peewee has it
         """Return a cursor as the driver has it, whatever rows and cursors the application has made its own."""
-        raw: Any = self._state.conn
-        if "psycopg" in origins(raw):
-            psycopg: Any = sys.modules["psycopg"]
-            return psycopg.Cursor(raw, row_factory=psycopg.rows.tuple_row)
-        return raw.cursor(cursor_factory=sys.modules["psycopg2.extensions"].cursor)
+        return cursor_of(self._state.conn)
 
 
 class Lending:
@@ -136,20 +132,20 @@ class Lending:
             RequestRefused: It is no connection, or leads to another database.
             DatabaseError: It is closed, or its transaction has failed; our tables are missing.
         """
-        raw, after_commit, doubt = _recognised(connection)
+        raw, after_commit, doubt = recognised(connection)
         if isinstance(raw, sqlite3.Connection) is not isinstance(self._database, _File):
             raise self._elsewhere("SQLite" if isinstance(raw, sqlite3.Connection) else "PostgreSQL")
-        was_open = _is_open(raw)
+        was_open = is_in_transaction(raw)
         try:
             with self._database.on(raw):
                 with self._joining(was_open), translated(self._store):
                     self._open(raw)
                     self._store.warn_of_weak_durability()
-                joined = _is_open(raw)
+                joined = is_in_transaction(raw)
                 with self._joining(joined):
                     yield self._ledger
         except BaseException as error:
-            if not was_open and _is_open(raw):  # opened by us alone, with nothing of the application in it
+            if not was_open and is_in_transaction(raw):  # opened by us alone, with nothing of the application in it
                 raw.rollback()
             if isinstance(error, DatabaseError) and doubt is not None:
                 doubt()
@@ -221,7 +217,7 @@ class Lending:
 # What the application gives
 
 
-def _recognised(connection: Any) -> _Lent:  # noqa: ANN401 - of any framework
+def recognised(connection: Any) -> Lent:  # noqa: ANN401 - of any framework
     """Return the driver's connection behind *connection*, which can be worked with.
 
     Raises:
@@ -238,12 +234,12 @@ def _recognised(connection: Any) -> _Lent:  # noqa: ANN401 - of any framework
     elif "sqlalchemy" in packages and not _is_async(connection):
         lent = _of_sqlalchemy(connection)
     else:
-        lent = _Lent(connection)
+        lent = Lent(connection)
     _check_usable(lent.raw)
     return lent
 
 
-def _of_peewee(database: peewee.Database) -> _Lent:
+def _of_peewee(database: peewee.Database) -> Lent:
     if database.is_closed() and not database.autoconnect:
         raise _unusable("it is closed")
     connect: Any = database.connection
@@ -256,10 +252,10 @@ def _of_peewee(database: peewee.Database) -> _Lent:
         with contextlib.suppress(ValueError):  # under manual_commit() Peewee does not know
             database.after_commit(then)
 
-    return _Lent(raw, after_commit if database.in_transaction() else None)
+    return Lent(raw, after_commit if database.in_transaction() else None)
 
 
-def _of_django(connection: Any) -> _Lent:  # noqa: ANN401 - Django may not be installed
+def _of_django(connection: Any) -> Lent:  # noqa: ANN401 - Django may not be installed
     try:
         connection.validate_thread_sharing()
         if not connection.in_atomic_block:
@@ -269,25 +265,33 @@ def _of_django(connection: Any) -> _Lent:  # noqa: ANN401 - Django may not be in
         raise _unusable(error) from error
     if connection.in_atomic_block and connection.needs_rollback:
         raise _unusable("its transaction has failed, and is to be rolled back")
-    return _Lent(
+    return Lent(
         connection.connection,
         connection.on_commit if connection.in_atomic_block else None,
         functools.partial(setattr, connection, "errors_occurred", True),
     )
 
 
-def _of_sqlalchemy(connection: Any) -> _Lent:  # noqa: ANN401 - SQLAlchemy may not be installed
+def _of_sqlalchemy(connection: Any) -> Lent:  # noqa: ANN401 - SQLAlchemy may not be installed
     try:
         if hasattr(connection, "get_bind"):  # a Session, or scoped_session
             connection = connection.connection()
         if not hasattr(connection, "exec_driver_sql"):
-            return _Lent(connection)
+            return Lent(connection)
         raw = connection.connection.driver_connection
         if not connection.in_transaction() and not _is_async(raw):
             connection.exec_driver_sql("SELECT 1")  # it begins one, and so will commit what we write
     except sys.modules["sqlalchemy.exc"].SQLAlchemyError as error:
         raise _unusable(error) from error
-    return _Lent(raw)
+    return Lent(raw)
+
+
+def cursor_of(raw: Any) -> Any:  # noqa: ANN401 - of either driver
+    """Return a cursor of psycopg or psycopg2 as the driver has it."""
+    if "psycopg" in origins(raw):
+        psycopg: Any = sys.modules["psycopg"]
+        return psycopg.Cursor(raw, row_factory=psycopg.rows.tuple_row)
+    return raw.cursor(cursor_factory=sys.modules["psycopg2.extensions"].cursor)
 
 
 def _check_usable(raw: Any) -> None:  # noqa: ANN401 - of any driver
@@ -319,7 +323,7 @@ def _unusable(why: object) -> DatabaseError:
     return DatabaseError(f"the application's connection cannot be used: {text}; nothing was recorded")
 
 
-def _is_open(raw: Any) -> bool:  # noqa: ANN401 - of either driver
+def is_in_transaction(raw: Any) -> bool:  # noqa: ANN401 - of either driver
     """Whether a transaction is open; the driver may open one before the next statement."""
     if isinstance(raw, sqlite3.Connection):
         return raw.in_transaction

@@ -108,6 +108,8 @@ class Backing:
     config: Config
     ledger: Ledger
     clock: Clock
+    lend: Callable[[object], Ledger] | None = None
+    """In tests: returns the ledger for requests on a connection of the application."""
 
     @classmethod
     def of(cls, origin: Origin) -> Backing:
@@ -126,9 +128,26 @@ class Backing:
         return cls(config, ledger, ledger.clock)
 
 
-redirect: Callable[[Origin], Backing] | None = None
+redirect: Callable[[Origin], Backing | None] | None = None
 """The seam for tests: while it is set every Service, also one made before, works with what it returns and touches
-neither database nor supervisor of its own. `bgsupervisor.testing` sets it; nothing else may."""
+neither database nor supervisor of its own; None from it lets the Service have them. `bgsupervisor.testing` sets it;
+nothing else may."""
+
+
+def isolated(origin: Origin) -> Backing | None:
+    """Return what a Service works with while tests run; None outside tests, and where isolation is off.
+
+    Django's test environment counts as tests, whatever has set it up: from then on mails stay in the process too.
+    """
+    if redirect is None:
+        # https://github.com/django/django/blob/5.2/django/test/utils.py: what setup_test_environment leaves
+        state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
+        if not hasattr(state, "saved_data"):
+            return None
+        from bgsupervisor.testing import isolate  # noqa: PLC0415 - only in tests
+
+        isolate()
+    return redirect(origin) if redirect is not None else None
 
 
 class Service:
@@ -311,9 +330,13 @@ class Service:
     @contextlib.contextmanager
     def _ledger_on(self, connection: object | None) -> Iterator[Ledger]:
         """Have the ledger, on the application's connection if there is one; wake the supervisor after the commit."""
-        if connection is None or redirect is not None:  # in tests rows stay in the test's own database
-            yield self._ledger
-            self._store.database.after_commit(self._ring)
+        backing = self._backing
+        if connection is None:
+            yield backing.ledger
+            backing.ledger.store.database.after_commit(self._ring)
+            return
+        if backing.lend is not None:
+            yield backing.lend(connection)
             return
         from bgsupervisor.borrowed import Lending  # noqa: PLC0415 - only who lends a connection pays for it
 
@@ -506,8 +529,9 @@ class Service:
 
     @property
     def _backing(self) -> Backing:
-        if redirect is not None:
-            return redirect(self._origin)
+        in_tests = isolated(self._origin)
+        if in_tests is not None:
+            return in_tests
         if self._own is None:
             self._own = Backing.of(self._origin)
         return self._own

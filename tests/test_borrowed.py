@@ -573,7 +573,8 @@ def test_a_plain_request_costs_four_statements_beside_the_begin_of_the_driver(se
 
 
 def test_in_a_test_of_an_application_the_request_is_in_the_tests_own_database(bgsupervisor):
-    Service("sqlite:////nowhere/tasks.db").request(Work, {"n": 1}, connection=object())
+    with contextlib.closing(sqlite3.connect(":memory:")) as elsewhere, elsewhere:
+        Service("sqlite:////nowhere/tasks.db").request(Work, {"n": 1}, connection=elsewhere)
     bgsupervisor.assert_requested(Work, data={"n": 1})
 
 

@@ -33,9 +33,10 @@ from bgsupervisor import (
     current,
     statedir,
     task,
-    testing,
 )
-from bgsupervisor.testing import DEPTH_MAX, FakeClock
+from bgsupervisor.testing import FakeClock, TaskBox, box
+from bgsupervisor.testing.box import DEPTH_MAX
+from bgsupervisor.testing.isolation import in_use
 
 ROOT = Path(__file__).parent.parent
 ran = []
@@ -199,7 +200,7 @@ def test_tasks_that_a_task_requests_run_as_well(bgsupervisor):
 
 
 def test_tasks_that_request_each_other_without_end_are_stopped(bgsupervisor, monkeypatch):
-    monkeypatch.setattr(testing, "RUNS_MAX", 20)
+    monkeypatch.setattr(box, "RUNS_MAX", 20)
     calls["again"] = lambda: service().request(call, {"what": "again"}) and None
     service().request(call, {"what": "again"})
 
@@ -686,21 +687,21 @@ def test_a_configuration_that_cannot_be_read_here_is_replaced_by_the_defaults(bg
 def test_the_configuration_is_the_one_that_was_found_when_the_service_was_made(tmp_path, monkeypatch):
     (tmp_path / "bgsupervisor.toml").write_text("data_max_bytes = 1024\n")
     monkeypatch.chdir(tmp_path)
-    with testing._in_use(testing.TaskBox()):
+    with in_use(TaskBox()):
         made = Service()
     monkeypatch.chdir("/")
-    with testing._in_use(testing.TaskBox()):
+    with in_use(TaskBox()):
         assert made.config.data_max_bytes == 1024
 
 
 def test_a_box_that_outlives_its_test_says_so():
-    with testing._in_use(testing.TaskBox()) as box:
+    with in_use(TaskBox()) as ended:
         folder = Path(service().config.database.removeprefix("sqlite:///")).parent
         service().request(note)
         assert folder.is_dir()
     assert not folder.exists()
     with pytest.raises(RuntimeError, match="has ended"):
-        testing.TaskBox.requested.fget(box)
+        TaskBox.requested.fget(ended)
 
 
 def test_bgsupervisor_itself_imports_no_pytest():
@@ -1041,15 +1042,30 @@ def test_it_works_on_systems_that_cannot_supervise(project):
 # The page
 
 
-def test_the_snippets_of_the_page_work(project):
+def put_snippets(folder, *, where):
+    """Write the files of the page that *where* lets through; return how many tests they hold."""
     page = (ROOT / "docs" / "testing.md").read_text()
     blocks = re.findall(r"```(?:python|toml|ini)\n# (\S+)\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) >= 5
+    blocks = [(name, text) for name, text in blocks if where(name)]
     for name, text in blocks:
-        path = project.folder / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(text)
-    tests = sum(len(re.findall(r"^ *def test_", text, re.MULTILINE)) for _, text in blocks)
+    return sum(len(re.findall(r"^ *def test_", text, re.MULTILINE)) for _, text in blocks)
 
+
+def test_the_snippets_of_the_page_work(project):
+    tests = put_snippets(project.folder, where=lambda name: not name.startswith("orders/"))
+    assert tests >= 9
     project.pytest(passed=tests, PYTHONPATH=str(project.folder))
+
+
+def test_the_snippets_of_the_page_work_by_unittest(project):
+    tests = put_snippets(project.folder, where=lambda name: name == "shop.py" or name.startswith("tests/"))
+    assert "$ python -m unittest\n" in (ROOT / "docs" / "testing.md").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "unittest"], cwd=project.folder, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Ran {tests} test" in done.stderr

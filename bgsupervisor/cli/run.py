@@ -15,7 +15,7 @@ from bgsupervisor import __version__, descriptors
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import remarks, take_notify_socket
-from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
+from bgsupervisor.errors import BgSupervisorError, ConfigError, UnsupportedSystem
 from bgsupervisor.notify import Notifier
 from bgsupervisor.stamp import code_stamp, read_stamp
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark, access_error
@@ -55,6 +55,11 @@ def run(session: Session, *, burst: bool, slots: int | None) -> None:
     """
     from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
 
+    if session.test_config() is not None:
+        raise ConfigError(
+            "cannot supervise: this process runs tests, which keep their tasks to themselves; run them with "
+            "run_pending(), or turn the isolation off for this test"
+        )
     try:
         code = supervise(lambda: session.config(slots=slots), burst=burst)
     except BgSupervisorError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,11 +27,24 @@ class Session:
     def config(self, **flags: object) -> Config:
         """Load the configuration; *flags* win over all else, None is a flag that was not given.
 
+        A command that a test calls within its own process gets the database and the state directory of that test.
+
         Raises:
             ConfigError: There is none, or it is wrong.
             AccessError: It may not be read.
         """
-        return load(self.config_path, flags=flags)
+        config = load(self.config_path, flags=flags)
+        test = self.test_config()
+        return config if test is None else replace(config, database=test.database, state_dir=test.state_dir)
+
+    def test_config(self) -> Config | None:
+        """Return what Services of this process work with while it runs tests, None outside tests."""
+        if not sys.modules.keys() & {"bgsupervisor.service", "django.test.utils"}:
+            return None  # `run` beside a living supervisor does without
+        from bgsupervisor.service import Origin, isolated  # noqa: PLC0415 - as above
+
+        backing = isolated(Origin(None, self.config_path, None))
+        return None if backing is None else backing.config
 
     def service(self, *, unknown_names: Literal["warn", "refuse", "accept"] | None = None) -> Service:
         """Return the service, whose first call creates the database where there is none."""

@@ -1,7 +1,6 @@
-"""A pytest plugin for applications: in a test every task is recorded, or run here, and no supervisor hears of it.
+"""The tasks of one test, in a database of its own: what was requested, and running it in the test's process.
 
-It is loaded wherever bgsupervisor is installed. Every `Service` of a test works on a fresh database of that test,
-whatever it was made with; the fixture `bgsupervisor` is the `TaskBox` that shows what was requested and runs it.
+Knows no test framework, and not when a test begins or ends.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import peewee
-import pytest
 
 from bgsupervisor import __version__, payload, service, tasks
 from bgsupervisor.bodies import Progress, end_of
+from bgsupervisor.borrowed import recognised
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import MIB, Config, load
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
@@ -35,12 +34,15 @@ from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.names import Catalogue, Known
 from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.statuses import Status
+from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
+from bgsupervisor.testing.folders import remove, run_folder
 from bgsupervisor.wire import End
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
+    from bgsupervisor.borrowed import Lent
     from bgsupervisor.ledger import Due, Request
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Backing, Key, Origin, TaskLike
@@ -49,8 +51,6 @@ __all__ = ["FakeClock", "TaskBox"]
 
 log = logging.getLogger("bgsupervisor")
 
-ISOLATION = "bgsupervisor_isolation"
-"""The name of the ini option and of the marker."""
 RUNS_MAX = 1000
 """`run_pending` without a limit gives up after so many tasks: one of them requests the next for ever."""
 DEPTH_MAX = 50
@@ -59,7 +59,6 @@ LISTED_MAX = 20
 """A failed assertion lists so many of the requested tasks, the newest."""
 BUSY_TIMEOUT_S = 5.0
 """How long a thread of the test waits for another one that writes."""
-PROBE = "bgsupervisor_requested"
 
 
 class FakeClock:
@@ -98,10 +97,11 @@ class FakeClock:
 class TaskBox:
     """What a test requests: shows it, runs it in this process, and moves its time.
 
-    The fixture `bgsupervisor` is one. It holds the database of one test, made when the first task is requested and
-    deleted after the test. Bodies run here go the way of those that a supervisor runs: data is decoded and checked by
-    the body's signature, the result is encoded, and each transition is one of the ledger's. Not simulated are time
-    and memory limits, signals, logs, slots, `setup` and `child_setup`.
+    pytest's fixture `bgsupervisor` is one, and `self.bgsupervisor` of a `TaskBoxTestCase`. It holds the database of
+    one test, made when the first task is requested and deleted after the test. Bodies run here go the way of those
+    that a supervisor runs: data is decoded and checked by the body's signature, the result is encoded, and each
+    transition is one of the ledger's. Not simulated are time and memory limits, signals, logs, slots, `setup` and
+    `child_setup`.
 
     Attributes:
         clock: The time of all Services of the test.
@@ -118,7 +118,7 @@ class TaskBox:
         self.raise_errors = False
         self._lock = threading.RLock()
         self._ended = False
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: tuple[Path, int] | None = None
         self._opened: Store | None = None
         self._data_max_bytes = MIB
         self._modules: set[str] = set()
@@ -227,6 +227,7 @@ class TaskBox:
         self.raise_errors = before[1] if raise_errors is None else raise_errors
         try:
             yield
+            self._settle()
             self._raise_held()
         finally:
             self.mode, self.raise_errors = before
@@ -241,15 +242,19 @@ class TaskBox:
             config = dataclasses.replace(
                 found, database=f"sqlite:///{folder / 'tasks.db'}", state_dir=folder / ".bgsupervisor"
             )
-            application = origin.database if isinstance(origin.database, peewee.Database) else None
-            backing = service.Backing(config, self._ledger(application), self.clock)
+            ledger = self._ledger(functools.partial(_joined, origin.database))
+            backing = service.Backing(config, ledger, self.clock, self._on)
             self._backings[origin] = backing
             self._data_max_bytes = config.data_max_bytes
             self._modules.update(config.tasks)
         return backing
 
-    def _ledger(self, application: peewee.Database | None = None) -> _BoxLedger:
-        return _BoxLedger(self, self._store(), application)
+    def _on(self, connection: object) -> Ledger:
+        """Return the ledger for requests on a connection of the application: in the box, but of its transaction."""
+        return self._ledger(functools.partial(recognised, connection))
+
+    def _ledger(self, lent: Callable[[], Lent | None] = lambda: None) -> _BoxLedger:
+        return _BoxLedger(self, self._store(), lent)
 
     def _store(self) -> Store:
         with self._lock:
@@ -263,8 +268,8 @@ class TaskBox:
         with self._lock:
             self._check_not_ended()
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="bgsupervisor-", ignore_cleanup_errors=True)
-            return Path(self._folder.name)
+                self._folder = Path(tempfile.mkdtemp(prefix="box-", dir=run_folder())), os.getpid()
+            return self._folder[0]
 
     def _check_not_ended(self) -> None:
         if self._ended:
@@ -276,20 +281,41 @@ class TaskBox:
             if self._opened is not None:
                 self._opened.close()
             if self._folder is not None:
-                self._folder.cleanup()
+                remove(*self._folder)
 
     # What the ledger tells
 
-    def _recorded(self, ids: Sequence[int], application: peewee.Database | None, *, new: bool) -> None:
+    def _recorded(self, ids: Sequence[int], lent: Lent | None, *, new: bool) -> None:
         """Run what was just requested or planned again if tasks run inline, but not before the caller's commit."""
-        if application is None or not application.in_transaction():
+        if not ids:
+            return
+        try:
+            trace = None if lent is None else mark(lent.raw, run_folder())
+        except Exception:
+            if new:
+                self._ledger().forget(ids)
+            raise
+        if lent is None or trace is None:
             self._run_inline(ids)
             return
-        self._uncommitted.append(_Uncommitted(ids, application, self._committed, new=new))
+        uncommitted = _Uncommitted(tuple(ids), trace, new)
+        with self._lock:
+            self._uncommitted.append(uncommitted)
+        if lent.after_commit is not None:
+            lent.after_commit(functools.partial(self._committed, uncommitted))
 
     def _committed(self, uncommitted: _Uncommitted) -> None:
+        """Take a transaction as committed, for the framework says so; in Django's TestCase it never is."""
+        if self._ended:
+            return
         self._settle()
-        self._uncommitted = [one for one in self._uncommitted if one is not uncommitted]
+        with self._lock:
+            if uncommitted not in self._uncommitted:
+                return
+            self._uncommitted.remove(uncommitted)
+        self._run_committed(uncommitted)
+
+    def _run_committed(self, uncommitted: _Uncommitted) -> None:
         try:
             self._run_inline(uncommitted.ids)
         except Exception as error:  # noqa: BLE001 - Peewee would try to roll back what it has committed
@@ -305,11 +331,15 @@ class TaskBox:
         notes = {context.token: note for context in self._running if (note := context.take_note())}
         if notes:
             self._ledger().apply(Batch(notes=notes))
-        gone = [one for one in self._uncommitted if one.is_rolled_back()]
-        ids = [id for one in gone if one.new for id in one.ids]
-        if ids:
-            self._ledger().forget(ids)
-        self._uncommitted = [one for one in self._uncommitted if one not in gone]
+        with self._lock:
+            found = outcomes(one.mark for one in self._uncommitted)
+            known = [(one, found[one.mark]) for one in self._uncommitted]
+            lost = [id for one, outcome in known if outcome is Outcome.ROLLED_BACK and one.new for id in one.ids]
+            if lost:
+                self._ledger().forget(lost)
+            self._uncommitted = [one for one, outcome in known if outcome is Outcome.OPEN]
+        for one in [one for one, outcome in known if outcome is Outcome.COMMITTED]:
+            self._run_committed(one)
 
     def _cancel_asked(self, record: TaskRecord) -> None:
         for context in self._running:
@@ -397,20 +427,22 @@ class _BoxLedger(Ledger):
     Args:
         box: Whose rows.
         store: Its database.
-        application: The application's own database, if the Service was made with one: the rows are not in it, but a
-            request counts from the commit of its open transaction on, and not after a rollback.
+        lent: Returns the application's connection that requests belong to, None if there is none. The rows are not in
+            its database, but a request counts from its commit on, and not after a rollback.
     """
 
-    def __init__(self, box: TaskBox, store: Store, application: peewee.Database | None) -> None:
+    def __init__(self, box: TaskBox, store: Store, lent: Callable[[], Lent | None]) -> None:
         super().__init__(store, box.clock)
         self._box = box
-        self._application = application
+        self._lent = lent
 
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests; see `Ledger.request_many`."""
-        self._box._settle()  # noqa: SLF001 - a part of the box
+        if any(one.unique_key is not None or one.after for one in requests):  # of tasks that were rolled back meanwhile
+            self._box._settle()  # noqa: SLF001 - a part of the box
+        lent = self._lent()  # before anything is recorded: a connection that cannot be is refused
         found = super().request_many(requests)
-        self._box._recorded([id for id, created in found if created], self._application, new=True)  # noqa: SLF001
+        self._box._recorded([id for id, created in found if created], lent, new=True)  # noqa: SLF001
         return found
 
     def forget(self, ids: Sequence[int]) -> None:
@@ -427,7 +459,7 @@ class _BoxLedger(Ledger):
     def retry(self, id: int) -> TaskRecord:
         """Plan an interrupted task again; see `Ledger.retry`."""
         record = super().retry(id)
-        self._box._recorded([id], self._application, new=False)  # noqa: SLF001
+        self._box._recorded([id], self._lent(), new=False)  # noqa: SLF001
         return self.get(id) or record
 
     def get(self, id: int) -> TaskRecord | None:
@@ -513,41 +545,20 @@ class _Context(tasks.Context):
         return Note(progress_done=done, progress_total=total, message=message)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Uncommitted:
-    """What was requested inside a transaction of the application's database.
+    """Tasks that were requested, or planned again, in a transaction of the application that may still be open."""
 
-    That database holds the only reference to the callback until the commit, and a rollback drops it uncalled. The
-    rollback of a savepoint drops nothing, but takes back the row of a temporary table that only this connection sees.
-    """
+    ids: tuple[int, ...]
+    mark: Mark
+    new: bool
 
-    def __init__(
-        self,
-        ids: Sequence[int],
-        database: peewee.Database,
-        committed: Callable[[_Uncommitted], None],
-        *,
-        new: bool,
-    ) -> None:
-        self.ids = tuple(ids)
-        self.new = new
-        self.database = database
-        self.thread = threading.get_ident()
-        self._mark = os.urandom(8).hex()
-        database.execute_sql(f"CREATE TEMP TABLE IF NOT EXISTS {PROBE} (mark TEXT)")
-        database.execute_sql(f"INSERT INTO temp.{PROBE} VALUES (?)", (self._mark,))  # noqa: S608 - a constant
-        heard = functools.partial(committed, self)
-        self._heard = weakref.ref(heard)
-        database.after_commit(heard)
 
-    def is_rolled_back(self) -> bool:
-        """Whether its transaction or savepoint was rolled back."""
-        if self.thread != threading.get_ident() or self.database.is_closed():
-            return self._heard() is None
-        try:
-            query = f"SELECT 1 FROM temp.{PROBE} WHERE mark = ?"  # noqa: S608 - a constant
-            return self.database.execute_sql(query, (self._mark,)).fetchone() is None
-        except peewee.OperationalError:  # the table itself was made within it
-            return True
+def _joined(database: object) -> Lent | None:
+    """Return the open transaction of the Peewee database that a Service was made with, None if there is none."""
+    if isinstance(database, peewee.Database) and database.in_transaction():
+        return recognised(database)
+    return None
 
 
 def _awaited(coroutine: Coroutine[Any, Any, object]) -> object:
@@ -605,72 +616,3 @@ def _listed(requested: Sequence[TaskRecord]) -> str:
         reason = "" if one.reason is None else f" {one.reason}: {one.detail}"
         lines.append(f"  {one.id}. {one.name} {_shown_data(one.name, one.data)}{key} {one.status}{reason}")
     return "\n".join(lines)
-
-
-# What pytest calls
-
-
-@contextlib.contextmanager
-def _redirected(box: TaskBox | None) -> Iterator[None]:
-    before = service.redirect
-    service.redirect = None if box is None else box._backing  # noqa: SLF001 - the box is ours
-    try:
-        yield
-    finally:
-        service.redirect = before
-
-
-@contextlib.contextmanager
-def _in_use(box: TaskBox) -> Iterator[TaskBox]:
-    try:
-        with _redirected(box):
-            yield box
-            box._raise_held()  # noqa: SLF001 - the box is ours
-    finally:
-        box._close()  # noqa: SLF001 - the box is ours
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the ini option."""
-    sentence = (
-        "on: every test has its own bgsupervisor database, and no supervisor hears of it (default); off: none has"
-    )
-    parser.addini(ISOLATION, sentence, type="bool", default=True)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Isolate what happens outside tests too: imports, fixtures of modules and sessions."""
-    config.addinivalue_line(
-        "markers", f'{ISOLATION}(state): "on" or "off", for this test, whatever the ini option says'
-    )
-    if config.getini(ISOLATION):
-        outside = contextlib.ExitStack()
-        outside.enter_context(_in_use(TaskBox()))
-        config.add_cleanup(outside.close)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Let a test that is marked "off" reach the real database, with all of its fixtures."""
-    marker = item.get_closest_marker(ISOLATION)
-    if marker is None or marker.args != ("off",):
-        return (yield)
-    with _redirected(None):
-        return (yield)
-
-
-@pytest.fixture(autouse=True)
-def _bgsupervisor_isolation(request: pytest.FixtureRequest) -> None:
-    """Have every test isolated, unless the ini option or a marker says otherwise."""
-    marker = request.node.get_closest_marker(ISOLATION)
-    if marker is not None and marker.args not in (("on",), ("off",)):
-        pytest.fail(f'the marker {ISOLATION} takes "on" or "off"; it was given {marker.args!r}')
-    if marker.args == ("on",) if marker else request.config.getini(ISOLATION):
-        request.getfixturevalue("bgsupervisor")
-
-
-@pytest.fixture
-def bgsupervisor() -> Iterator[TaskBox]:
-    """The tasks of this test; a test that asks for it is isolated in any case."""
-    with _in_use(TaskBox()) as box:
-        yield box
