@@ -25,18 +25,19 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, exits, pauses, processes, tasks, wire
+from bgsupervisor import child, exits, inherited, pauses, processes, reporting, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
+from bgsupervisor.inherited import Dispositions
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
@@ -54,18 +55,16 @@ STRAY_ROUNDS = 20
 """How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
 STRAY_LOOK_S = 1.0
 """While a stray that was killed has not gone (uninterruptible sleep), it is looked at so often."""
-SIGCHLD_TAKEN = (
-    "importing the application set what SIGCHLD does, by which the nursery hears of dead children; the nursery has set "
-    "it back. Set it in `child_setup`"
-)
+SIGNAL_TAKEN = "importing the application set what {} does, {}; it has been set back. Set it in `child_setup`"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading the application came to."""
+    """What loading the application came to; `handlers` is what it has set for signals, by number."""
 
     failures: list[LoadFailure]
     warnings: list[str]
+    handlers: dict[int, Any] = dataclasses.field(default_factory=dict)
 
 
 def main(config: Config) -> NoReturn:
@@ -73,9 +72,7 @@ def main(config: Config) -> NoReturn:
     try:
         os.setsid()
         set_child_subreaper()
-        processes.raise_descriptor_limit()
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        inherited.leave_unheeded()
         Nursery(config, SystemClock()).live()
     except BaseException:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
         traceback.print_exc()
@@ -94,6 +91,7 @@ def load_application(config: Config) -> Loaded:
             sys.path.insert(0, folder)
     os.chdir(config.base_dir)
     failures = []
+    before = Dispositions.now()
     if config.setup:
         failure = _try_load(config.setup, lambda: child.call_by_path(str(config.setup)))
         if failure is not None:
@@ -106,7 +104,8 @@ def load_application(config: Config) -> Loaded:
         failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"))
         if failure is not None:
             failures.append(failure)
-    return Loaded(failures, _warnings())
+    handlers = Dispositions.now().changed_since(before)
+    return Loaded(failures, [*_warnings(), *_taken(handlers)], handlers)
 
 
 def import_what_children_need() -> None:
@@ -149,6 +148,10 @@ def _warnings() -> list[str]:
     return found
 
 
+def _taken(handlers: Mapping[int, Any]) -> list[str]:
+    return [SIGNAL_TAKEN.format(number.name, use) for number, use in inherited.OURS.items() if number in handlers]
+
+
 class Nursery:
     """One loop: hear orders, fork, watch children die, report."""
 
@@ -177,9 +180,10 @@ class Nursery:
         with contextlib.suppress(OSError):
             self._record.touch()
         ours = _descriptors()
+        reporting.prepare()
         self._loaded = load_application(config)
-        if signal.getsignal(signal.SIGCHLD) is not _note:
-            self._loaded.warnings.append(SIGCHLD_TAKEN)
+        inherited.take_back_signals(self._loaded.handlers)
+        processes.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
         self._listen_to_deaths()
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
         import_what_children_need()
@@ -344,6 +348,7 @@ class Nursery:
             config=self._config,
             nursery=self._who,
             kept_descriptors=self._kept,
+            handlers={} if self._config.start_method == "spawn" else self._loaded.handlers,
             load=self._config.start_method == "spawn",
             held=held,
             left_in_order=left_in_order,

@@ -787,7 +787,7 @@ def test_an_async_body_that_is_cancelled_by_sigterm_runs_its_finally_blocks(app,
     record = cancelled["loop"]
     app.assert_interrupted(record, "CANCELLED", detail="cancelled by jana", error="Cancelled")
     assert "SIGTERM was sent" in record.detail
-    assert app.log_of(record) == "finally\n"
+    assert app.log_of(record).startswith("finally\n")
 
 
 def test_a_body_that_took_our_handler_away_dies_of_sigterm_and_is_cancelled(app, cancelled):
