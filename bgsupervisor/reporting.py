@@ -98,16 +98,21 @@ def _last_hook(kind: type[BaseException], error: BaseException, trace: types.Tra
 
 
 def _keep_frames_of_application(error: BaseException) -> None:
-    """Cut our own frames out of the tracebacks of an exception and of all that it came of."""
+    """Cut our own frames out of the tracebacks of an exception and of all that it came of.
+
+    What it came of may have been caught by us, and never have reached the application: then nothing of it is left, for
+    its frames, and those below it, are of libraries that we gave the data to.
+    """
     error.__traceback__ = _chained(_of_application(error))
-    seen, waiting = {id(error)}, _came_of(error)
+    seen = {id(error)}
+    waiting = [(one, False) for one in _came_of(error)]
     while waiting:
-        cause = waiting.pop()
+        cause, is_below_us = waiting.pop()
         if id(cause) not in seen:
             seen.add(id(cause))
-            began_with_us = cause.__traceback__ is not None and _is_ours(cause.__traceback__)
-            cause.__traceback__ = None if began_with_us else _chained(_of_application(cause))
-            waiting += _came_of(cause)
+            is_below_us = is_below_us or (cause.__traceback__ is not None and _is_ours(cause.__traceback__))
+            cause.__traceback__ = None if is_below_us else _chained(_of_application(cause))
+            waiting += [(one, is_below_us) for one in _came_of(cause)]
 
 
 def _came_of(error: BaseException) -> list[BaseException]:

@@ -7,6 +7,7 @@ import gzip
 import http.server
 import json
 import threading
+import time
 
 HELD_S = 30.0
 
@@ -17,6 +18,7 @@ class Sink(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.events = []
+        self.answers_after_s = 0.0
         self.free = threading.Event()
         self.free.set()
 
@@ -44,6 +46,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         lines = [json.loads(line) for line in body.split(b"\n") if line.startswith(b"{")]
         self.server.events += [line for line in lines if "event_id" in line and "timestamp" in line]
+        time.sleep(self.server.answers_after_s)
         with contextlib.suppress(OSError):  # the child has left
             self.send_response(200)
             self.send_header("Content-Length", "2")

@@ -214,6 +214,7 @@ def test_a_child_setup_that_fails_is_logged(make_app, setup):
     source = "def breaks():\n    raise LookupError('no setting')\ndef quits():\n    sys.exit(3)\n"
     app = started(make_app, source, child_setup=f"appx:{setup}")
     text = app.log_of(run(app, "returns"))
+    assert "ERROR bgsupervisor.task: task 1" in text
     assert f"in {setup}" in text
     assert text.count("Traceback") == 1
 
@@ -228,6 +229,27 @@ def test_no_frame_that_is_reported_holds_the_data_of_a_refused_task(make_app):
     assert first["trace"].startswith("bgsupervisor.errors.DataInvalid")
     assert "in run" in second["trace"]
     assert "hush-hush" not in (app.folder / "records").read_text()
+
+
+@pytest.mark.of_sqlite
+def test_no_frame_of_the_database_layer_is_reported(make_app):
+    source = """
+import sqlite3
+
+@task
+def requests_while_locked() -> None:
+    connection = sqlite3.connect(FOLDER / "bgsupervisor.db", isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        current().request(Pays, {"token": int("4711" * 2)})
+    finally:
+        connection.rollback()
+"""
+    app = started(make_app, TO_FILE + source, busy_timeout_s=0.2)
+    assert "locked" in run(app, "requests_while_locked").detail
+    (logged,) = records_of(app)
+    assert re.findall(r"in (\w+)", logged["trace"]) == ["requests_while_locked"]
+    assert "47114711" not in json.dumps(logged)
 
 
 # ---- excepthook ----
@@ -293,6 +315,7 @@ def with_sentry(make_app, sink, more="", **options):
 
 @pytest.mark.parametrize("reuse", [1, 3])
 def test_sentry_gets_every_event_of_bodies_however_they_end(make_app, sink, reuse):
+    sink.answers_after_s = 0.3  # what waits for this answer is lost if its process leaves meanwhile
     app = with_sentry(make_app, sink, reuse=reuse)
     expected = []
     for then, kinds in {"returns": [], "raises": ["ValueError"], "exits": ["SystemExit"], "waits": []}.items():
