@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import dataclasses
 import importlib
 import inspect
 import logging
-import multiprocessing.util
 import os
 import resource
 import signal
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import descriptors, logs, pauses, payload, processes, stacks, tasks, wire
+from bgsupervisor import descriptors, inherited, logs, pauses, payload, processes, reporting, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
@@ -83,6 +83,7 @@ class Birth:
 
     Attributes:
         not_its_own: The fork server's descriptors, which a child that was forked closes.
+        handlers: What the application has set for signals at its import; empty for a child that loads it itself.
         load: The application must be loaded by the child itself (spawn).
         held: Shared with the nursery, which sets it once it watches the child; before that the child does nothing.
         left_in_order: Shared with the nursery; set when the child leaves with nothing unrecorded, so that nobody
@@ -92,6 +93,7 @@ class Birth:
     config: Config
     nursery: Who
     not_its_own: descriptors.Own
+    handlers: Mapping[int, Any]
     load: bool
     held: Any
     left_in_order: Any
@@ -105,8 +107,10 @@ def main(birth: Birth) -> NoReturn:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
+            reporting.prepare()
             load_application(birth.config)
             import_what_children_need()
+        inherited.reseed()
         Child(birth, SystemClock()).live()
     os._exit(0)
 
@@ -121,17 +125,9 @@ def _become_child(birth: Birth) -> None:
     number = descriptors.redirect(null, 0)
     os.close(null)
     sys.stdin = open(number, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)
+    inherited.set_signals(birth.handlers)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    _forget_inherited_exit_callbacks()
-
-
-def _forget_inherited_exit_callbacks() -> None:
-    """Leave what the application registered at its import to the nursery: it may delete what all children share."""
-    atexit._clear()  # noqa: SLF001 - as multiprocessing does for its own children from 3.13 on
-    atexit.register(logging.shutdown)
-    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # noqa: SLF001 - ends managers and pools of the body
+    inherited.forget_exit_callbacks()
 
 
 class AttemptContext(tasks.Context):
@@ -243,6 +239,7 @@ class Child:
         self._term_came = False
         self._home = (Path.cwd(), _umask())
         self._answering = stacks.Answering()
+        self._ended_by: tuple[BaseException, contextvars.Context] | None = None
 
     def live(self) -> NoReturn:
         """Take orders until told to leave; never returns."""
@@ -312,6 +309,7 @@ class Child:
             os._exit(0)  # the body forked, and this is the copy: only the process that began may speak for the attempt
         with contextlib.suppress(OSError):
             descriptors.open_standard()  # no file of ours may become what the body prints to
+        self._report_error(order, end)
         with contextlib.suppress(Exception):
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
@@ -351,7 +349,17 @@ class Child:
 
     def _end_of(self, error: BaseException) -> End:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
+        self._ended_by = error, contextvars.copy_context()
         return end_of(error, how=how)
+
+    def _report_error(self, order: Run, end: End) -> None:
+        """Report what ended the body to the application; let go of it, for its frames keep open what the body had."""
+        ended_by, self._ended_by = self._ended_by, None
+        if ended_by is not None:
+            error, context = ended_by  # of the body: a tracker keeps in it what the body has set for its events
+            with contextlib.suppress(Exception):
+                self._default_logging()
+                context.run(reporting.report, error, end, order)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -511,15 +519,19 @@ class Child:
         return False
 
     def _leave(self, last: Run | None) -> NoReturn:
-        """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
+        """Flush error trackers and run exit callbacks, for at most grace_s; leave, whatever threads the body left.
+
+        Trackers come first, for a callback may hang, and once more, for a callback may have reported something.
+        """
         self._phase = "ending"
         pauses.at("child.leaving")
         self._left_in_order.value = 1
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True
         limit.start()
-        with contextlib.suppress(BaseException):
-            atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+        for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+            with contextlib.suppress(BaseException):
+                step()
         _flush_streams()
         if last is not None:
             self._keep_log(last)  # it may have got its first line just now

@@ -25,18 +25,19 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, connections, descriptors, exits, pauses, processes, tasks, wire
+from bgsupervisor import child, connections, descriptors, exits, inherited, pauses, processes, reporting, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file, is_postgres, sqlite_path
 from bgsupervisor.errors import WireError
+from bgsupervisor.inherited import Dispositions
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
@@ -54,19 +55,24 @@ STRAY_ROUNDS = 20
 """How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
 STRAY_LOOK_S = 1.0
 """While a stray that was killed has not gone (uninterruptible sleep), it is looked at so often."""
-SIGCHLD_TAKEN = (
-    "importing the application set what SIGCHLD does, by which the nursery hears of dead children; the nursery has set "
-    "it back. Set it in `child_setup`"
-)
+SIGNAL_TAKEN = "importing the application set what {} does, {}; it has been set back. Set it in `child_setup`"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading the application came to; *dangers* are warnings of what may cost data."""
+    """What loading the application came to.
+
+    Attributes:
+        failures: What could not be loaded, and why.
+        warnings: Sentences about what will not work as it seems to.
+        dangers: Those among the warnings that are about data that may be lost.
+        handlers: What the application has set for signals, by number.
+    """
 
     failures: list[LoadFailure]
     warnings: list[str]
     dangers: list[str]
+    handlers: dict[int, Any] = dataclasses.field(default_factory=dict)
 
 
 def main(config: Config) -> NoReturn:
@@ -74,9 +80,7 @@ def main(config: Config) -> NoReturn:
     try:
         os.setsid()
         set_child_subreaper()
-        processes.raise_descriptor_limit()
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+        inherited.leave_unheeded()
         Nursery(config, SystemClock()).live()
     except BaseException:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
         traceback.print_exc()
@@ -95,14 +99,16 @@ def load_application(config: Config) -> Loaded:
             sys.path.insert(0, folder)
     os.chdir(config.base_dir)
     imports = connections.Imports(None if is_postgres(config.database) else sqlite_path(config.database))
+    before = Dispositions.now()
     with _outliving_the_import():
         failures, without_tasks = _load(config, imports)
     connections.close_reopening()
+    handlers = Dispositions.now().changed_since(before)
     remarks = [*without_tasks, *tasks.remarks()]
     if config.start_method == "spawn":  # then children inherit nothing
-        return Loaded(failures, [*remarks, *_give_up_taken_streams()], [])
-    warnings = [*_warnings(), *remarks, *imports.told(supervised=False), *_give_up_taken_streams()]
-    return Loaded(failures, warnings, imports.told(supervised=True))
+        return Loaded(failures, [*remarks, *_give_up_taken_streams()], [], handlers)
+    found = [*_warnings(), *_taken(handlers), *remarks, *imports.told(supervised=False), *_give_up_taken_streams()]
+    return Loaded(failures, found, imports.told(supervised=True), handlers)
 
 
 def _load(config: Config, imports: connections.Imports) -> tuple[list[LoadFailure], list[str]]:
@@ -196,6 +202,10 @@ def _warnings() -> list[str]:
     return found
 
 
+def _taken(handlers: Mapping[int, Any]) -> list[str]:
+    return [SIGNAL_TAKEN.format(number.name, use) for number, use in inherited.OURS.items() if number in handlers]
+
+
 class Nursery:
     """One loop: hear orders, fork, watch children die, report."""
 
@@ -219,9 +229,10 @@ class Nursery:
         signal.signal(signal.SIGCHLD, _note)
         with contextlib.suppress(OSError):
             self._record.touch()
+        reporting.prepare()
         self._loaded = load_application(config)
-        if signal.getsignal(signal.SIGCHLD) is not _note:
-            self._loaded.warnings.append(SIGCHLD_TAKEN)
+        inherited.take_back_signals(self._loaded.handlers)
+        processes.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
         self._poll = select.poll()
         # Only now: an application may close at its import whatever is open, as daemons do.
         self._wake_read, self._wake_write = socket.socketpair()
@@ -403,6 +414,7 @@ class Nursery:
             config=self._config,
             nursery=self._who,
             not_its_own=descriptors.Own() if spawns else self._own,
+            handlers={} if spawns else self._loaded.handlers,
             load=spawns,
             held=held,
             left_in_order=left_in_order,

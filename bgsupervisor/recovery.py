@@ -36,6 +36,7 @@ class Recovery:
         unbegun: Attempts that were claimed for a child which says that it began nothing.
         unordered: Attempts whose claim may be committed, or may not; no child has been given the order.
         foreign_slots: Slots held by rows that this supervisor cannot judge.
+        names: The name of each task that had a START row at the last look.
         done_once: Every row has been looked at since the start; before that nothing may be admitted.
     """
 
@@ -51,12 +52,14 @@ class Recovery:
         self.unbegun: set[Attempt] = set()
         self.unordered: set[Attempt] = set()
         self.foreign_slots: set[int] = set()
+        self.names: dict[Attempt, str] = {}
         self.done_once = False
 
     def compare(self, records: Iterable[TaskRecord]) -> None:
         """Take in all START rows as they are now."""
         self.foreign_slots = set()
         rows = {Attempt(record.id, record.attempt): record for record in records}
+        self.names = {attempt: record.name for attempt, record in rows.items()}
         for ward in self._wards:
             self._drop_ended(ward, rows.keys())  # first: a reused child may be at its next attempt already
         for record in rows.values():

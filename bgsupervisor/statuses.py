@@ -54,3 +54,8 @@ class Reason(StrEnum):
     """A task it had to come after was interrupted."""
     EXPIRED = "EXPIRED"
     """Not started before its expires_at."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody asked for it: CANCELLED or STOPPED; all others are errors to a log."""
+        return self in (Reason.CANCELLED, Reason.STOPPED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -636,8 +637,7 @@ class Supervisor:
 
     def _conclude(self, ward: Ward | None, attempt: Attempt, end: End, *, recorded: bool) -> None:
         if recorded:
-            how = "DONE" if end.reason is None else f"INTERRUPTED, {end.reason}: {end.detail}"
-            log.info("task %d%s ended: %s", attempt.id, f" ({ward.name})" if ward is not None else "", how)
+            _log_end(attempt, ward.name if ward is not None else self._recovery.names.get(attempt, ""), end)
         if ward is None:
             return
         ward.become_free()
@@ -859,6 +859,22 @@ class Supervisor:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+
+
+def _log_end(attempt: Attempt, name: str, end: End) -> None:
+    """Log an end; one line for each that is not DONE, in a form that a log shipper can read (docs/operating.md)."""
+    if end.reason is None:
+        log.info("task %d (%s) ended: DONE", attempt.id, name)
+        return
+    log.log(
+        logging.INFO if end.reason.wanted else logging.ERROR,
+        "task ended: id=%d name=%s attempt=%d status=INTERRUPTED reason=%s detail=%s",
+        attempt.id,
+        name,
+        attempt.attempt,
+        end.reason,
+        json.dumps(end.detail or "", ensure_ascii=False),
+    )
 
 
 def _pause_before(batch: Batch) -> None:

@@ -215,6 +215,10 @@ class Run(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     key: str | None = None
     parent_id: int | None = None
 
+    def __repr__(self) -> str:
+        """Return it without its data, which may be secret: an error tracker shows the local variables of a stack."""
+        return f"Run(id={self.id}, attempt={self.attempt}, name={self.name!r})"
+
 
 class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """What a body said of its progress."""

@@ -787,7 +787,7 @@ def test_an_async_body_that_is_cancelled_by_sigterm_runs_its_finally_blocks(app,
     record = cancelled["loop"]
     app.assert_interrupted(record, "CANCELLED", detail="cancelled by jana", error="Cancelled")
     assert "SIGTERM was sent" in record.detail
-    assert app.log_of(record) == "finally\n"
+    assert app.log_of(record).splitlines().count("finally") == 1
 
 
 def test_a_body_that_took_our_handler_away_dies_of_sigterm_and_is_cancelled(app, cancelled):
@@ -1063,7 +1063,7 @@ def test_a_spawned_child_tells_all_ends_as_a_forked_one_does(spawning, spawned):
     spawning.assert_interrupted(spawned["leaves"], "EXITED", exit_code=7, detail="code 7")
     spawning.assert_interrupted(spawned["killed"], "SIGNALLED", signal=signal.SIGKILL, detail="SIGKILL (9)")
     spawning.assert_interrupted(spawned["cancelled"], "CANCELLED", detail="SIGTERM was sent", error="Cancelled")
-    assert spawning.log_of(spawned["cancelled"]) == "finally\n"
+    assert spawning.log_of(spawned["cancelled"]).splitlines().count("finally") == 1
 
 
 def test_a_spawned_body_may_use_pools_of_processes(spawning, spawned):

@@ -396,7 +396,7 @@ def test_a_cooperative_body_past_its_limit_is_timed_out_at_the_next_track(app, o
 def test_a_body_in_a_blocking_call_is_timed_out_by_sigterm_and_its_finally_blocks_run(app, own_ends):
     record = own_ends["sleeps too long"]
     app.assert_interrupted(record, "TIMED_OUT", detail=("timeout_s of 0.4", "SIGTERM was sent"), error="Cancelled")
-    assert app.log_of(record) == "finally\n"
+    assert app.log_of(record).splitlines().count("finally") == 1
 
 
 def test_a_body_that_ignores_sigterm_is_timed_out_by_sigkill_and_the_detail_tells_so(app, own_ends):
@@ -433,14 +433,14 @@ def test_a_cooperative_body_is_cancelled_when_it_is_asked(app, cancelled):
     app.assert_interrupted(record, "CANCELLED", detail=words, error="Cancelled")
     assert record.cancel_requested_by == "jana"
     assert (record.ended_at - record.cancel_requested_at).total_seconds() < 0.8
-    assert app.log_of(record) == "finally\n"
+    assert app.log_of(record).splitlines().count("finally") == 1
 
 
 def test_a_blocked_body_is_cancelled_by_sigterm_and_its_finally_blocks_run(app, cancelled):
     record = cancelled["sleeps_tidily"]
     words = ("cancelled by jana", "SIGTERM was sent")
     app.assert_interrupted(record, "CANCELLED", detail=words, error="Cancelled")
-    assert app.log_of(record) == "finally\n"
+    assert app.log_of(record).splitlines().count("finally") == 1
 
 
 def test_a_body_that_fails_while_it_cleans_up_is_cancelled_all_the_same(app, cancelled):
@@ -718,7 +718,7 @@ def test_the_next_supervisor_can_cancel_a_body_that_it_adopted(orphaned):
     app, records, _ = orphaned
     words = ("cancelled by otto", "SIGTERM was sent")
     app.assert_interrupted(records["cancelled later"], "CANCELLED", detail=words, error="Cancelled")
-    assert app.log_of(records["cancelled later"]) == "finally\n"
+    assert app.log_of(records["cancelled later"]).splitlines().count("finally") == 1
 
 
 def test_the_next_supervisor_keeps_the_time_limit_of_a_body_that_it_adopted(orphaned):
@@ -780,7 +780,7 @@ def test_sigint_twice_ends_what_runs_as_stopped_and_the_supervisor_leaves(make_e
     app.assert_interrupted(tidy, "STOPPED", detail=("told to stop and kill (Ctrl-C)", "SIGTERM"), error="Cancelled")
     app.assert_interrupted(stubborn, "STOPPED", signal=signal.SIGKILL, detail=("Ctrl-C", "SIGKILL was sent"))
     app.assert_interrupted(cooperative, "STOPPED", detail="stop", error="Cancelled")
-    assert app.log_of(tidy) == "finally\n"
+    assert app.log_of(tidy).splitlines().count("finally") == 1
     assert app.service.get(waiting).status == "REQUEST"
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from conftest import LIMIT_S, App, wait_until
+from sentry_sink import sentry_sink
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -23,6 +24,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\S+\.\w+|\.env)\n")
 SHARED = "The same everywhere"
 TOGETHER = "Inside your transaction"
+AT_IMPORT = "What is made at import"
 
 
 def sections():
@@ -117,18 +119,8 @@ def app(tmp_path):
 
 def test_every_code_block_of_the_page_is_a_file_or_a_command_of_a_section_that_is_run():
     for title, blocks in sections().items():
-        titles = {
-            SHARED,
-            TOGETHER,
-            "A task's name",
-            "Connections",
-            "A plain script",
-            "Cron",
-            "Flask",
-            "Django",
-            "FastAPI",
-        }
-        assert title in titles
+        named = "A task's name", "Connections", "A plain script", "Cron", "Flask", "Django", "FastAPI", "Sentry"
+        assert title in {SHARED, TOGETHER, AT_IMPORT, *named}
         for language, text in blocks:
             assert FILE_NAME.match(text) or language in {"console", "crontab"}, f"nobody runs this of {title}: {text}"
     assert sum(len(blocks) for blocks in sections().values()) == PAGE.read_text().count("```") // 2
@@ -490,3 +482,41 @@ print(json.dumps(asyncio.run(ask())))
     )
 
     assert told == [202, "DONE", 404]
+
+
+# ---- Sentry ----
+
+
+def test_a_body_reports_to_sentry_what_the_page_says(app):
+    pytest.importorskip("sentry_sdk", reason="sentry-sdk is not installed; the extra `dev` has it")
+    app.write_files(SHARED, "Sentry")
+    with sentry_sink() as sink:
+        app.start(environment={"SENTRY_DSN": sink.dsn})
+        handle = app.service.request("tasks:ChargeCard", {"order_id": 12})
+        app.wait(handle)
+        wait_until(lambda: sink.titles() == ["LookupError", "charging a card"], "Sentry has both")
+        (event,) = [event for event in sink.events if "exception" in event]
+
+    assert event["tags"]["order"] == 12
+    facts = {key: value for key, value in event["extra"].items() if key.startswith("task_")}
+    assert facts == {"task_id": handle.id, "task_name": "tasks:ChargeCard", "task_attempt": 1, "task_reason": "RAISED"}
+    assert [frame["function"] for frame in event["exception"]["values"][0]["stacktrace"]["frames"]] == ["run"]
+
+
+# ---- what is made at import ----
+
+
+def test_generators_made_at_import_are_shared_as_the_page_says(app):
+    pytest.importorskip("numpy", reason="numpy is not installed; the extra `dev` has it")
+    app.write_files(SHARED, AT_IMPORT)
+    app.config.write_text(
+        app.config.read_text().replace('["tasks"]', '["draws"]') + 'child_setup = "telemetry:set_up"\n'
+    )
+    app.start()
+    handles = app.service.request_many("draws:draw", [{}] * 3)
+    for handle in handles:
+        app.wait(handle)
+    found = [app.service.result(handle) for handle in handles]
+
+    assert [len(set(column)) for column in zip(*found, strict=True)] == [1, 3, 3, 3]
+    wait_until((app.folder / "flushed").exists, "what child_setup registered at exit was run")

@@ -126,6 +126,7 @@ def test_every_code_block_of_the_page_is_run_by_a_test_of_its_section():
         "Backup": {"console"},
         "Restore": {"console"},
         "When the disk is full": {"console"},
+        "Logs": {"text"},  # compared by tests/test_error_reporting.py
         "Five questions to the database": {"sql"},
         "Upgrading": {"console"},
         "Monitoring": {"console", "crontab"},

@@ -38,7 +38,7 @@ FLOORS = (
     {"needs"},
     {"models"},
     {"migrations"},
-    {"bodies"},
+    {"bodies", "inherited", "reporting"},
     {"tasks"},
     {"payload"},
     {"exits"},

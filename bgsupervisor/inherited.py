@@ -1,0 +1,122 @@
+"""What a child keeps of what the application made at import, and what it makes anew; knows no task and no table.
+
+Random numbers, exit callbacks and signal handlers. A forked child has a copy of them all; a child that is spawned loads
+the application itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import multiprocessing.util
+import random
+import signal
+import sys
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "OURS",
+    "Dispositions",
+    "forget_exit_callbacks",
+    "leave_unheeded",
+    "reseed",
+    "set_signals",
+    "take_back_signals",
+]
+
+OURS = {
+    signal.SIGTERM: "by which a task is asked to end",
+    signal.SIGCHLD: "by which the nursery hears of dead children",
+    signal.SIGURG: "by which a task is asked for its stack",
+}
+"""Signals that an application cannot keep, and what they are for."""
+RESET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that have their default effect in a child unless the application has set them."""
+UNHEEDED = (signal.SIGINT, signal.SIGHUP)
+"""Signals that do nothing to a nursery, whatever the application wants of them in a child."""
+
+
+class Dispositions(NamedTuple):
+    """What each signal does to this process, as Python and the kernel know it."""
+
+    handlers: dict[int, Any]
+    caught: int
+
+    @classmethod
+    def now(cls) -> Dispositions:
+        """Return those of this moment."""
+        return cls({number: signal.getsignal(number) for number in signal.valid_signals()}, _caught())
+
+    def changed_since(self, before: Dispositions) -> dict[int, Any]:
+        """Return what was set since *before*, by number; None is a handler in C, as faulthandler's."""
+        python = {number: now for number, now in self.handlers.items() if now != before.handlers[number]}
+        in_c = self.caught & ~before.caught
+        return python | {number: None for number in self.handlers if in_c >> (number - 1) & 1 and number not in python}
+
+
+def leave_unheeded() -> None:
+    """Make SIGINT and SIGHUP do nothing to a nursery; by a handler, so that a SIG_IGN of the application is seen."""
+    for number in UNHEEDED:
+        signal.signal(number, _do_nothing)
+
+
+def take_back_signals(application: Mapping[int, Any]) -> None:
+    """Set back in a nursery what the application has set for its children; a handler in C stays."""
+    for number in (*UNHEEDED, signal.SIGTERM):
+        if application.get(number) is not None:
+            signal.signal(number, _do_nothing if number in UNHEEDED else signal.SIG_DFL)
+
+
+def set_signals(application: Mapping[int, Any]) -> None:
+    """Set the signals of a new child: as the import has set them (*application*), all others to their default."""
+    for number in RESET:
+        if number not in application or number in OURS:
+            signal.signal(number, signal.SIG_DFL)
+        elif application[number] is not None:
+            signal.signal(number, application[number])
+
+
+def reseed() -> None:
+    """Seed the global random generators of this process; otherwise all children draw the same numbers.
+
+    CPython does so for `random` after a fork, numpy does not. numpy is not imported for it.
+    """
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        with contextlib.suppress(AttributeError):  # its import has failed half-way
+            numpy_random.seed()
+
+
+def forget_exit_callbacks() -> None:
+    """Forget the exit callbacks that were registered before the fork, weakref.finalize included.
+
+    One may delete what all children share: a temporary folder, a PID file, a lock. A callback does not say whether it
+    ends what belongs to one process or to many, so the rule is the same for all. What the body registers is run. Error
+    trackers are flushed by name (`reporting.flush`).
+    """
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]  # noqa: SLF001 - the public way reaches one's own only
+        finalizer.atexit = False
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]  # noqa: SLF001 - the next finalizer, a body's own, registers anew
+    atexit._clear()  # noqa: SLF001 - as multiprocessing does for its own children from 3.13 on
+    atexit.register(logging.shutdown)
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]  # noqa: SLF001 - ends managers and pools of the body
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
+
+
+def _caught() -> int:
+    """Return the signals that have a handler, as a mask of bits; 0 where there is no such table."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    return next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:")), 0)
