@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import dataclasses
 import importlib
 import inspect
@@ -20,12 +21,11 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, pauses, payload, processes, stacks, tasks, wire
+from bgsupervisor import leftovers, logs, pauses, payload, processes, stacks, tasks, wire
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
@@ -38,7 +38,7 @@ from bgsupervisor.statedir import StateDir
 from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Coroutine, Iterator, Mapping
     from types import FrameType
 
     from bgsupervisor.clock import Clock
@@ -101,8 +101,10 @@ def main(birth: Birth) -> NoReturn:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
+            leftovers.open_standard_streams()
             load_application(birth.config)
             import_what_children_need()
+            leftovers.note_inherited()
         Child(birth, SystemClock()).live()
     os._exit(0)
 
@@ -245,7 +247,7 @@ class Child:
         self._link = Link(birth.config.state_dir, who, birth.nursery, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
         self._term_came = False
-        self._home = (Path.cwd(), _umask())
+        self._surroundings: leftovers.Surroundings | None = None
         self._answering = stacks.Answering()
 
     def live(self) -> NoReturn:
@@ -253,6 +255,8 @@ class Child:
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
+        if self._config.reuse > 1:
+            self._surroundings = leftovers.Surroundings.now()
         pauses.at("child.born")
         self._await_nursery()
         with contextlib.suppress(OSError):
@@ -306,12 +310,11 @@ class Child:
         self._phase = "body"
         self._term_came = False
         try:
-            end = self._guarded_body(order, context)
-        except Cancelled as error:  # SIGTERM came while another exception was on its way out
+            # A copy, so that the next body of this process does not find the variables that this one sets.
+            end = contextvars.copy_context().run(self._guarded_body, order, context)
+        except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         self._phase = "ending"
-        if os.getpid() != self._pid:
-            os._exit(0)  # the body forked, and this is the copy: only the process that began may speak for the attempt
         with contextlib.suppress(Exception):
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
@@ -335,19 +338,40 @@ class Child:
             data = payload.decode_data(
                 order.data, definition.signature, name=order.name, secret=definition.options.secret
             )
-            if self._config.child_setup:
-                call_by_path(self._config.child_setup)
+            with self._ending_copies(), _stopping_timers():
+                if self._config.child_setup:
+                    call_by_path(self._config.child_setup)
             self._default_logging()
             body = definition.body()
-            with tasks.entered(context):
+            with tasks.entered(context), self._ending_copies(), _stopping_timers():
                 value = body(**data)
                 if inspect.iscoroutine(value):
-                    value = asyncio.run(value)
+                    value = asyncio.run(self._awaited(value))
+            leftovers.write()  # as part of the body: its limits hold while a pipe is full
             self._phase = "encoding"
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             self._phase = "encoding"
+            leftovers.write(quietly=True)
             return self._end_of(error)
+
+    async def _awaited(self, body: Coroutine[Any, Any, object]) -> object:
+        """Await an async body; a copy ends before it closes the event loop, whose epoll instance it shares."""
+        with self._ending_copies():
+            return await body
+
+    @contextlib.contextmanager
+    def _ending_copies(self) -> Iterator[None]:
+        """End a process that the body has forked: only the process that began may report how the attempt ended."""
+        raised = None
+        try:
+            yield
+        except BaseException as error:
+            raised = error
+            raise
+        finally:
+            if os.getpid() != self._pid:
+                leftovers.end_like_python(raised)
 
     def _end_of(self, error: BaseException) -> End:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
@@ -401,8 +425,7 @@ class Child:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        leftovers.open_standard_streams()
 
     def _default_logging(self) -> None:
         if not logging.getLogger().handlers:
@@ -492,12 +515,7 @@ class Child:
         if _others_live():
             return False
         roll_back_abandoned(for_good=False)
-        with contextlib.suppress(OSError):
-            os.chdir(self._home[0])
-            os.umask(self._home[1])
-            signal.signal(signal.SIGTERM, self._on_term)
-            return True
-        return False
+        return self._surroundings is not None and self._surroundings.restore()
 
     def _leave(self, last: Run | None) -> NoReturn:
         """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
@@ -509,6 +527,7 @@ class Child:
         limit.start()
         with contextlib.suppress(BaseException):
             atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+        leftovers.write(quietly=True)
         _flush_streams()
         if last is not None:
             self._keep_log(last)  # it may have got its first line just now
@@ -540,10 +559,12 @@ def _own_usage() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def _stopping_timers() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        leftovers.stop_timers()
 
 
 def _flush_streams() -> None:

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import gc
 import importlib
 import inspect
 import logging
@@ -25,7 +24,7 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, exits, pauses, processes, tasks, wire
+from bgsupervisor import child, exits, leftovers, pauses, processes, tasks, wire
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
@@ -67,6 +66,15 @@ class Loaded:
     failures: list[LoadFailure]
     warnings: list[str]
 
+    def catalogue(self) -> dict[str, wire.TaskOptions]:
+        """Return the options of each task that can run, by name.
+
+        A task whose signature failed stays REQUEST, and so does one of a module that raised after defining it.
+        """
+        failed = {failure.module for failure in self.failures}
+        known = tasks.definitions().items()
+        return {name: one.options for name, one in known if name not in failed and one.module in sys.modules}
+
 
 def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
@@ -74,6 +82,7 @@ def main(config: Config) -> NoReturn:
         os.setsid()
         set_child_subreaper()
         processes.raise_descriptor_limit()
+        leftovers.open_standard_streams()
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         Nursery(config, SystemClock()).live()
@@ -184,8 +193,7 @@ class Nursery:
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
-        gc.collect()
-        gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+        leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
         self._redial = Redial(clock)  # only now: loading may take longer than a nursery bears to be alone
         pauses.at("nursery.loaded")
 
@@ -222,7 +230,7 @@ class Nursery:
             wire.NurseryHello(
                 version=wire.PROTOCOL_VERSION,
                 who=self._who,
-                catalogue={name: definition.options for name, definition in tasks.definitions().items()},
+                catalogue=self._loaded.catalogue(),
                 failures=self._loaded.failures,
                 warnings=self._loaded.warnings,
                 children=[forked.who for forked in self._children.values()],
@@ -335,9 +343,7 @@ class Nursery:
                 return
 
     def _fork_one(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()  # what is buffered here would be printed again by the child
+        leftovers.flush_inherited()
         context: Any = multiprocessing.get_context(self._config.start_method)
         held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
         birth = child.Birth(
@@ -430,7 +436,13 @@ def _tracker_descriptor() -> set[int]:
 
 
 def _descriptors() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/fd")}  # noqa: PTH208 - as plain as it is needed
+    """Return the open descriptors, without that of the listing itself, whose number the next file takes."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as plain as it is needed
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))
+            found.add(int(name))
+    return found
 
 
 def _own_children() -> list[int]:

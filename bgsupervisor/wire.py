@@ -113,7 +113,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class LoadFailure(msgspec.Struct, frozen=True):
-    """A module, or the `setup` callable, that failed to load, and why."""
+    """A module, the `setup` callable, or the signature of a task that failed to load, and why."""
 
     module: str
     error: str

@@ -14,6 +14,7 @@ from bgsupervisor import processes
 from bgsupervisor.cli.cells import Facts
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean, duration
+from bgsupervisor.cli.watch import load_subject
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.statuses import Status
 
@@ -138,7 +139,7 @@ class Sight:
         if max_interrupted is not None and interrupted > max_interrupted:
             found.append((State.WARNING, f"{interrupted} tasks were interrupted within a day"))
         for module, line in self.watch.failures:
-            found.append((State.WARNING, f"module {module} failed to load: {line}"))
+            found.append((State.WARNING, f"{load_subject(module)} failed to load: {line}"))
         if self.unresponsive:
             ids = ", ".join(map(str, self.unresponsive))
             found.append((State.WARNING, f"running but unresponsive: {ids}"))

@@ -96,13 +96,11 @@ def main() -> None:
     answer_fd = os.dup(1)
     os.dup2(2, 1)
     logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer tells it
-    from bgsupervisor import tasks  # noqa: PLC0415 - only this process needs them
-    from bgsupervisor.nursery import load_application  # noqa: PLC0415 - the same
+    from bgsupervisor.nursery import load_application  # noqa: PLC0415 - only this process needs it
 
     loaded = load_application(config)
-    catalogue = {name: definition.options for name, definition in tasks.definitions().items()}
     with os.fdopen(answer_fd, "wb") as answer:
-        answer.write(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings)))
+        answer.write(msgspec.json.encode(Answer(loaded.catalogue(), loaded.failures, loaded.warnings)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bgsupervisor.models import SupervisorRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Watch", "last_line", "watch"]
+__all__ = ["Watch", "last_line", "load_subject", "watch"]
 
 TOUCHED_S = 5.0
 """A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
@@ -58,7 +58,9 @@ class Watch:
 
     def warnings(self, *, now: datetime) -> list[str]:
         """Return what whoever looks at tasks should know first."""
-        found = [f"module {name} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures]
+        found = [
+            f"{load_subject(name)} failed to load: {line}; see `bgsupervisor check`" for name, line in self.failures
+        ]
         if not self.alive:
             found.insert(0, self.absence(now=now))
         return [*self.silence(now=now), *found]
@@ -153,6 +155,11 @@ def _failures(one: SupervisorRecord) -> list[tuple[str, str]]:
     if one.code_error is None:
         return []
     return [(clean(failure["module"]), last_line(failure["error"])) for failure in json.loads(one.code_error)]
+
+
+def load_subject(name: str) -> str:
+    """Return how a message calls what failed to load: a module, or a task whose signature failed."""
+    return name if ":" in name else f"module {name}"
 
 
 def last_line(trace: str) -> str:

@@ -14,6 +14,7 @@ from bgsupervisor.cli.output import print_json, to_json
 from bgsupervisor.cli.rows import Rows, Ties
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local
+from bgsupervisor.cli.watch import load_subject
 from bgsupervisor.errors import UnknownTask
 from bgsupervisor.statuses import Status
 
@@ -129,9 +130,9 @@ class _Sight:
         if not seen.lacks(name):
             return
         module = name.partition(":")[0]
-        own = [failure for failure in seen.failures if failure[0] == module] or list(seen.failures)
+        own = [failure for failure in seen.failures if failure[0] in {name, module}] or list(seen.failures)
         if own:
-            told = "; ".join(f"module {one} failed to load: {line}" for one, line in own)
+            told = "; ".join(f"{load_subject(one)} failed to load: {line}" for one, line in own)
         else:
             told = "no configured module has a task of this name"
         known = {"failures": [{"module": one, "error": line} for one, line in own]}
