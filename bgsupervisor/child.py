@@ -248,6 +248,7 @@ class Child:
         self._phase = "idle"
         self._term_came = False
         self._surroundings: leftovers.Surroundings | None = None
+        self._variables = contextvars.copy_context()
         self._answering = stacks.Answering()
 
     def live(self) -> NoReturn:
@@ -256,13 +257,15 @@ class Child:
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
         if self._config.reuse > 1:
-            self._surroundings = leftovers.Surroundings.now()
+            with contextlib.suppress(OSError):  # the folder of an old release is gone
+                self._surroundings = leftovers.Surroundings.now()
         pauses.at("child.born")
         self._await_nursery()
         with contextlib.suppress(OSError):
             self._answering.get_ready()
         self._link.questions = self._answering
         self._link.start()
+        leftovers.write(quietly=True)  # copies the memory pages that it touches now, while there is no task to delay
         last = None
         for more in reversed(range(self._config.reuse)):
             order = self._link.orders.get()
@@ -277,7 +280,8 @@ class Child:
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
             self._link.become_idle()
-        self._leave(last)
+        self._variables.run(self._leave, last)
+        raise AssertionError
 
     def _await_nursery(self) -> None:
         """Be heard of by nobody before the nursery watches this process: if it cannot, it ends it."""
@@ -310,8 +314,8 @@ class Child:
         self._phase = "body"
         self._term_came = False
         try:
-            # A copy, so that the next body of this process does not find the variables that this one sets.
-            end = contextvars.copy_context().run(self._guarded_body, order, context)
+            self._variables = contextvars.copy_context()  # the next body should not find what this one sets
+            end = self._variables.run(self._guarded_body, order, context)
         except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         self._phase = "ending"
@@ -528,6 +532,8 @@ class Child:
         with contextlib.suppress(BaseException):
             atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
         leftovers.write(quietly=True)
+        if os.getpid() != self._pid:
+            os._exit(0)  # a copy that an exit callback has forked
         _flush_streams()
         if last is not None:
             self._keep_log(last)  # it may have got its first line just now

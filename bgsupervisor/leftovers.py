@@ -75,7 +75,10 @@ def _unbuffered(descriptor: int) -> io.TextIOWrapper:
 
 def open_standard_streams() -> None:
     """Replace stdout and stderr by unbuffered ones."""
-    sys.stdout, sys.stderr = _unbuffered(1), _unbuffered(2)
+    with contextlib.suppress(OSError):  # closed, as by `>&-`
+        sys.stdout = _unbuffered(1)
+    with contextlib.suppress(OSError):
+        sys.stderr = _unbuffered(2)
 
 
 def note_inherited() -> None:
@@ -110,14 +113,19 @@ def write(*, quietly: bool = False) -> None:
         Exception: A file's own flush() or close() raised it.
     """
     errors: list[Exception] = []
-    own = _instances(_writers())
-    if any(_is_open(one) for one in own):
-        del own
-        gc.collect()  # a file in a cycle is closed by its own finalizer
-        own = _instances(_writers())
+    if _write_all(errors):
+        gc.collect()  # a finalizer may write more; before, it might close a buffer under the text that belongs there
+        _write_all(errors)
+    if errors and not quietly:
+        raise errors[0]
+
+
+def _write_all(errors: list[Exception]) -> bool:
+    """Write what all open files hold; return whether this process has opened any."""
+    own = [one for one in _instances(_writers()) if _is_open(one)]
     for one in [*_still_there(), *own]:
         try:
-            if not _is_open(one):
+            if not _is_open(one):  # an archive has closed the file below it
                 continue
             if isinstance(one, _BUFFERS):
                 one.flush()
@@ -125,8 +133,7 @@ def write(*, quietly: bool = False) -> None:
                 one.close()
         except Exception as error:  # noqa: BLE001 - a file may be of any library
             errors.append(_naming(error, one))
-    if errors and not quietly:
-        raise errors[0]
+    return bool(own)
 
 
 def _writers() -> tuple[type[Any], ...]:
@@ -144,10 +151,11 @@ def _instances(types: tuple[type[Any], ...]) -> list[Any]:
     """Return the tracked objects of some types that are not frozen, in the order of these types."""
     objects = gc.get_objects()
     # By type(): isinstance would ask proxies and mocks for their __class__.
-    kinds = set(map(type, objects)) - {_Unbuffered}
-    wanted = {kind: at for at, one in reversed(list(enumerate(types))) for kind in kinds if issubclass(kind, one)}
-    found = [one for one in objects if type(one) in wanted] if wanted else []
-    return sorted(found, key=lambda one: wanted[type(one)])
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, types) and kind is not _Unbuffered}
+    if not kinds:
+        return []
+    order = {kind: next(at for at, one in enumerate(types) if issubclass(kind, one)) for kind in kinds}
+    return sorted((one for one in objects if type(one) in kinds), key=lambda one: order[type(one)])
 
 
 def _still_there() -> list[Any]:

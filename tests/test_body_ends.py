@@ -188,6 +188,18 @@ def writes_at_the_end(path: str):
     atexit.register(file.write, " and more")
 
 @task
+def leaves_a_variable_to_a_callback():
+    import contextvars
+    variable = contextvars.ContextVar("left")
+    variable.set("as the body left it")
+    atexit.register(lambda: print(variable.get("unset")))
+
+@task
+def forks_in_a_callback():
+    print("begun")
+    atexit.register(lambda: os.fork())
+
+@task
 def writes_to_what_was_imported(text: str):
     opened_at_import.write(text)
 
@@ -396,6 +408,16 @@ def test_an_exit_callback_may_write_to_an_open_file(app):
     wait_until(lambda: path.read_text() == "the text and more", "the exit callback has written")
 
 
+def test_an_exit_callback_finds_the_variables_of_the_body(app):
+    _, record = result(app, "leaves_a_variable_to_a_callback")
+    wait_until(lambda: app.log_of(record) == "as the body left it\n", "the exit callback has printed")
+
+
+def test_a_copy_that_an_exit_callback_forks_leaves_the_log_alone(app):
+    _, record = result(app, "forks_in_a_callback")
+    assert app.log_of(record) == "begun\n"
+
+
 def test_a_body_that_leaves_a_full_pipe_can_be_cancelled(app):
     handle = app.service.request("appx:leaves_a_pipe_full")
     record = app.started(handle)
@@ -412,6 +434,16 @@ def test_a_file_of_the_import_is_written_once_by_each_process(make_app):
     for number in range(3):
         result(app, "writes_to_what_was_imported", text=f"{number} ")
     assert sorted((app.folder / "imported.txt").read_text().split()) == ["0", "1", "2", "import"]
+
+
+def test_a_spawned_child_writes_what_its_body_left_open(make_app):
+    app = make_app(BODIES, spares=0, start_method="spawn")
+    app.start()
+    path = app.folder / "left"
+    result(app, "leaves_open", kind="text_kept", path=str(path))
+    assert path.read_text() == "the text"
+    result(app, "writes_to_what_was_imported", text="1 ")
+    assert "1 " in (app.folder / "imported.txt").read_text()
 
 
 # ---- output ----

@@ -11,6 +11,7 @@ BODIES = r"""
 import asyncio, contextvars, decimal, faulthandler, gc, json, locale, os, resource, signal, socket, sys, time, warnings
 from bgsupervisor import task
 
+TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 MINE = contextvars.ContextVar("mine", default="unset")
 decimal.getcontext()  # the context object of the main thread, which all bodies would share
 
@@ -21,7 +22,7 @@ def state():
         "precision": decimal.getcontext().prec,
         "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
         "handlers": [str(signal.getsignal(one)) for one in (signal.SIGALRM, signal.SIGUSR1, signal.SIGINT)],
-        "timers": [signal.getitimer(one)[0] for one in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)],
+        "timers": [signal.getitimer(one)[0] for one in TIMERS],
         "environment": [os.environ.get("MINE"), os.environ.get("TZ"), time.tzname[0]],
         "path": "/mine" in sys.path,
         "argv": "mine" in sys.argv,
@@ -44,7 +45,7 @@ CHANGES = {
     "handler": lambda: signal.signal(signal.SIGUSR1, lambda *_: None),
     "ignored": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     "alarm": lambda: signal.alarm(1),
-    "timers": lambda: [signal.setitimer(one, 0.5) for one in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)],
+    "timers": lambda: [signal.setitimer(one, 0.5) for one in TIMERS],
     "stacks": lambda: faulthandler.dump_traceback_later(0.5, exit=True),
     "environment": lambda: (os.environ.update(MINE="1", TZ="Pacific/Chatham"), time.tzset()),
     "path": lambda: sys.path.insert(0, "/mine"),
@@ -58,7 +59,7 @@ CHANGES = {
     "files": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (99, resource.getrlimit(resource.RLIMIT_NOFILE)[1])),
     "nice": lambda: os.nice(1),
     "processors": lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]),
-    "pending": lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2}), signal.raise_signal(signal.SIGUSR2)),
+    "pending": lambda: (signal.pthread_sigmask(signal.SIG_BLOCK, {12}), signal.raise_signal(12)),
 }
 
 @task
@@ -103,7 +104,7 @@ NOT_USED_AGAIN = ("files", "nice", "processors", "pending")
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    app = App(tmp_path_factory.mktemp("reused"), BODIES, reuse=50, spares=0, slots=1)
+    app = App(tmp_path_factory.mktemp("reused"), BODIES, reuse=1000, spares=0, slots=1)
     try:
         app.start()
         yield app
@@ -125,11 +126,15 @@ def looked(app, **data):
 @pytest.mark.parametrize("body", ["changes", "changes_in_a_loop"])
 @pytest.mark.parametrize("what", RESTORED)
 def test_a_setting_that_a_body_changed_is_restored_for_the_next(app, what, body):
-    _, before = looked(app)
-    pid = result(app, body, what=what)
-    after_pid, after = looked(app, wait_s=1.2 if what in {"alarm", "timers", "stacks"} else 0.0)
-    assert after == before
-    assert after_pid == pid, "the child was used again"
+    wait_s = 1.2 if what in {"alarm", "timers", "stacks"} else 0.0
+    for _ in range(20):  # a second child may take a turn, when a task is requested before the first one is idle
+        before_pid, before = looked(app)
+        pid = result(app, body, what=what)
+        after_pid, after = looked(app, wait_s=wait_s)
+        assert after == before
+        if before_pid == pid == after_pid:
+            return
+    pytest.fail("not in 20 attempts: one process has run all three tasks")
 
 
 @pytest.mark.parametrize("what", NOT_USED_AGAIN)
