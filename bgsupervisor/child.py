@@ -281,7 +281,6 @@ class Child:
                 break  # who will not take another order must not say that it is idle
             self._link.become_idle()
         self._variables.run(self._leave, last)
-        raise AssertionError
 
     def _await_nursery(self) -> None:
         """Be heard of by nobody before the nursery watches this process: if it cannot, it ends it."""
@@ -342,21 +341,22 @@ class Child:
             data = payload.decode_data(
                 order.data, definition.signature, name=order.name, secret=definition.options.secret
             )
-            with self._ending_copies(), _stopping_timers():
-                if self._config.child_setup:
-                    call_by_path(self._config.child_setup)
-            self._default_logging()
-            body = definition.body()
-            with tasks.entered(context), self._ending_copies(), _stopping_timers():
-                value = body(**data)
-                if inspect.iscoroutine(value):
-                    value = asyncio.run(self._awaited(value))
+            with _stopping_timers():
+                with self._ending_copies():
+                    if self._config.child_setup:
+                        call_by_path(self._config.child_setup)
+                self._default_logging()
+                body = definition.body()
+                with tasks.entered(context), self._ending_copies():
+                    value = body(**data)
+                    if inspect.iscoroutine(value):
+                        value = asyncio.run(self._awaited(value))
             leftovers.write()  # as part of the body: its limits hold while a pipe is full
             self._phase = "encoding"
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             self._phase = "encoding"
-            leftovers.write(quietly=True)
+            leftovers.write(quietly=True, regular_only=True)  # a full pipe may be why it was cancelled
             return self._end_of(error)
 
     async def _awaited(self, body: Coroutine[Any, Any, object]) -> object:

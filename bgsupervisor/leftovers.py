@@ -17,6 +17,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import sys
 import threading
 import warnings
@@ -99,7 +100,7 @@ def flush_inherited() -> None:
             file.flush()
 
 
-def write(*, quietly: bool = False) -> None:
+def write(*, quietly: bool = False, regular_only: bool = False) -> None:
     """Write what open files of this process still hold, and close archives, which are complete only then.
 
     A file that nothing refers to any more is closed, as by Python. Others stay open, so that exit callbacks can go on
@@ -107,25 +108,26 @@ def write(*, quietly: bool = False) -> None:
 
     Args:
         quietly: Ignore errors.
+        regular_only: Leave out pipes, sockets and all else where writing may block without end.
 
     Raises:
         OSError: Something could not be written, as on a full disk; the error names the file.
         Exception: A file's own flush() or close() raised it.
     """
     errors: list[Exception] = []
-    if _write_all(errors):
+    if _write_all(errors, regular_only=regular_only):
         gc.collect()  # a finalizer may write more; before, it might close a buffer under the text that belongs there
-        _write_all(errors)
+        _write_all(errors, regular_only=regular_only)
     if errors and not quietly:
         raise errors[0]
 
 
-def _write_all(errors: list[Exception]) -> bool:
+def _write_all(errors: list[Exception], *, regular_only: bool) -> bool:
     """Write what all open files hold; return whether this process has opened any."""
     own = [one for one in _instances(_writers()) if _is_open(one)]
     for one in [*_still_there(), *own]:
         try:
-            if not _is_open(one):  # an archive has closed the file below it
+            if not _is_open(one) or (regular_only and not _is_regular(one)):  # an archive closes the file below it
                 continue
             if isinstance(one, _BUFFERS):
                 one.flush()
@@ -174,6 +176,15 @@ def _is_open(file: Any) -> bool:  # noqa: ANN401 - of several unrelated types
             return False
         return bool(file.writable() if hasattr(file, "writable") else file.mode != "r")
     except Exception:  # noqa: BLE001 - detached, not completely made, or of any library
+        return False
+
+
+def _is_regular(file: Any) -> bool:  # noqa: ANN401 - as above
+    if not hasattr(file, "fileno"):
+        file = getattr(file, "fp", None) or file.fileobj  # ZipFile's, TarFile's
+    try:
+        return stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):
         return False
 
 

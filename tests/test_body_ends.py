@@ -426,6 +426,7 @@ def test_a_body_that_leaves_a_full_pipe_can_be_cancelled(app):
     app.service.cancel(handle, by="jana")
     record = app.wait(handle)
     assert (record.status, record.reason) == ("INTERRUPTED", "CANCELLED"), record
+    assert "SIGKILL" not in record.detail
 
 
 def test_a_file_of_the_import_is_written_once_by_each_process(make_app):
