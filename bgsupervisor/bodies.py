@@ -9,7 +9,7 @@ from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge, Deadlock
 from bgsupervisor.statuses import Reason
 from bgsupervisor.wire import End
 
-__all__ = ["Progress", "end_of", "storable"]
+__all__ = ["Progress", "end_of", "exit_code", "exit_text", "storable"]
 
 MESSAGE_CHARS = 1000
 ERROR_CHARS = 64 * 1024
@@ -40,10 +40,8 @@ def end_of(error: BaseException, *, how: str) -> End:
         why = cancelled.why or (f"cancelled by {cancelled.by}" if cancelled.by else "cancelled")
         return End(reason=Reason(cancelled.reason), detail=f"{why}; {how}", error=trace)
     if isinstance(error, SystemExit):
-        code = _exit_code(error)
-        return End(
-            reason=Reason.EXITED, detail=f"the body called sys.exit with code {code}", exit_code=code, error=trace
-        )
+        code = exit_code(error)
+        return End(reason=Reason.EXITED, detail=_exit_detail(error, code), exit_code=code, error=trace)
     if isinstance(error, Deadlock):
         return End(reason=Reason.DEADLOCKED, detail=storable(str(error))[:1000], error=trace)
     if isinstance(error, (DataInvalid, DataTooLarge)):
@@ -77,7 +75,32 @@ def _cancelled_in(error: BaseException | None) -> Cancelled | None:
     return None
 
 
-def _exit_code(error: SystemExit) -> int:
+def exit_code(error: SystemExit) -> int:
+    """Return the code with which a process ends that raises *error*: the low 8 bits of a number, 1 for a text."""
     if error.code is None:
         return 0
     return error.code & 0xFF if isinstance(error.code, int) else 1
+
+
+def exit_text(error: SystemExit) -> str | None:
+    """Return what Python prints for *error* on stderr; None for a code."""
+    if error.code is None or isinstance(error.code, int):
+        return None
+    try:
+        return str(error.code)
+    except Exception:  # noqa: BLE001 - an object of the body's
+        return f"<{type(error.code).__qualname__} that cannot be shown>"
+
+
+def _exit_detail(error: SystemExit, code: int) -> str:
+    text = exit_text(error)
+    if text is not None:
+        return storable(f"the body called sys.exit with code {code}: {text or 'an empty text'}")[:1000]
+    given = error.code
+    if isinstance(given, int) and given != code:
+        return f"the body called sys.exit with code {_short(given)}, of which a process keeps the low 8 bits: {code}"
+    return f"the body called sys.exit with code {code}"
+
+
+def _short(number: int) -> str:
+    return str(number) if number.bit_length() <= 64 else f"{number:#x}"[:18] + "..."  # noqa: PLR2004 - what reads well

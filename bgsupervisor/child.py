@@ -20,12 +20,23 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import descriptors, inherited, logs, pauses, payload, processes, reporting, stacks, tasks, wire
+from bgsupervisor import (
+    descriptors,
+    inherited,
+    leftovers,
+    logs,
+    pauses,
+    payload,
+    processes,
+    reporting,
+    stacks,
+    tasks,
+    wire,
+)
 from bgsupervisor.bodies import Progress, end_of
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Coordination
@@ -38,7 +49,7 @@ from bgsupervisor.statedir import StateDir
 from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Coroutine, Iterator, Mapping
     from types import FrameType
 
     from bgsupervisor.clock import Clock
@@ -107,9 +118,11 @@ def main(birth: Birth) -> NoReturn:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
+            leftovers.open_standard_streams()
             reporting.prepare()
             load_application(birth.config)
             import_what_children_need()
+            leftovers.note_inherited()
         inherited.reseed()
         Child(birth, SystemClock()).live()
     os._exit(0)
@@ -237,7 +250,8 @@ class Child:
         self._link = Link(birth.config.state_dir, who, birth.nursery, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
         self._term_came = False
-        self._home = (Path.cwd(), _umask())
+        self._surroundings: leftovers.Surroundings | None = None
+        self._variables = contextvars.copy_context()
         self._answering = stacks.Answering()
         self._ended_by: tuple[BaseException, contextvars.Context] | None = None
 
@@ -246,6 +260,9 @@ class Child:
         # Unless it is known that we are to end the attempt, SIGTERM does what it does to any process.
         signal.signal(signal.SIGTERM, self._on_term)
         self._leave_sigterm_to_forks()
+        if self._config.reuse > 1:
+            with contextlib.suppress(OSError):  # the folder of an old release is gone
+                self._surroundings = leftovers.Surroundings.now()
         pauses.at("child.born")
         self._await_nursery()
         with contextlib.suppress(OSError):
@@ -253,6 +270,7 @@ class Child:
         self._link.questions = self._answering
         self._link.beat_alone = self._beat_alone
         self._link.start()
+        leftovers.write(quietly=True)  # copies the memory pages that it touches now, while there is no task to delay
         last = None
         for more in reversed(range(self._config.reuse)):
             order = self._link.orders.get()
@@ -267,7 +285,7 @@ class Child:
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
             self._link.become_idle()
-        self._leave(last)
+        self._variables.run(self._leave, last)
 
     def _await_nursery(self) -> None:
         """Be heard of by nobody before the nursery watches this process: if it cannot, it ends it."""
@@ -301,12 +319,11 @@ class Child:
         self._phase = "body"
         self._term_came = False
         try:
-            end = self._guarded_body(order, context)
-        except Cancelled as error:  # SIGTERM came while another exception was on its way out
+            self._variables = contextvars.copy_context()  # the next body should not find what this one sets
+            end = self._variables.run(self._guarded_body, order, context)
+        except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         self._phase = "ending"
-        if os.getpid() != self._pid:
-            os._exit(0)  # the body forked, and this is the copy: only the process that began may speak for the attempt
         with contextlib.suppress(OSError):
             descriptors.open_standard()  # no file of ours may become what the body prints to
         self._report_error(order, end)
@@ -333,19 +350,41 @@ class Child:
             data = payload.decode_data(
                 order.data, definition.signature, name=order.name, secret=definition.options.secret
             )
-            if self._config.child_setup:
-                call_by_path(self._config.child_setup)
-            self._default_logging()
-            body = definition.body()
-            with tasks.entered(context):
-                value = body(**data)
-                if inspect.iscoroutine(value):
-                    value = asyncio.run(value)
+            with _stopping_timers():
+                with self._ending_copies():
+                    if self._config.child_setup:
+                        call_by_path(self._config.child_setup)
+                self._default_logging()
+                body = definition.body()
+                with tasks.entered(context), self._ending_copies():
+                    value = body(**data)
+                    if inspect.iscoroutine(value):
+                        value = asyncio.run(self._awaited(value))
+            leftovers.write()  # as part of the body: its limits hold while a pipe is full
             self._phase = "encoding"
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             self._phase = "encoding"
+            leftovers.write(quietly=True, regular_only=True)  # a full pipe may be why it was cancelled
             return self._end_of(error)
+
+    async def _awaited(self, body: Coroutine[Any, Any, object]) -> object:
+        """Await an async body; a copy ends before it closes the event loop, whose epoll instance it shares."""
+        with self._ending_copies():
+            return await body
+
+    @contextlib.contextmanager
+    def _ending_copies(self) -> Iterator[None]:
+        """End a process that the body has forked: only the process that began may report how the attempt ended."""
+        raised = None
+        try:
+            yield
+        except BaseException as error:
+            raised = error
+            raise
+        finally:
+            if os.getpid() != self._pid:
+                leftovers.end_like_python(raised)
 
     def _end_of(self, error: BaseException) -> End:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
@@ -408,8 +447,7 @@ class Child:
         descriptor = logs.open_for_append(self._log_path)
         out, err = (descriptors.redirect(descriptor, number) for number in (1, 2))
         os.close(descriptor)
-        sys.stdout = open(out, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=out != 1)  # noqa: SIM115
-        sys.stderr = open(err, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=err != 2)  # noqa: SIM115, PLR2004
+        leftovers.open_standard_streams(out, err)
 
     def _default_logging(self) -> None:
         if not logging.getLogger().handlers:
@@ -511,12 +549,7 @@ class Child:
         if _others_live():
             return False
         roll_back_abandoned(for_good=False)
-        with contextlib.suppress(OSError):
-            os.chdir(self._home[0])
-            os.umask(self._home[1])
-            signal.signal(signal.SIGTERM, self._on_term)
-            return True
-        return False
+        return self._surroundings is not None and self._surroundings.restore()
 
     def _leave(self, last: Run | None) -> NoReturn:
         """Flush error trackers and run exit callbacks, for at most grace_s; leave, whatever threads the body left.
@@ -532,6 +565,9 @@ class Child:
         for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
             with contextlib.suppress(BaseException):
                 step()
+        leftovers.write(quietly=True)
+        if os.getpid() != self._pid:
+            os._exit(0)  # a copy that an exit callback has forked
         _flush_streams()
         if last is not None:
             self._keep_log(last)  # it may have got its first line just now
@@ -563,10 +599,12 @@ def _own_usage() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+@contextlib.contextmanager
+def _stopping_timers() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        leftovers.stop_timers()
 
 
 def _flush_streams() -> None:

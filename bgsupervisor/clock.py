@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["AttendedClock", "Clock", "ServerClock", "SystemClock", "repeat_last"]
+__all__ = ["AttendedClock", "Clock", "ServerClock", "SystemClock", "read_time_zone", "repeat_last"]
 
 ASK_EVERY_S = 60.0
 """What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
@@ -98,6 +98,11 @@ class AttendedClock:
     def sleep(self, seconds: float) -> None:
         """Block for *seconds*."""
         self._machine.sleep(seconds)
+
+
+def read_time_zone() -> None:
+    """Take the local time zone from the environment again."""
+    time.tzset()
 
 
 class _Told(NamedTuple):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from bgsupervisor.clock import read_time_zone
 from bgsupervisor.errors import AccessError, ConfigError
 from bgsupervisor.statedir import access_error
 
@@ -32,10 +33,12 @@ __all__ = [
     "Option",
     "apply_env_file",
     "env_file_values",
+    "environment",
     "is_postgres",
     "load",
     "masked",
     "remarks",
+    "restore_environment",
     "shown",
     "sqlite_path",
     "take_notify_socket",
@@ -785,6 +788,20 @@ def take_notify_socket() -> str | None:
     for name in ("WATCHDOG_PID", "WATCHDOG_USEC"):
         os.environ.pop(name, None)
     return os.environ.pop("NOTIFY_SOCKET", None) or None
+
+
+def environment() -> dict[str, str]:
+    """Return the environment variables of this process."""
+    return dict(os.environ)
+
+
+def restore_environment(wanted: Mapping[str, str]) -> None:
+    """Replace the environment variables of this process, and read its time zone anew, if any differs."""
+    if os.environ == wanted:
+        return
+    os.environ.clear()
+    os.environ.update(wanted)
+    read_time_zone()
 
 
 def apply_env_file(config: Config) -> None:

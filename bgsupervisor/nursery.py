@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
-import gc
 import importlib
 import inspect
 import logging
@@ -25,7 +24,19 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bgsupervisor import child, connections, descriptors, exits, inherited, pauses, processes, reporting, tasks, wire
+from bgsupervisor import (
+    child,
+    connections,
+    descriptors,
+    exits,
+    inherited,
+    leftovers,
+    pauses,
+    processes,
+    reporting,
+    tasks,
+    wire,
+)
 from bgsupervisor.bodies import storable
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file, is_postgres, sqlite_path
@@ -74,12 +85,22 @@ class Loaded:
     dangers: list[str]
     handlers: dict[int, Any] = dataclasses.field(default_factory=dict)
 
+    def catalogue(self) -> dict[str, wire.TaskOptions]:
+        """Return the options of each task that can run, by name.
+
+        A task whose signature failed stays REQUEST, and so does one of a module that raised after defining it.
+        """
+        failed = {failure.module for failure in self.failures}
+        known = tasks.definitions().items()
+        return {name: one.options for name, one in known if name not in failed and one.module in sys.modules}
+
 
 def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
     try:
         os.setsid()
         set_child_subreaper()
+        leftovers.open_standard_streams()
         inherited.leave_unheeded()
         Nursery(config, SystemClock()).live()
     except BaseException:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
@@ -239,8 +260,7 @@ class Nursery:
         self._listen_to_deaths()
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
-        gc.collect()
-        gc.freeze()  # what is loaded stays shared with the children: the collector does not touch it any more
+        leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
         self._redial = Redial(clock)  # only now: loading may take longer than a nursery bears to be alone
         pauses.at("nursery.loaded")
 
@@ -288,7 +308,7 @@ class Nursery:
             wire.NurseryHello(
                 version=wire.PROTOCOL_VERSION,
                 who=self._who,
-                catalogue={name: definition.options for name, definition in tasks.definitions().items()},
+                catalogue=self._loaded.catalogue(),
                 failures=self._loaded.failures,
                 warnings=self._loaded.warnings,
                 dangers=self._loaded.dangers,
@@ -404,9 +424,7 @@ class Nursery:
                 return
 
     def _fork_one(self) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(Exception):
-                stream.flush()  # what is buffered here would be printed again by the child
+        leftovers.flush_inherited()
         context: Any = multiprocessing.get_context(self._config.start_method)
         spawns = self._config.start_method == "spawn"
         held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))

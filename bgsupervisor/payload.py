@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import typing
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any, get_type_hints
@@ -50,6 +51,7 @@ class Signature:
         hints: Each parameter's resolved annotation, by name; Any where there is none.
         attributes: The decoded struct's attribute for each parameter; never a user's name, which may clash.
         accepts_extra: Whether the body takes **kwargs, so that unknown keys are allowed.
+        extra_hint: The resolved annotation of **kwargs, for each unknown key; Any where there is none.
         self_name: The parameter that the caller fills itself, or None; never a key of data.
         decoder: Reads JSON text into that struct; an absent key is UNSET, so that Python's own default applies.
     """
@@ -57,6 +59,7 @@ class Signature:
     hints: Mapping[str, object]
     attributes: Mapping[str, str]
     accepts_extra: bool
+    extra_hint: object
     self_name: str | None
     decoder: msgspec.json.Decoder[Any]
 
@@ -75,23 +78,24 @@ class Signature:
         """
         where = f"{owner}: {getattr(function, '__qualname__', repr(function))}()"
         self_name, parameters = _named_parameters(function, skip_self=skip_self, where=where)
-        accepts_extra = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
-        hints = {parameter.name: _hint(function, parameter, where=where) for parameter in named}
-        attributes = {name: f"p{number}" for number, name in enumerate(hints)}
-        struct = msgspec.defstruct(
-            "Data",
-            [
-                (attributes[parameter.name], hints[parameter.name])
-                if parameter.default is parameter.empty
-                else (attributes[parameter.name], hints[parameter.name], msgspec.UNSET)
-                for parameter in named
-            ],
-            kw_only=True,
-            forbid_unknown_fields=not accepts_extra,
-            rename={attribute: name for name, attribute in attributes.items()},
-        )
-        return cls(hints, attributes, accepts_extra, self_name, msgspec.json.Decoder(struct))
+        named = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        hints = {name: _hint(function, parameter, where=where) for name, parameter in named.items()}
+        optional = {name for name, parameter in named.items() if parameter.default is not parameter.empty}
+        accepts_extra = len(named) < len(parameters)
+        extra_hint: object = Any
+        if accepts_extra:
+            extra_hint = _hint(function, parameters[-1], where=where)  # Python allows **kwargs as the last one only
+            if typing.get_origin(extra_hint) is typing.Unpack:
+                more, may_lack = _keys_of(extra_hint)
+                hints, optional, accepts_extra = hints | more, optional | may_lack, False
+        attributes, decoder = _decoder_for(hints, optional, accepts_extra=accepts_extra)
+        return cls(hints, attributes, accepts_extra, extra_hint, self_name, decoder)
+
+    def with_extra(self, keys: Collection[str]) -> Signature:
+        """Return this signature with some keys of **kwargs as parameters of their own, so that their hint applies."""
+        hints = {**self.hints, **dict.fromkeys(keys, self.extra_hint)}
+        attributes, decoder = _decoder_for(hints, set(hints), accepts_extra=True)
+        return replace(self, hints=hints, attributes=attributes, decoder=decoder)
 
 
 def encode_data(
@@ -178,6 +182,39 @@ def _masked(value: object, secret: Collection[str]) -> object:
 # A body's signature
 
 
+def _decoder_for(
+    hints: Mapping[str, object], optional: Collection[str], *, accepts_extra: bool
+) -> tuple[dict[str, str], msgspec.json.Decoder[Any]]:
+    """Return the attribute of each parameter, and the decoder of a struct that has these attributes."""
+    attributes = {name: f"p{number}" for number, name in enumerate(hints)}
+    struct = msgspec.defstruct(
+        "Data",
+        [
+            (attributes[name], hint, msgspec.UNSET) if name in optional else (attributes[name], hint)
+            for name, hint in hints.items()
+        ],
+        kw_only=True,
+        forbid_unknown_fields=not accepts_extra,
+        rename={attribute: name for name, attribute in attributes.items()},
+    )
+    return attributes, msgspec.json.Decoder(struct)
+
+
+def _keys_of(unpacked: object) -> tuple[dict[str, object], set[str]]:
+    """Return the keys of **kwargs: Unpack[...] with their hints, and those that may be absent (PEP 692)."""
+    (mapping,) = typing.get_args(unpacked)
+    hints, may_lack = {}, set()
+    for name, hint in get_type_hints(mapping, include_extras=True).items():
+        mark = typing.get_origin(hint)
+        if mark in {typing.Required, typing.NotRequired}:
+            (hint,) = typing.get_args(hint)  # noqa: PLW2901 - without its mark
+        # Python itself does not see a mark in quotes: https://docs.python.org/3/library/typing.html#typing.TypedDict
+        if mark is typing.NotRequired or (mark is not typing.Required and name in mapping.__optional_keys__):
+            may_lack.add(name)
+        hints[name] = hint
+    return hints, may_lack
+
+
 def _named_parameters(
     function: Callable[..., object], *, skip_self: bool, where: str
 ) -> tuple[str | None, list[inspect.Parameter]]:
@@ -207,8 +244,10 @@ def _hint(function: Callable[..., object], parameter: inspect.Parameter, *, wher
         return Any
     hint = _resolved(function, parameter, where=where)
     try:
-        foreign = [info.cls for info in _types_in(hint) if isinstance(info, msgspec.inspect.CustomType)]
-    except (TypeError, NameError, RuntimeError) as error:
+        (read,) = typing.get_args(hint) if typing.get_origin(hint) is typing.Unpack else (hint,)
+        foreign = [info.cls for info in _types_in(read) if isinstance(info, msgspec.inspect.CustomType)]
+        msgspec.json.Decoder(read)
+    except Exception as error:  # a model's own code may raise anything
         raise TaskDefinitionError(_undecodable(where, parameter, hint, str(error))) from error
     for cls in foreign:
         if cls is not object:  # object means any value, as Any does
@@ -233,7 +272,7 @@ def _resolved(function: Callable[..., object], parameter: inspect.Parameter, *, 
         return get_type_hints(holder, getattr(body, "__globals__", {}), _closure(body), include_extras=True)[
             parameter.name
         ]
-    except (NameError, AttributeError, SyntaxError, TypeError) as error:
+    except Exception as error:  # a hint in quotes is code
         raise TaskDefinitionError(
             f"{where}: the hint {parameter.annotation!r} of the parameter {parameter.name!r} cannot be resolved: "
             f"{error}; import its names at run time, not only under TYPE_CHECKING"
@@ -472,7 +511,10 @@ def _fit(text: str, signature: Signature, subject: _Subject, *, given: object = 
         for name, attribute in signature.attributes.items()
         if (value := getattr(struct, attribute)) is not msgspec.UNSET
     }
-    return known | _extra(text, signature, subject) if signature.accepts_extra else known
+    extra = _extra(text, signature, subject) if signature.accepts_extra else {}
+    if extra and signature.extra_hint not in (Any, object):
+        return _fit(text, signature.with_extra(extra), subject, given=given)
+    return known | extra
 
 
 def _extra(text: str, signature: Signature, subject: _Subject) -> dict[str, Any]:

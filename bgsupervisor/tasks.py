@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Sized
@@ -209,22 +210,24 @@ class Lock:
         self._permits = permits
         self._timeout_s = timeout_s
         self.abandoned_by: int | None = None
-        self._held = False
+        self._held_by: int | None = None
 
     def __enter__(self) -> Self:
         self.abandoned_by = self._context._acquire(self._name, self._permits, self._timeout_s)  # noqa: SLF001 - its half
-        self._held = True
+        self._held_by = os.getpid()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._held = False
+        if self._held_by != os.getpid():
+            return  # a copy that the body has forked leaves the block too; the original still holds the permit
+        self._held_by = None
         self._context._release(self._name)  # noqa: SLF001 - as above
 
     async def __aenter__(self) -> Self:
         try:
             return await _in_thread(self.__enter__)
         except BaseException:
-            if self._held:  # it came just when the loop gave it up
+            if self._held_by is not None:  # it came just when the loop gave it up
                 self.__exit__()
             raise
 

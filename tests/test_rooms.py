@@ -29,7 +29,7 @@ FLOORS = (
     {"reception"},
     {"nursery"},
     {"child"},
-    {"coordination"},
+    {"coordination", "leftovers"},
     {"link"},
     {"board"},
     {"ledger"},

@@ -97,13 +97,11 @@ def main() -> None:
     """Load the application that stdin describes; leaves without waiting for threads that it started."""
     config, answer = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
     logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer tells it
-    from bgsupervisor import tasks  # noqa: PLC0415 - only this process needs them
-    from bgsupervisor.nursery import load_application  # noqa: PLC0415 - the same
+    from bgsupervisor.nursery import load_application  # noqa: PLC0415 - only this process needs it
 
     loaded = load_application(config)
-    catalogue = {name: definition.options for name, definition in tasks.definitions().items()}
-    # Opened only now: an application may close at its import whatever is open.
-    Path(answer).write_bytes(msgspec.json.encode(Answer(catalogue, loaded.failures, loaded.warnings, loaded.dangers)))
+    told = Answer(loaded.catalogue(), loaded.failures, loaded.warnings, loaded.dangers)
+    Path(answer).write_bytes(msgspec.json.encode(told))  # opened only now: an import may close whatever is open
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

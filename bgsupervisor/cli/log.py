@@ -53,10 +53,20 @@ def log(session: Session, *, id: int, follow: bool, attempt: int | None) -> None
         pieces = _follow(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
         if not _print(pieces):
             of_attempt = "" if attempt is None else f" in attempt {attempt}"
-            warn(f"task {id} has printed nothing{of_attempt}")
+            warn(f"task {id} has printed nothing{of_attempt}{_traceback(service, id, wanted)}")
     except PermissionError as error:
         where = path or StateDir(service.config.state_dir).logs
         raise access_error(where, "read", error, "ask its owner, or read it as that user") from error
+
+
+def _traceback(service: Service, id: int, attempt: int) -> str:
+    """Return where the traceback of an attempt is, if its body left one."""
+    record = service.get(id)
+    if record is None:
+        return ""
+    past = service.ledger.interruptions(id)
+    has_one = any(one["attempt"] == attempt and one["error"] for one in past)
+    return f"; `bgsupervisor show {id}` prints its traceback" if has_one else ""
 
 
 def _last_attempt(record: TaskRecord, *, follow: bool) -> int:
