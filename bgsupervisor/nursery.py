@@ -32,6 +32,7 @@ from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
+from bgsupervisor.stamp import loaded_places
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
@@ -182,6 +183,7 @@ class Nursery:
             self._loaded.warnings.append(SIGCHLD_TAKEN)
         self._listen_to_deaths()
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
+        self._places = loaded_places()
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()
@@ -227,6 +229,7 @@ class Nursery:
                 warnings=self._loaded.warnings,
                 children=[forked.who for forked in self._children.values()],
                 exits=list(self._exits.values()),
+                places=self._places,
             )
         )
 

@@ -135,7 +135,11 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged."""
+    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged.
+
+    Attributes:
+        places: The files and folders of the code that the application has imported.
+    """
 
     version: int
     who: Who
@@ -144,6 +148,7 @@ class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     warnings: list[str]
     children: list[Who]
     exits: list[Exited]
+    places: list[str] = []
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):

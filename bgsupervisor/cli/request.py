@@ -15,7 +15,7 @@ import msgspec
 
 from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.cli.watch import watch
+from bgsupervisor.cli.watch import stale_code, watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import Interrupted
@@ -152,6 +152,10 @@ def _tell(handle: Handle, name: str, service: Service, *, quietly: bool, as_json
     seen = watch(service, now=now)
     if not seen.alive:
         warn(seen.absence(now=now))
+        return
+    stale = stale_code(service)
+    if stale is not None:
+        warn(f"no supervisor has loaded {name} yet; {stale}" if seen.lacks(name) else stale)
     elif seen.lacks(name):
         near = difflib.get_close_matches(name, seen.catalogue or (), n=1)
         hint = f"; did you mean {near[0]}?" if near else "; see `bgsupervisor check`"

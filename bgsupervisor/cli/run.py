@@ -17,7 +17,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, UnsupportedSystem
 from bgsupervisor.notify import Notifier
-from bgsupervisor.stamp import code_stamp, read_stamp
+from bgsupervisor.stamp import read_stamp
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark, access_error
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
     if hanging is not None:
         click.echo(hanging, err=True)
         return 1
-    if config.auto_reload and read_stamp(state_dir.stamp) not in (None, code_stamp(config)):
+    stamp = read_stamp(state_dir.stamp) if config.auto_reload else None
+    if stamp is not None and stamp.is_outdated(config):
         from bgsupervisor.cli.calling import ask_to_reload  # noqa: PLC0415 - after a deploy only
 
         with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.stamp import newer_code
 from bgsupervisor.statedir import Lock, StopMark, user_name
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.doctor.findings import Machine, Scene, Told
 
-__all__ = ["PROCESSES_PER_SLOT", "entry", "lock", "lock_holder", "stop_mark", "unit"]
+__all__ = ["PROCESSES_PER_SLOT", "entry", "loaded_code", "lock", "lock_holder", "stop_mark", "unit"]
 
 STUCK_S = 60.0
 """A supervisor touches its lock file once a second; one that has not for so long hangs."""
@@ -48,6 +49,18 @@ def lock(scene: Scene) -> Iterator[Told]:
         )
     else:
         yield ok(f"PID {holder} holds it, touched {age_s:.0f} s ago")
+
+
+def loaded_code(scene: Scene) -> Iterator[Told]:
+    """See that the living supervisor has loaded the code that is on disk."""
+    if lock_holder(scene) is None:
+        yield ok("no supervisor is alive; the next one loads the code on disk")
+        return
+    names = newer_code(scene.state_dir.stamp)
+    if names:
+        yield note(f"code on disk is newer than what is loaded ({', '.join(names)}); `bgsupervisor reload` loads it")
+    else:
+        yield ok("no code was changed since it was loaded")
 
 
 def lock_holder(scene: Scene) -> int | None:
