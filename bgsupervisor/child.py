@@ -101,6 +101,7 @@ def main(birth: Birth) -> NoReturn:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
+            logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)
             load_application(birth.config)
             import_what_children_need()
         Child(birth, SystemClock()).live()

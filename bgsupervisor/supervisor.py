@@ -337,6 +337,7 @@ class Supervisor:
 
     def _reload(self, *, force: bool, caller: Peer | None) -> None:
         """Load configuration and code anew; whatever fails, what works stays in force."""
+        log.info("reloading configuration and code")
         try:
             fresh = self._reread()
         except (ConfigError, AccessError) as error:
