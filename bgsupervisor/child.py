@@ -97,11 +97,11 @@ def main(birth: Birth) -> NoReturn:
     """Live as a child; never returns."""
     with contextlib.suppress(KeyboardInterrupt):
         _become_child(birth)
+        logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)  # the nursery's terminal may be closed
         if birth.load:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
 
-            logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)
             load_application(birth.config)
             import_what_children_need()
         Child(birth, SystemClock()).live()

@@ -31,7 +31,6 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.logs import leave_dead_output
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.stamp import loaded_places
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
@@ -339,7 +338,6 @@ class Nursery:
                 return
 
     def _fork_one(self) -> None:
-        leave_dead_output(self._state_dir.own_log)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()  # what is buffered here would be printed again by the child
