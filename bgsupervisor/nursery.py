@@ -34,6 +34,7 @@ from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.stamp import loaded_places
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
+from bgsupervisor.titles import set_title
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
     try:
         os.setsid()
+        set_title("fork server")
         set_child_subreaper()
         processes.raise_descriptor_limit()
         for number in (signal.SIGINT, signal.SIGHUP):
@@ -184,6 +186,7 @@ class Nursery:
         self._listen_to_deaths()
         self._kept = frozenset((_descriptors() - ours) | _tracker_descriptor())
         self._places = loaded_places()
+        set_title("fork server")  # the application may have set its own
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         gc.collect()

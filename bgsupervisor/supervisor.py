@@ -31,6 +31,7 @@ from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
 from bgsupervisor.statedir import StopMark
 from bgsupervisor.statuses import Reason
+from bgsupervisor.titles import set_title
 from bgsupervisor.waits import DUE
 from bgsupervisor.wards import Stage, Wards
 from bgsupervisor.wire import Exited, Who
@@ -153,6 +154,7 @@ class Supervisor:
         status = f"supervising {masked(self._config.database)} with {self._config.slots} slots, PID {os.getpid()}"
         log.info("%s", status)
         self._notifier.ready(status)
+        set_title(f"supervisor {self._config.path or self._state_dir.path}")
         while self._leaving is None:
             self.tick()
         self._leave()
