@@ -25,6 +25,7 @@ from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, inode_of, is_another, open_dir
+from bgsupervisor.titles import set_title
 from bgsupervisor.waits import EVERYBODY
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
@@ -177,6 +178,7 @@ def read_key(folder: Path) -> bytes:
 def main(folder: Path) -> NoReturn:
     """Live as the board of a state directory; never returns."""
     os.setsid()
+    set_title("wait manager")
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     key = _make_key(folder)

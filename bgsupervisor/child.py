@@ -46,6 +46,7 @@ from bgsupervisor.link import Link
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.models import Store, roll_back_abandoned
 from bgsupervisor.statedir import StateDir
+from bgsupervisor.titles import IDLE, set_title, task_title
 from bgsupervisor.wire import End, Run, Who
 
 if TYPE_CHECKING:
@@ -114,6 +115,8 @@ def main(birth: Birth) -> NoReturn:
     """Live as a child; never returns."""
     with contextlib.suppress(KeyboardInterrupt):
         _become_child(birth)
+        set_title(IDLE)
+        logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)  # the nursery's terminal may be closed
         if birth.load:
             # Only a spawned child loads by itself.
             from bgsupervisor.nursery import import_what_children_need, load_application  # noqa: PLC0415
@@ -279,11 +282,13 @@ class Child:
                 break
             last = order
             pauses.at("child.beginning")
+            set_title(task_title(order.id, order.name))
             end = self._perform(order)
             pauses.at("child.over")
             self._report(order, end)
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
+            set_title(IDLE)
             self._link.become_idle()
         self._variables.run(self._leave, last)
 

@@ -87,7 +87,7 @@ class Housekeeping:
     def keep(self, keep_days: float) -> None:
         """Do what is due: delete rows and logs older than *keep_days* (0 keeps all), rotate our own log."""
         now = self._clock.monotonic()
-        rotate(self._state_dir.logs / "supervisor.log")
+        rotate(self._state_dir.own_log)
         if keep_days == 0:
             return
         before = self._clock.now() - timedelta(days=keep_days)

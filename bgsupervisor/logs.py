@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import os
+import select
 import stat
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,18 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
 
-__all__ = ["bound", "find", "follow", "is_own", "open_for_append", "process_log", "read", "tail", "task_log"]
+__all__ = [
+    "bound",
+    "find",
+    "follow",
+    "is_own",
+    "leave_dead_output",
+    "open_for_append",
+    "process_log",
+    "read",
+    "tail",
+    "task_log",
+]
 
 BLOCK_BYTES = 4096
 CHUNK_BYTES = 65536
@@ -75,6 +87,28 @@ def open_for_append(path: Path) -> int:
     with contextlib.suppress(PermissionError):  # another user's file keeps the mode that its owner gave it
         os.fchmod(fd, LOG_MODE)
     return fd
+
+
+def leave_dead_output(path: Path) -> bool:
+    """Send stdout and stderr to *path* if nobody can read them any more; return whether that became of either.
+
+    That is so of a terminal that was closed and of a pipe or socket without a reader: a print would raise OSError, and
+    a module that prints would not load. Where *path* cannot be opened they go nowhere. Costs some microseconds.
+    """
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    dead = [number for number, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    if not dead:
+        return False
+    try:
+        descriptor = open_for_append(path)
+    except OSError:
+        descriptor = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    for number in dead:
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    return True
 
 
 def bound(path_or_fd: Path | int, limit_bytes: int) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.processes import ProcessHandle
     from bgsupervisor.reception import Peer, Reception
+    from bgsupervisor.stamp import Stamp
     from bgsupervisor.statedir import StateDir
     from bgsupervisor.wire import Exited
 
@@ -70,13 +71,15 @@ _NO_OPTIONS = TaskOptions()
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Started:
-    """A nursery process of ours; *callers* wait for what becomes of it."""
+    """A nursery process of ours; *callers* wait for what becomes of it, *stamp* is of the code that it loads."""
 
     process: SpawnProcess
     who: Who
     handle: ProcessHandle | None
     force: bool
     callers: list[Peer]
+    stamp: Stamp
+    stamped_at_ns: int
 
 
 class Nurseries:
@@ -192,6 +195,7 @@ class Nurseries:
             self._ears.send(peer, wire.Retire())
             return False
         self._candidate = None
+        self._note_code(candidate, hello)
         missing = self._missing(hello)
         if missing and not candidate.force:
             self._turn_down(candidate, peer, hello, missing)
@@ -318,8 +322,9 @@ class Nurseries:
     # Within
 
     def _start(self, *, force: bool, callers: list[Peer]) -> None:
+        stamp, stamped_at_ns = code_stamp(self.config), 0  # before it loads: a later change shows
         with contextlib.suppress(OSError):
-            write_stamp(self._state_dir.stamp, code_stamp(self.config))  # before it loads: a later change shows
+            stamped_at_ns = write_stamp(self._state_dir.stamp, stamp)
         process = multiprocessing.get_context("spawn").Process(
             target=nursery.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
         )
@@ -337,7 +342,15 @@ class Nurseries:
         _, handle = processes.look(self._identity_of(who))
         if handle is not None:
             self._ears.watch_process(who, handle)
-        self._candidate = self._started[who] = _Started(process, who, handle, force, callers)
+        self._candidate = self._started[who] = _Started(process, who, handle, force, callers, stamp, stamped_at_ns)
+
+    def _note_code(self, candidate: _Started, hello: wire.NurseryHello) -> None:
+        """Add to the stamp what the application itself has imported from elsewhere."""
+        if not candidate.stamped_at_ns:
+            return
+        with contextlib.suppress(OSError):
+            stamp = candidate.stamp.extended(hello.places, since_ns=candidate.stamped_at_ns)
+            write_stamp(self._state_dir.stamp, stamp)
 
     def _missing(self, hello: wire.NurseryHello) -> list[wire.LoadFailure]:
         """Return what the present nursery has loaded and this one could not."""

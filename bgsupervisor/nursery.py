@@ -44,7 +44,9 @@ from bgsupervisor.errors import WireError
 from bgsupervisor.inherited import Dispositions
 from bgsupervisor.linux import set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
+from bgsupervisor.stamp import loaded_places
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
+from bgsupervisor.titles import set_title
 from bgsupervisor.wire import REDIAL_S, Channel, Exited, LoadFailure, Redial, Who
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
     try:
         os.setsid()
+        set_title("fork server")
         set_child_subreaper()
         leftovers.open_standard_streams()
         inherited.leave_unheeded()
@@ -258,6 +261,8 @@ class Nursery:
         # Only now: an application may close at its import whatever is open, as daemons do.
         self._wake_read, self._wake_write = socket.socketpair()
         self._listen_to_deaths()
+        self._places = loaded_places()
+        set_title("fork server")  # the application may have set its own
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
@@ -314,6 +319,7 @@ class Nursery:
                 dangers=self._loaded.dangers,
                 children=[forked.who for forked in self._children.values()],
                 exits=list(self._exits.values()),
+                places=self._places,
             )
         )
 

@@ -1,71 +1,159 @@
-"""A stamp of the code that a supervisor's nursery loads: has a deploy changed it? Imports nothing of it."""
+"""A stamp of the code that a supervisor's nursery loads: has it changed on disk since? Imports nothing of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
+import sys
+import sysconfig
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from bgsupervisor.config import Config
 
-__all__ = ["code_stamp", "read_stamp", "write_stamp"]
+__all__ = ["Stamp", "code_stamp", "loaded_places", "newer_code", "read_stamp", "write_stamp"]
 
-MAX_FILES = 50_000
-"""Beyond so many files of one package the rest is not looked at: a stamp must stay cheap enough for each minute."""
+MAX_ENTRIES = 200_000
+"""Largest number of files and folders that a stamp covers: half a second, which each minute can bear."""
+LISTING_ENTRIES = 10_000
+"""The same for a command that lists tasks: 30 ms. A larger place is not compared there."""
 SUFFIXES = (".py", ".pyd", ".so")
+INCOMPLETE = "?"
+"""Ends the digest of a place that was not seen whole: too large, or with folders that this user may not read."""
 
 
-def code_stamp(config: Config) -> str:
-    """Return a text that changes when path, size or time of any code file changes.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stamp:
+    """What code on disk looked like at one moment.
+
+    Attributes:
+        digests: For each place, which is a file or a package's folder, a text that changes when path, size or time of
+            a code file changes.
+        package: The place of bgsupervisor itself.
+        root: The root folder. In another container it is another one, and the same paths are other files there.
+    """
+
+    digests: Mapping[str, str]
+    package: str
+    root: str
+
+    def is_outdated(self, config: Config) -> bool:
+        """Return whether any place has changed, or the configuration names a place that is not in this stamp."""
+        wanted = {str(place) for place in _places(config)}
+        return not wanted <= self.digests.keys() or any(
+            _Look().digest(place) != old for place, old in self.digests.items()
+        )
+
+    def extended(self, places: Iterable[str], *, since_ns: int) -> Stamp:
+        """Return this stamp with more places; one that was changed after *since_ns* (st_ctime_ns) counts as changed."""
+        found = dict(self.digests)
+        for place in places:
+            if place not in found:
+                found[place] = _Look().digest(place) if _Look().changed_at_ns(place) <= since_ns else INCOMPLETE
+        return dataclasses.replace(self, digests=found)
+
+
+def code_stamp(config: Config) -> Stamp:
+    """Return the stamp of the code that a configuration names.
 
     Looks at the packages of the configured modules, `setup` and `child_setup`, at the configuration file and its
-    env_file, and at bgsupervisor itself. Blocks for reading folders: about 3 ms per 1000 files.
+    env_file, and at bgsupervisor itself. Blocks for reading folders: about 3 ms per 1000 code files.
     """
-    digest = hashlib.sha256()
-    for path in _files(config):
-        try:
-            facts = path.stat()
-        except OSError:
+    digests = {str(place): _Look().digest(str(place)) for place in _places(config)}
+    return Stamp(digests, str(_PACKAGE), _root())
+
+
+def newer_code(file: Path) -> list[str]:
+    """Return the names of the places whose code has changed since the stamp in *file*; empty where nothing is known.
+
+    Nothing is known in another container, of a place that this user may not read, or of one with more than
+    LISTING_ENTRIES files and folders. bgsupervisor itself is left out: its upgrade needs another supervisor.
+    """
+    stamp = read_stamp(file)
+    if stamp is None or stamp.root != _root():
+        return []
+    look, found = _Look(LISTING_ENTRIES), []
+    for place, old in stamp.digests.items():
+        if place == stamp.package or (old.endswith(INCOMPLETE) and old != INCOMPLETE):
             continue
-        digest.update(
-            f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\0{facts.st_ino}\n".encode("utf-8", "surrogateescape")
-        )
-    return digest.hexdigest()
+        now = look.digest(place)
+        if now != old and not now.endswith(INCOMPLETE):
+            found.append(Path(place).name)
+    return found
 
 
-def read_stamp(file: Path) -> str | None:
-    """Return the stamp of the code that was last loaded, or tried; None where there is none."""
+def read_stamp(file: Path) -> Stamp | None:
+    """Return the stamp of the code that was last loaded, or tried; None where there is none that can be read."""
     try:
-        return file.read_text(encoding="ascii").strip() or None
-    except (OSError, UnicodeDecodeError):
+        found = json.loads(file.read_text(encoding="ascii"))
+        return Stamp(
+            {str(place): str(text) for place, text in found["digests"].items()}, found["package"], found["root"]
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def write_stamp(file: Path, stamp: str) -> None:
-    """Note which code is loaded now.
+def write_stamp(file: Path, stamp: Stamp) -> int:
+    """Write which code is being loaded, in one step; return the moment (st_ctime_ns).
 
     Raises:
         OSError: The file cannot be written.
     """
-    file.write_text(stamp + "\n", encoding="ascii")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(dataclasses.asdict(stamp)) + "\n", encoding="ascii")
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return file.stat().st_ctime_ns
 
 
-def _files(config: Config) -> Iterator[Path]:
+def loaded_places() -> list[str]:
+    """Return the places of all top-level packages and modules in this process that no package installer has made."""
+    names = {name.partition(".")[0] for name in tuple(sys.modules)}
+    found: set[str] = set()
+    for name in names - _NOT_IMPORTED:
+        facts = getattr(sys.modules.get(name), "__dict__", {})
+        folders = facts.get("__path__") or ()
+        try:
+            found.update(str(one) for one in (folders or (facts.get("__file__"),)) if one and _is_own(str(one)))
+        except TypeError:  # an application may put anything there
+            continue
+    return sorted(found)
+
+
+_PACKAGE = Path(__file__).parent
+_NOT_IMPORTED = {"__main__", "__mp_main__", "bgsupervisor"}
+_INSTALLED = ("site-packages", "dist-packages")
+_LIBRARY = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+
+
+def _is_own(place: str) -> bool:
+    return Path(place).is_absolute() and not place.startswith(_LIBRARY) and not set(_INSTALLED) & set(Path(place).parts)
+
+
+def _root() -> str:
+    state = os.stat("/")  # noqa: PTH116 - as plain as it is needed
+    return f"{state.st_dev}:{state.st_ino}"
+
+
+def _places(config: Config) -> Iterator[Path]:
     yield from (path for path in (config.path, config.env_file) if path is not None)
-    yield from _tree(Path(__file__).parent)
+    yield _PACKAGE
     names = [*config.tasks, *(path.partition(":")[0] for path in (config.setup, config.child_setup) if path)]
     for name in sorted({name.partition(".")[0] for name in names}):
-        for place in _places(name, config):
-            yield from _tree(place) if place.is_dir() else [place]
+        yield from _found(name, config)
 
 
-def _places(name: str, config: Config) -> list[Path]:
+def _found(name: str, config: Config) -> list[Path]:
     """Find a top-level package or module as the nursery will, without importing it."""
     spec = PathFinder.find_spec(name, [str(config.base_dir), *config.python_path])
     if spec is None:
@@ -80,13 +168,47 @@ def _places(name: str, config: Config) -> list[Path]:
     return [Path(spec.origin)] if spec.origin else []
 
 
-def _tree(folder: Path) -> Iterator[Path]:
-    count = 0
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
-        for name in sorted(names):
-            if name.endswith(SUFFIXES):
-                yield Path(root, name)
-                count += 1
-                if count >= MAX_FILES:
-                    return
+class _Look:
+    """One look at the code files of places, of which it sees at most *most* files and folders."""
+
+    def __init__(self, most: int = MAX_ENTRIES) -> None:
+        self._left = most
+        self._whole = True
+
+    def digest(self, place: str) -> str:
+        """Return the digest of a place."""
+        digest, self._whole = hashlib.sha256(), True
+        for path, facts in self._files(place):
+            words = f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\0{facts.st_ino}\n"
+            digest.update(words.encode("utf-8", "surrogateescape"))
+        return digest.hexdigest() + ("" if self._whole else INCOMPLETE)
+
+    def changed_at_ns(self, place: str) -> int:
+        """Return when a code file of a place was changed last (st_ctime_ns)."""
+        return max((facts.st_ctime_ns for _, facts in self._files(place)), default=0)
+
+    def _files(self, place: str) -> Iterator[tuple[str, os.stat_result]]:
+        for path in self._tree(place):
+            try:
+                yield path, os.stat(path)  # noqa: PTH116 - a Path for each file takes longer than the look at it
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                self._miss(error)
+
+    def _tree(self, place: str) -> Iterator[str]:
+        if not os.path.isdir(place):  # noqa: PTH112 - a Path's raises where the folder above may not be read
+            self._left -= 1
+            yield place
+            return
+        for root, folders, names in os.walk(place, onerror=self._miss):
+            self._left -= len(folders) + len(names)
+            if self._left < 0:
+                self._whole = False
+                return
+            folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
+            yield from (f"{root}{os.sep}{name}" for name in sorted(names) if name.endswith(SUFFIXES))
+
+    def _miss(self, error: OSError) -> None:
+        del error
+        self._whole = False

@@ -79,6 +79,11 @@ class StateDir:
         return self.path / "logs"
 
     @property
+    def own_log(self) -> Path:
+        """Return the log of the supervisor and its nurseries."""
+        return self.logs / "supervisor.log"
+
+    @property
     def stop_mark(self) -> Path:
         """Return the file that says that nobody is to supervise; see `StopMark`."""
         return self.path / "stopped"

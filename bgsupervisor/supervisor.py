@@ -33,6 +33,7 @@ from bgsupervisor.reception import Reception
 from bgsupervisor.recovery import Recovery
 from bgsupervisor.statedir import StopMark
 from bgsupervisor.statuses import Reason
+from bgsupervisor.titles import set_title
 from bgsupervisor.waits import DUE
 from bgsupervisor.wards import Stage, Wards
 from bgsupervisor.wire import Exited, Who
@@ -157,6 +158,7 @@ class Supervisor:
         status = f"supervising {masked(self._config.database)} with {self._config.slots} slots, PID {os.getpid()}"
         log.info("%s", status)
         self._notifier.ready(status)
+        set_title(f"supervisor {self._config.path or self._state_dir.path}")
         while self._leaving is None:
             self.tick()
         self._leave()
@@ -346,6 +348,7 @@ class Supervisor:
 
     def _reload(self, *, force: bool, caller: Peer | None) -> None:
         """Load configuration and code anew; whatever fails, what works stays in force."""
+        log.info("reloading configuration and code")
         try:
             fresh = self._reread()
         except (ConfigError, AccessError) as error:

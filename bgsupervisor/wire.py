@@ -146,7 +146,9 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged.
 
-    *dangers* are warnings of what may cost data.
+    Attributes:
+        dangers: Warnings about data that may be lost.
+        places: The files and folders of the code that the application has imported.
     """
 
     version: int
@@ -157,6 +159,7 @@ class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     children: list[Who]
     exits: list[Exited]
     dangers: list[str] = []
+    places: list[str] = []
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):

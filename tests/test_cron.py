@@ -46,7 +46,7 @@ def app(make_app):
         for pid in supervisors(app):
             with contextlib.suppress(psutil.Error):
                 psutil.Process(pid).kill()
-        return any(str(app.config) in word for words in command_lines().values() for word in words)
+        return any(str(app.config) in " ".join(words) for words in command_lines().values())
 
     wait_until(lambda: not is_left(), "all that cron has started has been killed")
 
@@ -109,7 +109,9 @@ def supervisors(app):
     return [
         pid
         for pid, words in command_lines().items()
-        if "run" in words and str(app.config) in words and "sh" not in Path(words[0]).name
+        if str(app.config) in " ".join(words)
+        and ("run" in words or words[:2] == ["bgsupervisor:", "supervisor"])
+        and "sh" not in Path(words[0]).name
     ]
 
 

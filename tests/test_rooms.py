@@ -44,7 +44,7 @@ FLOORS = (
     {"exits"},
     {"wire"},
     {"stacks"},
-    {"processes", "oom", "logs", "notify", "stamp", "postgres", "gate", "callers"},
+    {"processes", "oom", "logs", "notify", "stamp", "titles", "postgres", "gate", "callers"},
     {"linux"},
     {"config"},
     {"statedir"},

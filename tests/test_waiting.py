@@ -335,7 +335,7 @@ class Waiting(App):
         def look():
             for process in psutil.process_iter(["pid", "cmdline"]):
                 with contextlib.suppress(psutil.Error):
-                    if "spawn_main" in " ".join(process.info["cmdline"] or ()) and any(
+                    if "wait manager" in " ".join(process.info["cmdline"] or ()) and any(
                         "board.sock" in str(one.laddr) and self.is_mine(process.pid) for one in unix_sockets(process)
                     ):
                         return process.pid

@@ -230,9 +230,7 @@ def test_without_supervisor_or_board_a_waiter_goes_on_within_a_second(make, whom
 
 
 def _board(app, supervisor):
-    spawned = [child for child in supervisor.children() if "spawn_main" in str(child.cmdline())]
-    nurseries = {int(path.name.split("-")[1]) for path in app.state_dir.glob("nursery-*-*")}
-    return next((child for child in spawned if child.pid not in nurseries), None)
+    return next((child for child in supervisor.children() if "wait manager" in " ".join(child.cmdline())), None)
 
 
 def test_what_a_waiter_waits_for_is_seen_in_all_three_listings(make):

@@ -34,6 +34,7 @@ __all__ = [
     "check_user",
     "cron_quoted",
     "fill",
+    "is_of",
     "marker",
     "replace_file",
     "unit_quoted",
@@ -68,7 +69,7 @@ class Installation:
     owner: str
 
     @classmethod
-    def of(cls, config: Config) -> Installation:
+    def of(cls, config: Config, *, warns: bool = True) -> Installation:
         """Return what to name for a configuration, and warn of settings that the entry would not have.
 
         Raises:
@@ -80,7 +81,7 @@ class Installation:
                 "because cron and systemd do not know this environment"
             )
         here = [key for key, origin in config.origins.items() if re.fullmatch(r"environment \w+", origin)]
-        if here:
+        if here and warns:
             warn(
                 f"warning: {', '.join(here)} came from the environment, which cron and systemd do not have; "
                 f"write it into {config.path}, or into its env_file"
@@ -147,6 +148,15 @@ def check_user(user: str) -> None:
         raise click.BadParameter(f"this machine has no user {user}", param_hint="--user") from None
 
 
+def is_of(path: Path, found: Installation) -> bool:
+    """Return whether a file is an entry of this installation.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return marker(found.config) in path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
 def replace_file(path: Path, text: str, found: Installation) -> None:
     """Write an entry's file in one step, 0644 whatever the umask, in the place of an older one of this installation.
 
@@ -154,7 +164,7 @@ def replace_file(path: Path, text: str, found: Installation) -> None:
         ConfigError: A file of that name is another installation's, or not ours at all.
         OSError: It cannot be written.
     """
-    if path.exists() and marker(found.config) not in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    if path.exists() and not is_of(path, found):
         raise ConfigError(
             f"{path} is not of {found.config} and was left alone; print this entry without --install, "
             "and write it under another name"

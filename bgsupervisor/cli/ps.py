@@ -12,6 +12,7 @@ from bgsupervisor.cli.output import print_json, to_json, warn
 from bgsupervisor.cli.rows import HEAVY, Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.table import show_table
+from bgsupervisor.cli.watch import stale_code
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def ps(
     facts = cells.Facts.gather(service, positions=positions, clock=clock, causes=causes)
     for sentence in facts.watch.warnings(now=facts.now):
         warn(sentence)
+    stale = stale_code(service) if facts.watch.alive else None
+    if stale is not None:
+        warn(stale)
     problem = service.ledger.store.write_problem(wait_s=WRITE_WAIT_S)
     if problem is not None:
         warn(f"{problem}. Bodies go on, their ends are recorded later")

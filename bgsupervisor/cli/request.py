@@ -17,7 +17,7 @@ from bgsupervisor.cli.output import print_json, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
 from bgsupervisor.cli.traces import folded
-from bgsupervisor.cli.watch import watch
+from bgsupervisor.cli.watch import stale_code, watch
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import Interrupted, UnknownTaskName, WaitTimeout
@@ -188,6 +188,10 @@ def _warn_if_nothing_runs(record: TaskRecord | None, service: Service) -> None:
     seen = watch(service, now=now)
     if not seen.alive:
         warn(seen.absence(now=now))
+        return
+    stale = stale_code(service)
+    if stale is not None:
+        warn(f"no supervisor has loaded {record.name} yet; {stale}" if seen.lacks(record.name) else stale)
     elif seen.lacks(record.name):
         nearest = Known(Catalogue(seen.catalogue), ()).nearest(record.name)
         hint = f"did you mean {nearest}?" if nearest else "see `bgsupervisor check`"

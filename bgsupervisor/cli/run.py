@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
@@ -16,8 +16,11 @@ from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import remarks, take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, ConfigError, UnsupportedSystem
+from bgsupervisor.logs import leave_dead_output, open_for_append
 from bgsupervisor.notify import Notifier
-from bgsupervisor.stamp import code_stamp, read_stamp
+from bgsupervisor.oom import INITIAL_PID_NAMESPACE
+from bgsupervisor.processes import pid_namespace
+from bgsupervisor.stamp import read_stamp
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark, access_error
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
+    from bgsupervisor.errors import AccessError
 
 __all__ = ["run", "supervise"]
 
@@ -40,18 +44,22 @@ PROGRAM = f"{sys.prefix} {__version__}"
 STOPPED_EXIT = 100
 """What a service manager sees when nobody is to supervise, so that it does not try again; the unit names it."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-LOG_NAME = "supervisor.log"
 
 
 @click.command()
 @click.option("--burst", is_flag=True, help="Leave once nothing runs and nothing is due.")
 @click.option("--slots", type=int, help="How many bodies run at once; wins over the configuration.")
+@click.option(
+    "--log-to-stderr",
+    is_flag=True,
+    help="Log to stderr too, as on a terminal, under systemd and as a container's PID 1.",
+)
 @pass_session
-def run(session: Session, *, burst: bool, slots: int | None) -> None:
+def run(session: Session, *, burst: bool, slots: int | None, log_to_stderr: bool) -> None:
     """Supervise: start tasks, watch them, record their ends.
 
-    Leaves at once, with success, if a supervisor is there already. Without a terminal it writes what it has to say
-    into logs/supervisor.log of the state directory.
+    Leaves at once, with success, if a supervisor is there already. Its log is logs/supervisor.log in the state
+    directory.
     """
     from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
 
@@ -61,7 +69,7 @@ def run(session: Session, *, burst: bool, slots: int | None) -> None:
             "run_pending(), or turn the isolation off for this test"
         )
     try:
-        code = supervise(lambda: session.config(slots=slots), burst=burst)
+        code = supervise(lambda: session.config(slots=slots), burst=burst, log_to_stderr=log_to_stderr)
     except BgSupervisorError as error:
         code = tell_error(error)
     except KeyboardInterrupt:
@@ -80,12 +88,13 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def supervise(load: Callable[[], Config], *, burst: bool) -> int:
+def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = False) -> int:
     """Supervise until told to leave; return the exit code. The caller must leave by os._exit.
 
     Args:
         load: Loads the configuration; called again for each reload.
         burst: Leave when nothing is due and nothing runs.
+        log_to_stderr: Log to stderr too, though nothing is known to collect it.
     """
     if not sys.platform.startswith("linux"):
         raise UnsupportedSystem(
@@ -109,8 +118,8 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
     lock.touch()
     from bgsupervisor.supervisor import Supervisor  # noqa: PLC0415 - only the one that supervises pays for it
 
-    with _own_log(state_dir.logs / LOG_NAME):
-        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    shown = log_to_stderr or notifier.listened_to or _is_first_in_container() or _has_terminal()
+    with (_shown_log if shown else _own_log)(state_dir.own_log):
         logging.getLogger("peewee").setLevel(logging.WARNING)
         for remark in remarks(config):
             logging.getLogger("bgsupervisor").warning("%s", remark)
@@ -168,7 +177,8 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
     if hanging is not None:
         click.echo(hanging, err=True)
         return 1
-    if config.auto_reload and read_stamp(state_dir.stamp) not in (None, code_stamp(config)):
+    stamp = read_stamp(state_dir.stamp) if config.auto_reload else None
+    if stamp is not None and stamp.is_outdated(config):
         from bgsupervisor.cli.calling import ask_to_reload  # noqa: PLC0415 - after a deploy only
 
         with contextlib.suppress(OSError):
@@ -178,16 +188,58 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
     return 0
 
 
+def _has_terminal() -> bool:
+    return sys.stdout.isatty() or sys.stderr.isatty()
+
+
+def _is_first_in_container() -> bool:
+    """Whether this is PID 1, or was started by a container's small init: its stderr is the container's log."""
+    return os.getpid() == 1 or (os.getppid() == 1 and pid_namespace() != INITIAL_PID_NAMESPACE)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to stderr as long as it can be read; the log file has the same lines."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(sys.stderr)
+        self._path = path
+        self._is_gone = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, unless the terminal was closed: what is printed goes to the log file from then on."""
+        self._is_gone = self._is_gone or leave_dead_output(self._path)
+        if not self._is_gone:
+            super().emit(record)
+
+
+@contextlib.contextmanager
+def _shown_log(path: Path) -> Iterator[None]:
+    """Log to stderr and to *path*; what is printed, also by the application while it loads, stays on stderr."""
+    logging.raiseExceptions = False  # a full disk: stderr has the line, and needs no traceback with each
+    try:
+        os.close(open_for_append(path))
+        in_file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=[_Stderr(path), in_file])
+    try:
+        yield
+    except Exception as error:  # stderr gets it from the caller
+        trace = None if isinstance(error, BgSupervisorError) else (type(error), error, error.__traceback__)
+        in_file.handle(logging.LogRecord("bgsupervisor", logging.ERROR, "", 0, str(error), None, trace))
+        raise
+    finally:
+        leave_dead_output(path)
+
+
 @contextlib.contextmanager
 def _own_log(path: Path) -> Iterator[None]:
-    """Where there is no terminal, send stdout and stderr to *path*; errors that end it reach the old stderr too."""
-    if sys.stdout.isatty() or sys.stderr.isatty():
-        yield
-        return
+    """Send stdout and stderr to *path*; errors that end it reach the old stderr too."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     old_stderr = os.dup(2)  # not inherited: nursery and children must not keep cron's pipe open
     _redirect(path)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     try:
         yield
     except BgSupervisorError as error:
@@ -205,12 +257,14 @@ def _own_log(path: Path) -> Iterator[None]:
 
 def _redirect(path: Path) -> None:
     try:
-        from bgsupervisor.logs import open_for_append  # noqa: PLC0415 - only the one that supervises pays for it
-
         log_fd = open_for_append(path)
     except OSError as error:
-        raise access_error(path, "write", error, "give this user the right, or free some space") from error
+        raise _unwritable(path, error) from error
     for number in (1, 2):
         if not descriptors.is_taken(number):
             os.dup2(log_fd, number)
     os.close(log_fd)
+
+
+def _unwritable(path: Path, error: OSError) -> AccessError:
+    return access_error(path, "write", error, "give this user the right, or free some space")

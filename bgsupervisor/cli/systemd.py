@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from bgsupervisor.cli.entries import UNIT, Installation, check_user, fill, replace_file, unit_quoted, user_option
+from bgsupervisor.cli.entries import UNIT, Installation, check_user, fill, is_of, replace_file, unit_quoted, user_option
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.errors import ConfigError
 from bgsupervisor.statedir import access_error, user_name
@@ -23,15 +23,21 @@ _REFUSED = re.compile(r"""["'\\$]""")
 
 @click.command()
 @click.option("--install", is_flag=True, help="Write it, as root into /etc/systemd/system, else for your own manager.")
+@click.option("--uninstall", is_flag=True, help="Remove what --install has written, and the link that enables it.")
 @user_option("Who supervises; else the state directory's owner.")
 @pass_session
-def systemd(session: Session, *, install: bool, user: str | None) -> None:
-    """Print, or install, the unit by which systemd keeps a supervisor alive.
+def systemd(session: Session, *, install: bool, uninstall: bool, user: str | None) -> None:
+    """Print, install or remove the unit by which systemd keeps a supervisor alive.
 
     Whoever is not root installs a unit of their own, in ~/.config/systemd/user. The commands to type next are told,
     not run.
     """
-    found = Installation.of(session.config())
+    if install and uninstall:
+        raise click.UsageError("--install writes the unit and --uninstall removes it; give one of them")
+    found = Installation.of(session.config(), warns=not uninstall)
+    if uninstall:
+        _remove(found)
+        return
     if _REFUSED.search(found.command[0]):
         raise ConfigError(f"systemd starts no program with quotes, backslashes or $ in its path: {found.command[0]}")
     if not install:
@@ -67,6 +73,29 @@ def _write(folder: Path, text: str, found: Installation) -> None:
     except OSError as error:
         raise access_error(folder / NAME, "write", error, "print the unit without --install") from error
     click.echo(f"wrote {folder / NAME}")
+
+
+def _remove(found: Installation) -> None:
+    is_root = os.geteuid() == 0
+    folder = SYSTEM_FOLDER if is_root else USER_FOLDER.expanduser()
+    path = folder / NAME
+    links = [link for link in sorted(folder.glob(f"*.wants/{NAME}")) if link.is_symlink()]
+    try:
+        if not path.exists():
+            click.echo(f"nothing to remove: {path} is not there")
+            return
+        if not is_of(path, found):
+            click.echo(f"nothing to remove: {path} is not of {found.config} and was left alone")
+            return
+        for one in (*links, path):
+            one.unlink()
+    except OSError as error:
+        raise access_error(path, "write", error, "remove it as its owner") from error
+    control = "systemctl" if is_root else "systemctl --user"
+    click.echo("".join(f"removed {one}\n" for one in (path, *links)), nl=False)
+    # The stop goes first, while systemd still has KillMode=process of the unit that it has loaded.
+    click.echo(f"a unit that runs goes on; to stop it and keep its tasks, type:\n  {control} stop bgsupervisor")
+    click.echo(f"then:\n  {control} daemon-reload")
 
 
 def _of_own_manager(unit: str) -> str:

@@ -12,6 +12,7 @@ from bgsupervisor import processes
 from bgsupervisor.cli.text import clean, local
 from bgsupervisor.names import SUPERVISOR_SILENT_S, names_of
 from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.stamp import newer_code
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark
 
 if TYPE_CHECKING:
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from bgsupervisor.models import SupervisorRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Watch", "last_line", "watch"]
+__all__ = ["Watch", "last_line", "stale_code", "watch"]
 
 TOUCHED_S = 5.0
 """A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
+NAMES_SHOWN = 3
 
 
 class Failure(NamedTuple):
@@ -124,6 +126,21 @@ def watch(service: Service, *, now: datetime) -> Watch:
         mute=[one for one in alive if _is_silent(one, now=now)],
         unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
     )
+
+
+def stale_code(service: Service) -> str | None:
+    """Return the sentence that says that the living supervisor has not loaded the code on disk; None if it has.
+
+    Blocks for a look at each code file, about 30 ms at most; None also where nothing is known.
+    """
+    state_dir = StateDir(service.config.state_dir)
+    if _age_s(Lock(state_dir.lock)) > TOUCHED_S:
+        return None
+    names = newer_code(state_dir.stamp)
+    if not names:
+        return None
+    which = clean(", ".join(names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
+    return f"code on disk is newer than what is loaded ({which}): `bgsupervisor reload`"
 
 
 def _age_s(lock: Lock) -> float:

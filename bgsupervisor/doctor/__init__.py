@@ -20,6 +20,7 @@ CHECKS: dict[str, Check] = {
     "free space": files.free_space,
     "SQLite": system.sqlite,
     "lock": keepers.lock,
+    "loaded code": keepers.loaded_code,
     "stop mark": keepers.stop_mark,
     "entry": keepers.entry,
     "unit": keepers.unit,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.stamp import newer_code
 from bgsupervisor.statedir import Lock, StopMark, user_name
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
     from bgsupervisor.doctor.findings import Machine, Scene, Told
 
-__all__ = ["PROCESSES_PER_SLOT", "entry", "lock", "lock_holder", "stop_mark", "unit"]
+__all__ = ["PROCESSES_PER_SLOT", "cron_runs", "entry", "loaded_code", "lock", "lock_holder", "stop_mark", "unit"]
 
 STUCK_S = 60.0
 """A supervisor touches its lock file once a second; one that has not for so long hangs."""
 CRONTAB_LIMIT_S = 30.0
+_CRON_DAEMONS = ("cron", "crond", "fcron", "bcron-sched")
+"""The daemons of Debian, cronie, dcron and busybox (by a link), fcron and bcron."""
 PROCESSES_PER_SLOT = 4
 """A child and its thread, and room for what its body starts; threads count as processes do."""
 
@@ -48,6 +51,18 @@ def lock(scene: Scene) -> Iterator[Told]:
         )
     else:
         yield ok(f"PID {holder} holds it, touched {age_s:.0f} s ago")
+
+
+def loaded_code(scene: Scene) -> Iterator[Told]:
+    """See that the living supervisor has loaded the code that is on disk."""
+    if lock_holder(scene) is None:
+        yield ok("no supervisor is alive; the next one loads the code on disk")
+        return
+    names = newer_code(scene.state_dir.stamp)
+    if names:
+        yield note(f"code on disk is newer than what is loaded ({', '.join(names)}); `bgsupervisor reload` loads it")
+    else:
+        yield ok("no code was changed since it was loaded")
 
 
 def lock_holder(scene: Scene) -> int | None:
@@ -96,11 +111,29 @@ def entry(scene: Scene) -> Iterator[Told]:
     if found and (scene.alive or StopMark.read(scene.state_dir.stop_mark) is not None):
         yield ok(f"{names}; {seen}")
     elif found:
-        yield wrong(f"{names}, but no supervisor is alive, {seen}; see that cron runs, or that the unit is enabled")
+        hint = "see that cron runs, or that the unit is enabled"
+        if cron_runs(scene.machine.proc) is False:
+            hint = "no cron daemon runs; start it, or see that the unit is enabled"
+        yield wrong(f"{names}, but no supervisor is alive, {seen}; {hint}")
     elif scene.alive:
         yield note(f"{seen}, but neither cron nor systemd was found to bring it back; {how} does that")
     else:
         yield wrong(f"neither cron nor systemd was found to start a supervisor, and {seen}; {how} does that")
+
+
+def cron_runs(proc: Path) -> bool | None:
+    """Return whether a cron daemon runs on this machine; None where other users' processes are hidden (hidepid)."""
+    if not os.access(proc / "1" / "comm", os.R_OK):
+        return None
+    for folder in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name = (folder / "comm").read_text(encoding="utf-8", errors="replace").strip()
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if name == "busybox" and words[1:2] == [b"crond"]:
+                return True
+            if name in _CRON_DAEMONS and words[0] != b"CRON":  # what Debian's forks for a job calls itself CRON
+                return True
+    return False
 
 
 def unit(scene: Scene) -> Iterator[Told]:
