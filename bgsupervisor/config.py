@@ -38,6 +38,7 @@ __all__ = [
     "sqlite_path",
     "take_notify_socket",
     "template",
+    "wants_no_colour",
     "working_folder",
 ]
 
@@ -682,6 +683,11 @@ def take_notify_socket() -> str | None:
     for name in ("WATCHDOG_PID", "WATCHDOG_USEC"):
         os.environ.pop(name, None)
     return os.environ.pop("NOTIFY_SOCKET", None) or None
+
+
+def wants_no_colour() -> bool:
+    """Return whether the user wants text without colours everywhere (https://no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def apply_env_file(config: Config) -> None:

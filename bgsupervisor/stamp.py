@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.config import Config
 
-__all__ = ["code_stamp", "read_stamp", "write_stamp"]
+__all__ = ["code_places", "code_stamp", "read_stamp", "write_stamp"]
 
 MAX_FILES = 50_000
 """Beyond so many files of one package the rest is not looked at: a stamp must stay cheap enough for each minute."""
@@ -39,6 +39,14 @@ def code_stamp(config: Config) -> str:
     return digest.hexdigest()
 
 
+def code_places(config: Config) -> list[Path]:
+    """Return the folders of packages, and the single files, whose change changes the stamp."""
+    files = [path for path in (config.path, config.env_file) if path is not None]
+    names = [*config.tasks, *(path.partition(":")[0] for path in (config.setup, config.child_setup) if path)]
+    tops = sorted({name.partition(".")[0] for name in names})
+    return [*files, Path(__file__).parent, *(place for name in tops for place in _places(name, config))]
+
+
 def read_stamp(file: Path) -> str | None:
     """Return the stamp of the code that was last loaded, or tried; None where there is none."""
     try:
@@ -57,12 +65,8 @@ def write_stamp(file: Path, stamp: str) -> None:
 
 
 def _files(config: Config) -> Iterator[Path]:
-    yield from (path for path in (config.path, config.env_file) if path is not None)
-    yield from _tree(Path(__file__).parent)
-    names = [*config.tasks, *(path.partition(":")[0] for path in (config.setup, config.child_setup) if path)]
-    for name in sorted({name.partition(".")[0] for name in names}):
-        for place in _places(name, config):
-            yield from _tree(place) if place.is_dir() else [place]
+    for place in code_places(config):
+        yield from _tree(place) if place.is_dir() else [place]
 
 
 def _places(name: str, config: Config) -> list[Path]:

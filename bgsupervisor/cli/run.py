@@ -46,8 +46,9 @@ LOG_NAME = "supervisor.log"
 @click.command()
 @click.option("--burst", is_flag=True, help="Leave once nothing runs and nothing is due.")
 @click.option("--slots", type=int, help="How many bodies run at once; wins over the configuration.")
+@click.option("--on-term", type=click.Choice(["leave", "drain", "kill"]), help="What SIGTERM means; wins likewise.")
 @pass_session
-def run(session: Session, *, burst: bool, slots: int | None) -> None:
+def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None) -> None:
     """Supervise: start tasks, watch them, record their ends.
 
     Leaves at once, with success, if a supervisor is there already. Without a terminal it writes what it has to say
@@ -56,7 +57,7 @@ def run(session: Session, *, burst: bool, slots: int | None) -> None:
     from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
 
     try:
-        code = supervise(lambda: session.config(slots=slots), burst=burst)
+        code = supervise(lambda: session.config(slots=slots, on_term=on_term), burst=burst)
     except BgSupervisorError as error:
         code = tell_error(error)
     except KeyboardInterrupt:
@@ -85,7 +86,7 @@ def supervise(load: Callable[[], Config], *, burst: bool) -> int:
     if not sys.platform.startswith("linux"):
         raise UnsupportedSystem(
             f"supervising needs Linux (pidfd, the process table, child subreapers); this is {sys.platform}. "
-            "Importing tasks, requesting them and calling bodies directly work here"
+            "`bgsupervisor dev` runs tasks here, with fewer promises"
         )
     notifier = Notifier(take_notify_socket())  # out of the environment: bodies must not speak to the service manager
     config, clock = load(), SystemClock()
