@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,7 +31,7 @@ from bgsupervisor.wards import Order, Stage
 from bgsupervisor.wire import End, LoadFailure, TaskOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from multiprocessing.context import SpawnProcess
 
     from bgsupervisor.config import Config
@@ -130,6 +130,10 @@ class Runner:
         self._clock = SystemClock()
         self._logs = StateDir(config.state_dir).logs
         self._context = multiprocessing.get_context("spawn")
+        if hasattr(
+            resource_tracker, "ensure_running"
+        ):  # else its start, by the first child's, would let Ctrl-C through
+            resource_tracker.ensure_running()
         self._children: list[_Child] = []
         self._code, self._known = 0, -1
         self._catalogue: dict[str, TaskOptions] = {}
@@ -405,7 +409,8 @@ class Runner:
             process = self._context.Process(
                 target=spawned.main, args=(self._config, theirs), name="bgsupervisor child", daemon=False
             )
-            process.start()
+            with _ctrl_c_held():
+                process.start()
             theirs.close()
             identity = _identity_of(process.pid or 0, self._own.host)
             self._children.append(_Child(process, ours, identity, self._code))
@@ -444,6 +449,19 @@ class Runner:
             catalogue=msgspec.json.encode(self._catalogue).decode(),
             code_error=msgspec.json.encode(self._failures).decode() if self._failures else None,
         )
+
+
+@contextlib.contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """Hold Ctrl-C back, for the process that is started within too: it lets it go once it ignores it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def other_runner(rows: Sequence[SupervisorRecord]) -> int | None:

@@ -59,7 +59,9 @@ decode = msgspec.msgpack.Decoder(Ready | wire.Message).decode
 
 def main(config: Config, pipe: Connection) -> NoReturn:
     """Live as a child; never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which holds it back here
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     quiet = logging.NullHandler()
     log.addHandler(quiet)  # the parent prints what failed to load
     line = PipeLine(pipe, config)
@@ -67,8 +69,9 @@ def main(config: Config, pipe: Connection) -> NoReturn:
     import_what_children_need()
     log.removeHandler(quiet)
     line.start()
-    catalogue = {name: definition.options for name, definition in tasks.definitions().items()}
-    line.say(Ready(catalogue, loaded.failures))
+    failed = {failure.module for failure in loaded.failures}  # what it defined before it failed may lack something
+    known = {name: one.options for name, one in tasks.definitions().items() if not {name, one.module} & failed}
+    line.say(Ready(known, loaded.failures))
     order = line.orders.get()
     if order is not None:
         _Performance(config, line, order).perform()

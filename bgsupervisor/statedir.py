@@ -476,7 +476,12 @@ def user_name(uid: int) -> str:
 
 def own_user() -> str:
     """Return the name of this process's user."""
-    return user_name(os.geteuid()) if hasattr(os, "geteuid") else os.getlogin()
+    if hasattr(os, "geteuid"):
+        return user_name(os.geteuid())
+    try:
+        return os.getlogin()
+    except OSError:  # a service has no login
+        return "unknown"
 
 
 def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessError:

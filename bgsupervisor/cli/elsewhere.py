@@ -44,7 +44,8 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
         echo(f"this is {sys.platform}, not Linux; what `bgsupervisor run` promises there is not promised here:")
         for promise in PROMISES:
             echo(f"  - {promise}")
-        following, changes, runner = Following(service, echo), Changes(config, clock), Runner(config, _tell_loaded)
+        following, runner = Following(service, echo), Runner(config, _tell_loaded)
+        changes = Changes(config, clock)
         told, seen = "", 0
         try:
             while not (seen and runner.is_over()):
