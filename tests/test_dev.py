@@ -6,15 +6,20 @@ import contextlib
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 from conftest import LIMIT_S, Supervising, wait_until
 
+from bgsupervisor import portable
+from bgsupervisor.cli.changes import Changes
 from bgsupervisor.cli.following import Lines
+from bgsupervisor.config import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -325,6 +330,71 @@ def test_dev_on_a_terminal_has_colours_unless_no_color_is_set(make_app, develop)
 
     assert b"\033[" in seen["colours"]
     assert b"\033[" not in seen["none"]
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "developing.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def pattern_of(shown):
+    """Return the pattern of what a page shows: durations and the end of a body differ, "..." is any lines."""
+    text = re.escape(shown).replace(re.escape("...\n"), "(.*\\n)*?")
+    return re.compile(re.sub(r"(in|after)\\ \d+m?s", r"\1\\ [0-9.]+m?s", text))
+
+
+def test_dev_prints_what_the_page_on_developing_shows(make_app, develop):
+    app = make_app()
+    requests, shown = blocks("console")
+    (source,), (configuration,) = blocks("python"), blocks("toml")
+    app.config.write_text(configuration + "grace_s = 1.0\n")
+    app.write(source, "invoices")
+    dev = develop(app)
+    for line in requests.splitlines()[::2]:
+        said = app.cli(*shlex.split(line)[2:])
+        assert said.stdout in requests
+        number = re.search(r"task (\d)", said.stdout)[1]
+        dev.says(rf"^{number} \w+ (DONE|INTERRUPTED|\| watching)")
+    app.write(source.replace("while True:", "while True"), "invoices")
+    dev.says("^the old code goes on$")
+    app.write(source, "invoices")
+    wait_until(lambda: dev.text.count("loaded 3 tasks") == 2, f"the mended code is loaded: {dev.text}")
+
+    assert dev.end() == 0
+
+    seen = dev.text.replace(str(app.folder), "/home/jana/shop")
+    assert pattern_of(shown.partition("\n")[2]).fullmatch(seen), seen
+
+
+def test_page_on_developing_names_what_is_not_promised_elsewhere():
+    listed = PAGE.read_text().split("does not promise:")[1]
+
+    assert tuple(re.findall(r"^\* (.*)$", listed, re.MULTILINE)) == portable.PROMISES
+
+
+class StuckClock:
+    """No look that is due by the clock ever comes."""
+
+    def monotonic(self):
+        return 0.0
+
+
+def test_changes_by_watchfiles_are_found_before_a_look_is_due(make_app):
+    app = make_app(SOURCE)
+    config = load(app.config)
+    changes = Changes(config, StuckClock())
+    try:
+        assert not changes.found(config)
+        wait_until(lambda: (app.write(SOURCE + "#" * os.getpid()), changes.found(config))[1], "the change is seen")
+        (app.folder / "other").write_text(SOURCE)
+        (app.folder / "other").replace(app.folder / "appx.py")  # as editors do
+
+        wait_until(lambda: changes.found(config), "the file in its place is seen")
+        assert not changes.found(config)
+    finally:
+        changes.close()
 
 
 @pytest.mark.parametrize(
