@@ -15,7 +15,6 @@ import importlib
 import inspect
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -49,12 +48,16 @@ from bgsupervisor.statedir import StateDir
 from bgsupervisor.titles import IDLE, set_title, task_title
 from bgsupervisor.wire import End, Run, Who
 
+if sys.platform != "win32":  # a body on Windows loads this module too
+    import resource
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator, Mapping
     from types import FrameType
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
+    from bgsupervisor.link import Line
     from bgsupervisor.service import Handle
 
 __all__ = ["Birth", "Child", "main"]
@@ -149,7 +152,7 @@ def _become_child(birth: Birth) -> None:
 class AttemptContext(tasks.Context):
     """What a body that a supervisor runs can ask and tell."""
 
-    def __init__(self, order: Run, link: Link, coordination: Coordination, config: Config, clock: Clock) -> None:
+    def __init__(self, order: Run, link: Line, coordination: Coordination, config: Config, clock: Clock) -> None:
         self.id = order.id
         self.attempt = order.attempt
         self.key = order.key

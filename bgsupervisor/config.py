@@ -43,6 +43,7 @@ __all__ = [
     "sqlite_path",
     "take_notify_socket",
     "template",
+    "wants_no_colour",
     "working_folder",
 ]
 
@@ -802,6 +803,11 @@ def restore_environment(wanted: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(wanted)
     read_time_zone()
+
+
+def wants_no_colour() -> bool:
+    """Return whether the user wants text without colours everywhere (https://no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
 
 
 def apply_env_file(config: Config) -> None:

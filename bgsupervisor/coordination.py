@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import secrets
-import select
 import threading
 from multiprocessing import AuthenticationError
 from multiprocessing import connection as connections
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ledger import Ledger
-    from bgsupervisor.link import Link
+    from bgsupervisor.link import Line
     from bgsupervisor.waits import Found, Waits
     from bgsupervisor.wire import Run
 
@@ -147,13 +146,14 @@ class Coordination:
     def __init__(
         self,
         order: Run,
-        link: Link,
+        link: Line,
         ledger: Callable[[], Ledger],
         config: Config,
         clock: Clock,
         *,
         is_given_up: Callable[[], bool] = lambda: False,
         waits_alone: Callable[[], bool] = lambda: True,
+        make_bell: Callable[[Path], Bell] = Bell,
     ) -> None:
         self._id, self._attempt, self._parent_id = order.id, order.attempt, order.parent_id
         self._link = link
@@ -163,6 +163,7 @@ class Coordination:
         self._clock = clock
         self._is_given_up = is_given_up
         self._waits_alone = waits_alone
+        self._make_bell = make_bell
         self._numbers = itertools.count()
         self._bell: Bell | None = None
         self._slot_turn = threading.Lock()
@@ -401,7 +402,7 @@ class Coordination:
         """Look until there is something: after each ring, and now and then without one."""
         lasting = threading.current_thread() is threading.main_thread()
         bell = self._bell if lasting and self._bell is not None and self._bell.pid == os.getpid() else None
-        bell = bell or Bell(self._config.state_dir)
+        bell = bell or self._make_bell(self._config.state_dir)
         try:
             with self._link.waking() as wake:
                 deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
@@ -437,7 +438,7 @@ class Coordination:
             if left <= 0:
                 return None
             if seen is None:
-                _poll(wake, min(left, max(next(pauses), min(rested_s, LONG_S))))
+                self._link.rest(wake, min(left, max(next(pauses), min(rested_s, LONG_S))))
             else:
                 rung_by_nobody = self._link.disconnected.is_set()
                 pause_s = max(LOOK_S, min(rested_s, LONG_S)) if rung_by_nobody else LONG_S
@@ -486,7 +487,7 @@ class Coordination:
             if self._link.slot_granted.is_set():
                 return True
             away = self._link.disconnected.is_set()
-            _poll(wake, min(left_s, SLOT_LOOK_S if away else LOOK_S))
+            self._link.rest(wake, min(left_s, SLOT_LOOK_S if away else LOOK_S))
             if away:
                 return False
         return False
@@ -495,12 +496,6 @@ class Coordination:
         order = self._link.cancel_order
         if order is not None:
             raise Cancelled(order.reason, order.by, order.why)
-
-
-def _poll(descriptor: int, timeout_s: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    poll.poll(timeout_s * 1000)
 
 
 def _values(

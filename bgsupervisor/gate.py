@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import random
+import sys
 import threading
 from typing import TYPE_CHECKING
 
 from bgsupervisor.clock import SystemClock
+
+if sys.platform != "win32":  # a body on Windows loads this module too
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

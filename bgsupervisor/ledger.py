@@ -891,6 +891,16 @@ class Ledger:
                 Status.START: int(count.where(_IS_START).scalar()),
             }
 
+    def ended_since(self, since: datetime, *, limit: int) -> list[TaskRecord]:
+        """Return tasks that have ended since a moment, in the order of their ends; without data, result and stack."""
+        task = self._task
+        light = {"data": "", "result": None, "stack": None}
+        columns = [field for field in task._meta.sorted_fields if field.name not in light]  # noqa: SLF001 - documented
+        query = task.select(*columns).where(task.ended_at.is_null(False) & (task.ended_at >= since))
+        query = query.order_by(task.ended_at, task.id).limit(limit)
+        with self.store.connected():
+            return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
+
     def waiting_count(self) -> int:
         """Return how many of the running tasks wait for others, without a slot."""
         with self.store.connected():

@@ -7,19 +7,22 @@ lock, so that a hello can always tell it anew.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import queue
 import select
 import socket
+import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bgsupervisor import pauses, wire
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import connect, inode_of, is_another, ring_board
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Run, Who
+
+if sys.platform != "win32":  # a body on Windows loads this module too
+    import fcntl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from bgsupervisor.stacks import Answering
     from bgsupervisor.wire import End
 
-__all__ = ["Link"]
+__all__ = ["Line", "Link"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -39,6 +42,45 @@ LONELY_S = 10.0
 WAITING_BEATS = 12
 """A body that waits beats so many times slower; `ps` does not expect more of it."""
 PARENT_LOOK_S = 10.0
+
+
+class Line(Protocol):
+    """What a body and its waits need of the connection to the process that started the attempt; see `Link`.
+
+    A wake is whatever `waking` yields; only `quiet` and `rest` look into it.
+    """
+
+    cancel_order: wire.Cancel | None
+    last_progress: wire.Progress | None
+    slot_granted: threading.Event
+    disconnected: threading.Event
+
+    def say_from_body(self, message: wire.Message) -> None:
+        """See `Link.say_from_body`."""
+
+    def ring(self, keys: Sequence[str]) -> None:
+        """See `Link.ring`."""
+
+    def rouse(self) -> None:
+        """See `Link.rouse`."""
+
+    def set_waiting(self, waiting: bool) -> None:
+        """See `Link.set_waiting`."""
+
+    def waking(self) -> contextlib.AbstractContextManager[Any]:
+        """See `Link.waking`."""
+
+    def quiet(self, wake: Any) -> None:  # noqa: ANN401 - see above
+        """See `Link.quiet`."""
+
+    def rest(self, wake: Any, timeout_s: float) -> None:  # noqa: ANN401 - see above
+        """See `Link.rest`."""
+
+    def want_slot(self, id: int, attempt: int, number: int) -> None:
+        """See `Link.want_slot`."""
+
+    def want_no_slot(self) -> None:
+        """See `Link.want_no_slot`."""
 
 
 class Link(threading.Thread):
@@ -175,6 +217,13 @@ class Link(threading.Thread):
         """Calm a descriptor, before the look at what it tells of."""
         with contextlib.suppress(OSError):
             os.eventfd_read(wake)
+
+    @staticmethod
+    def rest(wake: int, timeout_s: float) -> None:
+        """Wait until a descriptor is readable, at most *timeout_s*."""
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        poll.poll(timeout_s * 1000)
 
     def want_slot(self, id: int, attempt: int, number: int) -> None:
         """Ask for a slot after a wait, now and of every later supervisor, until `want_no_slot`."""

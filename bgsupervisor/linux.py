@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-__all__ = ["FileWatch", "is_child_subreaper", "pidfd_exit", "punch_hole", "set_child_subreaper"]
+__all__ = ["FileWatch", "die_with_parent", "is_child_subreaper", "pidfd_exit", "punch_hole", "set_child_subreaper"]
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 PR_GET_CHILD_SUBREAPER = 37
 
@@ -49,6 +50,17 @@ def set_child_subreaper() -> None:
         OSError: The kernel refuses (none since 3.4 does).
     """
     _checked(_libc().prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send signal *number* to this process when the thread that started it has ended.
+
+    Kept over exec, not inherited by children.
+
+    Raises:
+        UnsupportedSystem: This is not Linux.
+    """
+    _checked(_libc().prctl(PR_SET_PDEATHSIG, number, 0, 0, 0))
 
 
 def is_child_subreaper() -> bool:

@@ -12,6 +12,7 @@ import errno
 import os
 import select
 import stat
+import sys
 from typing import TYPE_CHECKING
 
 from bgsupervisor import linux
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
 
 __all__ = [
+    "Reader",
     "bound",
     "find",
     "follow",
@@ -40,6 +42,8 @@ BLOCK_BYTES = 4096
 CHUNK_BYTES = 65536
 FOLLOW_POLL_S = 0.1
 LOG_MODE = 0o640
+_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+"""Windows knows no O_CLOEXEC, and would translate line ends without O_BINARY."""
 
 
 def process_log(logs: Path, pid: int, start_ticks: int) -> Path:
@@ -83,8 +87,9 @@ def open_for_append(path: Path) -> int:
     Raises:
         OSError: The folder is missing or not writable, or the disk is full.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, LOG_MODE)
-    with contextlib.suppress(PermissionError):  # another user's file keeps the mode that its owner gave it
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _PLAIN, LOG_MODE)
+    # Another user's file keeps the mode that its owner gave it; Windows has no modes.
+    with contextlib.suppress(PermissionError, AttributeError):
         os.fchmod(fd, LOG_MODE)
     return fd
 
@@ -129,7 +134,7 @@ def bound(path_or_fd: Path | int, limit_bytes: int) -> bool:
     """
     if isinstance(path_or_fd, int):
         return _bound(path_or_fd, limit_bytes)
-    fd = os.open(path_or_fd, os.O_WRONLY | os.O_CLOEXEC)
+    fd = os.open(path_or_fd, os.O_WRONLY | _PLAIN)
     try:
         return _bound(fd, limit_bytes)
     finally:
@@ -147,7 +152,7 @@ def tail(path: Path, lines: int, max_bytes: int = 65536) -> list[str]:
     Raises:
         OSError: The log is missing or not readable.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | _PLAIN)
     try:
         kept, position = b"", 0
         for offset, piece in _pieces(fd, max(0, os.fstat(fd).st_size - max_bytes)):
@@ -167,7 +172,7 @@ def read(path: Path) -> Iterator[str]:
     Raises:
         OSError: The log is missing or not readable.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | _PLAIN)
     try:
         text = _Text()
         yield from text.new(fd)
@@ -189,22 +194,46 @@ def follow(path_finder: Callable[[], Path | None], ended: Callable[[], bool], cl
     Raises:
         OSError: The log is not readable.
     """
-    fd: int | None = None
-    text = _Text()
+    reader = Reader()
     try:
         while True:
             over = ended()
-            if fd is None:
-                fd = _open_if_there(path_finder())
-            if fd is not None:
-                yield from text.new(fd)
+            yield from reader.new(path_finder)
             if over:
-                yield text.rest()
+                yield reader.rest()
                 return
             clock.sleep(FOLLOW_POLL_S)
     finally:
-        if fd is not None:
-            os.close(fd)
+        reader.close()
+
+
+class Reader:
+    """Reads what is new in one log, look by look; the file stays open once found, so its renaming loses nothing."""
+
+    def __init__(self) -> None:
+        self._fd: int | None = None
+        self._text = _Text()
+
+    def new(self, path_finder: Callable[[], Path | None]) -> Iterator[str]:
+        """Yield what was written since the last look; *path_finder* is asked until it gives a path that exists.
+
+        Raises:
+            OSError: The log is not readable.
+        """
+        if self._fd is None:
+            self._fd = _open_if_there(path_finder())
+        if self._fd is not None:
+            yield from self._text.new(self._fd)
+
+    def rest(self) -> str:
+        """Return what is left of a character that never became whole."""
+        return self._text.rest()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
 
 class _Text:
@@ -241,13 +270,13 @@ class _Text:
 
 def _bound(fd: int, limit_bytes: int) -> bool:
     state = os.fstat(fd)
-    if state.st_blocks * 512 <= limit_bytes:
+    if getattr(state, "st_blocks", -(-state.st_size // 512)) * 512 <= limit_bytes:  # Windows counts none
         return False
     first = limit_bytes // 4 // BLOCK_BYTES * BLOCK_BYTES
     last = (state.st_size - limit_bytes // 2) // BLOCK_BYTES * BLOCK_BYTES
     if last <= first:
         return False
-    if not linux.punch_hole(fd, first, last - first):
+    if not (sys.platform.startswith("linux") and linux.punch_hole(fd, first, last - first)):
         os.ftruncate(fd, first)
     return True
 
@@ -257,16 +286,23 @@ def _pieces(fd: int, position: int) -> Iterator[tuple[int, bytes]]:
     end = os.fstat(fd).st_size
     while position < end:
         position = _next_data(fd, position)
-        until = min(end, os.lseek(fd, position, os.SEEK_HOLE)) if position < end else end
+        until = min(end, _next_hole(fd, position, end)) if position < end else end
         while position < until:
-            piece = os.pread(fd, min(CHUNK_BYTES, until - position), position)
+            os.lseek(fd, position, os.SEEK_SET)
+            piece = os.read(fd, min(CHUNK_BYTES, until - position))
             if not piece:
                 return  # cut short meanwhile
             yield position, piece
             position += len(piece)
 
 
+def _next_hole(fd: int, position: int, end: int) -> int:
+    return os.lseek(fd, position, os.SEEK_HOLE) if hasattr(os, "SEEK_HOLE") else end
+
+
 def _next_data(fd: int, position: int) -> int:
+    if not hasattr(os, "SEEK_DATA"):  # Windows; nothing of ours makes a hole there
+        return position
     try:
         return os.lseek(fd, position, os.SEEK_DATA)
     except OSError as error:
@@ -287,6 +323,6 @@ def _open_if_there(path: Path | None) -> int | None:
     if path is None:
         return None
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | _PLAIN)
     except FileNotFoundError:
         return None

@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import sqlite3
+import sys
 import threading
 import weakref
 from datetime import UTC, datetime
@@ -614,8 +615,8 @@ class Store:
 
         *folder* is the state directory.
         """
-        if self._server is not None:
-            from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns, and never on Windows
+        if self._server is not None and sys.platform != "win32":  # the gate is made of locks that Windows lacks
+            from bgsupervisor.gate import gate_of  # noqa: PLC0415 - only children have turns
 
             self._gate = gate_of(folder)
 

@@ -16,7 +16,7 @@ from bgsupervisor.stamp import code_stamp, write_stamp
 from bgsupervisor.wire import TaskOptions, Who
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from multiprocessing.context import SpawnProcess
     from pathlib import Path
 
@@ -372,7 +372,7 @@ class Nurseries:
         count = len(hello.catalogue)
         detail = f"loaded {count} task{'' if count == 1 else 's'}{failed}"
         log.info("%s", detail)
-        self._answer(candidate, done=True, detail=detail)
+        self._answer(candidate, done=True, detail=detail, failures=hello.failures)
 
     def _turn_down(
         self, candidate: _Started, peer: Peer, hello: wire.NurseryHello, missing: list[wire.LoadFailure]
@@ -384,12 +384,12 @@ class Nurseries:
         log.error("%s", detail)
         self._ears.send(peer, wire.Leave())
         del self._homes[hello.who]
-        self._answer(candidate, done=False, detail=detail)
+        self._answer(candidate, done=False, detail=detail, failures=missing)
 
-    def _answer(self, started: _Started, *, done: bool, detail: str) -> None:
+    def _answer(self, started: _Started, *, done: bool, detail: str, failures: Sequence[wire.LoadFailure] = ()) -> None:
         for caller in started.callers:
             if not caller.channel.closed:
-                self._ears.send(caller, wire.Reloaded(done, detail))
+                self._ears.send(caller, wire.Reloaded(done, detail, list(failures)))
 
     def _records(self) -> dict[Who, Path]:
         found = {}

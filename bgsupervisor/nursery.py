@@ -197,7 +197,9 @@ def _try_load(name: str, load: Callable[[], object], *, kind: str = "module") ->
         raise
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
         trace = storable("".join(traceback.format_exception(error)))
-        log.error("%s failed to load: %s", name, "".join(traceback.format_exception_only(error)).strip())  # noqa: TRY400 - the trace goes to `check`
+        lines = traceback.format_exception_only(error)
+        said = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines)  # before it come file and line
+        log.error("%s failed to load: %s", name, " ".join(said.split()))  # noqa: TRY400 - the trace goes to `check`
         return LoadFailure(name, trace[-8000:], kind)
     return None
 

@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import itertools
 import os
 import re
 import secrets
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor import processes
 from bgsupervisor.errors import NoStack
 from bgsupervisor.statedir import user_name
+
+if sys.platform != "win32":  # a body on Windows loads this module too
+    import fcntl
 
 if TYPE_CHECKING:
     from typing import NoReturn, Self
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANSWER_S", "Answering", "Question", "can_answer", "stack_of"]
 
-SIGNAL = signal.SIGURG
+SIGNAL = getattr(signal, "SIGURG", 0)
 NAME = "bgsupervisor-stack"
 """What the memory is called in the process table."""
 BEGIN, END = b"all threads, asked by ", b"that is all for "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.config import Config
 
-__all__ = ["Stamp", "code_stamp", "loaded_places", "newer_code", "read_stamp", "write_stamp"]
+__all__ = ["Stamp", "code_places", "code_stamp", "loaded_places", "newer_code", "read_stamp", "write_stamp"]
 
 MAX_ENTRIES = 200_000
 """Largest number of files and folders that a stamp covers: half a second, which each minute can bear."""
@@ -46,7 +46,7 @@ class Stamp:
 
     def is_outdated(self, config: Config) -> bool:
         """Return whether any place has changed, or the configuration names a place that is not in this stamp."""
-        wanted = {str(place) for place in _places(config)}
+        wanted = {str(place) for place in code_places(config)}
         return not wanted <= self.digests.keys() or any(
             _Look().digest(place) != old for place, old in self.digests.items()
         )
@@ -66,7 +66,7 @@ def code_stamp(config: Config) -> Stamp:
     Looks at the packages of the configured modules, `setup` and `child_setup`, at the configuration file and its
     env_file, and at bgsupervisor itself. Blocks for reading folders: about 3 ms per 1000 code files.
     """
-    digests = {str(place): _Look().digest(str(place)) for place in _places(config)}
+    digests = {str(place): _Look().digest(str(place)) for place in code_places(config)}
     return Stamp(digests, str(_PACKAGE), _root())
 
 
@@ -145,7 +145,8 @@ def _root() -> str:
     return f"{state.st_dev}:{state.st_ino}"
 
 
-def _places(config: Config) -> Iterator[Path]:
+def code_places(config: Config) -> Iterator[Path]:
+    """Yield the folders of packages, and the single files, whose change changes the stamp."""
     yield from (path for path in (config.path, config.env_file) if path is not None)
     yield _PACKAGE
     names = [*config.tasks, *(path.partition(":")[0] for path in (config.setup, config.child_setup) if path)]

@@ -32,6 +32,7 @@ __all__ = [
     "inode_of",
     "is_another",
     "open_dir",
+    "own_user",
     "send_datagram",
     "user_name",
 ]
@@ -122,6 +123,8 @@ class StateDir:
         Raises:
             AccessError: Another user owns the folder, or it is not there.
         """
+        if not hasattr(os, "geteuid"):
+            return  # Windows, which has no numbers of users
         try:
             owner_uid = self.path.stat().st_uid
         except OSError as error:
@@ -476,12 +479,22 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def own_user() -> str:
+    """Return the name of this process's user."""
+    if hasattr(os, "geteuid"):
+        return user_name(os.geteuid())
+    try:
+        return os.getlogin()
+    except OSError:  # a service has no login
+        return "unknown"
+
+
 def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessError:
     """Return the error of this process's user failing to *right* ("read", "write", "create") *path*.
 
     *hint* says what to do about it.
     """
-    user = user_name(os.geteuid()) if hasattr(os, "geteuid") else os.getlogin()
+    user = own_user()
     if error.errno == errno.ENOSPC:
         hint = "free some space there"
     message = f"user {user} cannot {right} {path}: {error.strerror}; {hint}"

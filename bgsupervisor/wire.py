@@ -332,6 +332,7 @@ class Reloaded(msgspec.Struct, frozen=True, tag=True):
 
     done: bool
     detail: str
+    failures: list[LoadFailure] = []
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):

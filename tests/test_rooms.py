@@ -19,12 +19,12 @@ SOURCE = str(PACKAGE.parent)
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"supervisor", "doctor"},
+    {"supervisor", "doctor", "portable"},
     {"testing"},
     {"__init__"},
     {"service"},
     {"borrowed", "names"},
-    {"nurseries", "boards", "recovery", "enforcement", "deaths", "housekeeping"},
+    {"nurseries", "boards", "recovery", "enforcement", "deaths", "housekeeping", "spawned"},
     {"wards"},
     {"reception"},
     {"nursery"},
@@ -59,6 +59,7 @@ UPWARDS = {
     ("child", "service"): "a body requests tasks as any application does",
     ("service", "testing"): "under Django's test runner a Service isolates itself",
     ("supervisor", "__init__"): "it writes the package's version into its row",
+    ("portable", "__init__"): "the same",
 }
 """Imports inside a function that lead upwards or sideways, and why."""
 
@@ -83,6 +84,8 @@ SENDS_SIGNALS = {
     "boards": "a board that does not answer",
     "stacks": "a question for a stack, by a signal that who has no handler for it ignores",
     "child": "itself, when SIGTERM is to do what it does to any process",
+    "portable": "children of its own, which it has not reaped, and what psutil sees below them",
+    "cli.development": "its own child, the supervisor, which it has not reaped",
     "cli.loading": "the process that `check` loads the application in",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +10,7 @@ from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
-from bgsupervisor.statedir import user_name
+from bgsupervisor.statedir import own_user
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def cancel(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 
     def cancel_one(service: Service, id: int) -> tuple[str, bool]:
         before = service.get(id)
-        after = service.cancel(id, by=by or user_name(os.geteuid()))
+        after = service.cancel(id, by=by or own_user())
         return _told(before, after, service.config.grace_s), after.status is Status.START
 
     _for_each(session, ids, cancel_one, ", which then asks for the end of what runs")
@@ -54,7 +53,7 @@ def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
 
     def suspend_one(service: Service, id: int) -> tuple[str, bool]:
         before = service.get(id)
-        service.suspend(id, by=by or user_name(os.geteuid()))
+        service.suspend(id, by=by or own_user())
         if before is not None and before.suspend_requested_at is not None:
             who = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
             return f"task {id} had been suspended already{who}", True

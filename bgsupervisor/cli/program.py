@@ -25,6 +25,7 @@ EXIT_PIPE_CLOSED = 1
 _COMMANDS = {
     "init": "bgsupervisor.cli.init:init",
     "run": "bgsupervisor.cli.run:run",
+    "dev": "bgsupervisor.cli.dev:dev",
     "ps": "bgsupervisor.cli.ps:ps",
     "show": "bgsupervisor.cli.show:show",
     "why": "bgsupervisor.cli.why:why",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -49,13 +50,14 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 @click.command()
 @click.option("--burst", is_flag=True, help="Leave once nothing runs and nothing is due.")
 @click.option("--slots", type=int, help="How many bodies run at once; wins over the configuration.")
+@click.option("--on-term", type=click.Choice(["leave", "drain", "kill"]), help="What SIGTERM means; wins likewise.")
 @click.option(
     "--log-to-stderr",
     is_flag=True,
     help="Log to stderr too, as on a terminal, under systemd and as a container's PID 1.",
 )
 @pass_session
-def run(session: Session, *, burst: bool, slots: int | None, log_to_stderr: bool) -> None:
+def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None, log_to_stderr: bool) -> None:
     """Supervise: start tasks, watch them, record their ends.
 
     Leaves at once, with success, if a supervisor is there already. Its log is logs/supervisor.log in the state
@@ -69,7 +71,8 @@ def run(session: Session, *, burst: bool, slots: int | None, log_to_stderr: bool
             "run_pending(), or turn the isolation off for this test"
         )
     try:
-        code = supervise(lambda: session.config(slots=slots), burst=burst, log_to_stderr=log_to_stderr)
+        load = functools.partial(session.config, slots=slots, on_term=on_term)
+        code = supervise(load, burst=burst, log_to_stderr=log_to_stderr)
     except BgSupervisorError as error:
         code = tell_error(error)
     except KeyboardInterrupt:
@@ -99,7 +102,7 @@ def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = 
     if not sys.platform.startswith("linux"):
         raise UnsupportedSystem(
             f"supervising needs Linux (pidfd, the process table, child subreapers); this is {sys.platform}. "
-            "Importing tasks, requesting them and calling bodies directly work here"
+            "`bgsupervisor dev` runs tasks here, with fewer promises"
         )
     notifier = Notifier(take_notify_socket())  # out of the environment: bodies must not speak to the service manager
     config, clock = load(), SystemClock()

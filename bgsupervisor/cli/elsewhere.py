@@ -1,0 +1,82 @@
+"""`bgsupervisor dev` where supervising is not possible: runs the tasks itself, and prints what they do."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from bgsupervisor.cli.changes import Changes
+from bgsupervisor.cli.following import Following, echo, tell_failures
+from bgsupervisor.cli.output import warn
+from bgsupervisor.clock import SystemClock
+from bgsupervisor.config import shown
+from bgsupervisor.errors import AccessError, DatabaseError
+from bgsupervisor.portable import PROMISES, Runner, other_runner
+from bgsupervisor.statedir import StateDir
+
+if TYPE_CHECKING:
+    from bgsupervisor.cli.dev import Interrupts
+    from bgsupervisor.cli.session import Session
+    from bgsupervisor.spawned import Ready
+
+__all__ = ["develop_elsewhere"]
+
+AWAY_S = 1.0
+"""Pause after a look at a database that is away, in seconds."""
+
+
+def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupts) -> int:
+    """Run tasks until Ctrl-C; return the exit code."""
+    config, clock = session.config(slots=slots), SystemClock()
+    state_dir = StateDir(config.state_dir)
+    state_dir.create()
+    state_dir.check_owner()
+    with contextlib.closing(session.service()) as service:
+        other = other_runner(service.ledger.supervisors())
+        if other is not None:
+            warn(f"bgsupervisor: cannot run tasks: another `bgsupervisor dev` runs them, PID {other}; end it first")
+            return 1
+        modules = ", ".join(config.tasks) or "no modules (name them in `tasks`)"
+        echo(f"developing {modules} on {shown(config.database)}, {config.slots} slots; Ctrl-C ends it, with the tasks")
+        echo(f"this is {sys.platform}, not Linux; what `bgsupervisor run` promises there is not promised here:")
+        for promise in PROMISES:
+            echo(f"  - {promise}")
+        following, runner = Following(service, echo), Runner(config, _tell_loaded)
+        changes = Changes(config, clock)
+        told, seen = "", 0
+        try:
+            while not (seen and runner.is_over()):
+                if interrupts.count > seen:
+                    echo("ending the running tasks; Ctrl-C again kills" if not seen else "killing the running tasks")
+                    runner.end(kill=seen > 0)
+                    seen = interrupts.count
+                elif changes.found(config):
+                    echo("the code has changed; loading it")
+                    runner.reload()
+                try:
+                    runner.tick()
+                    following.look()
+                    told = ""
+                except (DatabaseError, AccessError) as error:
+                    if str(error) != told:
+                        echo(f"{click.style('dev |', dim=True)} {error}; trying again")
+                    told = str(error)
+                    clock.sleep(AWAY_S)
+        finally:
+            changes.close()
+            runner.close()
+        with contextlib.suppress(DatabaseError, AccessError):
+            following.look()
+        following.close()
+    return 0
+
+
+def _tell_loaded(ready: Ready) -> None:
+    tell_failures(ready.failures)
+    count = len(ready.catalogue)
+    echo(click.style(f"loaded {count} task{'s' * (count != 1)}", fg="yellow" if ready.failures else "green"))
+    if ready.failures:
+        echo("tasks of what failed to load wait until it loads")

@@ -1,0 +1,353 @@
+"""The child of `portable`: loads the application, waits for one order, runs the body, records its end, leaves.
+
+Needs nothing that only Linux has. A pipe leads to its parent; rows are written through the ledger, as by any child that
+no supervisor acknowledges.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import inspect
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import msgspec
+
+from bgsupervisor import logs, payload, tasks, wire
+from bgsupervisor.bodies import end_of
+from bgsupervisor.child import LEFTOVER_GRACE_S, LOG_FORMAT, RECORD_RETRY_S, AttemptContext, call_by_path
+from bgsupervisor.clock import SystemClock, repeat_last
+from bgsupervisor.coordination import AWAY_S, Bell, Coordination
+from bgsupervisor.errors import BgSupervisorError, Cancelled
+from bgsupervisor.ledger import Attempt, Ledger
+from bgsupervisor.models import Store
+from bgsupervisor.nursery import import_what_children_need, load_application
+from bgsupervisor.statedir import StateDir
+from bgsupervisor.statuses import Reason
+from bgsupervisor.wire import End, LoadFailure, Run, TaskOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from multiprocessing.connection import Connection
+    from types import FrameType
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+
+__all__ = ["Ready", "decode", "encode", "main"]
+
+log = logging.getLogger("bgsupervisor")
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The first word of a child: what it has loaded, and what failed to load."""
+
+    catalogue: dict[str, TaskOptions]
+    failures: list[LoadFailure]
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Ready | wire.Message).decode
+
+
+def main(config: Config, pipe: Connection) -> NoReturn:
+    """Live as a child; never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which holds it back here
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    quiet = logging.NullHandler()
+    log.addHandler(quiet)  # the parent prints what failed to load
+    line = PipeLine(pipe, config)
+    loaded = load_application(config)
+    import_what_children_need()
+    log.removeHandler(quiet)
+    line.start()
+    failed = {failure.module for failure in loaded.failures}  # what it defined before it failed may lack something
+    known = {name: one.options for name, one in tasks.definitions().items() if not {name, one.module} & failed}
+    line.say(Ready(known, loaded.failures))
+    order = line.orders.get()
+    if order is not None:
+        _Performance(config, line, order).perform()
+    _leave(config)
+
+
+class PipeLine(threading.Thread):
+    """The connection of a child to its parent, and the thread that listens to it; see `link.Line`.
+
+    No supervisor hands out slots and no wait manager rings: a waiter takes its slot by the rows, and the parent passes
+    on what a child rings. A child whose parent has gone ends its body as if that had been stopped.
+
+    Attributes:
+        orders: What to do next; None is to leave.
+        in_body: SIGTERM may end the body by an exception.
+        inside: The main thread is writing, and must not be torn out of it by a signal.
+    """
+
+    def __init__(self, pipe: Connection, config: Config) -> None:
+        super().__init__(name="bgsupervisor link", daemon=True)
+        self._pipe = pipe
+        self._heartbeat_s, self._grace_s = config.heartbeat_s, config.grace_s
+        self._turn = threading.Lock()
+        self._wakes: set[threading.Event] = set()
+        self._order: Run | None = None
+        self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self.in_body = self.inside = False
+        self.cancel_order: wire.Cancel | None = None
+        self.last_progress: wire.Progress | None = None
+        self.slot_granted = threading.Event()
+        self.disconnected = threading.Event()
+        self.disconnected.set()
+
+    def run(self) -> None:
+        """Listen until the process ends."""
+        while True:
+            try:
+                if self._pipe.poll(self._heartbeat_s):
+                    self._take(decode(self._pipe.recv_bytes()))
+                elif self._order is not None:
+                    self.say(self.last_progress or wire.Beat(self._order.id, self._order.attempt))
+                    self.last_progress = None
+            except (EOFError, OSError):
+                self._end_orphaned()
+
+    def say(self, message: Ready | wire.Message) -> None:
+        """Send what may be lost."""
+        with self._turn, contextlib.suppress(OSError, ValueError):
+            self._pipe.send_bytes(encode(message))
+
+    def say_from_body(self, message: wire.Message) -> None:
+        """Send what may be lost, from the thread that SIGTERM interrupts: never in the middle of a message."""
+        if threading.current_thread() is not threading.main_thread():
+            self.say(message)
+            return
+        self.inside = True
+        try:
+            self.say(message)
+        finally:
+            self.inside = False
+
+    def ring(self, keys: Sequence[str]) -> None:
+        """Have the parent wake the waiters of all children."""
+        if keys:
+            self.say_from_body(wire.Ring(list(keys)))
+
+    def rouse(self) -> None:
+        """Have waiters of this child look again."""
+        for wake in list(self._wakes):
+            wake.set()
+
+    @contextlib.contextmanager
+    def waking(self) -> Iterator[threading.Event]:
+        """Yield what is set once there is news; at first, for what has come before counts."""
+        wake = threading.Event()
+        wake.set()
+        self._wakes.add(wake)
+        try:
+            yield wake
+        finally:
+            self._wakes.discard(wake)
+
+    def quiet(self, wake: threading.Event) -> None:
+        """Calm a wake, before the look at what it tells of."""
+        wake.clear()
+
+    def rest(self, wake: threading.Event, timeout_s: float) -> None:
+        """Wait for news, at most *timeout_s*."""
+        wake.wait(timeout_s)
+
+    def set_waiting(self, waiting: bool) -> None:
+        """Do nothing: the heartbeat of a waiting body costs nothing here."""
+
+    def want_slot(self, id: int, attempt: int, number: int) -> None:
+        """Do nothing: nobody hands out slots here."""
+
+    def want_no_slot(self) -> None:
+        """Do nothing, as `want_slot`."""
+
+    def _take(self, message: Ready | wire.Message) -> None:
+        if isinstance(message, Run):
+            self._order = message
+            self.orders.put(message)
+        elif isinstance(message, wire.Cancel):
+            self.cancel_order = message
+            self.rouse()
+        elif isinstance(message, wire.Ring):
+            self.rouse()
+        elif isinstance(message, wire.Leave):
+            self.orders.put(None)
+
+    def _end_orphaned(self) -> NoReturn:
+        order, why = self._order, "`bgsupervisor dev` has gone"
+        if order is not None:
+            self.cancel_order = wire.Cancel(id=order.id, attempt=order.attempt, reason=Reason.STOPPED, why=why)
+        self.orders.put(None)
+        self.rouse()
+        SystemClock().sleep(self._grace_s)
+        os._exit(1)
+
+
+class _NoBell(Bell):
+    """The wait manager that is not there: a waiter looks at the rows, when it is roused and each second."""
+
+    def seen(self, keys: Sequence[str]) -> list[int] | None:
+        """Return that nothing is known."""
+        del keys
+        return None
+
+
+class _Performance:
+    """One attempt, from its order to its recorded end."""
+
+    def __init__(self, config: Config, line: PipeLine, order: Run) -> None:
+        self._config = config
+        self._line = line
+        self._order = order
+        self._clock: Clock = SystemClock()
+        self._term_came = False
+
+    def perform(self) -> None:
+        """Run the body and record how it ended."""
+        order, line = self._order, self._line
+        path = logs.task_log(StateDir(self._config.state_dir).logs, order.id, order.attempt)
+        with contextlib.suppress(OSError):  # a full log disk must not use up tasks
+            _redirect_output(logs.open_for_append(path))
+        coordination = Coordination(
+            order,
+            line,
+            lambda: self._ledger(patience_s=AWAY_S),
+            self._config,
+            self._clock,
+            is_given_up=tasks.is_given_up,
+            waits_alone=tasks.waits_alone,
+            make_bell=_NoBell,
+        )
+        context = AttemptContext(order, line, coordination, self._config, self._clock)
+        try:
+            end = self._guarded_body(context)
+        except Cancelled as error:  # SIGTERM came while another exception was on its way out
+            end = self._end_of(error)
+        _end_leftovers()
+        _flush_streams()
+        coordination.close()
+        with contextlib.suppress(OSError):
+            logs.bound(path, self._config.log_max_bytes)
+        done, total, message = context.last
+        self._record(msgspec.structs.replace(end, progress_done=done, progress_total=total, message=message))
+
+    def _guarded_body(self, context: AttemptContext) -> End:
+        order, line = self._order, self._line
+        try:
+            definition = _definition_of(order.name)
+            data = payload.decode_data(
+                order.data, definition.signature, name=order.name, secret=definition.options.secret
+            )
+            if self._config.child_setup:
+                call_by_path(self._config.child_setup)
+            if not logging.getLogger().handlers:
+                logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+            signal.signal(signal.SIGTERM, self._on_term)
+            body = definition.body()
+            line.in_body = True
+            with tasks.entered(context):
+                value = body(**data)
+                if inspect.iscoroutine(value):
+                    value = asyncio.run(value)
+            line.in_body = False
+            return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
+        except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
+            line.in_body = False
+            return self._end_of(error)
+
+    def _end_of(self, error: BaseException) -> End:
+        how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
+        return end_of(error, how=how)
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        order = self._line.cancel_order
+        if order is None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._term_came = True
+        if order is not None and self._line.in_body and not self._line.inside:
+            raise Cancelled(order.reason, order.by, order.why)
+
+    def _record(self, end: End) -> None:
+        """Record the end; while the database is away, at most for AWAY_S, again and again."""
+        ledger, attempt = self._ledger(), Attempt(self._order.id, self._order.attempt)
+        deadline = self._clock.monotonic() + AWAY_S
+        keys: list[str] = []
+        for pause in repeat_last(RECORD_RETRY_S):
+            try:
+                ledger.end(attempt, end, keys)
+                break
+            except (BgSupervisorError, OSError) as error:
+                if self._clock.monotonic() >= deadline:
+                    log.warning("the end of task %d cannot be recorded: %s", attempt.id, error)
+                    break
+                with contextlib.suppress(Exception):
+                    ledger.store.close()
+            self._clock.sleep(pause)
+        self._line.ring(keys)
+        self._line.say(wire.Ended(attempt.id, attempt.attempt, End(reason=end.reason)))
+
+    def _ledger(self, patience_s: float = 0.0) -> Ledger:
+        config = self._config
+        wait_s = config.busy_timeout_s
+        store = Store.open(
+            config.database, config.table_prefix, busy_timeout_s=wait_s, creates=False, patience_s=patience_s
+        )
+        return Ledger(store)
+
+
+def _definition_of(name: str) -> tasks.Definition:
+    definition = tasks.definition_of(name)
+    if definition is None:
+        raise BgSupervisorError(f"the task {name!r} is not loaded in this process")
+    return definition
+
+
+def _redirect_output(descriptor: int) -> None:
+    _flush_streams()
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    options: dict[str, Any] = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+    sys.stdout, sys.stderr = open(1, "w", **options), open(2, "w", **options)  # noqa: SIM115 - for life
+
+
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _end_leftovers() -> None:
+    """End what the body has started and left; what has lost its parent is not found."""
+    import psutil  # noqa: PLC0415 - costs 45 ms, and is loaded by now
+
+    with contextlib.suppress(psutil.Error):
+        left = psutil.Process().children(recursive=True)
+        for end in (psutil.Process.terminate, psutil.Process.kill):
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    end(process)
+            _, left = psutil.wait_procs(left, LEFTOVER_GRACE_S)
+
+
+def _leave(config: Config) -> NoReturn:
+    """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
+    limit = threading.Timer(config.grace_s, os._exit, args=(0,))
+    limit.daemon = True
+    limit.start()
+    with contextlib.suppress(BaseException):
+        atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+    _flush_streams()
+    os._exit(0)
