@@ -101,12 +101,12 @@ class Known:
         return f"{lacking}; did you mean {nearest}?" if nearest else f"{lacking}; `bgsupervisor check` lists all tasks"
 
     def nearest(self, name: str) -> str | None:
-        """Return the known name that is most like *name*; a dot in place of the colon counts as the same."""
+        """Return the known name that is most like *name*."""
         names = self._current or self._catalogue.seen
         import difflib  # noqa: PLC0415 - only for a name that is wrong
 
         spelled = {one.partition(":")[2]: one for one in names if ":" in one} if ":" not in name else {}
-        spelled |= {one.replace(":", "."): one for one in names} | {one: one for one in names}
+        spelled |= {one: one for one in names}
         found = difflib.get_close_matches(name, spelled, n=1)
         return spelled[found[0]] if found else None
 

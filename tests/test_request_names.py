@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import sys
 import uuid
 
+import peewee
 import pytest
 from conftest import wait_until
 
@@ -306,8 +309,6 @@ def test_a_body_that_requests_a_wrong_name_warns_in_its_log(supervised):
 
 @pytest.mark.of_sqlite
 def test_a_name_is_judged_on_the_connection_it_is_requested_on(supervised):
-    import sqlite3
-
     strict = Service(config=supervised.config, unknown_names="refuse")
     lent = sqlite3.connect(supervised.folder / "bgsupervisor.db")
     lent.execute("BEGIN IMMEDIATE")
@@ -321,18 +322,21 @@ def test_a_name_is_judged_on_the_connection_it_is_requested_on(supervised):
 
 
 @pytest.mark.of_sqlite
-def test_a_name_in_a_shared_transaction_is_judged_after_its_write_lock(supervised):
-    import sqlite3
-
-    import peewee
-
-    shared = peewee.SqliteDatabase(supervised.folder / "bgsupervisor.db", timeout=0)
+def test_a_name_in_a_shared_transaction_is_judged_after_its_write_lock(supervised, monkeypatch):
+    shared = peewee.SqliteDatabase(supervised.folder / "bgsupervisor.db", timeout=5)
     service = Service(shared, config=supervised.config)
-    other = sqlite3.connect(supervised.folder / "bgsupervisor.db", timeout=0)
+    service.counts()
+    other = sqlite3.connect(supervised.folder / "bgsupervisor.db", timeout=0, isolation_level=None)
+    read = rooms.Catalogue.of
+
+    def read_while_others_write(*arguments, **named):
+        with contextlib.suppress(sqlite3.OperationalError):  # after this a transaction that has read cannot write
+            other.execute("UPDATE bgsupervisor_supervisor SET slots = slots + 1")
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(rooms.Catalogue, "of", read_while_others_write)
     with shared.atomic():
         service.request("MailOrder")
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
-            other.execute("BEGIN IMMEDIATE")
     other.close()
     shared.close()
 
