@@ -20,6 +20,8 @@ from bgsupervisor import portable
 from bgsupervisor.cli.changes import Changes
 from bgsupervisor.cli.following import Lines
 from bgsupervisor.config import load
+from bgsupervisor.ledger import Ledger, Request
+from bgsupervisor.testing import FakeClock
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -372,6 +374,23 @@ def test_page_on_developing_names_what_is_not_promised_elsewhere():
     listed = PAGE.read_text().split("does not promise:")[1]
 
     assert tuple(re.findall(r"^\* (.*)$", listed, re.MULTILINE)) == portable.PROMISES
+
+
+def test_ended_since_gives_ends_from_that_moment_in_their_order(store):
+    clock = FakeClock()
+    ledger = Ledger(store, clock)
+    ids = [ledger.request(Request(name="appx:greet", data="{}"))[0] for _ in range(3)]
+    moments = []
+    for id in reversed(ids):
+        clock.advance(10)
+        moments.append(clock.now())
+        ledger.cancel(id, by=None)
+
+    found = ledger.ended_since(moments[1], limit=10)
+
+    assert [record.id for record in found] == [ids[1], ids[0]]
+    assert found[0].detail == "cancelled before it began"
+    assert [record.id for record in ledger.ended_since(moments[0], limit=2)] == [ids[2], ids[1]]
 
 
 class StuckClock:
