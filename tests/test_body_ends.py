@@ -11,7 +11,8 @@ import pytest
 from conftest import App, wait_until
 
 BODIES = r"""
-import asyncio, atexit, bz2, gzip, io, multiprocessing, os, signal, subprocess, sys, tarfile, threading, time, zipfile
+import asyncio, atexit, bz2, gc, gzip, io
+import multiprocessing, os, signal, subprocess, sys, tarfile, threading, time, zipfile
 from pathlib import Path
 from sys import stdout as imported_stdout
 from bgsupervisor import Service, Task, current, task
@@ -164,8 +165,22 @@ def in_a_closure(path):
     file = text_kept(path)
     return lambda: file
 
+class Book:
+    def __init__(self, path):
+        self.file = open(path, "w")
+        self.itself = self
+
+    def __del__(self):
+        self.file.write("the text")
+        self.file.close()
+
+def by_a_finalizer(path):
+    gc.disable()
+    Book(path)
+
 KINDS = {one.__name__: one for one in
-         (text_kept, in_a_cycle, zipped, tarred, compressed_text, compressed, read_and_write, in_a_closure)}
+         (by_a_finalizer, text_kept, in_a_cycle, zipped, tarred, compressed_text, compressed, read_and_write,
+          in_a_closure)}
 
 @task
 def leaves_open(kind: str, path: str):
@@ -366,6 +381,7 @@ def content(path, kind):
 @pytest.mark.parametrize(
     "kind",
     [
+        "by_a_finalizer",
         "text_kept",
         "in_a_cycle",
         "in_a_closure",
