@@ -463,6 +463,13 @@ def translated(store: Store) -> Iterator[None]:
         raise store.explain(error) from error
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go what the frames of an error hold: a cursor keeps a connection's files open after its close."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class _StillLocked(Exception):
     """Another connection has the lock that a call waits for."""
 
@@ -763,7 +770,8 @@ class Store:
             yield
         except DatabaseError as error:
             if is_locked(error):
-                raise _StillLocked from error
+                _forget_frames(error)
+                raise _StillLocked from None
             raise
 
     def _wait_at_most(self, seconds: float) -> None:
