@@ -12,16 +12,19 @@ import sqlite3
 import sys
 import threading
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = ["OpenTransaction", "open_transactions", "origins", "same_file"]
 
 SAME_THREAD_S = 1.0
 """Limit of the wait for a thread that tries which connections it may use, in seconds."""
+
+
+T = TypeVar("T")
 
 
 class OpenTransaction(NamedTuple):
@@ -55,12 +58,23 @@ class OpenTransaction(NamedTuple):
         return True
 
 
+_looking = threading.Lock()
+
+
 def open_transactions(path: Path) -> list[OpenTransaction]:
-    """Return the transactions that this thread has open on an SQLite file; those of frameworks first."""
-    found: dict[int, OpenTransaction] = {}
-    for one in _open_here():
-        found.setdefault(id(one.raw), one)
-    return [one for one in found.values() if _leads_to(one.raw, path)]
+    """Return the transactions that this thread has open on an SQLite file; those of frameworks first.
+
+    One thread of a process looks at a time. Another gets none meanwhile: many that wait are most likely each other's.
+    """
+    if not _looking.acquire(blocking=False):
+        return []
+    try:
+        found: dict[int, OpenTransaction] = {}
+        for one in _open_here():
+            found.setdefault(id(one.raw), one)
+        return [one for one in found.values() if _leads_to(one.raw, path)]
+    finally:
+        _looking.release()
 
 
 def origins(thing: object) -> set[str]:
@@ -78,34 +92,37 @@ def same_file(one: str, other: Path) -> bool:
 
 def _open_here() -> Iterator[OpenTransaction]:
     """Yield the connections to SQLite with an open transaction that this thread has made; the frameworks' first."""
-    connections, databases, scopes = _alive()
     yield from _of_django()
-    for database in databases:
+    for database in _instances(_loaded_class("peewee", "SqliteDatabase")):
         if not database.is_closed() and database.in_transaction():
             yield OpenTransaction(database.connection(), "a transaction of a Peewee database", "connection=database")
-    for session in [*_scoped(scopes), *_in_frames()]:
+    for session in [*_scoped(), *_in_frames()]:
         for raw in _raws(session):
             yield OpenTransaction(raw, f"a transaction of an SQLAlchemy {type(session).__name__}", "connection=session")
     mine = [one for one in _in_frames() if isinstance(one, sqlite3.Connection)]
-    for raw in [*_bound(connections), *mine]:
+    for raw in [*_bound(_transactions_of_process()), *mine]:
         yield OpenTransaction(raw, "a transaction of a connection of sqlite3", "connection=connection")
 
 
-def _alive() -> tuple[list[sqlite3.Connection], list[Any], list[Any]]:
-    """Return the connections of the process with an open transaction, Peewee's databases, SQLAlchemy's scopes."""
-    connections, databases, scopes = list[sqlite3.Connection](), list[Any](), list[Any]()
-    peewee, scoped = _loaded_class("peewee", "SqliteDatabase"), _loaded_class("sqlalchemy.orm", "scoped_session")
-    for one in gc.get_objects():
-        kind = type(one)  # isinstance would ask proxies, and wake what is lazy
-        if issubclass(kind, sqlite3.Connection):
-            with contextlib.suppress(sqlite3.Error):  # closed
-                if one.in_transaction:
-                    connections.append(one)
-        elif issubclass(kind, peewee):
-            databases.append(one)
-        elif issubclass(kind, scoped):
-            scopes.append(one)
-    return connections, databases, scopes
+def _instances(kind: type[T]) -> list[T]:
+    """Return the objects of a class, and of those made of it, that the process has.
+
+    Each object refers to its class, and so the garbage collector finds them without a list of all objects, which would
+    keep alive what other threads let go.
+    """
+    kinds: list[type] = [kind]
+    for one in kinds:
+        kinds += type.__subclasses__(one)
+    return [one for one in gc.get_referrers(*kinds) if issubclass(type(one), kind)]  # isinstance would ask proxies
+
+
+def _transactions_of_process() -> list[sqlite3.Connection]:
+    found = []
+    for one in _instances(sqlite3.Connection):
+        with contextlib.suppress(sqlite3.Error):  # closed
+            if one.in_transaction:
+                found.append(one)
+    return found
 
 
 def _of_django() -> Iterator[OpenTransaction]:
@@ -120,9 +137,9 @@ def _of_django() -> Iterator[OpenTransaction]:
                 yield OpenTransaction(wrapper.connection, "a transaction of Django", hint)
 
 
-def _scoped(scopes: Iterable[Any]) -> Iterator[Any]:
+def _scoped() -> Iterator[Any]:
     """Yield the Sessions that scopes have for this thread, or for what the application has put in its place."""
-    for scope in scopes:
+    for scope in _instances(_loaded_class("sqlalchemy.orm", "scoped_session")):
         with contextlib.suppress(Exception):  # outside of any scope, as without an application context of Flask
             if scope.registry.has():
                 yield scope.registry()
@@ -149,7 +166,7 @@ def _parts(value: object) -> list[object]:
     return list(found.values()) if type(found) is dict and not issubclass(type(value), ModuleType) else []
 
 
-def _loaded_class(module: str, name: str) -> type:
+def _loaded_class(module: str, name: str) -> type[Any]:
     """Return a class of a package that is loaded, or one that has no objects."""
     found = getattr(sys.modules.get(module), name, None)
     return found if isinstance(found, type) else _Nothing

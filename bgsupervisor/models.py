@@ -64,7 +64,7 @@ DATABASE_MODE = 0o660
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
-OWN_LOCK_S = 0.1
+OWN_LOCK_S = 0.2
 """Wait for a locked file, in seconds, after which a call looks whether its own thread keeps it locked."""
 COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Pauses between tries to reach a server that has hung up; the last one repeats."""
@@ -465,6 +465,13 @@ def translated(store: Store) -> Iterator[None]:
         raise store.explain(error) from error
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go what the frames of an error hold: a cursor keeps a connection's files open after its close."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 class _StillLocked(Exception):
     """Another connection has the lock that a call waits for."""
 
@@ -749,7 +756,12 @@ class Store:
                 self._refuse_to_wait_for(own)
         finally:
             self._wait_at_most(limit_s)
-        return call()
+        try:
+            return call()
+        except DatabaseError as error:
+            if is_locked(error):  # the look before may have been another thread's turn
+                self._refuse_to_wait_for(self._transactions_of_caller())
+            raise
 
     @contextlib.contextmanager
     def _waiting(self, seconds: float) -> Iterator[None]:
@@ -762,7 +774,8 @@ class Store:
             yield
         except DatabaseError as error:
             if is_locked(error):
-                raise _StillLocked from error
+                _forget_frames(error)
+                raise _StillLocked from None
             raise
 
     def _wait_at_most(self, seconds: float) -> None:

@@ -475,9 +475,10 @@ class Outage:
 def test_a_lock_that_is_held_for_long_delays_ends_and_loses_none(make_app, manager, lock_s):
     app = make_app(APP, busy_timeout_s=0.5, grace_s=0.3)
     outage = Outage(app, manager)
-    other = sqlite3.connect(app.folder / "bgsupervisor.db", isolation_level=None, timeout=5)
-    with contextlib.closing(other):
-        other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as thread:
+        path = app.folder / "bgsupervisor.db"
+        other = thread.submit(sqlite3.connect, path, isolation_level=None, timeout=5).result()
+        thread.submit(other.execute, "BEGIN IMMEDIATE").result()
         outage.assert_refused("is locked by another writer for longer than 0.5 s; try again")
         outage.live_through_it(lock_s, "is locked by another writer")
         shown = app.cli("ps")
@@ -485,7 +486,7 @@ def test_a_lock_that_is_held_for_long_delays_ends_and_loses_none(make_app, manag
         assert "no supervisor" not in shown.stderr
         assert ("lives but could not write to the database since" in shown.stderr) == (lock_s > 60)
         assert {app.service.get(handle).status for handle in outage.handles.values()} == {Status.START}
-        other.execute("ROLLBACK")
+        thread.submit(other.close).result()
     outage.assert_healed()
     assert "is locked" not in app.cli("ps").stderr
 

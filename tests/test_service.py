@@ -821,15 +821,15 @@ def test_strong_settings_of_the_application_are_not_warned_about(shared, caplog)
 def test_a_locked_database_is_told_after_the_busy_timeout(make_app):
     service = make_app(busy_timeout_s=0.2).service
     service.request("a:b")
-    other = sqlite3.connect(service.ledger.store.path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    before = time.monotonic()
-    with pytest.raises(DatabaseError, match=r"is locked by another writer for longer than 0\.2 s"):
-        service.request("a:b")
-    assert 0.2 <= time.monotonic() - before < 5
-    assert service.counts()[Status.REQUEST] == 1  # reading goes on
-    other.execute("COMMIT")
-    other.close()
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(sqlite3.connect, service.ledger.store.path, isolation_level=None).result()
+        thread.submit(other.execute, "BEGIN IMMEDIATE").result()
+        before = time.monotonic()
+        with pytest.raises(DatabaseError, match=r"is locked by another writer for longer than 0\.2 s"):
+            service.request("a:b")
+        assert 0.2 <= time.monotonic() - before < 5
+        assert service.counts()[Status.REQUEST] == 1  # reading goes on
+        thread.submit(other.close).result()
     assert service.request("a:b").id == 2
 
 
