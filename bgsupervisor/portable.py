@@ -41,7 +41,7 @@ __all__ = ["PROMISES", "Runner", "other_runner"]
 PROMISES = (
     "a task does not outlive this program: when it ends, or dies, so do all tasks",
     "what a task starts, and does not wait for, may live on when its process dies (no child subreapers)",
-    "where a task is cannot be asked (`stack`), and it cannot be suspended (`suspend`)",
+    "`stop`, `reload`, `suspend`, `resume` and `stack` do not reach it; Ctrl-C and a saved file do",
     "a kill for lack of memory is SIGNALLED, and CPU time and share are not shown",
     "an ended process is recognised by its PID and its start time, not by a handle of the kernel",
 )

@@ -375,6 +375,16 @@ def test_dev_elsewhere_beside_another_says_so_and_leaves_with_1(make_app, develo
     assert first.process.poll() is None
 
 
+def test_dev_elsewhere_where_it_is_stopped_says_what_allows_it(make_app, develop, elsewhere):
+    app = make_app(SOURCE)
+    app.cli("stop")
+
+    dev = develop(app, elsewhere, wait=False)
+
+    assert dev.process.wait(LIMIT_S) == 1
+    assert "`bgsupervisor start` allows it again" in dev.text
+
+
 def test_commands_elsewhere_work_on_the_same_rows(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     dev = develop(app, elsewhere)

@@ -15,7 +15,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import shown
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.portable import PROMISES, Runner, other_runner
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.statedir import StateDir, StopMark
 
 if TYPE_CHECKING:
     from bgsupervisor.cli.dev import Interrupts
@@ -34,6 +34,10 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
+    mark = StopMark.read(state_dir.stop_mark)
+    if mark is not None:
+        warn(f"bgsupervisor: cannot run tasks: stopped by {mark.by} at {mark.at}; `bgsupervisor start` allows it again")
+        return 1
     with contextlib.closing(session.service()) as service:
         other = other_runner(service.ledger.supervisors())
         if other is not None:
