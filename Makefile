@@ -6,6 +6,9 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
+# What a recipe for a first look needs is installed in seconds; the tools of `make test` bring a PostgreSQL server.
+STAMP_DEMO := $(VENV)/.installed-rich
+STAMP_SHOP := $(VENV)/.installed-shop
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,10 +19,10 @@ help:
 	@echo 'make RECIPE, where RECIPE is one of:'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
-demo: $(STAMP)  ## index the standard library in the background, half a minute to watch; DEMO=folder for another one
+demo: $(STAMP_DEMO)  ## index the standard library in the background, half a minute to watch; DEMO=folder for another one
 	@$(BIN)/python examples/index/demo.py $(if $(DEMO),"$(DEMO)")
 
-shop: $(STAMP)  ## open the example shop in which a browser watches its imports; PORT=8000
+shop: $(STAMP_SHOP)  ## open the example shop in which a browser watches its imports; PORT=8000
 	@$(BIN)/python examples/shop/serve.py $(if $(PORT),--port "$(PORT)")
 
 test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's; JOBS=3 at once
@@ -61,11 +64,11 @@ clean:  ## remove .venv, .demo, caches and build products
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made anew when the dependencies may have changed; an editable install sees all other changes by itself.
-$(STAMP): pyproject.toml
+$(STAMP) $(STAMP_DEMO) $(STAMP_SHOP): $(VENV)/.installed-%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "bgsupervisor needs Python 3.11 or newer, and '$(PYTHON)' is none; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
 		exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'Installing bgsupervisor and its tools into $(VENV); done once, and after changes of pyproject.toml.'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo 'Installing bgsupervisor[$*] into $(VENV); done once, and after changes of pyproject.toml.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	@touch $@

@@ -906,6 +906,15 @@ class Ledger:
         with self.store.connected():
             return int(self._task.select().where(_IS_START & self._task.slot.is_null()).count())
 
+    def ended_on(self, host: str, since: datetime, *, limit: int) -> tuple[list[TaskRecord], int]:
+        """Return what has run on a host and ended since a moment, the first *limit* in that order; and how many."""
+        task = self._task
+        condition = task.ended_at.is_null(False) & (task.ended_at >= since) & (task.host == host)
+        with self.store.connected():
+            count = int(task.select().where(condition).count())
+            query = task.select().where(condition).order_by(task.ended_at, task.id).limit(limit)
+            return [TaskRecord.from_row(row) for row in query.dicts()] if count else [], count
+
     def ended_counts(self, since: datetime) -> dict[Status, int]:
         """Return how many tasks have ended since a moment, DONE and INTERRUPTED, zeros included."""
         task = self._task

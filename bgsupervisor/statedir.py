@@ -201,6 +201,9 @@ class Lock:
         path: The lock file, made 0640 where it is missing.
         clock: Tells the age of the file.
         program: Which installation this process is of, noted for others to compare.
+
+    Attributes:
+        unattended_since: When the holder before had touched it last, as `acquire` found it; monotonic.
     """
 
     def __init__(self, path: Path, clock: Clock | None = None, *, program: str = "") -> None:
@@ -208,6 +211,7 @@ class Lock:
         self._clock = clock or SystemClock()
         self._program = program
         self._fd: int | None = None
+        self.unattended_since = self._clock.monotonic()
 
     def acquire(self) -> bool:
         """Take the lock and note this process in the file; False where another process has it. Never blocks.
@@ -221,6 +225,7 @@ class Lock:
             if self._fd is None:
                 return False
             if self.is_intact():
+                self.unattended_since = self._clock.monotonic() - (self.age_s() or 0.0)
                 self._note_holder(self._fd)
                 return True
             self.close()

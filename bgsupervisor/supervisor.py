@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -74,6 +75,8 @@ COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PASSED_OVER_S = 0.1
 """Waiting tasks whose rows somebody had locked are looked at again so much later; the others are claimed meanwhile."""
+UNATTENDED_SHOWN = 20
+"""Log lines at most about tasks that ended while no supervisor was running; the rest is a count."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -130,6 +133,9 @@ class Supervisor:
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
+        self._unattended_since: datetime | None = self._started_at - timedelta(
+            seconds=clock.monotonic() - lock.unattended_since
+        )
         self._row_at = clock.monotonic() + BEAT_EVERY_S
         self._data_version = -1
         self._touched_looks_at: list[float] = []
@@ -428,6 +434,7 @@ class Supervisor:
         if now < self._recover_at:
             return
         try:
+            self._tell_of_unattended_ends()
             starts = self._ledger.starts()
             if starts:
                 pauses.at("supervisor.adopting")
@@ -442,6 +449,22 @@ class Supervisor:
             if any(ward.slot is None for ward in self._wards.running()):
                 self._boards.expect()
             self._look = True  # what could not be read when it was asked for is asked for again
+
+    def _tell_of_unattended_ends(self) -> None:
+        """Log once what processes have recorded themselves since the last supervisor was there."""
+        since, self._unattended_since = self._unattended_since, None
+        if since is None:
+            return
+        try:
+            ended, count = self._ledger.ended_on(self._own.host, since, limit=UNATTENDED_SHOWN)
+        except (DatabaseError, AccessError):
+            self._unattended_since = since
+            raise
+        for one in ended:
+            how = one.status if one.reason is None else f"{one.status}, {one.reason}: {one.detail}"
+            log.info("task %d (%s) ended %s while no supervisor was running", one.id, one.name, how)
+        if count > len(ended):
+            log.info("so did %d others; `bgsupervisor ps --all` lists them", count - len(ended))
 
     # enforce
 
@@ -591,6 +614,9 @@ class Supervisor:
         """Do what had to wait for the commit: acknowledge, free, send signals."""
         by_attempt = self._wards.by_attempt()
         _pause_after(batch)
+        if batch.ends:
+            with contextlib.suppress(OSError):
+                self._lock.touch()  # the next supervisor takes what ended later for unattended
         for attempt, end in batch.ends.items():
             self._recovery.ends.pop(attempt, None)
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
