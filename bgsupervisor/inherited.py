@@ -30,15 +30,27 @@ __all__ = [
     "take_back_signals",
 ]
 
-OURS = {
-    signal.SIGTERM: "by which a task is asked to end",
-    signal.SIGCHLD: "by which the nursery hears of dead children",
-    signal.SIGURG: "by which a task is asked for its stack",
-}
+
+def _there(*names: str) -> tuple[signal.Signals, ...]:
+    """Return the signals of these names that this system has; a body on Windows loads this module too."""
+    return tuple(signal.Signals[name] for name in names if hasattr(signal, name))
+
+
+OURS = dict(
+    zip(
+        _there("SIGTERM", "SIGCHLD", "SIGURG"),
+        (
+            "by which a task is asked to end",
+            "by which the nursery hears of dead children",
+            "by which a task is asked for its stack",
+        ),
+        strict=False,
+    )
+)
 """Signals that an application cannot keep, and what they are for."""
-RESET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1, signal.SIGUSR2)
+RESET = _there("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2")
 """Signals that have their default effect in a child unless the application has set them."""
-UNHEEDED = (signal.SIGINT, signal.SIGHUP)
+UNHEEDED = _there("SIGINT", "SIGHUP")
 """Signals that do nothing to a nursery, whatever the application wants of them in a child."""
 
 

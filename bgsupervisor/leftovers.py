@@ -14,7 +14,6 @@ import io
 import locale
 import multiprocessing.process
 import os
-import resource
 import signal
 import socket
 import stat
@@ -27,6 +26,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bgsupervisor.bodies import exit_code, exit_text
 from bgsupervisor.config import environment, restore_environment
+
+if sys.platform != "win32":  # a body on Windows loads this module too, and is not reused
+    import resource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,8 +54,7 @@ _ARCHIVES = (
     ("lzma", "LZMAFile"),
 )
 """Modules and types whose files are complete only once they are closed, outermost first."""
-_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
-_RLIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+_TIMERS = ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")
 
 _inherited: list[weakref.ref[Any]] = []
 
@@ -241,8 +242,9 @@ def _say(error: BaseException | None) -> int:
 
 def stop_timers() -> None:
     """Stop the timers of a body that has ended: a late SIGALRM would end this process instead."""
-    for timer in _TIMERS:
-        signal.setitimer(timer, 0)
+    if hasattr(signal, "setitimer"):  # not on Windows
+        for timer in _TIMERS:
+            signal.setitimer(getattr(signal, timer), 0)
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -343,7 +345,8 @@ def _handlers() -> dict[int, Any]:
 
 
 def _limits() -> list[tuple[int, int]]:
-    return [resource.getrlimit(limit) for limit in _RLIMITS]
+    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
+    return [resource.getrlimit(getattr(resource, name)) for name in names]
 
 
 def _decimal() -> ModuleType | None:

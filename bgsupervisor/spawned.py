@@ -16,11 +16,11 @@ import queue
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from bgsupervisor import logs, payload, tasks, wire
+from bgsupervisor import leftovers, logs, payload, reporting, tasks, wire
 from bgsupervisor.bodies import end_of
 from bgsupervisor.child import LEFTOVER_GRACE_S, LOG_FORMAT, RECORD_RETRY_S, AttemptContext, call_by_path
 from bgsupervisor.clock import SystemClock, repeat_last
@@ -65,13 +65,12 @@ def main(config: Config, pipe: Connection) -> NoReturn:
     quiet = logging.NullHandler()
     log.addHandler(quiet)  # the parent prints what failed to load
     line = PipeLine(pipe, config)
+    reporting.prepare()
     loaded = load_application(config)
     import_what_children_need()
     log.removeHandler(quiet)
     line.start()
-    failed = {failure.module for failure in loaded.failures}  # what it defined before it failed may lack something
-    known = {name: one.options for name, one in tasks.definitions().items() if not {name, one.module} & failed}
-    line.say(Ready(known, loaded.failures))
+    line.say(Ready(loaded.catalogue(), loaded.failures))
     order = line.orders.get()
     if order is not None:
         _Performance(config, line, order).perform()
@@ -211,6 +210,7 @@ class _Performance:
         self._order = order
         self._clock: Clock = SystemClock()
         self._term_came = False
+        self._ended_by: BaseException | None = None
 
     def perform(self) -> None:
         """Run the body and record how it ended."""
@@ -233,8 +233,11 @@ class _Performance:
             end = self._guarded_body(context)
         except Cancelled as error:  # SIGTERM came while another exception was on its way out
             end = self._end_of(error)
+        if self._ended_by is not None:
+            with contextlib.suppress(Exception):
+                reporting.report(self._ended_by, end, order)
+            self._ended_by = None  # its frames keep open what the body had
         _end_leftovers()
-        _flush_streams()
         coordination.close()
         with contextlib.suppress(OSError):
             logs.bound(path, self._config.log_max_bytes)
@@ -259,14 +262,19 @@ class _Performance:
                 value = body(**data)
                 if inspect.iscoroutine(value):
                     value = asyncio.run(value)
+            leftovers.write()  # as part of the body: its limits hold while a pipe is full
             line.in_body = False
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             line.in_body = False
+            leftovers.write(quietly=True, regular_only=True)
             return self._end_of(error)
+        finally:
+            leftovers.stop_timers()
 
     def _end_of(self, error: BaseException) -> End:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
+        self._ended_by = error
         return end_of(error, how=how)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
@@ -315,18 +323,10 @@ def _definition_of(name: str) -> tasks.Definition:
 
 
 def _redirect_output(descriptor: int) -> None:
-    _flush_streams()
     for number in (1, 2):
         os.dup2(descriptor, number)
     os.close(descriptor)
-    options: dict[str, Any] = {"buffering": 1, "encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
-    sys.stdout, sys.stderr = open(1, "w", **options), open(2, "w", **options)  # noqa: SIM115 - for life
-
-
-def _flush_streams() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    leftovers.open_standard_streams()
 
 
 def _end_leftovers() -> None:
@@ -343,11 +343,12 @@ def _end_leftovers() -> None:
 
 
 def _leave(config: Config) -> NoReturn:
-    """Run atexit callbacks for at most grace_s and leave, whatever threads the body left."""
+    """Flush error trackers and run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
     limit = threading.Timer(config.grace_s, os._exit, args=(0,))
     limit.daemon = True
     limit.start()
-    with contextlib.suppress(BaseException):
-        atexit._run_exitfuncs()  # noqa: SLF001 - os._exit skips them, and bodies rely on them
-    _flush_streams()
+    for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+        with contextlib.suppress(BaseException):
+            step()
+    leftovers.write(quietly=True)
     os._exit(0)
