@@ -14,7 +14,7 @@ from bgsupervisor.errors import BgSupervisorError
 if TYPE_CHECKING:
     from bgsupervisor.wire import End, Run
 
-__all__ = ["flush", "prepare", "report"]
+__all__ = ["flush", "headline", "prepare", "report"]
 
 LOGGER = "bgsupervisor.task"
 PROVIDERS = (
@@ -48,10 +48,8 @@ def report(error: BaseException, end: End, order: Run) -> None:
     # Got by name only now: `logging.config` disables the loggers that exist when the application configures it.
     logging.getLogger(LOGGER).log(
         logging.INFO if end.reason.wanted else logging.ERROR,
-        "task %d (%s), attempt %d, ended: %s: %s",
-        order.id,
-        order.name,
-        order.attempt,
+        "%s%s: %s",
+        headline(order.id, order.name, order.attempt),
         end.reason,
         end.detail,
         exc_info=None if end.reason.wanted else error,
@@ -64,6 +62,11 @@ def report(error: BaseException, end: End, order: Run) -> None:
     )
     if not end.reason.wanted:
         _call_hook(error)
+
+
+def headline(id: int, name: str, attempt: int) -> str:
+    """Return how the record of an attempt's end begins, by which its log is known to have the traceback."""
+    return f"task {id} ({name}), attempt {attempt}, ended: "
 
 
 def flush() -> None:

@@ -77,6 +77,9 @@ PASSED_OVER_S = 0.1
 """Waiting tasks whose rows somebody had locked are looked at again so much later; the others are claimed meanwhile."""
 UNATTENDED_SHOWN = 20
 """Log lines at most about tasks that ended while no supervisor was running; the rest is a count."""
+TOUCH_SLACK_S = 0.02
+"""How much older the lock file's time may be than the end that it was touched after, in seconds: file times are of the
+last timer tick (https://man7.org/linux/man-pages/man7/time.7.html), and a server's clock is known to milliseconds."""
 PUT_OFF_S = (0.1, 0.2, 0.5, 1.0)
 """Pauses between tries to write while the database is locked, full or away; the last one repeats."""
 
@@ -134,7 +137,7 @@ class Supervisor:
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._unattended_since: datetime | None = self._started_at - timedelta(
-            seconds=clock.monotonic() - lock.unattended_since
+            seconds=clock.monotonic() - lock.unattended_since - TOUCH_SLACK_S
         )
         self._row_at = clock.monotonic() + BEAT_EVERY_S
         self._data_version = -1

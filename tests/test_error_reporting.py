@@ -248,7 +248,7 @@ def requests_while_locked() -> None:
     app = started(make_app, TO_FILE + source, busy_timeout_s=0.2)
     assert "locked" in run(app, "requests_while_locked").detail
     (logged,) = records_of(app)
-    assert re.findall(r"in (\w+)", logged["trace"]) == ["requests_while_locked"]
+    assert re.findall(r"line \d+, in (\w+)", logged["trace"]) == ["requests_while_locked"]
     assert "47114711" not in json.dumps(logged)
 
 

@@ -131,6 +131,7 @@ def test_every_code_block_of_the_page_is_run_by_a_test_of_its_section():
         "Upgrading": {"console"},
         "Monitoring": {"console", "crontab"},
         "What became of a task": {"console"},
+        "Which process is which": {"console"},  # run by tests/test_titles.py
         "Doctor": {"console"},
     }
     assert sum(len(BLOCK.findall(text)) for text in SECTIONS.values()) == TEXT.count("```") // 2

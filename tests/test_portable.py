@@ -397,7 +397,7 @@ def test_commands_elsewhere_work_on_the_same_rows(make_app, develop, elsewhere):
     assert call("request", "appx:greet", '{"name": "Jana"}') == "requested task 1 (appx:greet)\n"
     dev.says("^1 greet DONE")
     assert call("log", "1") == "hello Jana\n"
-    assert "result             old" in call("show", "1")
+    assert "result     old" in call("show", "1")
     call("request", "appx:Long")
     dev.says(r"^2 Long \| begun$")
     running = json.loads(call("ps", "--json"))

@@ -119,7 +119,7 @@ def test_request_of_code_newer_than_the_supervisor_is_recorded(supervised):
     done = supervised.cli("request", "appx:fresh")
 
     assert (done.returncode, done.stdout) == (0, "requested task 1 (appx:fresh)\n")
-    assert "no supervisor has code for appx:fresh" in done.stderr
+    assert "no supervisor has loaded appx:fresh yet; code on disk is newer" in done.stderr
 
 
 def test_request_of_a_module_that_cannot_be_imported_is_recorded(app):

@@ -71,7 +71,7 @@ def test_a_task_whose_signature_fails_waits_until_it_loads(make_app, source):
     app.start()
     hold(app, handle)
     why = app.cli("why", str(handle.id)).stdout
-    assert "no supervisor has code for appx:sends: appx:sends failed to load: " in why
+    assert "no supervisor has code for appx:sends: task appx:sends failed to load: " in why
     assert "'to'" in why
     shown = app.cli("ps")
     assert "code missing" in shown.stdout

@@ -40,6 +40,9 @@ class StoppedClock:
     def now(self):
         return self._now
 
+    def monotonic(self):
+        return 0.0
+
 
 @pytest.fixture
 def shared():

@@ -13,6 +13,7 @@ from bgsupervisor.cli.text import clean, short_duration
 from bgsupervisor.config import wants_no_colour
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.logs import Reader
+from bgsupervisor.reporting import headline
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def _last_written(line: str) -> str:
 
 @dataclasses.dataclass(slots=True)
 class _Followed:
-    """An attempt that runs: its row as it was last seen, and its log so far."""
+    """An attempt that runs: its row as it was last seen, its log so far, and whether that has the traceback."""
 
     record: TaskRecord
     reader: Reader = dataclasses.field(default_factory=Reader)
     lines: Lines = dataclasses.field(default_factory=Lines)
+    reported: bool = False
 
 
 class Following:
@@ -136,24 +138,29 @@ class Following:
             return
         self._told[key] = record.ended_at
         self._since = max(self._since, record.ended_at)
+        is_reported = False
         if record.started_at is not None:
             attempt = Attempt(record.id, record.attempt)
             followed = self._running.get(attempt) or self._begin(record)
             followed.record = record
             self._print_output(followed)
-            self._print(record, [*followed.lines.of(followed.reader.rest()), *followed.lines.rest()])
+            self._print(followed, [*followed.lines.of(followed.reader.rest()), *followed.lines.rest()])
+            is_reported = followed.reported
             self._forget(attempt)
         self._echo(f"{_label(record)} {_outcome(record)}")
-        if record.error and record.reason in WITH_TRACEBACK:
-            self._print(record, record.error.rstrip().split("\n"))
+        if record.error and record.reason in WITH_TRACEBACK and not is_reported:
+            self._print(_Followed(record), record.error.rstrip().split("\n"))
 
     def _print_output(self, followed: _Followed) -> None:
         record = followed.record
         for piece in followed.reader.new(lambda: log_path(self._service, record, record.attempt)):
-            self._print(record, followed.lines.of(piece))
+            self._print(followed, followed.lines.of(piece))
 
-    def _print(self, record: TaskRecord, lines: Iterable[str]) -> None:
+    def _print(self, followed: _Followed, lines: Iterable[str]) -> None:
+        record = followed.record
+        report = headline(record.id, record.name, record.attempt)
         for line in lines:
+            followed.reported = followed.reported or report in line
             self._echo(f"{_label(record)} {click.style('|', dim=True)} {line}")
 
     def _forget(self, attempt: Attempt) -> None:

@@ -178,6 +178,10 @@ def _tell(handle: Handle, service: Service, *, quietly: bool, as_json: bool) -> 
         if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
             click.echo(told, err=quietly)
     _warn_if_nothing_runs(record, service)
+    if record is not None and record.status is not Status.REQUEST:
+        stale = stale_code(service)
+        if stale is not None:
+            warn(stale)
 
 
 def _warn_if_nothing_runs(record: TaskRecord | None, service: Service) -> None:

@@ -19,6 +19,7 @@ from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local
 from bgsupervisor.cli.traces import FULL_HINT, folded
 from bgsupervisor.errors import DataInvalid, UnknownTask
+from bgsupervisor.reporting import headline
 from bgsupervisor.sizes import number, size
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["show"]
 
 LOG_LINES = 20
+LOG_LINES_READ = 200
+"""What is read to find the report of an exception, which is printed once, as the error."""
 CHILDREN_SHOWN = 100
 LABEL_COLUMNS = 10
 FACT_COLUMNS = 20
@@ -82,7 +85,7 @@ def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
                 **around.as_json(),
                 "interruptions": [{key: to_json(value) for key, value in one.items()} for one in interruptions],
                 "log": None if path is None else str(path),
-                "log_tail": tail,
+                "log_tail": None if tail is None else tail[-LOG_LINES:],
             }
         )
         return
@@ -101,8 +104,8 @@ def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
     earlier = [one for one in interruptions if one["attempt"] != record.attempt or not record.ended]
     lines = [f"{one['attempt']}  {_when(one['ended_at'], facts.now)}  {_how(one)}" for one in earlier]
     _print_block("earlier attempts", "\n".join(map(clean, lines)))
-    few = tail is not None and len(tail) < LOG_LINES
-    _print_block("log" if few else f"last {LOG_LINES} lines of the log", "\n".join(tail or ()))
+    own = _without_report(tail or [], record)
+    _print_block("log" if len(own) < LOG_LINES else f"last {LOG_LINES} lines of the log", "\n".join(own[-LOG_LINES:]))
     if full:
         _print_machine_facts(record, service, facts.now)
 
@@ -165,6 +168,13 @@ def _when(moment: datetime, now: datetime) -> str:
     return f"{local(moment, now=now)} ({age(moment, now=now)})"
 
 
+def _without_report(tail: list[str], record: TaskRecord) -> list[str]:
+    """Return the lines of a log before those in which the child has reported the exception: it is shown already."""
+    report = headline(record.id, record.name, record.attempt)
+    ends = [number for number, line in enumerate(tail) if report in line] if record.error else []
+    return tail[: ends[-1]] if ends else tail
+
+
 def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] | None]:
     """Return where the log is, and its last lines; None for what there is not, or this user may not see."""
     folder = StateDir(service.config.state_dir).logs
@@ -173,7 +183,7 @@ def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] |
     except PermissionError:
         return folder, None
     try:
-        return path, [] if path is None else logs.tail(path, lines=LOG_LINES)
+        return path, [] if path is None else logs.tail(path, lines=LOG_LINES_READ)
     except OSError:
         return path, None
 
