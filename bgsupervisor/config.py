@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tomllib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -43,6 +43,7 @@ __all__ = [
     "sqlite_path",
     "take_notify_socket",
     "template",
+    "variable",
     "wants_no_colour",
     "working_folder",
 ]
@@ -794,6 +795,20 @@ def take_notify_socket() -> str | None:
 def environment() -> dict[str, str]:
     """Return the environment variables of this process."""
     return dict(os.environ)
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable of this process while the block runs."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def restore_environment(wanted: Mapping[str, str]) -> None:

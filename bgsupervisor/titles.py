@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from bgsupervisor.config import variable
+
 try:
     from setproctitle import setproctitle as _set
 except ImportError:
@@ -15,9 +19,19 @@ __all__ = ["IDLE", "set_title", "task_title"]
 IDLE = "idle child"
 
 
+_is_set_up = False
+
+
 def set_title(title: str) -> None:
-    """Give this process a title, after "bgsupervisor: ". Its environment in the process table is overwritten."""
-    _set(f"bgsupervisor: {title}")
+    """Give this process a title, after "bgsupervisor: "; it takes the place of the command line in the process table.
+
+    The environment stays there: programs find processes by it. setproctitle asks for SPT_NOENV at its first call:
+    https://pypi.org/project/setproctitle/
+    """
+    global _is_set_up  # noqa: PLW0603 - a process is set up once, and its forks with it
+    with contextlib.nullcontext() if _is_set_up else variable("SPT_NOENV", "1"):
+        _set(f"bgsupervisor: {title}")
+    _is_set_up = True
 
 
 def task_title(id: int, name: str) -> str:

@@ -1007,7 +1007,7 @@ def test_a_stopped_child_that_is_killed_with_its_order_unread_leaves_it_to_anoth
     record = app.started(handle)
     assert record.pid == idle.pid
     os.kill(idle.pid, signal.SIGKILL)
-    app.assert_done(app.wait(handle), None, attempt=2)
+    app.assert_done(app.wait(handle), 1, attempt=2)
 
 
 def test_children_and_nursery_leave_when_no_supervisor_comes_and_give_back_what_they_never_began(abandoned):

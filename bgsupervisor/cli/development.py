@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.cli.dev import Interrupts
     from bgsupervisor.cli.session import Session
+    from bgsupervisor.config import Config
     from bgsupervisor.service import Service
     from bgsupervisor.wire import Channel, Reloaded
 
@@ -47,8 +48,8 @@ LEAVE_S = 3.0
 KILL_LOOK_S = 0.3
 """Interval between the signals that have a supervisor kill its tasks, in seconds: it counts them one by one."""
 LOG_NAME = "supervisor.log"
-_NO_NEWS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |\bfailed to load\b")
-"""Lines of the supervisor's log that are not shown; what failed to load is shown with its traceback instead."""
+_NO_NEWS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |\bfailed to load\b| task ended: ")
+"""Lines of the supervisor's log that are not shown: what failed to load, and how tasks ended, is shown in full."""
 
 
 class Development:
@@ -163,7 +164,7 @@ class Development:
             if not count and not failures and self._config.tasks:
                 return  # a row of an earlier moment
             self._has_loaded = True
-            tell_failures(failures)
+            tell_failures(failures, self._config)
             echo(f"loaded {count} task{'s' * (count != 1)}")
 
     def _ask_to_reload(self) -> None:
@@ -192,7 +193,7 @@ class Development:
         if self._channel.closed or self._clock.monotonic() >= self._answer_by or answer is not None:
             self._channel.close()
             self._channel = None
-            _tell_reload(answer)
+            _tell_reload(answer, self._config)
 
     # Ending
 
@@ -231,11 +232,11 @@ def _reap() -> bool:
     return False
 
 
-def _tell_reload(answer: Reloaded | None) -> None:
+def _tell_reload(answer: Reloaded | None, config: Config) -> None:
     if answer is None:
         echo("cannot load the code: the supervisor has not answered; see logs/supervisor.log")
         return
-    tell_failures(answer.failures)
+    tell_failures(answer.failures, config)
     if answer.done:
         echo(click.style(answer.detail, fg="green"))
     else:

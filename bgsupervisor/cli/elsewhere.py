@@ -20,6 +20,7 @@ from bgsupervisor.statedir import StateDir, StopMark
 if TYPE_CHECKING:
     from bgsupervisor.cli.dev import Interrupts
     from bgsupervisor.cli.session import Session
+    from bgsupervisor.config import Config
     from bgsupervisor.spawned import Ready
 
 __all__ = ["develop_elsewhere"]
@@ -48,7 +49,7 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
         echo(f"this is {sys.platform}, not Linux; what `bgsupervisor run` promises there is not promised here:")
         for promise in PROMISES:
             echo(f"  - {promise}")
-        following, runner = Following(service, echo), Runner(config, _tell_loaded)
+        following, runner = Following(service, echo), Runner(config, lambda ready: _tell_loaded(ready, config))
         changes = Changes(config, clock)
         told, seen = "", 0
         try:
@@ -78,8 +79,8 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
     return 0
 
 
-def _tell_loaded(ready: Ready) -> None:
-    tell_failures(ready.failures)
+def _tell_loaded(ready: Ready, config: Config) -> None:
+    tell_failures(ready.failures, config)
     count = len(ready.catalogue)
     echo(click.style(f"loaded {count} task{'s' * (count != 1)}", fg="yellow" if ready.failures else "green"))
     if ready.failures:

@@ -10,6 +10,7 @@ import click
 
 from bgsupervisor.cli.log import log_path
 from bgsupervisor.cli.text import clean, short_duration
+from bgsupervisor.cli.traces import folded
 from bgsupervisor.config import wants_no_colour
 from bgsupervisor.ledger import Attempt
 from bgsupervisor.logs import Reader
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from datetime import datetime
 
+    from bgsupervisor.config import Config
     from bgsupervisor.models import TaskRecord
     from bgsupervisor.service import Service
     from bgsupervisor.wire import LoadFailure
@@ -40,11 +42,11 @@ def echo(line: str) -> None:
     click.echo(line, color=False if wants_no_colour() else None)
 
 
-def tell_failures(failures: Iterable[LoadFailure]) -> None:
-    """Print what failed to load, each with its traceback."""
+def tell_failures(failures: Iterable[LoadFailure], config: Config) -> None:
+    """Print what failed to load, each with its traceback, in which frames of libraries are folded."""
     for failure in failures:
         echo(f"{clean(failure.module)} {click.style('failed to load', fg='red', bold=True)}")
-        for line in failure.error.rstrip().split("\n"):
+        for line in folded(failure.error, config).rstrip().split("\n"):
             echo(f"{clean(failure.module)} {click.style('|', dim=True)} {line}")
 
 
