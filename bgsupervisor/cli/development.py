@@ -106,6 +106,7 @@ class Development:
         """Return why this process cannot supervise here now, as a sentence."""
         self._state_dir.create()
         self._state_dir.check_owner()
+        self._state_dir.check_private()
         mark = StopMark.read(self._state_dir.stop_mark)
         if mark is not None:
             return f"cannot supervise: stopped by {mark.by} at {mark.at}; `bgsupervisor start` allows it again"

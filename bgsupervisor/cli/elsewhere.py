@@ -34,6 +34,7 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
+    state_dir.check_private()
     with contextlib.closing(session.service()) as service:
         other = other_runner(service.ledger.supervisors())
         if other is not None:

@@ -30,6 +30,7 @@ __all__ = ["Answer", "load_apart", "main"]
 
 
 POLL_S = 0.02
+_MAIN = "from bgsupervisor.cli.loading import main; main()"
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -47,8 +48,10 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
     A process that does not answer within *limit_s* seconds is killed; that is one of the answer's failures.
     """
     with tempfile.NamedTemporaryFile() as answered:
+        path = [str(folder) for folder in sys.path]
         process = subprocess.Popen(
-            [sys.executable, "-m", "bgsupervisor.cli.loading"],
+            # Without -P both -c and -m import from the working folder, which may be anybody's.
+            [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {path!r}; {_MAIN}"],
             stdin=subprocess.PIPE,
             stdout=2,
             start_new_session=True,
@@ -105,7 +108,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
