@@ -52,8 +52,8 @@ DIRECTORY_MODE = 0o750
 LOCK_MODE = 0o640
 MARK_MODE = 0o640
 AS_ROOT = (
-    "this is root, and so every task runs as root; supervise as a user of its own: give it the database, the state "
-    "directory and the configuration, and name it with `cron` or `systemd --install --user NAME`"
+    "this is root, so every task runs as root; supervise as a user of its own that owns database and state directory: "
+    "`bgsupervisor systemd --install --user NAME`, or its own crontab"
 )
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 """The rights by which users other than the owner may write."""
