@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
+from conftest import wait_until
 
 from bgsupervisor import Service, config
 from bgsupervisor.config import load, remarks
@@ -19,6 +20,18 @@ from bgsupervisor.errors import ConfigError
 pytestmark = needs_root  # only root can make what is another user's
 
 OWN, STRANGER = 0, NOBODY
+WAITS = """
+import os, time
+
+@task
+def one() -> str:
+    time.sleep(1)
+    return os.getcwd()
+
+@task
+def waits(id: int) -> None:
+    current().wait_for(id)
+"""
 RUNS_CODE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\n"
 
 
@@ -248,6 +261,37 @@ def test_check_imports_nothing_from_the_working_folder(outer, command, module):
 
     assert "one" in told.stdout or "mine: 1 task(s)" in told.stdout, told
     assert [path.name for path in (outer / "cwd").iterdir()] == [f"{module}.py"]
+
+
+@pytest.mark.parametrize("command", [["run", "--burst"], ["dev"]])
+def test_run_imports_nothing_from_the_working_folder(outer, command):
+    folder = make(outer / "app", text='tasks = ["mine"]\n')
+    (folder / "mine.py").write_text("from bgsupervisor import current, task\n" + WAITS)
+    working = outer / "cwd"
+    working.mkdir()
+    for module in ("multiprocessing", "msgspec", "bgsupervisor", "mine"):
+        (working / f"{module}.py").write_text(RUNS_CODE)
+    with contextlib.closing(Service(config=folder / "bgsupervisor.toml")) as service:
+        first = service.request("mine:one")
+        second = service.request("mine:waits", {"id": first.id})
+        names = ("PATH", "HOME", "LANG", "PYTHONPATH", "COVERAGE_PROCESS_START")
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("bgsupervisor"), "--config", folder / "bgsupervisor.toml", *command],
+            cwd=working,
+            env={name: os.environ[name] for name in names if name in os.environ},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert service.wait(second, timeout_s=30).status == "DONE"
+            assert service.result(first) == str(folder)
+            wait_until((folder / ".bgsupervisor" / "board.sock").exists, "there is a wait manager")
+            assert sorted(path.name for path in working.iterdir()) == [
+                "bgsupervisor.py", "mine.py", "msgspec.py", "multiprocessing.py"
+            ]  # fmt: skip
+        finally:
+            process.terminate()
+            process.wait(30)
 
 
 # ---- doctor ----
