@@ -133,7 +133,7 @@ class StateDir:
         for folder in (self.path, self.logs):
             try:
                 folder.mkdir(DIRECTORY_MODE)
-                folder.chmod(DIRECTORY_MODE | (folder.stat().st_mode & stat.S_ISGID))
+                _set_mode(folder)
             except FileExistsError as error:
                 if not folder.is_dir():
                     raise access_error(folder, "create", error, "move the file of that name away") from error
@@ -416,6 +416,17 @@ def open_dir(path: Path) -> int:
         OSError: The folder is missing, not a folder or not readable.
     """
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _set_mode(folder: Path) -> None:
+    """Give a new folder its mode; one that was replaced by a link meanwhile is refused."""
+    if not hasattr(os, "geteuid"):
+        return  # Windows has no modes
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, DIRECTORY_MODE | (os.fstat(fd).st_mode & stat.S_ISGID))
+    finally:
+        os.close(fd)
 
 
 def open_own_dir(path: Path) -> int:

@@ -17,7 +17,7 @@ UNIT = (ROOT / "systemd" / "bgsupervisor.service").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in PAGE.splitlines()
-    if line.startswith("|") and not re.match(r"\|( who | what |---)", line)
+    if line.startswith("|") and not re.match(r"\|( user | what |---)", line)
 ]
 HARDENED = UNIT.partition("# Hardening")[2].partition("\n\n")[0].splitlines()[1:]
 

@@ -232,6 +232,24 @@ def test_run_refuses_whoever_does_not_own_the_state_directory(app, uid):
     assert {path.stat().st_uid for path in app.state_dir.rglob("*")} == {DEPLOY}
 
 
+def test_state_directory_of_another_user_in_its_place_is_refused(app):
+    supervising = app.start()
+    running, _, _ = app.requested("appx:slow")
+    app.started(running)
+    aside = app.state_dir.with_name("aside")
+
+    moved = ask_as(WEB, ["sh", "-c", f"mv {app.state_dir} {aside} && mkdir -m 777 {app.state_dir}"])
+
+    assert moved.returncode == 0, moved.stderr
+    wait_until(lambda: supervising.process.poll() is not None, "the supervisor leaves")
+    told = app.ask(DEPLOY, "run")
+    assert told.returncode == 1
+    assert f"{app.state_dir} belongs to user {WEB_NAME}, but this is user {DEPLOY_NAME}" in told.stderr
+    assert app.service.get(running).status is Status.START
+    shutil.rmtree(app.state_dir)
+    aside.rename(app.state_dir)
+
+
 def test_a_database_file_that_the_web_user_may_not_write_is_named(app):
     app.requested("appx:hello2", uid=DEPLOY)
     database = app.folder / "bgsupervisor.db"
