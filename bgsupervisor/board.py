@@ -202,6 +202,10 @@ class OwnListener:
             accepted.setblocking(True)
             return connection.Connection(accepted.detach())
 
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
 
 # The documented way to another kind of connection would be a serializer of one's own; this is how managers keep them.
 managers.listener_client["bounded"] = (OwnListener, bounded_client)  # type: ignore[attr-defined]

@@ -163,13 +163,13 @@ def go_through_the_gate(state):
 
 WRITERS = {
     "supervisor.lock": write_lock,
-    f".supervisor.lock.{os.getpid()}": take_lock_over,
+    ".supervisor.lock.PID": take_lock_over,
     "stopped": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
-    f".stopped.{os.getpid()}": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
+    ".stopped.PID": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
     "code.stamp": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
-    f".code.stamp.{os.getpid()}": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
+    ".code.stamp.PID": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
     "authkey": lambda state: board.make_key(state.path),
-    f".authkey.{os.getpid()}": lambda state: board.make_key(state.path),
+    ".authkey.PID": lambda state: board.make_key(state.path),
     "nursery-1-1": write_exit,
     "nursery-1-1 kept": keep_exits,
     "logs/supervisor.log": lambda state: os.close(logs.open_for_append(state.own_log)),
@@ -186,7 +186,7 @@ def test_no_writer_follows_a_planted_link(tmp_path, name):
     target = tmp_path / "target"
     target.write_bytes(b"kept" * 10_000)
     target.chmod(0o604)
-    (state.path / name.partition(" ")[0]).symlink_to(target)
+    (state.path / name.partition(" ")[0].replace("PID", str(os.getpid()))).symlink_to(target)
 
     with contextlib.suppress(OSError, AccessError):
         WRITERS[name](state)
@@ -295,8 +295,10 @@ def test_run_as_root_warns_once(make_app):
 def test_doctor_notes_root(make_app):
     app = make_app(SOURCE)
 
-    assert _worst(system.user, app)[0] is Grade.NOTE
-    assert "'ok'" in as_nobody(lambda: [(str(grade), told) for grade, told in system.user(_scene(app))])
+    scene = _scene(app)
+
+    assert [grade for grade, _ in system.user(scene)] == [Grade.NOTE]
+    assert as_nobody(lambda: [told for _, told in system.user(scene)]) == "['tasks run as user nobody']"
 
 
 def _scene(app):
@@ -314,6 +316,7 @@ def _worst(check, app):
 @pytest.mark.of_sqlite  # whose file is one of them
 def test_every_file_of_a_supervisor_has_its_mode_under_umask_007(make_app):
     app = make_app(SOURCE)
+    app.folder.chmod(0o755)  # else it would be its group's to write, and the database with it
     app.start()
     sleeping = app.started(app.service.request("appx:sleeps"))
     app.service.request("appx:waits", {"id": sleeping.id})
@@ -473,6 +476,7 @@ def test_own_listener_closes_the_connection_of_another_user(folder, their_python
                 assert accepted.recv_bytes() == b"x"
 
         assert stranger.stdout.read() == b"b''\n"
+    listener.close()
 
 
 @pytest.mark.usefixtures("umask")
@@ -485,7 +489,7 @@ def test_own_listener_is_closed_to_others_before_it_listens(tmp_path, monkeypatc
 
     monkeypatch.setattr(socket.socket, "listen", note_and_listen)
 
-    board.OwnListener(tmp_path / "board.sock", 16)
+    board.OwnListener(tmp_path / "board.sock", 16).close()
 
     assert modes == [0o600]
 

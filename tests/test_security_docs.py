@@ -22,7 +22,7 @@ ROWS = [
 HARDENED = UNIT.partition("# Hardening")[2].partition("\n\n")[0].splitlines()[1:]
 
 
-def tests():
+def known_tests():
     return {
         node.name
         for path in Path(__file__).parent.glob("test_*.py")
@@ -35,7 +35,7 @@ def test_security_page_names_only_tests_that_exist():
     named = set(re.findall(r"`(test_\w+)`", PAGE))
 
     assert len(named) > 20
-    assert named - tests() == set()
+    assert named - known_tests() == set()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1][:40])
