@@ -20,6 +20,7 @@ import socket
 import struct
 import threading
 from multiprocessing import connection, managers
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from bgsupervisor import processes, wire
@@ -43,7 +44,6 @@ from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 __all__ = ["BEAT_S", "Bells", "BoardManager", "OwnListener", "bounded_client", "main", "make_key", "read_key"]
 
@@ -237,7 +237,8 @@ def main(folder: Path) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     key = make_key(folder)
-    server = BoardManager(address=folder / "board.sock", authkey=key, serializer="bounded").get_server()  # type: ignore[arg-type]
+    address = Path(f"/proc/self/fd/{open_own_dir(folder)}/board.sock")
+    server = BoardManager(address=address, authkey=key, serializer="bounded").get_server()  # type: ignore[arg-type]
     threading.Thread(target=_Caretaker(folder).run, daemon=True).start()
     with contextlib.suppress(BaseException):
         server.serve_forever()
