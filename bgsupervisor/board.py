@@ -9,6 +9,7 @@ supervisor ends and replaces it, and waiters look at the rows themselves meanwhi
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -19,21 +20,32 @@ import socket
 import struct
 import threading
 from multiprocessing import connection, managers
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
-from bgsupervisor.statedir import BELL_SOCKET, StateDir, bind, connect, inode_of, is_another, open_dir
+from bgsupervisor.statedir import (
+    BELL_SOCKET,
+    StateDir,
+    bind,
+    check_peer,
+    connect,
+    inode_of,
+    is_another,
+    open_own_dir,
+    read_own,
+    replace_own,
+)
 from bgsupervisor.titles import set_title
 from bgsupervisor.waits import EVERYBODY
 from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-__all__ = ["BEAT_S", "Bells", "BoardManager", "bounded_client", "main", "read_key"]
+__all__ = ["BEAT_S", "Bells", "BoardManager", "OwnListener", "bounded_client", "main", "make_key", "read_key"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -43,9 +55,9 @@ LONELY_S = 60.0
 """It leaves when no supervisor has been there and nobody has waited for so long."""
 CALL_S = 0.5
 """A call that should be answered at once is given up after this long."""
-LISTEN_BACKLOG = 1024
+KEY_FILE = "authkey"
 KEY_BYTES = 32
-BELL_MODE = 0o600
+KEY_MODE = BELL_MODE = BOARD_MODE = 0o600
 RING_BYTES = 256 * 1024
 RINGS_PER_TURN = 1000
 LEFT_MAX = 1000
@@ -131,7 +143,8 @@ def bounded_client(address: str, authkey: bytes | None = None) -> connection.Con
     """Connect as multiprocessing.connection.Client does, but give up after CALL_S: a board may be stopped.
 
     Raises:
-        OSError, EOFError, multiprocessing.AuthenticationError: There is no board that answers.
+        OSError, EOFError, multiprocessing.AuthenticationError: There is no board that answers, or it is another
+            user's, whose pickles would be run here.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -141,6 +154,7 @@ def bounded_client(address: str, authkey: bytes | None = None) -> connection.Con
         limit = struct.pack("@ll", int(CALL_S), int(CALL_S % 1 * 1e6))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, limit)
+        check_peer(sock)
         made = connection.Connection(sock.detach())
     except BaseException:
         sock.close()
@@ -155,8 +169,46 @@ def bounded_client(address: str, authkey: bytes | None = None) -> connection.Con
     return made
 
 
+class OwnListener:
+    """The listener of a manager: a socket of mode 0600 from the first moment, which hears this user's processes only.
+
+    The manager unpickles what they send, so neither a mode that somebody changes nor a key that somebody reads may
+    let others in.
+    """
+
+    def __init__(self, address: Path, backlog: int) -> None:
+        del backlog  # a manager asks for fewer than there are children
+        self.address = str(address)
+        dir_fd = open_own_dir(address.parent)
+        try:
+            self._socket = bind(dir_fd, address.name, socket.SOCK_STREAM, BOARD_MODE)
+        finally:
+            os.close(dir_fd)
+        self._socket.setblocking(True)
+
+    def accept(self) -> connection.Connection:
+        """Return the next connection of a process of this user; blocks.
+
+        Raises:
+            OSError: There are no descriptors left.
+        """
+        while True:
+            accepted, _ = self._socket.accept()
+            try:
+                check_peer(accepted)
+            except PermissionError:
+                accepted.close()
+                continue
+            accepted.setblocking(True)
+            return connection.Connection(accepted.detach())
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._socket.close()
+
+
 # The documented way to another kind of connection would be a serializer of one's own; this is how managers keep them.
-managers.listener_client["bounded"] = (connection.Listener, bounded_client)  # type: ignore[attr-defined]
+managers.listener_client["bounded"] = (OwnListener, bounded_client)  # type: ignore[attr-defined]
 
 
 class BoardManager(managers.SyncManager):
@@ -166,13 +218,16 @@ class BoardManager(managers.SyncManager):
 BoardManager.register("bells", callable=lambda: _bells, exposed=("seen", "wait_beyond"))
 
 
-def read_key(folder: Path) -> bytes:
-    """Return the key that a client must know.
+def read_key(dir_fd: int) -> bytes:
+    """Return the key that a client must know, from the open state directory.
 
     Raises:
-        OSError: There is no board yet, or this user may not wait here.
+        OSError: There is no board yet, the key is another user's or not whole, or this user may not wait here.
     """
-    return (folder / "authkey").read_bytes()
+    key = read_own(KEY_FILE, KEY_MODE, dir_fd=dir_fd)
+    if len(key) != KEY_BYTES:  # an empty one, of a full disk, would let all in
+        raise OSError(errno.EINVAL, "it holds no whole key", KEY_FILE)
+    return key
 
 
 def main(folder: Path) -> NoReturn:
@@ -181,31 +236,24 @@ def main(folder: Path) -> NoReturn:
     set_title("wait manager")
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    key = _make_key(folder)
-    address = f"/proc/self/fd/{open_dir(folder)}/board.sock"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(address)  # noqa: PTH108 - relative to an open directory
-    server = BoardManager(address=address, authkey=key).get_server()
+    key = make_key(folder)
+    address = Path(f"/proc/self/fd/{open_own_dir(folder)}/board.sock")
+    server = BoardManager(address=address, authkey=key, serializer="bounded").get_server()  # type: ignore[arg-type]
     threading.Thread(target=_Caretaker(folder).run, daemon=True).start()
     with contextlib.suppress(BaseException):
         server.serve_forever()
     os._exit(0)
 
 
-def _make_key(folder: Path) -> bytes:
-    """Return the key, made where it is missing; whole or not at all: an empty one, of a full disk, would let all in."""
-    path, temporary = folder / "authkey", folder / f".authkey.{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
-        if len(key := read_key(folder)) == KEY_BYTES:
-            return key
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, secrets.token_bytes(KEY_BYTES))
-        temporary.replace(path)
-    finally:
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)
-    return read_key(folder)
+def make_key(folder: Path) -> bytes:
+    """Write a new key in the place of an older one, and return it.
+
+    Raises:
+        OSError: The folder is not writable, or the disk is full.
+    """
+    key = secrets.token_bytes(KEY_BYTES)
+    replace_own(folder / KEY_FILE, key, KEY_MODE)
+    return key
 
 
 class _Caretaker:
@@ -219,7 +267,7 @@ class _Caretaker:
         self._dialled: int | None = None
         self._used_at = self._clock.monotonic()
         self._beat_at = -BEAT_S
-        dir_fd = open_dir(folder)
+        dir_fd = open_own_dir(folder)
         self._rings = bind(dir_fd, BELL_SOCKET, socket.SOCK_DGRAM, BELL_MODE)
         os.close(dir_fd)
 

@@ -150,7 +150,8 @@ class Boards:
             target=board.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
         )
         try:
-            self._process.start()
+            with processes.in_root_folder():
+                self._process.start()
         except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
             log.error("cannot start the board: %s; trying again", error)  # noqa: TRY400 - the sentence says it
             self._process, self._deadline = None, self._clock.monotonic() + RETRY_S

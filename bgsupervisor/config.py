@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import re
+import stat
 import tomllib
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 from bgsupervisor.clock import read_time_zone
 from bgsupervisor.errors import AccessError, ConfigError
-from bgsupervisor.statedir import access_error
+from bgsupervisor.statedir import access_error, own_user, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ __all__ = [
     "Config",
     "Option",
     "apply_env_file",
+    "dangers",
+    "distrust",
     "env_file_values",
     "environment",
     "is_postgres",
@@ -398,11 +401,13 @@ def load(
     environ: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     database: str | None = None,
+    any_owner: bool = False,
 ) -> Config:
     """Find, read and check the configuration.
 
     The file is *path*, else what BGSUPERVISOR_CONFIG names, else the first found upwards from the working folder:
-    bgsupervisor.toml, or a pyproject.toml with a table [tool.bgsupervisor].
+    bgsupervisor.toml, or a pyproject.toml with a table [tool.bgsupervisor]. A file that was named is trusted. One that
+    was found is refused unread where another user than root may have written it, or may put code beside it.
 
     Args:
         path: The configuration file, relative to the working folder.
@@ -412,16 +417,19 @@ def load(
         cwd: The working folder, by default this process's: $PWD where it names the same folder, since that keeps
             symlinks.
         database: The address of the database; it wins over everything.
+        any_owner: Whether a file that was found may belong to any user, as that of the application of which the
+            caller is part; it must still not lie where everybody may write.
 
     Raises:
         ConfigError: No file and no database was named, the file is missing or no TOML, a key is unknown, a value is
-            of the wrong type or out of range, or the working folder is gone.
+            of the wrong type or out of range, the working folder is gone, or a file that was found is not trusted.
         AccessError: The file, or a folder on the way to it, may not be read.
 
     Blocks for reading two small files at most. Changes nothing.
     """
     environ = os.environ if environ is None else environ
-    file, base_dir = _locate(path or environ.get(CONFIG_VARIABLE), cwd, environ)
+    named = path or environ.get(CONFIG_VARIABLE)
+    file, base_dir = _locate(named, cwd, environ, any_owner=any_owner)
     sources = _sources(file, base_dir, flags=flags or {}, environ=environ, database=database)
     if not file and not any(source.values.get("database") for source in sources):
         raise ConfigError(_nothing_found(base_dir))
@@ -429,7 +437,12 @@ def load(
     values = {key: value for key, (value, _) in picked.items()}
     origins = {key: origin for key, (_, origin) in picked.items()}
     _check_lease(values, origins)
-    return Config(**_placed(values, origins, base_dir), base_dir=base_dir, path=file, origins=origins)
+    config = Config(**_placed(values, origins, base_dir), base_dir=base_dir, path=file, origins=origins)
+    if file and not named and not any_owner:
+        for named_there in (config.env_file, *(Path(folder) / "*" for folder in config.python_path)):
+            if named_there:
+                _check_trust(named_there, "named in a configuration found")
+    return config
 
 
 def _sources(
@@ -547,7 +560,9 @@ def _ignored_files(config: Config, environ: Mapping[str, str], cwd: Path | None)
 def _is_configuration(file: Path) -> bool:
     """Tell whether *file* would have been taken; one that cannot be read is not worth a word here."""
     with suppress(ConfigError, AccessError):
-        return _is_there(file) and (file.name == FILE_NAME or _project_table(file) is not None)
+        if not _is_there(file) or distrust(file) is not None:
+            return False
+        return file.name == FILE_NAME or _project_table(file) is not None
     return False
 
 
@@ -653,13 +668,15 @@ def _absolute(path: Path | str, base_dir: Path) -> Path:
 # ---- Finding and reading the file ------------------------------------------------------------------------------
 
 
-def _locate(named: Path | str | None, cwd: Path | None, environ: Mapping[str, str]) -> tuple[Path | None, Path]:
+def _locate(
+    named: Path | str | None, cwd: Path | None, environ: Mapping[str, str], *, any_owner: bool
+) -> tuple[Path | None, Path]:
     """Return the configuration file, if there is one, and the folder that relative paths start from."""
     if named and Path(named).is_absolute():
         file = Path(os.path.normpath(named))
         return file, file.parent
     start = Path(os.path.normpath(cwd.absolute())) if cwd else working_folder(environ)
-    found = _absolute(named, start) if named else _search(start)
+    found = _absolute(named, start) if named else _search(start, any_owner=any_owner)
     return found, found.parent if found else start
 
 
@@ -683,15 +700,69 @@ def working_folder(environ: Mapping[str, str] | None = None) -> Path:
         ) from error
 
 
-def _search(start: Path) -> Path | None:
-    """Return the nearest configuration file, looking upwards from *start*."""
+def _search(start: Path, *, any_owner: bool) -> Path | None:
+    """Return the nearest configuration file, looking upwards from *start*; an untrusted one is refused unread."""
     for folder in (start, *start.parents):
-        if _is_there(folder / FILE_NAME):
-            return folder / FILE_NAME
-        project = folder / PROJECT_FILE_NAME
-        if _is_there(project) and _project_table(project) is not None:
-            return project
+        for file in (folder / FILE_NAME, folder / PROJECT_FILE_NAME):
+            if _is_there(file):
+                _check_trust(file, "found", any_owner=any_owner)
+                if file.name == FILE_NAME or _project_table(file) is not None:
+                    return file
     return None
+
+
+def _check_trust(file: Path, how: str, *, any_owner: bool = False) -> None:
+    why = distrust(file, any_owner=any_owner)
+    if why is not None:
+        raise ConfigError(
+            f"cannot use {file}, {how} upwards from the working folder: {why}; if you trust it, name the configuration "
+            f"with --config or {CONFIG_VARIABLE}"
+        )
+
+
+def distrust(file: Path, *, any_owner: bool = False) -> str | None:
+    """Return why a configuration that was found is refused, None where it is trusted; see `dangers`.
+
+    Args:
+        file: The configuration, or a file that it names.
+        any_owner: Whether another user's file is trusted, if not everybody may have put it there.
+    """
+    if any_owner and hasattr(os, "geteuid"):
+        with suppress(OSError):
+            if {file.lstat().st_uid, file.stat().st_uid} <= {0, os.geteuid()}:
+                return None
+    return next((danger.told for danger in dangers(file) if danger.is_of_all or not any_owner), None)
+
+
+class Danger(NamedTuple):
+    """How another user may have written a file: everybody may, or a folder or link belongs to one."""
+
+    is_of_all: bool
+    told: str
+
+
+def dangers(file: Path) -> Iterator[Danger]:
+    """Yield how a user other than this one and root may have written *file*, or may put code beside it.
+
+    Looks at the file, at all folders above it, and at what links among them lead to; a file that is not there is
+    judged by its folders. What a group may write counts as its owner's, who has chosen the group. In a sticky folder,
+    such as /tmp, others cannot replace a file, but they can put code beside it.
+    """
+    if not hasattr(os, "geteuid"):
+        return  # Windows has neither users by number nor modes
+    mine = {0, os.geteuid()}
+    ways = (file, Path(os.path.realpath(file)), Path(os.path.realpath(file.parent)) / file.name)
+    beside = {ways[0].parent, ways[2].parent}
+    for path in dict.fromkeys(one for way in ways for one in (way, *way.parents)):
+        try:
+            link, found = path.lstat(), path.stat()
+        except OSError:
+            continue  # that it is missing or closed is told when it is read
+        for uid in {link.st_uid, found.st_uid} - mine:
+            yield Danger(False, f"{path} belongs to user {user_name(uid)}, and this is user {own_user()}")
+        is_kept = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX and path not in beside
+        if found.st_mode & stat.S_IWOTH and not is_kept:
+            yield Danger(True, f"every user may write {path}")
 
 
 def _is_there(file: Path) -> bool:

@@ -32,7 +32,7 @@ from bgsupervisor.errors import (
 )
 from bgsupervisor.ledger import ID_MAX
 from bgsupervisor.needs import parent_scope
-from bgsupervisor.statedir import leave_board, open_dir
+from bgsupervisor.statedir import leave_board, open_own_dir
 from bgsupervisor.waits import EVERYBODY, Held, Queued, Waiter, Waiting, task_key, turn_key
 
 if TYPE_CHECKING:
@@ -123,9 +123,9 @@ class Bell:
             self._directory = None
 
     def _connect(self) -> None:
-        self._directory = open_dir(self._folder)
+        self._directory = open_own_dir(self._folder)
         address = f"/proc/self/fd/{self._directory}/board.sock"
-        manager = BoardManager(address=address, authkey=read_key(self._folder), serializer="bounded")
+        manager = BoardManager(address=address, authkey=read_key(self._directory), serializer="bounded")
         manager.connect()
         proxy: Any = manager.bells()  # type: ignore[attr-defined]
         proxy._close.cancel()  # noqa: SLF001 - the bells live as long as the board: nothing to give back, nor to wait for

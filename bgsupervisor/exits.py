@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from bgsupervisor.statedir import open_own, read_own, replace_own
 from bgsupervisor.wire import Exited, Who
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
-__all__ = ["keep", "read", "write"]
+__all__ = ["begin", "keep", "read", "write"]
+
+RECORD_MODE = 0o640
 
 LARGE_BYTES = 64 * 1024
 """A record that has grown beyond this is written anew, with what is still needed of it."""
@@ -27,13 +30,19 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Exited).decode
 
 
+def begin(record: Path) -> None:
+    """Make an empty record; where that is impossible it is made with the first exit."""
+    with contextlib.suppress(OSError):
+        os.close(open_own(record, os.O_WRONLY | os.O_CREAT, RECORD_MODE))
+
+
 def write(record: Path, exited: Exited) -> None:
     """Add an exit; where that is impossible (a full disk) memory must do.
 
     It needs to survive processes, not the machine: after a power cut the reason is another one.
     """
     with contextlib.suppress(OSError):
-        descriptor = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        descriptor = open_own(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT, RECORD_MODE)
         try:
             os.write(descriptor, _encode(exited) + b"\n")
         finally:
@@ -41,10 +50,10 @@ def write(record: Path, exited: Exited) -> None:
 
 
 def read(record: Path) -> dict[Who, Exited]:
-    """Return the exits of a record; none if it is gone. A line that was cut off is passed over."""
+    """Return the exits of a record; none if it is gone or another user's. A line that was cut off is passed over."""
     found = {}
     with contextlib.suppress(OSError):
-        for line in record.read_bytes().splitlines():
+        for line in read_own(record, RECORD_MODE).splitlines():
             with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 exited = _decode(line)
                 found[exited.who] = exited
@@ -55,8 +64,7 @@ def keep(record: Path, exits: Collection[Exited]) -> None:
     """Forget the others: they are in the rows. A small record is only emptied, once nothing in it is needed."""
     with contextlib.suppress(OSError):
         if not exits:
-            os.truncate(record, 0)
+            with os.fdopen(open_own(record, os.O_WRONLY, RECORD_MODE), "wb") as file:
+                file.truncate(0)
         elif record.stat().st_size > LARGE_BYTES:
-            fresh = record.with_name(f".{record.name}")
-            fresh.write_bytes(b"".join(_encode(exited) + b"\n" for exited in exits))
-            fresh.replace(record)
+            replace_own(record, b"".join(_encode(exited) + b"\n" for exited in exits), RECORD_MODE)

@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.statedir import open_own
 
 if sys.platform != "win32":  # a body on Windows loads this module too
     import fcntl
@@ -75,7 +76,7 @@ class Gate:
         while True:
             for number in numbers:
                 try:
-                    file = os.open(self._folder / f"database-{number}", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, MODE)
+                    file = open_own(self._folder / f"database-{number}", os.O_CREAT | os.O_RDWR, MODE)
                 except OSError:
                     return None
                 try:

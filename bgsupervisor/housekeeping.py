@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import logs, processes
 from bgsupervisor.errors import AccessError, DatabaseError
+from bgsupervisor.statedir import open_own
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -65,11 +66,14 @@ def rotate(path: Path) -> None:
     with contextlib.suppress(OSError):
         if path.stat().st_size > LOG_ROTATED_BYTES:
             kept = path.with_name(f"{path.name}.1")
-            try:
-                shutil.copyfile(path, kept)
-            except OSError:
-                kept.unlink(missing_ok=True)  # a full disk: room for the ends of tasks is worth more than old lines
-            with path.open("r+b") as file:
+            with os.fdopen(open_own(path, os.O_RDWR, logs.LOG_MODE), "r+b") as file:
+                kept.unlink(missing_ok=True)
+                try:
+                    copy = open_own(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, logs.LOG_MODE)
+                    with os.fdopen(copy, "wb") as copied:
+                        shutil.copyfileobj(file, copied)
+                except OSError:
+                    kept.unlink(missing_ok=True)  # a full disk: room for the ends of tasks is worth more than old lines
                 file.truncate(0)
 
 

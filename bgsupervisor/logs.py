@@ -7,7 +7,6 @@ that the first and the last lines remain and no position in the file ever moves.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import errno
 import os
 import select
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import linux
 from bgsupervisor.sizes import size
+from bgsupervisor.statedir import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,13 +85,9 @@ def open_for_append(path: Path) -> int:
         A descriptor; closing it is the caller's.
 
     Raises:
-        OSError: The folder is missing or not writable, or the disk is full.
+        OSError: The folder is missing or not writable, the disk is full, or the file is a link or another user's.
     """
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _PLAIN, LOG_MODE)
-    # Another user's file keeps the mode that its owner gave it; Windows has no modes.
-    with contextlib.suppress(PermissionError, AttributeError):
-        os.fchmod(fd, LOG_MODE)
-    return fd
+    return open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _PLAIN, LOG_MODE)
 
 
 def leave_dead_output(path: Path) -> bool:
@@ -130,11 +126,11 @@ def bound(path_or_fd: Path | int, limit_bytes: int) -> bool:
         Whether anything was cut.
 
     Raises:
-        OSError: The log is missing or not writable.
+        OSError: The log is missing, not writable, a link, or another user's.
     """
     if isinstance(path_or_fd, int):
         return _bound(path_or_fd, limit_bytes)
-    fd = os.open(path_or_fd, os.O_WRONLY | _PLAIN)
+    fd = open_own(path_or_fd, os.O_WRONLY | _PLAIN, LOG_MODE)
     try:
         return _bound(fd, limit_bytes)
     finally:

@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import sqlite3
+import stat
 import sys
 import threading
 import weakref
@@ -59,8 +60,10 @@ log = logging.getLogger("bgsupervisor")
 
 T = TypeVar("T")
 
-DATABASE_MODE = 0o660
-"""Rights of a database file that we create: a web user and a deploy user share it through their group."""
+SHARED_MODE = 0o660
+"""Rights of a database file in a folder that a group shares, as a web user and a deploy user do."""
+PRIVATE_MODE = 0o600
+"""Rights of a database file in any other folder: who may write it may request tasks."""
 AUTOCHECKPOINT_PAGES = 10_000
 """Others than the supervisor leave checkpoints to it (one checkpointer), unless the -wal file passes 40 MB."""
 WAL_RETRY_S = 0.01
@@ -1116,11 +1119,21 @@ def _readable(text: bytes) -> str:
 
 
 def _create_file(path: Path) -> None:
-    """Create an empty database file that the group may write, whatever the umask."""
+    """Create an empty database file; its group may write it where the folder is shared, whatever the umask."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), DATABASE_MODE)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0), PRIVATE_MODE)
         try:
             if hasattr(os, "fchmod"):
-                os.fchmod(descriptor, DATABASE_MODE)
+                os.fchmod(descriptor, _mode_in(path.parent.stat(), os.fstat(descriptor).st_gid))
         finally:
             os.close(descriptor)
+
+
+def _mode_in(folder: os.stat_result, gid: int) -> int:
+    """Return the rights of a database file of group *gid* in a folder; SQLite gives -wal and -shm the same.
+
+    A folder is shared by its group if it is setgid or that group may write it. A file of another group, such as its
+    maker's first one, is for nobody else.
+    """
+    is_shared = folder.st_mode & (stat.S_ISGID | stat.S_IWGRP) and gid == folder.st_gid
+    return SHARED_MODE if is_shared else PRIVATE_MODE

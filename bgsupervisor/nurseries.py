@@ -329,7 +329,8 @@ class Nurseries:
             target=nursery.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
         )
         try:
-            process.start()
+            with processes.in_root_folder():
+                process.start()
         except OSError as error:  # no processes or no memory left
             log.error("cannot start a nursery: %s", error)  # noqa: TRY400 - the sentence says it
             self._start_at = self._clock.monotonic() + RESTART_S[-1]

@@ -253,8 +253,7 @@ class Nursery:
         self._own = descriptors.Own()
         self._note_inherited()
         signal.signal(signal.SIGCHLD, _note)
-        with contextlib.suppress(OSError):
-            self._record.touch()
+        exits.begin(self._record)
         reporting.prepare()
         self._loaded = load_application(config)
         inherited.take_back_signals(self._loaded.handlers)

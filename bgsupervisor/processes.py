@@ -24,7 +24,7 @@ from bgsupervisor import linux
 from bgsupervisor.errors import Unkillable, UnsupportedSystem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -609,6 +609,21 @@ class _Tree:
 
 _soft_limit: int | None = None
 """The soft limit of open files that this process was started with, once it has raised its own."""
+
+
+@contextlib.contextmanager
+def in_root_folder() -> Iterator[None]:
+    """Work in the root folder for the block, in which a Python is started: it imports from its working folder first.
+
+    Goes back also to a folder that was deleted meanwhile, but stays where this user may not enter the working folder.
+    """
+    with contextlib.ExitStack() as way_back:
+        with contextlib.suppress(OSError):
+            here = os.open(".", os.O_PATH | os.O_CLOEXEC)
+            way_back.callback(os.close, here)
+            way_back.callback(os.fchdir, here)
+        os.chdir("/")
+        yield
 
 
 def raise_descriptor_limit() -> None:

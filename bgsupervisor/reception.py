@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
-from bgsupervisor.statedir import StateDir, bind, open_dir
+from bgsupervisor.statedir import StateDir, bind, open_own_dir
 from bgsupervisor.wire import (
     PROTOCOL_VERSION,
     Beat,
@@ -104,7 +104,7 @@ class Reception:
     def __init__(self, state_dir: StateDir, clock: Clock) -> None:
         self._state_dir = state_dir
         self._clock = clock
-        self._dir_fd = open_dir(state_dir.path)
+        self._dir_fd = open_own_dir(state_dir.path)
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
         self._handles: dict[Who, ProcessHandle] = {}

@@ -116,10 +116,10 @@ class Backing:
         """Do what the arguments say; opens nothing yet."""
         database = origin.database
         if isinstance(database, peewee.Database):
-            config = load(origin.config, database=_url_of(database))
+            config = load(origin.config, database=_url_of(database), any_owner=True)
             store = Store.share(database, config.table_prefix)
         else:
-            config = load(origin.config, database=database)
+            config = load(origin.config, database=database, any_owner=True)
             wait_s = config.busy_timeout_s
             store = Store.open(
                 config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s, has_neighbours=True

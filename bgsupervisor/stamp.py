@@ -13,6 +13,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.statedir import replace_own
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -24,6 +26,7 @@ MAX_ENTRIES = 200_000
 """Largest number of files and folders that a stamp covers: half a second, which each minute can bear."""
 LISTING_ENTRIES = 10_000
 """The same for a command that lists tasks: 30 ms. A larger place is not compared there."""
+STAMP_MODE = 0o640
 SUFFIXES = (".py", ".pyd", ".so")
 INCOMPLETE = "?"
 """Ends the digest of a place that was not seen whole: too large, or with folders that this user may not read."""
@@ -106,13 +109,7 @@ def write_stamp(file: Path, stamp: Stamp) -> int:
     Raises:
         OSError: The file cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(dataclasses.asdict(stamp)) + "\n", encoding="ascii")
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    replace_own(file, (json.dumps(dataclasses.asdict(stamp)) + "\n").encode("ascii"), STAMP_MODE)
     return file.stat().st_ctime_ns
 
 

@@ -2,6 +2,9 @@
 
 Sockets are addressed relative to an open directory descriptor, because an address holds 107 bytes only and state
 directories lie deeper. The module can be imported on every system; what only Linux has is looked for when used.
+
+Every file here is made and opened by `open_own` and `replace_own`, and every socket by `bind` and `connect`: they set
+modes whatever the umask, follow no link, and refuse what belongs to another user.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import json
 import os
 import socket
 import stat
+import struct
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,20 +23,27 @@ from bgsupervisor.clock import Clock, SystemClock
 from bgsupervisor.errors import AccessError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 __all__ = [
     "Lock",
+    "NotOwnFile",
     "StateDir",
     "StopMark",
     "access_error",
     "bind",
+    "check_peer",
     "connect",
+    "group_name",
     "inode_of",
     "is_another",
     "open_dir",
+    "open_own",
+    "open_own_dir",
     "own_user",
+    "read_own",
+    "replace_own",
     "send_datagram",
     "user_name",
 ]
@@ -40,6 +51,14 @@ __all__ = [
 DIRECTORY_MODE = 0o750
 LOCK_MODE = 0o640
 MARK_MODE = 0o640
+AS_ROOT = (
+    "this is root, so every task runs as root; supervise as a user of its own that owns database and state directory: "
+    "`bgsupervisor systemd --install --user NAME`, or its own crontab"
+)
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+"""The rights by which users other than the owner may write."""
+_CREDENTIALS = struct.Struct("3i")
+"""PID, user and group of a peer."""
 LOCK_TRIES = 5
 """How often `Lock.acquire` starts again because the file was replaced while it was being locked."""
 LOCK_READ_BYTES = 16384
@@ -51,6 +70,13 @@ BELLS_AT_ONCE = 50
 """More than all children of the largest configuration, so that none is refused when all dial at once."""
 SHORT_ADDRESS_BYTES = 100
 """Longer addresses go through the directory descriptor; systems allow 104 to 108 bytes."""
+
+
+class NotOwnFile(PermissionError):
+    """A file of the state directory is a link, no plain file, or another user's."""
+
+    def __init__(self, why: str, path: Path | str) -> None:
+        super().__init__(errno.EPERM, why, str(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +133,7 @@ class StateDir:
         for folder in (self.path, self.logs):
             try:
                 folder.mkdir(DIRECTORY_MODE)
-                folder.chmod(DIRECTORY_MODE | (folder.stat().st_mode & stat.S_ISGID))
+                _set_mode(folder)
             except FileExistsError as error:
                 if not folder.is_dir():
                     raise access_error(folder, "create", error, "move the file of that name away") from error
@@ -138,6 +164,41 @@ class StateDir:
                 user=user,
                 right="write",
             )
+
+    def check_private(self) -> None:
+        """Refuse a folder in which another user could plant files; call `check_owner` first.
+
+        Raises:
+            AccessError: The folder, or that of the logs, is another user's, or others may write there.
+        """
+        for danger in self.dangers():
+            raise AccessError(f"cannot supervise: {danger}", path=str(self.path), user=own_user(), right="write")
+
+    def dangers(self) -> Iterator[str]:
+        """Yield a sentence for each way by which another user could plant files here, with what to do about it.
+
+        Raises:
+            OSError: A folder cannot be looked at.
+        """
+        if not hasattr(os, "geteuid"):
+            return  # Windows has neither users by number nor modes
+        user = user_name(os.geteuid())
+        for folder in (self.path, self.logs):
+            if not folder.exists():
+                continue
+            link, found = folder.lstat(), folder.stat()
+            if stat.S_ISLNK(link.st_mode) and link.st_uid not in {0, os.geteuid()}:
+                yield f"{folder} is a link that user {user_name(link.st_uid)} has made; remove it"
+            elif found.st_uid != os.geteuid():
+                owner = user_name(found.st_uid)
+                yield f"{folder} belongs to user {owner} and not to user {user}; give it to {user}, or move it away"
+            elif found.st_mode & OTHERS_WRITE:
+                others = "every user" if found.st_mode & stat.S_IWOTH else f"group {group_name(found.st_gid)}"
+                mode = stat.S_IMODE(found.st_mode)
+                yield (
+                    f"{others} may write {folder} (mode {mode:04o}), and so could have code run as user {user}; "
+                    f"chmod {mode & ~OTHERS_WRITE:04o} {folder}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +239,9 @@ class StopMark:
         Raises:
             AccessError: The folder cannot be written.
         """
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        text = json.dumps({"mode": self.mode, "by": self.by, "at": self.at}) + "\n"
         try:
-            temporary.write_text(json.dumps({"mode": self.mode, "by": self.by, "at": self.at}) + "\n", encoding="utf-8")
-            temporary.chmod(MARK_MODE)
-            temporary.replace(path)
+            replace_own(path, text.encode(), MARK_MODE)
         except OSError as error:
             raise access_error(path, "write", error, "stop as the folder's owner") from error
 
@@ -246,11 +305,11 @@ class Lock:
 
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            old_fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            old_fd = open_own(self._path, os.O_RDWR, LOCK_MODE)
             try:
-                self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, LOCK_MODE)
+                temporary.unlink(missing_ok=True)
+                self._fd = open_own(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, LOCK_MODE)
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.fchmod(self._fd, LOCK_MODE)
                 self._note_holder(self._fd)
                 temporary.replace(self._path)
                 self._wait_for(old_fd, wait_s)
@@ -279,9 +338,8 @@ class Lock:
 
         fd = None
         try:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
+            fd = open_own(self._path, os.O_RDWR | os.O_CREAT, LOCK_MODE)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(fd, LOCK_MODE)
         except OSError as error:
             if fd is not None:
                 os.close(fd)
@@ -365,6 +423,100 @@ def open_dir(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
+def _set_mode(folder: Path) -> None:
+    """Give a new folder its mode; one that was replaced by a link meanwhile is refused."""
+    if not hasattr(os, "geteuid"):
+        return  # Windows has no modes
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, DIRECTORY_MODE | (os.fstat(fd).st_mode & stat.S_ISGID))
+    finally:
+        os.close(fd)
+
+
+def open_own_dir(path: Path) -> int:
+    """Return a descriptor of a folder of this user that no other user may write; as `open_dir`.
+
+    Raises:
+        OSError: It is another user's, or others may write there; and as `open_dir`.
+    """
+    fd = open_dir(path)
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid() or found.st_mode & OTHERS_WRITE:
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "another user owns it or may write there", str(path))
+    return fd
+
+
+def open_own(path: Path | str, flags: int, mode: int, *, dir_fd: int | None = None) -> int:
+    """Open a plain file of this user and give it *mode*, whatever the umask; return the descriptor.
+
+    With O_CREAT in *flags* it is made where it is missing. A link is not followed and a pipe not waited for, and no
+    started program inherits the descriptor. A relative *path* starts from the folder *dir_fd*.
+
+    Raises:
+        NotOwnFile: It is a link, no plain file, or another user's.
+        OSError: It cannot be opened.
+    """
+    guards = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_CLOEXEC", "O_NONBLOCK"))
+    try:
+        fd = os.open(path, flags | guards, mode, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise NotOwnFile("it is a link", path) from error
+        raise
+    try:
+        _make_own(fd, path, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _make_own(fd: int, path: Path | str, mode: int) -> None:
+    """Give an open file its mode; refuse one that another user may have made."""
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise NotOwnFile("it is no plain file", path)
+    if not hasattr(os, "geteuid"):
+        return  # Windows has neither users by number nor modes
+    if found.st_uid != os.geteuid():
+        raise NotOwnFile(f"it belongs to user {user_name(found.st_uid)}", path)
+    os.set_blocking(fd, True)
+    if stat.S_IMODE(found.st_mode) != mode:
+        os.fchmod(fd, mode)
+
+
+def read_own(path: Path | str, mode: int, *, dir_fd: int | None = None) -> bytes:
+    """Return what is in a file that only this user has written; it gets *mode*, as by `open_own`.
+
+    Raises:
+        OSError: As `open_own`.
+    """
+    with os.fdopen(open_own(path, os.O_RDONLY, mode, dir_fd=dir_fd), "rb") as file:
+        return file.read()
+
+
+def replace_own(path: Path, content: bytes, mode: int) -> None:
+    """Write a file in one step, with *mode* whatever the umask, in the place of what stands under its name.
+
+    Raises:
+        OSError: The folder is not writable, or the disk is full; what stood there is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    binary = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+    try:
+        fd = open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | binary, mode)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def bind(dir_fd: int, name: str, kind: socket.SocketKind, mode: int) -> socket.socket:
     """Return a non-blocking Unix socket that answers as *name* in the folder *dir_fd*; streams listen.
 
@@ -400,6 +552,7 @@ def connect(folder: int | Path, name: str, kind: socket.SocketKind) -> socket.so
         FileNotFoundError: There is no such socket.
         ConnectionRefusedError: Nobody listens there any more.
         BlockingIOError: Its queue is full; try again later.
+        PermissionError: Another user's process listens there.
         OSError: Anything else, such as a folder that this user may not enter.
     """
     dialled = socket.socket(socket.AF_UNIX, kind)
@@ -407,10 +560,28 @@ def connect(folder: int | Path, name: str, kind: socket.SocketKind) -> socket.so
         dialled.settimeout(0)
         with _reachable(folder, name) as address:
             dialled.connect(address)
+        if kind == socket.SOCK_STREAM:
+            check_peer(dialled)
     except BaseException:
         dialled.close()
         raise
     return dialled
+
+
+def check_peer(connection: socket.socket) -> None:
+    """Refuse a Unix stream whose other end is another user's; nothing where the system knows no credentials.
+
+    Of a listening socket the credentials are those of the process that called listen() (SO_PEERCRED, unix(7)).
+
+    Raises:
+        PermissionError: The other end is another user's process.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return
+    answer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(answer)
+    if uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "the process at the other end is another user's")
 
 
 def is_another(path: Path, inode: int | None) -> bool:
@@ -484,6 +655,16 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def group_name(gid: int) -> str:
+    """Return the name of a group, the number as text where there is no name."""
+    import grp  # noqa: PLC0415 - absent on Windows, where this module must import
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
 def own_user() -> str:
     """Return the name of this process's user."""
     if hasattr(os, "geteuid"):
@@ -494,13 +675,22 @@ def own_user() -> str:
         return "unknown"
 
 
+_NO_LOCKS = "the file system there has no locks; name a state_dir on a local one"
+_HINTS: Mapping[int | None, str] = {
+    errno.ENOSPC: "free some space there",
+    errno.ENOLCK: _NO_LOCKS,
+    errno.EOPNOTSUPP: _NO_LOCKS,
+}
+"""What to do about an error, whatever was tried; flock(2) lists ENOLCK, and file systems without locks EOPNOTSUPP."""
+
+
 def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessError:
     """Return the error of this process's user failing to *right* ("read", "write", "create") *path*.
 
-    *hint* says what to do about it.
+    *hint* says what to do about it, where the error alone does not.
     """
     user = own_user()
-    if error.errno == errno.ENOSPC:
-        hint = "free some space there"
-    message = f"user {user} cannot {right} {path}: {error.strerror}; {hint}"
+    if isinstance(error, NotOwnFile):
+        hint = f"remove it, or give it to user {user}"
+    message = f"user {user} cannot {right} {path}: {error.strerror}; {_HINTS.get(error.errno, hint)}"
     return AccessError(message, path=str(path), user=user, right=right)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
@@ -25,7 +24,7 @@ from conftest import wait_until
 from playhouse import migrations as _loaded_for_nobody  # noqa: F401 - another user may be unable to read it
 
 import bgsupervisor
-from bgsupervisor import Service, Status, board, migrations
+from bgsupervisor import Service, Status, migrations
 from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
 from bgsupervisor.models import Store, roll_back_abandoned
 from bgsupervisor.statuses import Reason
@@ -663,29 +662,6 @@ def test_a_path_that_cannot_be_looked_at_is_not_taken_for_a_replaced_file(make_a
     wait_until(lambda: time.monotonic() - began > 2.0, "it has looked at its files")
     assert started.process.poll() is None
     assert app.wait(app.service.request("appx:quick")).status is Status.DONE
-
-
-# ---- a key on a full disk ----
-
-
-def test_a_key_that_a_full_disk_cut_short_is_made_anew(tmp_path, monkeypatch):
-    (tmp_path / "authkey").touch()
-    assert len(board._make_key(tmp_path)) == 32
-    kept = board._make_key(tmp_path)
-    assert board.read_key(tmp_path) == kept
-    (tmp_path / "authkey").unlink()
-
-    def full(descriptor, data):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space left"):
-            board._make_key(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert board._make_key(tmp_path) != kept
-    assert secrets.compare_digest(board.read_key(tmp_path), board._make_key(tmp_path))
-    assert (tmp_path / "authkey").stat().st_mode & 0o777 == 0o600
 
 
 # ---- the schema ----

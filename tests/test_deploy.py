@@ -249,6 +249,26 @@ def test_the_unit_has_tasks_live_and_the_supervisor_come_back():
     assert "ExecReload=/bin/kill -HUP $MAINPID" in unit
 
 
+def test_the_comments_of_an_entry_stay_whole_whoever_supervises(app):
+    for command, template in ((["systemd"], entries.UNIT), (["cron", "--cron-d"], entries.CRON_D)):
+        printed = app.cli(*command, "--user", "alice").stdout.splitlines()
+        shipped = (ROOT / template).read_text().splitlines()
+
+        assert [line for line in printed if line.startswith("#")][1:] == [
+            line for line in shipped if line.startswith("#")
+        ][1:]
+        assert any("alice" in line for line in printed)
+
+
+def test_a_unit_for_root_keeps_the_capabilities_of_its_tasks(app):
+    printed = {user: app.cli("systemd", "--user", user).stdout.splitlines() for user in ("root", "alice")}
+
+    assert [line for line in printed["alice"] if line not in printed["root"]] == [
+        "User=alice",
+        "CapabilityBoundingSet=",
+    ]
+
+
 @needs_root
 def test_root_installs_a_unit_for_the_machine_and_is_told_what_to_type(app, tmp_path, monkeypatch):
     monkeypatch.setattr(systemd, "SYSTEM_FOLDER", tmp_path)
@@ -274,6 +294,8 @@ def test_another_user_installs_a_unit_of_their_own(app, tmp_path, monkeypatch):
         assert "loginctl enable-linger nobody" in told
         assert "WantedBy=default.target" in unit
         assert "User=" not in unit
+        assert not re.search("Protect|Restrict|SystemCall|Capability|Hardening", unit)
+        assert "\n\nRestart=always\n" in unit
         if shutil.which("systemd-analyze"):
             assert verified(unit, tmp_path, "--user").stderr == ""
 

@@ -232,6 +232,24 @@ def test_run_refuses_whoever_does_not_own_the_state_directory(app, uid):
     assert {path.stat().st_uid for path in app.state_dir.rglob("*")} == {DEPLOY}
 
 
+def test_state_directory_of_another_user_in_its_place_is_refused(app):
+    supervising = app.start()
+    running, _, _ = app.requested("appx:slow")
+    app.started(running)
+    aside = app.state_dir.with_name("aside")
+
+    moved = ask_as(WEB, ["sh", "-c", f"mv {app.state_dir} {aside} && mkdir -m 777 {app.state_dir}"])
+
+    assert moved.returncode == 0, moved.stderr
+    wait_until(lambda: supervising.process.poll() is not None, "the supervisor leaves")
+    told = app.ask(DEPLOY, "run")
+    assert told.returncode == 1
+    assert f"{app.state_dir} belongs to user {WEB_NAME}, but this is user {DEPLOY_NAME}" in told.stderr
+    assert app.service.get(running).status is Status.START
+    shutil.rmtree(app.state_dir)
+    aside.rename(app.state_dir)
+
+
 def test_a_database_file_that_the_web_user_may_not_write_is_named(app):
     app.requested("appx:hello2", uid=DEPLOY)
     database = app.folder / "bgsupervisor.db"
@@ -281,24 +299,51 @@ def test_without_a_common_group_the_web_user_is_told_what_is_missing(app):
     assert str(app.folder) in told.stderr.splitlines()[-1]
 
 
-def test_the_commands_of_the_page_give_two_users_what_they_need(make_shared):
-    app = make_shared()
+def follow_the_page(folder):
+    """Type the commands of docs/deploy.md for two users, for a folder."""
     page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
     block = page.split("<!-- two users -->")[1].split("```")[1].removeprefix("console\n")
     lines = [line.removeprefix("# ") for line in block.splitlines() if line.startswith("# ")]
     rights_of = [line for line in lines if line.startswith(("install ", "chgrp ", "chmod ", "find "))]
     assert rights_of
-    folder = app.folder / "shared"
     for line in rights_of:
         command = (
             line.replace("/srv/myapp/shared", str(folder)).replace("deploy", DEPLOY_NAME).replace("myapp", str(COMMON))
         )
         subprocess.run(["sh", "-ec", command], check=True)
-    app.configure(database="sqlite:///shared/bgsupervisor.db")
-    os.chown(app.config, DEPLOY, COMMON)
 
+
+def placed_in(app, folder):
+    app.configure(database=f"sqlite:///{folder.name}/bgsupervisor.db")
+    os.chown(app.config, DEPLOY, COMMON)
     app.state_dir = folder / ".bgsupervisor"
+
+
+def test_the_commands_of_the_page_give_two_users_what_they_need(make_shared):
+    app = make_shared()
+    folder = app.folder / "shared"
+    follow_the_page(folder)
+    placed_in(app, folder)
     app.start()
 
     assert app.requested()[1] == "DONE"
     assert app.ask(WEB, "log", "1").stdout == "said by the body\n"
+
+
+def test_recipe_for_two_users_leaves_the_state_directory_closed(make_shared):
+    app = make_shared()
+    folder = app.folder / "shared"
+    folder.mkdir()
+    os.chown(folder, DEPLOY, DEPLOY)
+    folder.chmod(0o755)
+    placed_in(app, folder)
+    app.start().stop()
+    assert rights(folder / "bgsupervisor.db")[0] == 0o600
+
+    follow_the_page(folder)
+
+    assert rights(folder / "bgsupervisor.db") == (0o660, COMMON)
+    for path in (app.state_dir, *app.state_dir.rglob("*")):
+        assert path.name == "wake.sock" or not rights(path)[0] & 0o022, path
+    app.start()
+    assert app.requested()[1] == "DONE"

@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 from typing import IO, TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from bgsupervisor import processes
 from bgsupervisor.cli.calling import ask_to_reload, await_reload
 from bgsupervisor.cli.changes import Changes
 from bgsupervisor.cli.following import Following, Lines, echo, tell_failures
+from bgsupervisor.cli.loading import python_command
 from bgsupervisor.cli.output import warn
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import shown
@@ -48,6 +48,7 @@ LEAVE_S = 3.0
 KILL_LOOK_S = 0.3
 """Interval between the signals that have a supervisor kill its tasks, in seconds: it counts them one by one."""
 LOG_NAME = "supervisor.log"
+_MAIN = "from bgsupervisor.cli import main; main()"
 _NO_NEWS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |\bfailed to load\b| task ended: ")
 """Lines of the supervisor's log that are not shown: what failed to load, and how tasks ended, is shown in full."""
 
@@ -107,6 +108,7 @@ class Development:
         """Return why this process cannot supervise here now, as a sentence."""
         self._state_dir.create()
         self._state_dir.check_owner()
+        self._state_dir.check_private()
         mark = StopMark.read(self._state_dir.stop_mark)
         if mark is not None:
             return f"cannot supervise: stopped by {mark.by} at {mark.at}; `bgsupervisor start` allows it again"
@@ -125,7 +127,7 @@ class Development:
         named = ["--config", str(self._session.config_path)] if self._session.config_path else []
         slots = [] if self._slots is None else ["--slots", str(self._slots)]
         return subprocess.Popen(
-            [sys.executable, "-m", "bgsupervisor", *named, "run", "--on-term", "kill", *slots],
+            [*python_command(_MAIN), *named, "run", "--on-term", "kill", *slots],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,

@@ -35,6 +35,7 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
+    state_dir.check_private()
     mark = StopMark.read(state_dir.stop_mark)
     if mark is not None:
         warn(f"bgsupervisor: cannot run tasks: stopped by {mark.by} at {mark.at}; `bgsupervisor start` allows it again")

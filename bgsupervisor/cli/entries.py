@@ -108,11 +108,12 @@ def fill(template: str, found: Installation, user: str, quote: Callable[[str], s
         quote: Makes one word of any text; comments are not quoted.
     """
     examples = {_EXAMPLE_COMMAND: found.command, _EXAMPLE_CONFIG: (str(found.config),), _EXAMPLE_USER: (user,)}
-    pattern = re.compile("|".join(map(re.escape, examples)))
 
     def filled(line: str) -> str:
-        written = str if line.startswith("#") else quote
-        return pattern.sub(lambda example: " ".join(written(word) for word in examples[example[0]]), line)
+        is_comment = line.startswith("#")  # in which the user's name is an ordinary word
+        written = str if is_comment else quote
+        there = [re.escape(example) for example in examples if not (is_comment and example == _EXAMPLE_USER)]
+        return re.sub("|".join(there), lambda example: " ".join(written(word) for word in examples[example[0]]), line)
 
     return "".join(f"{filled(line)}\n" for line in _text(template).splitlines())
 

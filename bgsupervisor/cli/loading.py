@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
 
-__all__ = ["Answer", "load_apart", "main"]
+__all__ = ["Answer", "load_apart", "main", "python_command"]
 
 
 POLL_S = 0.02
@@ -48,7 +48,7 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
     """
     with tempfile.NamedTemporaryFile() as answered:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bgsupervisor.cli.loading"],
+            python_command("from bgsupervisor.cli.loading import main; main()"),
             stdin=subprocess.PIPE,
             stdout=2,
             start_new_session=True,
@@ -68,6 +68,15 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
             told = f"it was not loaded within {limit_s:g} s"
         what = LoadFailure(", ".join(config.tasks) or str(config.setup), told, "modules" if config.tasks else "setup")
         return Answer({}, [what], [], [])
+
+
+def python_command(code: str) -> list[str]:
+    """Return the command that runs *code* in another Python with this one's path; arguments may follow.
+
+    Both `python -c` and `python -m` would import from the working folder, which may be anybody's, but for -P.
+    """
+    path = [str(folder) for folder in sys.path]
+    return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {path!r}; sys.argv[0] = 'bgsupervisor'; {code}"]
 
 
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
@@ -105,7 +114,3 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,7 @@ from bgsupervisor.notify import Notifier
 from bgsupervisor.oom import INITIAL_PID_NAMESPACE
 from bgsupervisor.processes import pid_namespace
 from bgsupervisor.stamp import read_stamp
-from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark, access_error
+from bgsupervisor.statedir import AS_ROOT, STUCK_S, Lock, StateDir, StopMark, access_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +109,7 @@ def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = 
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
+    state_dir.check_private()
     lock = Lock(state_dir.lock, clock, program=PROGRAM)
     mark = StopMark.read(state_dir.stop_mark)
     if mark is None and not lock.acquire():
@@ -124,7 +125,7 @@ def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = 
     shown = log_to_stderr or notifier.listened_to or _is_first_in_container() or _has_terminal()
     with (_shown_log if shown else _own_log)(state_dir.own_log):
         logging.getLogger("peewee").setLevel(logging.WARNING)
-        for remark in remarks(config):
+        for remark in [*([AS_ROOT] if os.geteuid() == 0 else []), *remarks(config)]:
             logging.getLogger("bgsupervisor").warning("%s", remark)
         supervisor = Supervisor(config, state_dir=state_dir, lock=lock, notifier=notifier, reread=load, burst=burst)
         return supervisor.run()
@@ -220,8 +221,7 @@ def _shown_log(path: Path) -> Iterator[None]:
     """Log to stderr and to *path*; what is printed, also by the application while it loads, stays on stderr."""
     logging.raiseExceptions = False  # a full disk: stderr has the line, and needs no traceback with each
     try:
-        os.close(open_for_append(path))
-        in_file = logging.FileHandler(path, encoding="utf-8")
+        in_file = logging.StreamHandler(os.fdopen(open_for_append(path), "a", encoding="utf-8"))
     except OSError as error:
         raise _unwritable(path, error) from error
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=[_Stderr(path), in_file])

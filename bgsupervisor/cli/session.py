@@ -47,9 +47,13 @@ class Session:
         return None if backing is None else backing.config
 
     def service(self, *, unknown_names: Literal["warn", "refuse", "accept"] | None = None) -> Service:
-        """Return the service, whose first call creates the database where there is none."""
+        """Return the service, whose first call creates the database where there is none.
+
+        Raises what `config` raises: a Service alone would trust the files of any user.
+        """
         from bgsupervisor.service import Service  # noqa: PLC0415 - `run` beside a living supervisor does without
 
+        load(self.config_path)
         return Service(config=self.config_path, unknown_names=unknown_names)
 
     def existing_service(self) -> Service | None:

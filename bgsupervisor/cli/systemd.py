@@ -41,7 +41,7 @@ def systemd(session: Session, *, install: bool, uninstall: bool, user: str | Non
     if _REFUSED.search(found.command[0]):
         raise ConfigError(f"systemd starts no program with quotes, backslashes or $ in its path: {found.command[0]}")
     if not install:
-        click.echo(fill(UNIT, found, user or found.owner, unit_quoted), nl=False)
+        click.echo(_unit(found, user or found.owner), nl=False)
     elif os.geteuid() == 0:
         _install(SYSTEM_FOLDER, found, user or found.owner)
     elif user:
@@ -52,18 +52,24 @@ def systemd(session: Session, *, install: bool, uninstall: bool, user: str | Non
 
 def _install(folder: Path, found: Installation, user: str) -> None:
     check_user(user)
-    _write(folder, fill(UNIT, found, user, unit_quoted), found)
+    _write(folder, _unit(found, user), found)
     click.echo(f"it supervises as {user}. Type next:\n  systemctl daemon-reload\n  systemctl enable --now bgsupervisor")
 
 
 def _install_own(folder: Path, found: Installation) -> None:
     user = user_name(os.geteuid())
-    _write(folder, _of_own_manager(fill(UNIT, found, user, unit_quoted)), found)
+    _write(folder, _of_own_manager(_unit(found, user)), found)
     click.echo(
         f"it supervises as {user}, also while {user} is not logged in. Type next:\n"
         f"  loginctl enable-linger {user}\n  systemctl --user daemon-reload\n"
         "  systemctl --user enable --now bgsupervisor"
     )
+
+
+def _unit(found: Installation, user: str) -> str:
+    """Return the unit for a user; root keeps its capabilities, without which its tasks could not become other users."""
+    unit = fill(UNIT, found, user, unit_quoted)
+    return unit.replace("CapabilityBoundingSet=\n", "") if user == "root" else unit
 
 
 def _write(folder: Path, text: str, found: Installation) -> None:
@@ -99,6 +105,8 @@ def _remove(found: Installation) -> None:
 
 
 def _of_own_manager(unit: str) -> str:
-    """Return a unit for a user's own manager, which runs as that user and has another target."""
+    """Return a unit for a user's own manager: it runs as that user, has another target, and may not harden."""
+    before, _, rest = unit.partition("# Hardening")
+    unit = before + rest.partition("\n\n")[2]
     lines = unit.replace("WantedBy=multi-user.target", "WantedBy=default.target").splitlines()
     return "".join(f"{line}\n" for line in lines if not line.startswith(("User=", "# Whoever owns")))

@@ -15,6 +15,8 @@ __all__ = ["CHECKS", "Finding", "Grade", "Machine", "Scene", "examine"]
 CHECKS: dict[str, Check] = {
     "rights": files.rights,
     "state directory": files.state_directory,
+    "user": system.user,
+    "code": files.code,
     "deploy folder": files.deploy_folder,
     "file system": files.file_system,
     "free space": files.free_space,

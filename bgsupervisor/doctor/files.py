@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import re
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.config import dangers
 from bgsupervisor.doctor.findings import note, ok, wrong
 from bgsupervisor.sizes import size
-from bgsupervisor.statedir import user_name
+from bgsupervisor.statedir import group_name, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from bgsupervisor.doctor.findings import Scene, Told
 
-__all__ = ["deploy_folder", "file_system", "free_space", "rights", "state_directory"]
+__all__ = ["code", "deploy_folder", "file_system", "free_space", "rights", "state_directory"]
 
 SPACE_MIN_BYTES = 100 * 1024 * 1024
 """With less, the next large import may be the last; running tasks could not record their ends."""
@@ -53,14 +54,33 @@ def rights(scene: Scene) -> Iterator[Told]:
         if not os.access(one, os.W_OK):
             yield wrong(f"{one} cannot be written by user {user}, and SQLite needs that; {_mode(one)}")
             return
+    yield from _shared(folder, files)
+
+
+def _shared(folder: Path, files: list[Path]) -> Iterator[Told]:
+    """See that those may write the database who are to: the group that shares its folder, or its owner alone."""
     state = folder.stat()
-    if not state.st_mode & stat.S_IWGRP:
+    group = group_name(state.st_gid)
+    for one in (folder, *files):
+        if one.stat().st_mode & stat.S_IWOTH:
+            yield wrong(f"every user may write {one}, and so request and cancel tasks; chmod o-w it; {_mode(one)}")
+            return
+    if not state.st_mode & (stat.S_IWGRP | stat.S_ISGID):
+        for one in files:
+            if one.stat().st_mode & stat.S_IWGRP:
+                yield note(
+                    f"group {group_name(one.stat().st_gid)} may write {one}, and so request and cancel tasks, though "
+                    f"no group shares {folder}; chmod 600 it, or make the folder setgid; {_mode(one)}"
+                )
+                return
         yield ok(f"{folder} is for user {user_name(state.st_uid)} alone; {_mode(folder)}")
+        return
+    if not state.st_mode & stat.S_IWGRP:
+        yield note(f"group {group} shares {folder} but may not write it, and SQLite needs that; chmod g+w it")
         return
     for one in files:
         found = one.stat()
         if found.st_mode & GROUP_RIGHTS != GROUP_RIGHTS or found.st_gid != state.st_gid:
-            group = _group(state.st_gid)
             yield wrong(f"group {group} may write {folder} but not {one}; chgrp {group} and chmod 660 it; {_mode(one)}")
             return
     if not state.st_mode & stat.S_ISGID:
@@ -68,7 +88,7 @@ def rights(scene: Scene) -> Iterator[Told]:
             f"{folder} is its group's to write, but not setgid: new files get their maker's own group; chmod g+s it"
         )
     else:
-        yield ok(f"group {_group(state.st_gid)} shares {folder}; {_mode(folder)}")
+        yield ok(f"group {group} shares {folder}; {_mode(folder)}")
 
 
 def state_directory(scene: Scene) -> Iterator[Told]:
@@ -83,11 +103,38 @@ def state_directory(scene: Scene) -> Iterator[Told]:
         return
     owner = user_name(path.stat().st_uid)
     if path.stat().st_uid == os.geteuid():
-        yield ok(f"{path} is {owner}'s; {_mode(path)}")
+        found = [wrong(danger) for danger in scene.state_dir.dangers()]
+        yield from found or [ok(f"{path} is {owner}'s; {_mode(path)}")]
     elif scene.alive:
         yield note(f"{path} is {owner}'s, who supervises; this is user {user}, whom `run` and `stop` refuse")
     else:
         yield wrong(f"{path} is {owner}'s and this is user {user}, whom `run` refuses; supervise as {owner}")
+
+
+def code(scene: Scene) -> Iterator[Told]:
+    """See that nobody else may write what the supervisor loads: configuration, env_file and the folders of modules."""
+    config, state_dir = scene.config, scene.config.state_dir
+    if state_dir.exists() and state_dir.stat().st_uid != os.geteuid():
+        yield note(f"only user {user_name(state_dir.stat().st_uid)}, who supervises, can judge it")
+        return
+    folders = list(dict.fromkeys([config.base_dir, *map(Path, config.python_path)]))
+    files = [one for one in (config.path, config.env_file) if one is not None]
+    found = [*_of_others([*files, *(folder / "*" for folder in folders)]), *_of_groups([*files, *folders])]
+    yield from dict.fromkeys(found) or [ok(f"no other user may write what user {user_name(os.geteuid())} loads")]
+
+
+def _of_others(files: list[Path]) -> Iterator[Told]:
+    for file in files:
+        for danger in dangers(file):
+            tell = wrong if danger.is_of_all else note
+            yield tell(f"{danger.told}; it decides what runs as user {user_name(os.geteuid())}")
+
+
+def _of_groups(paths: list[Path]) -> Iterator[Told]:
+    for path in paths:
+        if path.exists() and path.stat().st_mode & stat.S_IWGRP and not _is_own_group(path.stat()):
+            group, user = group_name(path.stat().st_gid), user_name(os.geteuid())
+            yield note(f"group {group} may write {path}, and so decides what runs as user {user}; {_mode(path)}")
 
 
 def deploy_folder(scene: Scene) -> Iterator[Told]:
@@ -166,13 +213,9 @@ def _kind(path: Path, proc: Path) -> str | None:
 
 def _mode(path: Path) -> str:
     state = path.stat()
-    return f"it is {user_name(state.st_uid)}:{_group(state.st_gid)} {stat.S_IMODE(state.st_mode):04o}"
+    return f"it is {user_name(state.st_uid)}:{group_name(state.st_gid)} {stat.S_IMODE(state.st_mode):04o}"
 
 
-def _group(gid: int) -> str:
-    import grp  # noqa: PLC0415 - absent on Windows
-
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+def _is_own_group(found: os.stat_result) -> bool:
+    """Whether a file's group is root's, or its owner's own, which many systems give each user."""
+    return found.st_gid == 0 or group_name(found.st_gid) == user_name(found.st_uid)

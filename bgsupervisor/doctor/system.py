@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from bgsupervisor import linux
 from bgsupervisor.doctor.findings import note, ok, wrong
 from bgsupervisor.errors import UnsupportedSystem
+from bgsupervisor.statedir import AS_ROOT, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from bgsupervisor.doctor.findings import Scene, Told
 
-__all__ = ["clock", "first_process", "kernel", "sqlite"]
+__all__ = ["clock", "first_process", "kernel", "sqlite", "user"]
 
 WAL_SINCE = (3, 7, 0)
 WAL_RESET_FIXED = (3, 51, 3)
@@ -63,6 +64,14 @@ def clock(scene: Scene) -> Iterator[Told]:
         )
     else:
         yield ok(f"{now.isoformat(timespec='seconds')}, and no row is from the future")
+
+
+def user(scene: Scene) -> Iterator[Told]:  # noqa: ARG001 - the shape of a check
+    """Tell which user supervises; that it is root is worth knowing."""
+    if os.geteuid() == 0:
+        yield note(AS_ROOT)
+    else:
+        yield ok(f"tasks run as user {user_name(os.geteuid())}")
 
 
 def kernel(scene: Scene) -> Iterator[Told]:  # noqa: ARG001 - the shape of a check
