@@ -65,10 +65,10 @@ def main(config: Config, pipe: Connection) -> NoReturn:
     quiet = logging.NullHandler()
     log.addHandler(quiet)  # the parent prints what failed to load
     line = PipeLine(pipe, config)
+    line.start()  # before an import that may hang: it ends this process when the parent has gone
     loaded = load_application(config)
     import_what_children_need()
     log.removeHandler(quiet)
-    line.start()
     failed = {failure.module for failure in loaded.failures}  # what it defined before it failed may lack something
     known = {name: one.options for name, one in tasks.definitions().items() if not {name, one.module} & failed}
     line.say(Ready(known, loaded.failures))
