@@ -273,14 +273,17 @@ class _Caretaker:
 
     def run(self) -> None:
         """Serve until the board leaves."""
-        while True:
-            if self._channel is None:
-                self._dial()
-            self._serve(self._channel)
-            if self._channel is not None or _bells.waiting:
-                self._used_at = self._clock.monotonic()
-            elif self._clock.monotonic() - self._used_at > LONELY_S:
-                os._exit(0)
+        try:
+            while self._clock.monotonic() - self._used_at <= LONELY_S:
+                if self._channel is None:
+                    self._dial()
+                self._serve(self._channel)
+                if self._channel is not None or _bells.waiting:
+                    self._used_at = self._clock.monotonic()
+        except BaseException:
+            log.exception("the wait manager ends: its thread for the supervisor has failed")
+        finally:
+            os._exit(0)  # without this thread no ring would be heard, and nothing would end the process
 
     def _dial(self) -> None:
         if self._redial.wait_s() > 0:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import contextvars
 import dataclasses
+import faulthandler
 import importlib
 import inspect
 import logging
@@ -83,6 +84,8 @@ PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 ALIVE_EVERY_S = 1.0
 """Progress that says nothing new is sent so often: it tells that the body gets on (`stall_s`)."""
+STUCK_EXIT_S = 2.0
+"""How long after grace_s a child ends whose exit callbacks keep the interpreter's lock, in seconds."""
 LEFTOVER_GRACE_S = 2.0
 """What a body left running gets SIGTERM, and SIGKILL after this long."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -519,10 +522,10 @@ class Child:
 
     def _beat_alone(self, order: Run) -> None:
         """Write a heartbeat, from the link's thread; a database that is away or locked hears the next one."""
-        ledger = self._ledger(busy_timeout_s=BEAT_WAIT_S)
         with contextlib.suppress(BgSupervisorError, OSError):
-            ledger.apply(Batch(notes={Attempt(order.id, order.attempt): Note(heartbeat_at=ledger.clock.now())}))
-        with contextlib.suppress(BgSupervisorError, OSError):
+            ledger = self._ledger(busy_timeout_s=BEAT_WAIT_S)
+            with contextlib.suppress(BgSupervisorError, OSError):
+                ledger.apply(Batch(notes={Attempt(order.id, order.attempt): Note(heartbeat_at=ledger.clock.now())}))
             ledger.store.close()
 
     def _keep_log(self, order: Run) -> None:
@@ -570,6 +573,9 @@ class Child:
         limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
         limit.daemon = True
         limit.start()
+        with contextlib.suppress(OSError):  # the timer needs the interpreter's lock, which C code may never give back
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            faulthandler.dump_traceback_later(self._config.grace_s + STUCK_EXIT_S, exit=True, file=nowhere)
         for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
             with contextlib.suppress(BaseException):
                 step()

@@ -256,9 +256,15 @@ class Link(threading.Thread):
 
     def run(self) -> None:
         """Serve until the process ends."""
-        while True:
-            self._dial()
-            self._serve_once()
+        try:
+            while True:
+                self._dial()
+                self._serve_once()
+        finally:  # a bug of ours: a body records its end itself, and an idle child has nobody to wait for
+            self.drop()
+            self.disconnected.set()
+            self.rouse()
+            self._leave_alone()
 
     def _serve_once(self) -> None:
         channel = self._channel

@@ -42,7 +42,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file, is_postgres, sqlite_path
 from bgsupervisor.errors import WireError
 from bgsupervisor.inherited import Dispositions
-from bgsupervisor.linux import set_child_subreaper
+from bgsupervisor.linux import die_with_parent, set_child_subreaper
 from bgsupervisor.processes import Exit, ProcessIdentity
 from bgsupervisor.stamp import loaded_places
 from bgsupervisor.statedir import StateDir, connect, inode_of, is_another
@@ -100,6 +100,7 @@ class Loaded:
 def main(config: Config) -> NoReturn:
     """Live as a nursery; never returns."""
     try:
+        _die_with_the_supervisor()
         os.setsid()
         set_title("fork server")
         set_child_subreaper()
@@ -232,6 +233,17 @@ def _taken(handlers: Mapping[int, Any]) -> list[str]:
     return [SIGNAL_TAKEN.format(number.name, use) for number, use in inherited.OURS.items() if number in handlers]
 
 
+def _die_with_the_supervisor() -> None:
+    """Until the application is loaded, end with the supervisor: an import that hangs would live on for nobody.
+
+    Another supervisor starts a fork server of its own, and there are no children yet.
+    """
+    die_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():  # it has died before
+        os._exit(1)
+
+
 class Nursery:
     """One loop: hear orders, fork, watch children die, report."""
 
@@ -256,6 +268,7 @@ class Nursery:
         exits.begin(self._record)
         reporting.prepare()
         self._loaded = load_application(config)
+        die_with_parent(0)
         inherited.take_back_signals(self._loaded.handlers)
         processes.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
         self._poll = select.poll()

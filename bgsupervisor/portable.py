@@ -57,7 +57,7 @@ NOTES_EVERY_S = 0.25
 USAGE_EVERY_S = 0.5
 """Interval between two looks at memory and log sizes, in seconds."""
 BEAT_EVERY_S = 15.0
-"""Interval between two renewals of this program's row, in seconds."""
+"""Longest interval between two renewals of this program's row, in seconds; `heartbeat_s` while something runs."""
 RESPAWN_S = 1.0
 """Pause after a child that died before it had loaded the application, in seconds."""
 LEAVE_S = 5.0
@@ -140,7 +140,8 @@ class Runner:
         self._failures: list[LoadFailure] = []
         self._started_at = self._ledger.clock.now()
         self._is_ending = False
-        self._recover_at = self._notes_at = self._usage_at = self._beat_at = self._spawn_at = 0.0
+        self._recover_at = self._notes_at = self._usage_at = self._spawn_at = 0.0
+        self._beat_at = -BEAT_EVERY_S
 
     # What the caller asks
 
@@ -212,7 +213,7 @@ class Runner:
             child.ready = message
             if child.code == self._code != self._known:
                 self._known, self._catalogue, self._failures = self._code, message.catalogue, message.failures
-                self._beat_at = 0.0
+                self._beat_at = -BEAT_EVERY_S
                 self._loaded(message)
         elif isinstance(message, wire.Ring):
             self._ring(message.keys)
@@ -431,8 +432,10 @@ class Runner:
             batch.notes = {child.attempt: child.note for child in noted if child.attempt is not None}
             for child in noted:
                 child.note = Note()
-        if now >= self._beat_at and self._known >= 0:
-            self._beat_at = now + BEAT_EVERY_S
+        runs = any(child.runs for child in self._children)
+        beat_every_s = min(BEAT_EVERY_S, self._config.heartbeat_s) if runs else BEAT_EVERY_S
+        if now >= self._beat_at + beat_every_s and self._known >= 0:
+            self._beat_at = now
             batch.supervisor = self._row()
         if batch:
             self._ledger.apply(batch)

@@ -65,11 +65,11 @@ def main(config: Config, pipe: Connection) -> NoReturn:
     quiet = logging.NullHandler()
     log.addHandler(quiet)  # the parent prints what failed to load
     line = PipeLine(pipe, config)
+    line.start()  # before an import that may hang: it ends this process when the parent has gone
     reporting.prepare()
     loaded = load_application(config)
     import_what_children_need()
     log.removeHandler(quiet)
-    line.start()
     line.say(Ready(loaded.catalogue(), loaded.failures))
     order = line.orders.get()
     if order is not None:

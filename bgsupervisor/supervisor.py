@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -70,7 +71,11 @@ EXAMINE_EVERY_S = 0.02
 NOTES_EVERY_S = 0.25
 """Progress reaches the rows at most so often, unless something else is written anyway."""
 BEAT_EVERY_S = 15.0
-"""The supervisor's own row is renewed so often."""
+"""The longest time between two renewals of the supervisor's own row, in seconds.
+
+While something runs it is renewed with each round of heartbeats (`heartbeat_s`): a body that is silent is told by it
+from one whose heartbeats could not be written.
+"""
 COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PASSED_OVER_S = 0.1
@@ -149,12 +154,14 @@ class Supervisor:
         self._looked_at: datetime | None = None
         self._passing_over_until: float | None = None
         self._next_due_at: datetime | None = None
-        self._recover_at = self._notes_at = self._beat_at = self._net_at = self._put_off_until = 0.0
+        self._recover_at = self._notes_at = self._net_at = self._put_off_until = 0.0
+        self._beat_at = -math.inf
         self._spawn_at = 0.0
         self._catalogue: str | None = None
         self._put_offs = 0
         self._interrupts = 0
         self._draining: str | None = None
+        self._killing: str | None = None
         self._stop_mode = ""
         self._leaving: str | None = None
         self._exit_code = 0
@@ -277,7 +284,7 @@ class Supervisor:
         if self._nurseries.take_hello(peer, hello):
             self._look = True
             self._send_away_unneeded()
-        self._beat_at = 0.0
+        self._beat_at = -math.inf
 
     def _take_end(self, ward: Ward, message: wire.Ended) -> None:
         attempt = Attempt(message.id, message.attempt)
@@ -339,17 +346,18 @@ class Supervisor:
             self._leaving = why
             return
         self._draining = why
-        if mode == "kill":
-            for ward in self._wards.running():
-                if ward.end is None:
-                    self._enforcement.order(ward, Reason.STOPPED, f"the supervisor was told to stop and kill ({why})")
-        log.info("%s: admitting nothing more, %d running", why, len(self._wards.running()))
+        self._killing = why if mode == "kill" else None
+        running = self._wards.running()
+        log.info("%s: admitting nothing more, %d running", why, len(running))
+        suspended = [str(ward.attempt.id) for ward in running if ward.attempt is not None and ward.suspension.lasts]
+        if suspended and mode == "drain":
+            log.warning("suspended, and waited for until somebody resumes or cancels them: %s", ", ".join(suspended))
 
     def _heed_stop_mark(self) -> None:
         """Do what `bgsupervisor stop` asks for, and take it back when `bgsupervisor start` has lifted the mark."""
         mark = StopMark.read(self._state_dir.stop_mark)
         if mark is None and self._stop_mode:
-            self._stop_mode, self._draining, self._look = "", None, True
+            self._stop_mode, self._draining, self._killing, self._look = "", None, None, True
             log.info("the stop was lifted, going on")
         elif mark is not None and mark.mode != self._stop_mode:
             self._stop_mode = mark.mode
@@ -490,6 +498,11 @@ class Supervisor:
                 self._enforcement.put_off_stalls()
             else:
                 self._enforcement.end_stalled(stalled, waiting)
+        if self._killing is not None:  # in each pass: some may have been adopted only now
+            for ward in self._wards.running():
+                if ward.end is None and ward.order is None:
+                    why = f"the supervisor was told to stop and kill ({self._killing})"
+                    self._enforcement.order(ward, Reason.STOPPED, why)
         self._enforcement.enforce()
 
     # admit
@@ -580,7 +593,7 @@ class Supervisor:
             self._last_complaint = ""
             log.info("the database can be written again")
         self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
-        self._beat_at = now + BEAT_EVERY_S if batch.supervisor is not None else self._beat_at
+        self._beat_at = now if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
         if outcome.passed_over and self._passing_over_until is None:
             self._passing_over_until = self._clock.monotonic() + PASSED_OVER_S
@@ -606,11 +619,11 @@ class Supervisor:
         for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
             if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
                 batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
+        if now >= self._beat_at + self._beat_every_s() and self._is_worth_a_row():
+            batch.supervisor = self._own_record()  # with all heartbeats: they are compared with it
         if batch or now >= self._notes_at:
             noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
             batch.notes = {attempt: note for attempt, note in noted.items() if note}
-        if now >= self._beat_at and self._is_worth_a_row():
-            batch.supervisor = self._own_record()
         return batch
 
     def _take_effect(self, batch: Batch, outcome: Outcome) -> None:
@@ -653,7 +666,7 @@ class Supervisor:
             if self._is_replaced():
                 return  # the next one has read the row, and somebody may have resumed it since
             self._enforcement.suspend(ward)
-            self._beat_at = 0.0  # the next write tells whether it was stopped with the database locked
+            self._beat_at = -math.inf  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
@@ -727,6 +740,10 @@ class Supervisor:
         if str(error) != self._last_complaint or now >= self._complain_at:
             self._last_complaint, self._complain_at = str(error), now + COMPLAIN_EVERY_S
             log.error("%s; bodies go on, trying again", error)
+
+    def _beat_every_s(self) -> float:
+        is_compared = any(ward.slot is not None for ward in self._wards.running())
+        return min(BEAT_EVERY_S, self._config.heartbeat_s) if is_compared else BEAT_EVERY_S
 
     def _is_worth_a_row(self) -> bool:
         """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
@@ -846,7 +863,7 @@ class Supervisor:
         if self._leaving is not None:
             return
         running = self._wards.running()
-        if self._draining is not None and all(ward.slot is None and ward.end is None for ward in running):
+        if self._draining is not None and all(_is_left_waiting(ward) for ward in running):
             waiting = f"; {len(running)} wait for tasks that the next supervisor starts" if running else ""
             self._leaving = f"{self._draining}, and nothing runs any more{waiting}"
         elif running:
@@ -891,6 +908,11 @@ class Supervisor:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+
+
+def _is_left_waiting(ward: Ward) -> bool:
+    """Whether a draining supervisor may leave a task: it waits without a slot, and nobody has ordered its end."""
+    return ward.slot is None and ward.end is None and ward.order is None
 
 
 def _log_end(attempt: Attempt, name: str, end: End) -> None:

@@ -197,7 +197,13 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     old = time.time() - 61
     os.utime(lock, (old, old))
     _supervise(app, heartbeat_at=_ago(50))
-    assert "no supervisor has been seen since" in app.cli("ps").stderr
+    told = app.cli("ps").stderr
+    assert re.search(
+        rf"the supervisor, PID {os.getpid()}, has stood still since .*\d\d:\d\d:\d\d: it hangs, or the", told
+    )
+    assert "could not write" not in told
+    _supervise(app, heartbeat_at=_ago(50), start_ticks=1)
+    assert "no supervisor has been seen since" in app.cli("ps").stderr, "its process is another one now"
     lock.write_text(json.dumps({"pid": 2**22 - 1}))
     _supervise(app, start_ticks=1)
     assert "no supervisor has been seen since" in app.cli("ps").stderr

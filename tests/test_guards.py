@@ -11,19 +11,21 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import wait_until
+from conftest import LIMIT_S, wait_until
 
 from bgsupervisor import deaths, processes
 from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.enforcement import Enforcement
+from bgsupervisor.ledger import Attempt
 from bgsupervisor.link import Link
 from bgsupervisor.nurseries import Nurseries
 from bgsupervisor.processes import Exit, Verdict
 from bgsupervisor.reception import Peer, Reception
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.statedir import StateDir, bind, open_dir
 from bgsupervisor.statuses import Reason
+from bgsupervisor.supervisor import Supervisor
 from bgsupervisor.wards import Order, Stage, Ward, Wards
-from bgsupervisor.wire import Beat, Channel, End, Ended, KillOrder, Run, Who
+from bgsupervisor.wire import Ack, Beat, Channel, End, Ended, Exited, ExitsSeen, KillOrder, Leave, Retire, Run, Who
 
 SOURCE = """
 import os, signal, time
@@ -254,6 +256,97 @@ def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(ap
     wait_until(lambda: app.supervisor_row(second.process.pid), "the second supervises")
     second.process.send_signal(signal.SIGTERM)
     assert second.process.wait(15) == 0
+
+
+@pytest.mark.on_both
+def test_a_supervisor_whose_lock_was_replaced_claims_nothing_more(app):
+    supervisor = app.start()
+    app.wait(app.service.request("appx:returns"))
+    app.stand_still(supervisor)
+    (app.state_dir / "supervisor.lock").unlink()
+    handle = app.service.request("appx:returns")
+    supervisor.process.send_signal(signal.SIGCONT)
+    assert supervisor.process.wait(LIMIT_S) == 0
+    record = app.service.get(handle)
+    assert (record.status, record.attempt) == ("REQUEST", 0)
+
+
+def supervisor_with(**parts):
+    """Return a supervisor that has these parts alone."""
+    made = object.__new__(Supervisor)
+    for name, part in parts.items():
+        setattr(made, f"_{name}", part)
+    return made
+
+
+@pytest.mark.parametrize("done_once", [False, True])
+def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
+    home = SimpleNamespace(hello=SimpleNamespace(who=Who(1, 1), catalogue={}))
+    asked = []
+    supervisor = supervisor_with(
+        clock=AttendedClock(SystemClock(), longest_s=2.0, counted_s=1.0),
+        nurseries=SimpleNamespace(ours=lambda: home),
+        recovery=SimpleNamespace(done_once=done_once, foreign_slots=set()),
+        wards=Wards(None, None, SystemClock()),
+        config=SimpleNamespace(slots=1, spares=0),
+        ledger=SimpleNamespace(due=lambda *_, **named: asked.append(named["limit"]) or []),
+        draining=None,
+        leaving=None,
+        put_off_until=0.0,
+        next_due_at=None,
+        passing_over_until=None,
+        look=True,
+        backlog=False,
+    )
+    supervisor._admit()
+    assert bool(asked) == done_once, "before, it is not known which slots are taken"
+
+
+@pytest.mark.parametrize("done_once", [False, True])
+def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
+    exited = Exited(who=Who(1, 1), exit_code=3, signal=None, ordered=None)
+    told = []
+    supervisor = supervisor_with(
+        notifier=SimpleNamespace(stopping=lambda _: None),
+        leaving="it was told to",
+        wards=Wards(None, None, SystemClock()),
+        recovery=SimpleNamespace(done_once=done_once),
+        exits={exited.who: exited},
+        nurseries=SimpleNamespace(tell_all=told.append),
+        boards=SimpleNamespace(leave=lambda: None),
+        is_worth_a_row=lambda: False,
+        store=SimpleNamespace(close=lambda: None),
+        ears=SimpleNamespace(close=lambda: None),
+    )
+    supervisor._leave()
+    assert told == [*([ExitsSeen([exited.who])] if done_once else []), Retire()], "a row may depend on it"
+
+
+def test_an_end_that_was_superseded_is_acknowledged():
+    sent = []
+    supervisor = supervisor_with(ears=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
+    peer = SimpleNamespace(who=None)
+    ward = Ward(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
+    supervisor._take_end(ward, Ended(7, 1, End(result="1")))
+    assert (ward.end, sent) == (None, [(peer, Ack(7, 1))])
+    supervisor._take_end(ward, Ended(7, 2, End(result="2")))
+    assert (ward.end, len(sent)) == (End(result="2"), 1), "that of its own attempt is, once it is recorded"
+
+
+def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
+    folder = StateDir(tmp_path / "state")
+    folder.create()
+    who = Who(1, 1)
+    directory = open_dir(folder.path)
+    with bind(directory, "control.sock", socket.SOCK_STREAM, 0o600):
+        for is_to_leave in (True, False):
+            link = Link(folder.path, who, who, heartbeat_s=1.0, clock=SystemClock())
+            if is_to_leave:
+                link._take(Leave())
+            link._dial()
+            assert (link._channel is None) == is_to_leave, "it would say that it is idle, and be given a task"
+            link.drop()
+    os.close(directory)
 
 
 def test_who_cannot_be_held_is_signalled_by_its_nursery_once_in_each_stage():

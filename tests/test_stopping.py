@@ -52,7 +52,7 @@ def test_stop_leaves_running_tasks_alone_and_keeps_run_away_until_start(app):
     stopped = app.cli("stop")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert "1 task(s) still run" in stopped.stdout
+    assert "no supervisor is running now; 1 task goes on" in stopped.stdout
     assert supervising.process.poll() == 0
     again = app.cli("run")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")

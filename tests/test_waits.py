@@ -400,6 +400,15 @@ def test_permits_of_one_lock_may_differ_and_nobody_overtakes(rows):
     assert {row["permit"] for row in rows.left()} == {0, 1}
 
 
+def test_the_next_in_a_queue_moves_up_when_a_waiter_dies(rows, other):
+    holder, first, second = (rows.running() for _ in range(3))
+    assert rows.acquire(holder, permits=1)
+    assert rows.acquire(first, permits=1) == Queued(True)
+    assert rows.acquire(second, permits=2) == Queued(True)  # one of two is free, but nobody overtakes
+    assert turn_key(second) in rows.end(first, KILLED)
+    assert other.held(second).permit == 1
+
+
 def test_who_gives_up_lets_those_behind_go_on_and_hands_on_what_came_just_now(rows):
     first, alone, third, fourth = [rows.running() for _ in range(4)]
     rows.acquire(first, permits=2)

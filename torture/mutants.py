@@ -220,8 +220,8 @@ MUTANTS = (
     Mutant(
         name="only what has not left a byte is given back",
         file="wards.py",
-        old="return self.peer.channel.written_bytes <= self.run_place",
-        new="return True",
+        old="has_not_left = channel.written_bytes <= self.run_place",
+        new="has_not_left = True",
         test="test_endings.py::test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled",
         seconds=60,
     ),
@@ -288,8 +288,8 @@ MUTANTS = (
     Mutant(
         name="a copy that a body forked does not speak for the attempt",
         file="child.py",
-        old="if os.getpid() != self._pid:",
-        new="if False:",
+        old="if os.getpid() != self._pid:\n                leftovers.end_like_python(raised)",
+        new="pass",
         test="test_guards.py::test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end",
     ),
     Mutant(
@@ -327,6 +327,70 @@ MUTANTS = (
         old='"synchronous": "full" if durable else "off",',
         new='"synchronous": "off",',
         test="test_ledger.py::test_a_database_of_ours_is_durable_and_shared",
+    ),
+    Mutant(
+        name="a queue moves up when one that stands in it dies",
+        file="waits.py",
+        old="names = [name for (name,) in list(queued.tuples())]",
+        new="names: list[str] = []",
+        test="test_waits.py::test_the_next_in_a_queue_moves_up_when_a_waiter_dies",
+    ),
+    Mutant(
+        name="a supervisor whose lock was replaced writes nothing more",
+        file="supervisor.py",
+        old="if not batch or self._is_replaced():",
+        new="if not batch:",
+        test="test_guards.py::test_a_supervisor_whose_lock_was_replaced_claims_nothing_more",
+    ),
+    Mutant(
+        name="nothing is admitted before all rows were looked at",
+        file="supervisor.py",
+        old="return stays and self._recovery.done_once and",
+        new="return stays and",
+        test="test_guards.py::test_nothing_is_admitted_before_all_rows_were_looked_at",
+    ),
+    Mutant(
+        name="no exit is acknowledged at leaving before all rows were looked at",
+        file="supervisor.py",
+        old="if self._recovery.done_once:  # else a row may depend on one of them",
+        new="if True:",
+        test="test_guards.py::test_no_exit_is_acknowledged_before_all_rows_were_looked_at",
+    ),
+    Mutant(
+        name="a superseded end is acknowledged",
+        file="supervisor.py",
+        old="        elif ward.peer is not None:\n"
+        "            self._ears.send(ward.peer, wire.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait",
+        new="",
+        test="test_guards.py::test_an_end_that_was_superseded_is_acknowledged",
+    ),
+    Mutant(
+        name="a child that is to leave dials nobody",
+        file="link.py",
+        old="self._leaving = self.run_order is None",
+        new="pass",
+        test="test_guards.py::test_a_child_that_is_to_leave_dials_no_supervisor",
+    ),
+    Mutant(
+        name="a supervisor that is to kill waits for tasks without a slot",
+        file="supervisor.py",
+        old="return ward.slot is None and ward.end is None and ward.order is None",
+        new="return ward.slot is None and ward.end is None",
+        test="test_words.py::test_stop_kill_waits_for_the_end_of_a_task_without_a_slot",
+    ),
+    Mutant(
+        name="silence counts only while heartbeats can be written",
+        file="cli/cells.py",
+        old="if written_at is not None and written_at - record.heartbeat_at <= limit:",
+        new="if False:",
+        test="test_words.py::test_no_body_is_unresponsive_because_the_database_is_locked",
+    ),
+    Mutant(
+        name="a fork server that loads dies with its supervisor",
+        file="nursery.py",
+        old="    die_with_parent(signal.SIGKILL)\n",
+        new="",
+        test="test_words.py::test_a_fork_server_that_hangs_at_the_import_dies_with_its_supervisor",
     ),
 )
 

@@ -111,7 +111,7 @@ class Facts:
         )
 
     def is_unresponsive(self, record: TaskRecord) -> bool:
-        """Tell whether a supervisor listens and has not heard a running child for too long."""
+        """Tell whether a supervisor listens, can write, and has not heard a running child for too long."""
         return bool(self.watch.alive) and self._silence(record) is not None
 
     def derived(self, record: TaskRecord) -> dict[str, Any]:
@@ -136,8 +136,12 @@ class Facts:
             return None  # a body that waits has little to say
         if record.suspended_at is not None:
             return None  # and one that stands still nothing
+        limit = timedelta(seconds=self.silent_s)
+        written_at = self.watch.written_at(record.host)
+        if written_at is not None and written_at - record.heartbeat_at <= limit:
+            return None  # no child's later heartbeat could be written: the database is locked or away
         silent_for = self.now - record.heartbeat_at
-        return silent_for if silent_for > timedelta(seconds=self.silent_s) else None
+        return silent_for if silent_for > limit else None
 
     def suspension(self, record: TaskRecord) -> str:
         """Return a word about a running task that is suspended, or is to be; "" about any other."""

@@ -43,6 +43,8 @@ LOOK_S = 0.1
 """Interval between two looks at rows and logs, in seconds."""
 RELOAD_S = 120.0
 """Longest wait for the answer to a reload, in seconds; importing a large application takes less."""
+END_S = 30.0
+"""How long after two grace_s the supervisor has to leave, in seconds."""
 LEAVE_S = 3.0
 """How long what a supervisor leaves behind has to end by itself, in seconds; idle processes need milliseconds."""
 KILL_LOOK_S = 0.3
@@ -207,7 +209,13 @@ class Development:
             echo(f"ending {names}; Ctrl-C again kills" if names else "ending")
             supervisor.send_signal(signal.SIGTERM)
         kill_at, seen = 0.0, self._interrupts.count
+        deadline = self._clock.monotonic() + 2 * self._config.grace_s + END_S
         while supervisor.poll() is None:
+            if self._clock.monotonic() >= deadline:  # it is stopped, or waits for a database that is away
+                warn("bgsupervisor: the supervisor does not leave; killing it and all that it started")
+                supervisor.kill()
+                supervisor.wait()
+                break
             self._look(following)
             if self._interrupts.count > seen and self._clock.monotonic() >= kill_at:
                 supervisor.send_signal(signal.SIGINT)

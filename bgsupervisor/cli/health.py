@@ -66,7 +66,7 @@ class Sight:
     Attributes:
         watch: The supervisors.
         absence: The sentence about a supervisor that is not alive.
-        silence: Sentences about those that live and cannot write.
+        silence: Sentences about those that live and do not write.
         live: Tasks by status, REQUEST and START.
         waiting: How many of those that run wait for others, without a slot.
         ended: Tasks that ended within a day by status, DONE and INTERRUPTED.

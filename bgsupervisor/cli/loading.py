@@ -82,7 +82,7 @@ def python_command(code: str) -> list[str]:
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
     assert process.stdin is not None  # noqa: S101 - it was asked for
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-        pipe.write(pickle.dumps((config, answer)))
+        pipe.write(pickle.dumps((config, answer, os.getpid())))
 
 
 def _ended_in_time(process: subprocess.Popen[bytes], limit_s: float, clock: Clock) -> bool:
@@ -104,7 +104,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Load the application that stdin describes; leaves without waiting for threads that it started."""
-    config, answer = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
+    if sys.platform.startswith("linux"):
+        from bgsupervisor.linux import die_with_parent  # noqa: PLC0415 - only this process needs it
+
+        die_with_parent(signal.SIGKILL)  # an import that hangs should not outlive the command that is killed meanwhile
+    config, answer, parent = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
+    if os.getppid() != parent:  # it has died before
+        os._exit(1)
     logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer tells it
     from bgsupervisor.nursery import load_application  # noqa: PLC0415 - only this process needs it
 

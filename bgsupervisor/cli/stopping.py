@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,16 @@ import click
 from bgsupervisor.cli.calling import ask_to_reload, await_reload
 from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.text import clean
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.statedir import Lock, StateDir, StopMark, send_datagram, user_name
-from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bgsupervisor.clock import Clock
+    from bgsupervisor.models import TaskRecord
 
 __all__ = ["reload", "start", "stop"]
 
@@ -23,6 +28,12 @@ LOOK_S = 0.1
 LEAVE_WAIT_S = 30.0
 """A supervisor leaves within one pass; this much later it hangs."""
 DRAIN_WAIT_S = 3600.0
+FIRST_REMINDER_S = 1.0
+"""What still runs is said after so long, in seconds."""
+REMIND_S = 60.0
+"""And again so often, in seconds."""
+NAMES_SHOWN = 10
+"""The most tasks that one line names."""
 RELOAD_WAIT_S = 120.0
 """Importing a large application takes seconds, not minutes."""
 
@@ -47,12 +58,15 @@ def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None
     send_datagram(state_dir.wake)
     longest = {"leave": LEAVE_WAIT_S, "kill": 2 * config.grace_s + LEAVE_WAIT_S, "drain": DRAIN_WAIT_S}[mode]
     limit_s = longest if timeout_s is None else timeout_s
-    if not _has_gone(state_dir, clock, limit_s):
+    if not _has_gone(session, state_dir, clock, limit_s):
         warn(f"the supervisor is still there after {limit_s:g} s; the stop stands, and it will obey when it can")
+        _tell_what_runs(session)
         raise click.exceptions.Exit(1)
-    running = _running(session)
-    lives = f"; {running} task(s) still run, the next supervisor looks after them" if running else ""
-    click.echo(f"nobody supervises now{lives}. `bgsupervisor start` lifts the stop")
+    count = len(_running(session))
+    go_on = f"{count} tasks go on, and the next supervisor looks after them"
+    if count == 1:
+        go_on = "1 task goes on, and the next supervisor looks after it"
+    click.echo(f"no supervisor is running now{f'; {go_on}' if count else ''}. `bgsupervisor start` lifts the stop")
 
 
 @click.command()
@@ -101,18 +115,44 @@ def reload(session: Session, *, force: bool) -> None:
     raise click.exceptions.Exit(0 if answer is not None and answer.done else 1)
 
 
-def _has_gone(state_dir: StateDir, clock: Clock, limit_s: float) -> bool:
-    """Wait until the lock is free; nobody new takes it while the mark stands."""
-    deadline = clock.monotonic() + limit_s
+def _has_gone(session: Session, state_dir: StateDir, clock: Clock, limit_s: float) -> bool:
+    """Wait until the lock is free, and say now and then what keeps it; no other takes it while the mark stands."""
+    begun = clock.monotonic()
+    remind_at = begun + FIRST_REMINDER_S
     lock = Lock(state_dir.lock, clock)
     while not lock.acquire():
-        if clock.monotonic() >= deadline:
+        now = clock.monotonic()
+        if now >= begun + limit_s:
             return False
+        if now >= remind_at:
+            remind_at = now + REMIND_S
+            _tell_what_runs(session)
         clock.sleep(LOOK_S)
     lock.close()
     return True
 
 
-def _running(session: Session) -> int:
-    service = session.existing_service()
-    return 0 if service is None else service.counts()[Status.START]
+def _tell_what_runs(session: Session) -> None:
+    """Say which tasks the supervisor may wait for, and which of them do not end by themselves."""
+    running = [record for record in _running(session) if record.slot is not None]
+    if not running:
+        return
+    warn(f"still running: {_listed(running)}; `bgsupervisor stop --kill` ends {'them' if len(running) > 1 else 'it'}")
+    suspended = [record for record in running if record.suspended_at is not None]
+    if suspended:
+        ids = " ".join(str(record.id) for record in suspended)
+        them = "them go on" if len(suspended) > 1 else "it go on"
+        warn(f"suspended, and not going to end: {_listed(suspended)}; `bgsupervisor resume {ids}` lets {them}")
+
+
+def _listed(records: Sequence[TaskRecord]) -> str:
+    shown = ", ".join(f"{record.id} ({clean(record.name)})" for record in records[:NAMES_SHOWN])
+    return shown + (f" and {len(records) - NAMES_SHOWN} more" if len(records) > NAMES_SHOWN else "")
+
+
+def _running(session: Session) -> list[TaskRecord]:
+    """Return the rows of running tasks; none if the database cannot be read, for a stop needs none."""
+    with contextlib.suppress(DatabaseError, AccessError):
+        service = session.existing_service()
+        return [] if service is None else service.ledger.starts()
+    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from bgsupervisor.stamp import newer_code
 from bgsupervisor.statedir import STUCK_S, Lock, StateDir, StopMark
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from bgsupervisor.models import SupervisorRecord
     from bgsupervisor.service import Service
@@ -48,6 +49,22 @@ class Failure(NamedTuple):
         return f"{module}.".startswith(f"{self.name}.")  # itself, or a package around it
 
 
+class Still(NamedTuple):
+    """A supervisor that lives and whose loop does not turn: since when, and whether a signal has stopped it."""
+
+    pid: int
+    since: datetime
+    is_stopped: bool
+
+    def sentence(self, *, now: datetime) -> str:
+        """Return what to know and what to do."""
+        done = f"it is stopped; `kill -CONT {self.pid}` lets it go on"
+        if not self.is_stopped:
+            done = f"it hangs, or the machine does; if that lasts, `kill -KILL {self.pid}` makes room for another one"
+        since = local(self.since, now=now)
+        return f"the supervisor, PID {self.pid}, has stood still since {since}: {done}; bodies go on"
+
+
 @dataclass(frozen=True, slots=True)
 class Watch:
     """What rows and the process table tell about supervisors.
@@ -60,7 +77,8 @@ class Watch:
         dangers: Sentences about what in an import may cost data.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
         stopped: Who wants no supervisor here, and since when.
-        mute: Those alive that have not written for long, though their loop turns: the database is away.
+        mute: Those alive that have not written for long.
+        still: The one whose loop has not turned of late, and since when; it may count as alive no more.
         unheard: The PID of one that holds the lock and that no row tells of.
     """
 
@@ -72,7 +90,13 @@ class Watch:
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
     stopped: StopMark | None = None
     mute: Sequence[SupervisorRecord] = ()
+    still: Still | None = None
     unheard: int | None = None
+
+    def written_at(self, host: str | None) -> datetime | None:
+        """Return when the living of *host* have written last, or where that has none, all; None where none lives."""
+        own = [one for one in self.alive if one.host == host]
+        return max((one.heartbeat_at for one in own or self.alive), default=None)
 
     def lacks(self, name: str) -> bool:
         """Tell whether living supervisors are known to have no code for a task's name."""
@@ -87,9 +111,11 @@ class Watch:
         return [*self.silence(now=now), *found]
 
     def silence(self, *, now: datetime) -> list[str]:
-        """Return a sentence for each that lives and cannot write."""
+        """Return a sentence for each that lives and does not write: it cannot, or its loop does not turn."""
         return [
-            f"the supervisor, PID {one.pid}, lives but could not write to the database since "
+            self.still.sentence(now=now)
+            if self.still is not None and one.pid == self.still.pid
+            else f"the supervisor, PID {one.pid}, lives but could not write to the database since "
             f"{local(one.heartbeat_at, now=now)}; logs/supervisor.log says why, and bodies go on"
             for one in self.mute
         ]
@@ -101,6 +127,8 @@ class Watch:
         if self.unheard is not None:
             loads = "it loads the application, or the database is away: logs/supervisor.log says which"
             return f"a supervisor, PID {self.unheard}, is there and has written nothing yet; {loads}"
+        if self.still is not None:
+            return self.still.sentence(now=now)
         since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
         return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
 
@@ -124,6 +152,7 @@ def watch(service: Service, *, now: datetime) -> Watch:
         secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
         stopped=StopMark.read(state_dir.stop_mark),
         mute=[one for one in alive if _is_silent(one, now=now)],
+        still=_still(supervisors, lock, age_s, now=now),
         unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
     )
 
@@ -167,6 +196,18 @@ def _is_there(pid: int | None) -> bool:
 
 def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:
     return now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S)
+
+
+def _still(supervisors: Iterable[SupervisorRecord], lock: Lock, age_s: float, *, now: datetime) -> Still | None:
+    """Return the holder of the lock if it lives, does not write, and has not touched its lock file of late."""
+    if age_s <= TOUCHED_S or math.isinf(age_s):
+        return None
+    holder = lock.holder()
+    for one in supervisors:
+        if one.pid == holder and _is_silent(one, now=now) and _lives(one, now=now, turns=True):
+            with contextlib.suppress(OSError):
+                return Still(one.pid, now - timedelta(seconds=age_s), processes.is_stopped(one.pid))
+    return None
 
 
 def _lives(one: SupervisorRecord, *, now: datetime, turns: bool) -> bool:

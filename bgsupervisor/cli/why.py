@@ -120,7 +120,8 @@ class _Sight:
             stopped = seen.stopped
             known = {"since": to_json(seen.seen_at), "stopped_by": None if stopped is None else stopped.by}
             told = seen.absence(now=now)
-            told = told if seen.unheard is not None else f"no supervisor is alive: {told}"
+            is_there = seen.stopped is None and (seen.unheard is not None or seen.still is not None)
+            told = told if is_there else f"no supervisor is alive: {told}"
             yield Because("no_supervisor", told, known)
         elif seen.stopped is not None:
             told = f"the supervisor starts nothing more, it is to {seen.stopped.mode}: {seen.absence(now=now)}"
