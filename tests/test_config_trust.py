@@ -230,11 +230,16 @@ def cli(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("command", [["check"], ["run"], ["doctor"], ["ps"], ["request", "mine:x"], ["dev"]])
-def test_check_below_a_world_writable_folder_runs_nobodys_code(outer, command):
+COMMANDS = [["check"], ["run"], ["doctor"], ["ps"], ["show", "1"], ["request", "mine:x"], ["retry", "1"], ["dev"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: words[0])
+@pytest.mark.parametrize(("uid", "mode"), [(OWN, 0o1777), (STRANGER, 0o755)])
+def test_check_below_a_world_writable_folder_runs_nobodys_code(outer, command, uid, mode):
     open_to_all = outer / "open"
     open_to_all.mkdir()
-    open_to_all.chmod(0o1777)
+    open_to_all.chmod(mode)
+    os.chown(open_to_all, uid, -1)
     (open_to_all / "bgsupervisor.toml").write_text('tasks = ["mine"]\nsetup = "mine:x"\n')
     (open_to_all / "mine.py").write_text(RUNS_CODE)
     for path in open_to_all.iterdir():

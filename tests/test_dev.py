@@ -227,7 +227,7 @@ def test_dev_whose_supervisor_is_killed_leaves_with_1_and_no_process(make_app, d
     dev = develop(app)
     app.service.request("appx:Starter")
     dev.says(r"^1 Starter \| begun$")
-    supervisor = next(one for one in psutil.Process(dev.process.pid).children() if "supervisor" in one.cmdline()[0])
+    [supervisor] = psutil.Process(dev.process.pid).children()
     dev.see()
 
     supervisor.kill()

@@ -25,7 +25,7 @@ from bgsupervisor.coordination import Bell
 from bgsupervisor.doctor import Grade, Machine, Scene, files, system
 from bgsupervisor.errors import AccessError
 from bgsupervisor.stamp import Stamp, write_stamp
-from bgsupervisor.statedir import Lock, NotOwnFile, StateDir, StopMark, connect, open_dir, open_own
+from bgsupervisor.statedir import Lock, NotOwnFile, StateDir, StopMark, connect, open_dir, open_own, open_own_dir
 from bgsupervisor.wire import Exited, Who
 
 __all__ = ["their_python"]
@@ -492,6 +492,17 @@ def test_own_listener_is_closed_to_others_before_it_listens(tmp_path, monkeypatc
     board.OwnListener(tmp_path / "board.sock", 16).close()
 
     assert modes == [0o600]
+
+
+@needs_root
+@pytest.mark.parametrize(("uid", "mode"), [(0, 0o770), (0, 0o707), (NOBODY, 0o700)])
+def test_open_own_dir_that_others_own_or_may_write_raises(tmp_path, uid, mode):
+    os.close(open_own_dir(tmp_path))
+    tmp_path.chmod(mode)
+    os.chown(tmp_path, uid, -1)
+
+    with pytest.raises(PermissionError, match="another user owns it or may write there"):
+        open_own_dir(tmp_path)
 
 
 @needs_root

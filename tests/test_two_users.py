@@ -337,6 +337,7 @@ def test_recipe_for_two_users_leaves_the_state_directory_closed(make_shared):
     os.chown(folder, DEPLOY, DEPLOY)
     folder.chmod(0o755)
     placed_in(app, folder)
+    app.requested("appx:absent", uid=DEPLOY)
     app.start().stop()
     assert rights(folder / "bgsupervisor.db")[0] == 0o600
 

@@ -562,6 +562,13 @@ def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
     assert state_dir.control.exists()  # for the next supervisor to replace
 
 
+def dialled(path):
+    """Dial as a stranger would, who does not ask whose socket it is."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    return sock
+
+
 @needs_root
 def test_another_user_who_may_dial_is_not_heard(caplog):
     with open_folder() as folder:
@@ -571,7 +578,7 @@ def test_another_user_who_may_dial_is_not_heard(caplog):
         for path, mode in [(state_dir.path, 0o755), (state_dir.control, 0o666)]:
             path.chmod(mode)
         with caplog.at_level(logging.WARNING, "bgsupervisor"):
-            assert as_nobody(lambda: connect(state_dir.path, "control.sock", socket.SOCK_STREAM).send(b"x")) == "1"
+            assert as_nobody(lambda: dialled(state_dir.control).send(b"x")) == "1"
             hear_until(reception, lambda _: caplog.records, "the stranger is refused")
         assert "a process of user id" in caplog.text
         assert reception._peers == {}

@@ -51,8 +51,11 @@ KILL_LOOK_S = 0.3
 """Interval between the signals that have a supervisor kill its tasks, in seconds: it counts them one by one."""
 LOG_NAME = "supervisor.log"
 _MAIN = "from bgsupervisor.cli import main; main()"
-_NO_NEWS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |\bfailed to load\b| task ended: ")
-"""Lines of the supervisor's log that are not shown: what failed to load, and how tasks ended, is shown in full."""
+_NO_NEWS = re.compile(r"^\d{4}-\d\d-\d\d \S+ (INFO|DEBUG) |\bWARNING this is root\b|\bfailed to load\b| task ended: ")
+"""Lines of the supervisor's log that are not shown: what failed to load, and how tasks ended, is shown in full.
+
+That it is root's says `run`, where it matters: development in a container is often root's.
+"""
 
 
 class Development:

@@ -73,10 +73,11 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
 def python_command(code: str) -> list[str]:
     """Return the command that runs *code* in another Python with this one's path; arguments may follow.
 
-    Both `python -c` and `python -m` would import from the working folder, which may be anybody's, but for -P.
+    The path is set before anything is imported: else both -c and -m import from the working folder, which may be
+    anybody's.
     """
     path = [str(folder) for folder in sys.path]
-    return [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {path!r}; sys.argv[0] = 'bgsupervisor'; {code}"]
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; sys.argv[0] = 'bgsupervisor'; {code}"]
 
 
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
