@@ -184,6 +184,19 @@ def test_those_who_come_back_take_slots_in_their_order(rows):
     assert rows.resume(waiters[0]) == 2
 
 
+def test_a_waiter_that_asks_for_a_slot_again_keeps_its_place(rows):
+    target = rows.running()
+    first, second = (rows.running() for _ in range(2))
+    for waiter in (first, second):
+        rows.wait(waiter, Waiting("end", target))
+    fillers = [rows.running() for _ in range(3)]
+    assert [rows.resume(id) for id in (first, second, first)] == [None] * 3
+    assert [row["task_id"] for row in rows.waits.rows()] == [first, second]
+    rows.end(fillers[0])
+    assert rows.resume(second) is None
+    assert rows.resume(first) == 1
+
+
 def test_a_grant_gives_a_slot_to_a_waiting_attempt_alone(rows, other):
     id, target = rows.running(), rows.running()
     assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == set()
@@ -427,6 +440,14 @@ def test_who_gives_up_lets_those_behind_go_on_and_hands_on_what_came_just_now(ro
     assert rows.left() == []
 
 
+def test_a_waiter_for_a_part_stands_in_no_queue_for_a_lock_of_its_name(rows):
+    waiter, target, holder = (rows.running() for _ in range(3))
+    rows.wait(waiter, Waiting("part", target, "l"))
+    assert rows.acquire(holder, "l") == Held(0, None)
+    assert rows.release(holder, "l") == []
+    assert rows.held(waiter, "l") is None
+
+
 def test_a_lock_is_not_queued_for_twice_by_one_task(rows):
     first, second = rows.running(), rows.running()
     rows.acquire(first)
@@ -591,6 +612,13 @@ def test_barriers_of_other_scopes_and_names_are_others(rows):
     rows.arrive(first)
     assert rows.arrive(second, scope="t") == (0, [])
     assert rows.arrive(second, "c") == (0, [])
+
+
+def test_a_barrier_with_a_scope_of_its_own_is_open_to_tasks_to_come(rows):
+    first = rows.running()
+    assert rows.arrive(first) == (0, [])
+    assert rows.outcome(first) is None, "who else may come is not known, so it is not broken"
+    assert rows.arrive(rows.running()) == (0, [barrier_key("s", "b")])
 
 
 def test_a_party_counts_once_and_all_name_the_same_number(rows):

@@ -218,11 +218,11 @@ MUTANTS = (
         test="test_guards.py::test_an_order_that_came_before_the_connection_broke_is_taken",
     ),
     Mutant(
-        name="only what has not left a byte is given back",
+        name="only an order that was surely not read is given back",
         file="wards.py",
         old="has_not_left = channel.written_bytes <= self.run_place",
         new="has_not_left = True",
-        test="test_endings.py::test_a_stopped_child_that_is_killed_with_its_order_unread_is_signalled",
+        test="test_unread_orders.py::test_never_told_of_an_order_that_was_read_is_false",
         seconds=60,
     ),
     Mutant(
