@@ -9,6 +9,7 @@ import traceback
 import types
 from typing import TYPE_CHECKING
 
+from bgsupervisor.cleaning import clean
 from bgsupervisor.errors import BgSupervisorError
 
 if TYPE_CHECKING:
@@ -50,10 +51,10 @@ def report(error: BaseException, end: End, order: Run) -> None:
         logging.INFO if end.reason.wanted else logging.ERROR,
         "task %d (%s), attempt %d, ended: %s: %s",
         order.id,
-        order.name,
+        clean(order.name),
         order.attempt,
         end.reason,
-        end.detail,
+        clean(end.detail or ""),
         exc_info=None if end.reason.wanted else error,
         extra={
             "task_id": order.id,

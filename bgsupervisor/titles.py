@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bgsupervisor.cleaning import clean
+
 try:
     from setproctitle import setproctitle as _set
 except ImportError:
@@ -16,8 +18,8 @@ IDLE = "idle child"
 
 
 def set_title(title: str) -> None:
-    """Give this process a title, after "bgsupervisor: ". Its environment in the process table is overwritten."""
-    _set(f"bgsupervisor: {title}")
+    """Give this process a title, cleaned, after "bgsupervisor: ". Its environment in the process table goes."""
+    _set(f"bgsupervisor: {clean(title)}")
 
 
 def task_title(id: int, name: str) -> str:
