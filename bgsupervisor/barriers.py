@@ -45,7 +45,7 @@ class Barriers:
             if not running.exists():
                 raise NotInTask(f"attempt {attempt} of task {id} has ended; it cannot come to a barrier any more")
             here = (party.scope == scope) & (party.name == name)
-            waiting = list(party.select().where(here & party.outcome.is_null()).dicts())
+            waiting = _sound(party.select().where(here & party.outcome.is_null()))
             _check_company(waiting, id, attempt, name, parties)
             party.delete().where(here & party.outcome.is_null() & (party.task_id == id)).execute()  # counts once
             last = party.select(peewee.fn.MAX(party.generation)).where(here).scalar()
@@ -84,7 +84,7 @@ class Barriers:
         parent_id = task.select(task.parent_id).where(task.id == id).scalar()
         scopes = [parent_scope(one) for one in (parent_id, id) if one is not None]
         there: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in list(party.select().where(party.scope.in_(scopes) & party.outcome.is_null()).dicts()):
+        for row in _sound(party.select().where(party.scope.in_(scopes) & party.outcome.is_null())):
             there.setdefault((row["scope"], row["name"]), []).append(row)
         how = "ended without coming" if reason is None else f"was interrupted ({reason}) before it came"
         for rows in there.values():
@@ -119,6 +119,12 @@ class Barriers:
     def _is_hopeless(self, row: dict[str, Any]) -> bool:
         """Whether not enough can come any more; of a barrier with a scope of its own that is not known."""
         return parent_of(row["scope"]) is not None and not self._needs.coming(row).can_come(())
+
+
+def _sound(query: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a Peewee query
+    """Return the rows of parties whose numbers can be read; one written by hand comes to no barrier."""
+    numbers = ("generation", "task_id", "attempt", "parties")
+    return [row for row in query.dicts() if all(row[number] is not None for number in numbers)]
 
 
 def _check_company(waiting: list[dict[str, Any]], id: int, attempt: int, name: str, parties: int) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from bgsupervisor import processes, wire
-from bgsupervisor.clock import SystemClock
+from bgsupervisor.clock import Rate, SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.statedir import (
     BELL_SOCKET,
@@ -45,6 +45,8 @@ from bgsupervisor.wire import REDIAL_S, Channel, Redial, Who
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from bgsupervisor.clock import Clock
+
 __all__ = ["BEAT_S", "Bells", "BoardManager", "OwnListener", "bounded_client", "main", "make_key", "read_key"]
 
 log = logging.getLogger("bgsupervisor")
@@ -62,6 +64,11 @@ RING_BYTES = 256 * 1024
 RINGS_PER_TURN = 1000
 LEFT_MAX = 1000
 """So many waits that were left before they were heard of are remembered."""
+KEY_CHARS = 8000
+"""A longer key is not heard: its waiters look by themselves."""
+RINGS_AT_ONCE = 10
+RINGS_PER_S = 4.0
+"""After RINGS_AT_ONCE rings of one key its waiters are woken at most so often: hundreds may listen to the same."""
 KEYS_MAX = 100_000
 """Beyond so many bells all counts are forgotten but one: every waiter then looks once for nothing."""
 
@@ -69,7 +76,11 @@ KEYS_MAX = 100_000
 class Bells:
     """Counts of rings, and who waits for them. Every method may be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._rates: dict[str, Rate] = {}
+        self._put_off: dict[str, None] = {}
+        self._put_off_until = 0.0
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         self._base = 0
@@ -83,8 +94,32 @@ class Bells:
         return len(self._waits)
 
     def ring(self, keys: Sequence[str]) -> None:
-        """Wake whoever waits for one of *keys*."""
+        """Wake whoever waits for one of *keys*; for a key that is rung again and again, a little later (`catch_up`)."""
         with self._lock:
+            now = self._clock.monotonic()
+            if len(self._rates) > KEYS_MAX:
+                self._rates.clear()
+            due = []
+            for key in dict.fromkeys(keys):
+                if self._rates.setdefault(key, Rate(RINGS_AT_ONCE, RINGS_PER_S, now)).allows(now):
+                    due.append(key)
+                elif len(self._put_off) < KEYS_MAX:
+                    self._put_off[key] = None
+            self._ring(due)
+
+    def catch_up(self) -> None:
+        """Ring what was put off, at most RINGS_PER_S times a second; called more often than that."""
+        if not self._put_off:
+            return
+        with self._lock:
+            now = self._clock.monotonic()
+            if now >= self._put_off_until:
+                self._put_off_until = now + 1 / RINGS_PER_S
+                keys, self._put_off = list(self._put_off), {}
+                self._ring(keys)
+
+    def _ring(self, keys: Sequence[str]) -> None:
+        if keys:
             forgotten = len(self._counts) > KEYS_MAX
             if forgotten:
                 self._base += max(self._counts.values()) + 1
@@ -304,6 +339,7 @@ class _Caretaker:
         ready = {descriptor for descriptor, _ in poll.poll((REDIAL_S if channel is None else BEAT_S) * 1000)}
         if self._rings.fileno() in ready:
             self._take_rings()
+        _bells.catch_up()
         if channel is not None:
             self._exchange(channel, heard=channel.fileno() in ready)
 
@@ -311,12 +347,14 @@ class _Caretaker:
         with contextlib.suppress(BlockingIOError):
             for _ in range(RINGS_PER_TURN):
                 datagram = self._rings.recv(RING_BYTES)
-                with contextlib.suppress(ValueError, TypeError):  # whoever sent that is no child of ours
+                with contextlib.suppress(
+                    ValueError, TypeError, RecursionError
+                ):  # whoever sent that is no child of ours
                     said = json.loads(datagram)
                     if isinstance(said, str):
-                        _bells.leave(said)
-                    else:
-                        _bells.ring([str(key) for key in said])
+                        _bells.leave(said[:KEY_CHARS])
+                    elif isinstance(said, list):
+                        _bells.ring([key for key in said if isinstance(key, str) and len(key) <= KEY_CHARS])
 
     def _exchange(self, channel: Channel, *, heard: bool) -> None:
         with contextlib.suppress(WireError):

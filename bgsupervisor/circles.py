@@ -56,7 +56,10 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
         places[task] = len(path)
         need = next(need for need in needs[task] if not need.can_come(stuck))
         path.append((task, need.what))
-        task = min(source for source in need.sources if source in stuck)
+        behind = [source for source in need.sources if source in stuck]
+        if not behind:
+            return path[-1:]  # too few can bring it about, whoever goes on: a barrier that nobody else can come to
+        task = min(behind)
     return path[places[task] :]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["AttendedClock", "Clock", "ServerClock", "SystemClock", "read_time_zone", "repeat_last"]
+__all__ = ["AttendedClock", "Clock", "Rate", "ServerClock", "SystemClock", "read_time_zone", "repeat_last"]
 
 ASK_EVERY_S = 60.0
 """What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
@@ -154,6 +154,30 @@ class ServerClock(SystemClock):
                 self._told = _Told(moment, at, time.time() - before)  # noqa: TID251 - this is the room
             if took_s < PROMPT_S:
                 return
+
+
+class Rate:
+    """Allows something so often: *at_once* times, then *per_s* times a second; what was saved up counts.
+
+    Args:
+        at_once: How often it may happen without a pause.
+        per_s: How often from then on.
+        now: Monotonic.
+    """
+
+    __slots__ = ("_at", "_at_once", "_left", "_per_s")
+
+    def __init__(self, at_once: int, per_s: float, now: float) -> None:
+        self._at_once, self._per_s, self._left, self._at = at_once, per_s, float(at_once), now
+
+    def allows(self, now: float) -> bool:
+        """Tell whether it may happen now, and count it if so."""
+        self._left = min(self._at_once, self._left + self._per_s * (now - self._at))
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 def repeat_last(pauses_s: Sequence[float]) -> Iterator[float]:

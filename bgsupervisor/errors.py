@@ -10,7 +10,7 @@
     │   └── Undecided          nor does it say whether it had recorded
     ├── UnsupportedSystem      this operating system cannot supervise         (exit 1)
     ├── TaskDefinitionError    a task class or function that cannot work
-    ├── RequestRefused         the request was not recorded
+    ├── RequestRefused         an argument that cannot be; nothing was recorded (a ValueError too)
     │   ├── DataInvalid        data does not fit the body's signature, or is not JSON
     │   ├── DataTooLarge       data exceeds data_max_bytes
     │   ├── TaskNotConfigured  no supervisor could load this class
@@ -134,7 +134,7 @@ class TaskDefinitionError(BgSupervisorError, TypeError):
 
 
 class RequestRefused(BgSupervisorError, ValueError):
-    """The request was not recorded."""
+    """An argument that cannot be; nothing was recorded."""
 
 
 class DataInvalid(RequestRefused):

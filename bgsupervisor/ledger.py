@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from datetime import UTC, datetime
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import peewee
@@ -24,7 +26,7 @@ from bgsupervisor.errors import (
     ServerAway,
     UnknownTask,
 )
-from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing
+from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing, read_status, read_text, read_time
 from bgsupervisor.statements import Statements
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
@@ -32,7 +34,6 @@ from bgsupervisor.wire import End
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
-    from datetime import datetime
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
@@ -61,10 +62,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TWIN_TRIES = 5
+UNREADABLE_MAX = 100
+"""So many waiting rows are passed over whose time cannot be read, in search of the next one."""
 DRAWS = 100
 """A server that has crashed gives out again some numbers that others hold, one after the other."""
 ROWS_AT_ONCE = 500
 """One statement writes at most so many rows: databases take no more than some 30,000 values."""
+ATTEMPT_MAX = 2**31 - 1
+"""No attempt comes after this one: PostgreSQL's columns hold no larger number."""
 ID_MAX = 2**63 - 1
 """The largest number that a row can have; databases take no larger one even to look for."""
 
@@ -85,7 +90,9 @@ TRANSITIONS = (
     Transition("unclaim", (Status.START,), Status.REQUEST, "supervisor or child, which knows that it never began"),
     Transition("finish", (Status.START,), Status.DONE, "supervisor for the child, or the child"),
     Transition("interrupt", (Status.START,), Status.INTERRUPTED, "supervisor, or the child"),
-    Transition("withdraw", (Status.REQUEST,), Status.INTERRUPTED, "service (cancel of a waiting task)"),
+    Transition(
+        "withdraw", (Status.REQUEST,), Status.INTERRUPTED, "service (cancel of a waiting task), supervisor (a bad row)"
+    ),
     Transition("retry", (Status.INTERRUPTED,), Status.REQUEST, "a person"),
 )
 _BY_EVENT = {transition.event: transition for transition in TRANSITIONS}
@@ -94,6 +101,10 @@ _BY_EVENT = {transition.event: transition for transition in TRANSITIONS}
 _IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
 _IS_START = peewee.SQL("\"status\" = 'START'")
 _IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
+
+_SPOILT = (peewee.PeeweeException, ValueError, TypeError, OverflowError)
+"""What a row raises that cannot be written, or beside which something stands that nobody can read."""
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
 # What an attempt leaves in its row; cleared when another attempt is to begin.
 _ATTEMPT_COLUMNS = (
@@ -139,7 +150,11 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Due:
-    """A REQUEST row that may start now; `attempt` is the one before."""
+    """A REQUEST row that may start now; `attempt` is the one before.
+
+    Attributes:
+        flaw: What cannot be read of the row, as a sentence: it can only be interrupted. Else None.
+    """
 
     id: int
     attempt: int
@@ -147,6 +162,24 @@ class Due:
     data: str
     key: str | None
     parent_id: int | None = None
+    flaw: str | None = None
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Due:
+        """Make one of what a row holds, which in SQLite can be anything."""
+        id, attempt, name, data, key, parent_id = row
+        is_attempt = isinstance(attempt, int) and 0 <= attempt < ATTEMPT_MAX
+        sound = {
+            "attempt": is_attempt,
+            "name": isinstance(name, str),
+            "data": isinstance(data, str),
+            "key": isinstance(key, str | int | None),
+            "parent_id": parent_id is None or (isinstance(parent_id, int) and 0 < parent_id <= ID_MAX),
+        }
+        held = dict(zip(sound, row[1:], strict=True))
+        flaw = next((_flaw(column, held[column]) for column in sound if not sound[column]), None)
+        key = None if key is None else read_text(key)
+        return cls(id, attempt, read_text(name), read_text(data), key, parent_id, flaw)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -247,6 +280,7 @@ class Batch:
 
     ends: dict[Attempt, End] = dataclasses.field(default_factory=dict)
     unclaims: set[Attempt] = dataclasses.field(default_factory=set)
+    flawed: list[Due] = dataclasses.field(default_factory=list)
     endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
     suspensions: dict[Attempt, Suspension] = dataclasses.field(default_factory=dict)
     notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
@@ -266,7 +300,7 @@ class Batch:
     @property
     def _others(self) -> bool:
         rows = self.ends or self.unclaims or self.endings or self.suspensions or self.notes or self.returns
-        return bool(rows or self.supervisor)
+        return bool(rows or self.flawed or self.supervisor)
 
 
 @dataclasses.dataclass(slots=True)
@@ -278,6 +312,7 @@ class Outcome:
 
     ended: set[Attempt] = dataclasses.field(default_factory=set)
     unclaimed: set[Attempt] = dataclasses.field(default_factory=set)
+    struck: set[int] = dataclasses.field(default_factory=set)
     endings: set[Attempt] = dataclasses.field(default_factory=set)
     suspensions: set[Attempt] = dataclasses.field(default_factory=set)
     claimed: list[Claim] = dataclasses.field(default_factory=list)
@@ -525,7 +560,7 @@ class Ledger:
             # A claim touches nothing but its own row: it keeps nobody away, and waits for nobody.
             with self.store.adding() if batch.only_claims else self.store.writing():
                 outcome = self._apply(batch, missed, guard=_no_guard)
-        except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
+        except _SPOILT as error:
             log.log(_level(error), "a batch could not be written (%s); writing it row by row", error)
             missed.clear()
             with self.store.writing():
@@ -537,6 +572,9 @@ class Ledger:
     def _apply(self, batch: Batch, missed: list[Claim], *, guard: Callable[[Callable[[], bool], str], bool]) -> Outcome:
         outcome, at_once = Outcome(), guard is _no_guard
         self._apply_ends(batch, outcome, guard=guard)
+        for one in batch.flawed:
+            if guard(lambda due=one: self._strike(due, outcome.keys), f"that task {one.id} cannot run"):  # type: ignore[misc]
+                outcome.struck.add(one.id)
         for attempt, ending in batch.endings.items():
             values = {"ending": ending.reason, "detail": ending.detail}
             if guard(lambda a=attempt, v=values: self._where(a, (Status.START,), v), f"an ending of task {attempt.id}"):  # type: ignore[misc]
@@ -583,7 +621,7 @@ class Ledger:
         try:
             with self.store.database.atomic():
                 return write()
-        except (peewee.PeeweeException, UnicodeError, OverflowError) as error:
+        except _SPOILT as error:
             if is_passing(error):
                 raise
             log.log(_level(error, logging.ERROR), "%s cannot be written: %s", what, error)
@@ -644,6 +682,15 @@ class Ledger:
             return False
         if record is not None and record.cancel_requested_at is not None:
             self._withdraw(attempt, by=record.cancel_requested_by, keys=keys)
+        return True
+
+    def _strike(self, due: Due, keys: list[str]) -> bool:
+        """Interrupt a waiting task whose row cannot be read."""
+        detail = f"its row cannot be read: {due.flaw}"
+        values = {"reason": Reason.RAISED, "detail": detail, "ended_at": self.clock.now()}
+        if not self._move("withdraw", Attempt(due.id, due.attempt), values):
+            return False
+        self._strand(self._settle_withdrawn(due.id, keys), due.id, keys)
         return True
 
     def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
@@ -722,15 +769,18 @@ class Ledger:
             peak = self._task.peak_rss_bytes
             values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
         # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
-        ordered = self._task.ending.is_null(False)
+        ordered = self._task.ending.in_([str(reason) for reason in Reason])
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
         detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
-        values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._task.tries + 1}
+        values |= {"reason": case, "detail": detail, "error": end.error, "tries": self._one_more(self._task.tries)}
         if not self._move("interrupt", attempt, values):
             return False
         self._let_go(attempt, self._remember_interruption(attempt), outcome.keys)
         outcome.ended.add(attempt)
         return True
+
+    def _one_more(self, count: Any) -> Any:  # noqa: ANN401 - a Peewee column and expression
+        return peewee.Case(None, ((count < ATTEMPT_MAX, count + 1),), count)  # PostgreSQL refuses what is larger
 
     def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str], *, holds: bool = True) -> None:
         """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
@@ -831,7 +881,7 @@ class Ledger:
             return None
         with self.store.connected():
             found = self._task.select(self._task.status).where(self._task.id == id).scalar()
-        return None if found is None else Status(found)
+        return None if found is None else read_status(found) or Status.INTERRUPTED  # as `TaskRecord` has it
 
     @_read_again
     def get(self, id: int) -> TaskRecord | None:
@@ -870,7 +920,9 @@ class Ledger:
         row = self._interruption
         query = row.select().where(row.task_id == id).order_by(row.attempt, row.id)
         with self.store.connected():
-            return list(query.dicts())
+            rows = list(query.dicts())
+        instead = {"attempt": 0, "reason": "?", "ended_at": _NEVER}
+        return [{**row, **{name: value for name, value in instead.items() if row[name] is None}} for row in rows]
 
     def counts(self, name: str | None = None) -> dict[Status, int]:
         """Return how many tasks (of a name) have each status, zeros included."""
@@ -899,7 +951,8 @@ class Ledger:
         query = task.select(*columns).where(task.ended_at.is_null(False) & (task.ended_at >= since))
         query = query.order_by(task.ended_at, task.id).limit(limit)
         with self.store.connected():
-            return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
+            found = [TaskRecord.from_row({**row, **light}) for row in self.store.raw(query)]
+        return [record for record in found if record.ended_at is not None]
 
     def waiting_count(self) -> int:
         """Return how many of the running tasks wait for others, without a slot."""
@@ -913,7 +966,7 @@ class Ledger:
         with self.store.connected():
             count = int(task.select().where(condition).count())
             query = task.select().where(condition).order_by(task.ended_at, task.id).limit(limit)
-            return [TaskRecord.from_row(row) for row in query.dicts()] if count else [], count
+            return [TaskRecord.from_row(row) for row in self.store.raw(query)] if count else [], count
 
     def ended_counts(self, since: datetime) -> dict[Status, int]:
         """Return how many tasks have ended since a moment, DONE and INTERRUPTED, zeros included."""
@@ -934,7 +987,7 @@ class Ledger:
         with self.store.connected():
             rows = self.store.rows_of(self._statements.wishes)
         return [
-            Wish(Attempt(id, attempt), bool(cancelled), by, bool(suspended))
+            Wish(Attempt(id, attempt), bool(cancelled), None if by is None else read_text(by), bool(suspended))
             for id, attempt, cancelled, by, suspended in rows
         ]
 
@@ -957,7 +1010,7 @@ class Ledger:
                 last = number == PRIORITIES_MAX
                 statement = texts.due(len(names), "<=" if last else "=", unlocked=unlocked)
                 values = [now, *names, priority, limit - len(found)]
-                found += [Due(*row) for row in self.store.rows_of(statement, values)]
+                found += [Due.of(row) for row in self.store.rows_of(statement, values)]
                 if last or len(found) >= limit:
                     break
         return found
@@ -968,10 +1021,17 @@ class Ledger:
         Whoever has asked for what is `due` at a moment asks for what comes after the same one, or misses what became
         due in between.
         """
+        held: object = self._text(after or self.clock.now())
         with self.store.connected():
-            rows = self.store.rows_of(self._statements.next_due_at, [self._text(after or self.clock.now())])
-        moment: datetime | None = self._task.run_at.python_value(rows[0][0]) if rows else None
-        return moment
+            for _ in range(UNREADABLE_MAX):
+                rows = self.store.rows_of(self._statements.next_due_at, [held])
+                if not rows:
+                    return None
+                held = rows[0][0]
+                moment = read_time(held)
+                if moment is not None:
+                    return moment
+        return None
 
     def oldest_due_at(self, names: Collection[str] | None = None) -> datetime | None:
         """Return since when the task (of *names*) that has waited longest could have started; None if none waits."""
@@ -998,17 +1058,18 @@ class Ledger:
     def supervisors(self) -> list[SupervisorRecord]:
         """Return the supervisor last seen on each host."""
         with self.store.connected():
-            return [SupervisorRecord(**row) for row in list(self._supervisor.select().dicts())]
+            rows = list(self._supervisor.select().dicts())
+        return [one for one in map(SupervisorRecord.from_row, rows) if one is not None]
 
     def _must_wait(self) -> Any:  # noqa: ANN401 - a Peewee query
         """Return the query for what a task must still come after."""
         dependency = self.store.tables.Dependency
         return dependency.select(dependency.id).where(dependency.task_id == self._task.id)
 
-    def _priorities(self) -> Iterable[int]:
+    def _priorities(self) -> Iterable[object]:
         rows = self.store.rows_of(self._statements.priority)
         while (priority := rows[0][0]) is not None:
-            yield int(priority)
+            yield priority  # as it is: in SQLite what is no number sorts above all numbers
             rows = self.store.rows_of(self._statements.priority_below, [priority])
 
     def _starts(self) -> list[TaskRecord]:
@@ -1017,7 +1078,7 @@ class Ledger:
         columns = [field for field in task._meta.sorted_fields if field.name not in _HEAVY]  # noqa: SLF001 - documented
         query = task.select(*columns).where(_IS_START).order_by(task.id)
         light = {"data": "", "result": None, "error": None, "stack": None}
-        return [TaskRecord.from_row({**row, **light}) for row in list(query.dicts())]
+        return [TaskRecord.from_row({**row, **light}) for row in self.store.raw(query)]
 
     def _get(self, id: int, *, kept: bool = False) -> TaskRecord:
         found = self._records(self._task.id == id, limit=1, kept=kept) if 0 < id <= ID_MAX else []
@@ -1034,7 +1095,12 @@ class Ledger:
         if kept:
             query = self.store.kept(query)
         with self.store.connected():
-            return [TaskRecord.from_row(row) for row in list(query.dicts())]
+            return [TaskRecord.from_row(row) for row in self.store.raw(query)]
+
+
+def _flaw(column: str, held: object) -> str:
+    kinds = {bytes: "a BLOB", int: "a number out of range", float: "a fraction", str: "a text", NoneType: "NULL"}
+    return f"column {column} holds {kinds.get(type(held), type(held).__name__)}"
 
 
 def _no_guard(write: Callable[[], bool], what: str) -> bool:  # noqa: ARG001 - the same shape as _guarded

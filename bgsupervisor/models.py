@@ -10,20 +10,22 @@ import contextlib
 import dataclasses
 import errno
 import gc
-import logging
+import math
 import os
 import sqlite3
 import stat
 import sys
 import threading
 import weakref
+from collections.abc import Callable  # noqa: TC003 - a module-level annotation
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import peewee
 
-from bgsupervisor import postgres
+from bgsupervisor import cleaning, postgres
 from bgsupervisor.clock import ServerClock, SystemClock, repeat_last
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.errors import (
@@ -37,7 +39,7 @@ from bgsupervisor.errors import (
 from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from bgsupervisor.callers import OpenTransaction
     from bgsupervisor.clock import Clock
@@ -52,11 +54,17 @@ __all__ = [
     "close_owned",
     "is_locked",
     "is_passing",
+    "read_pid",
+    "read_reason",
+    "read_status",
+    "read_text",
+    "read_time",
+    "read_whole",
     "roll_back_abandoned",
     "translated",
 ]
 
-log = logging.getLogger("bgsupervisor")
+log = cleaning.logger()
 
 T = TypeVar("T")
 
@@ -93,6 +101,85 @@ FULL_BYTES = 64 * 1024
 """With less room than this no transaction fits."""
 
 _REASONS = frozenset(str(reason) for reason in Reason)
+_STATUSES = frozenset(str(status) for status in Status)
+WHOLE_MAX = 2**63 - 1
+"""Limit of a whole number in a row."""
+PID_MAX = 2**31 - 1
+"""Limit of a PID: pid_t is an int."""
+_FIRST, _LAST = datetime(2, 1, 1, tzinfo=UTC), datetime(9998, 12, 31, tzinfo=UTC)
+
+
+def read_text(value: object) -> str:
+    """Return the text that a row holds, whatever bytes it is of; a number is its digits."""
+    if isinstance(value, str):
+        return value
+    return _readable(bytes(value)) if isinstance(value, bytes | bytearray | memoryview) else str(value)
+
+
+def read_whole(value: object) -> int | None:
+    """Return the whole number that a row holds; None if it holds something else, as any column of SQLite may."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and -WHOLE_MAX - 1 <= value <= WHOLE_MAX else None
+
+
+def read_pid(value: object) -> int | None:
+    """Return the PID that a row holds; None if it can be none."""
+    pid = read_whole(value)
+    return pid if pid is not None and 0 < pid <= PID_MAX else None
+
+
+def read_real(value: object) -> float | None:
+    """Return the number that a row holds; None if it holds something else, NaN or infinity."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_time(value: object) -> datetime | None:
+    """Return the moment that a row holds, in UTC; None if it holds none.
+
+    Text without a zone, as hand-written SQL stores it, is UTC. The first and the last year that Python knows become
+    the ones beside them, so that every zone can show it.
+    """
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+        if not isinstance(moment, datetime):
+            return None
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+    return min(max(moment, _FIRST), _LAST)
+
+
+def read_status(value: object) -> Status | None:
+    """Return the status that a row holds; None if it is a word of a later version, or written by hand."""
+    return Status(value) if value in _STATUSES else None
+
+
+def read_reason(value: object) -> Reason | None:
+    """Return the reason that a row holds; None as `read_status`."""
+    return Reason(value) if value in _REASONS else None
+
+
+class _Text(peewee.TextField):
+    def python_value(self, value: object) -> str | None:
+        return None if value is None else read_text(value)
+
+
+class _Whole(peewee.IntegerField):
+    def python_value(self, value: object) -> int | None:
+        return read_whole(value)
+
+    def adapt(self, value: Any) -> Any:  # noqa: ANN401 - a compare-and-set names what a row holds, whatever that is
+        return value
+
+
+class _BigWhole(_Whole, peewee.BigIntegerField):
+    pass
+
+
+class _Real(peewee.DoubleField):
+    def python_value(self, value: object) -> float | None:
+        return read_real(value)
 
 
 class UtcField(peewee.DateTimeField):
@@ -107,15 +194,8 @@ class UtcField(peewee.DateTimeField):
         return value.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")
 
     def python_value(self, value: object) -> datetime | None:
-        """Return an aware datetime; text without a zone, as hand-written SQL stores it, is UTC."""
-        if isinstance(value, str):
-            try:
-                value = datetime.fromisoformat(value)
-            except ValueError:
-                return None  # written by hand around the API; a CHECK refuses it where it matters
-        if not isinstance(value, datetime):
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        """Return an aware datetime, None for what is none."""
+        return read_time(value)
 
 
 class Tables:
@@ -130,126 +210,126 @@ class Tables:
 
         class Task(Base):
             id = peewee.AutoField()
-            name = peewee.TextField()
-            data = peewee.TextField()
-            queue = peewee.TextField()
-            priority = peewee.IntegerField()
-            status = peewee.TextField()
-            reason = peewee.TextField(null=True)
-            detail = peewee.TextField(null=True)
-            key = peewee.TextField(null=True)
-            unique_key = peewee.TextField(null=True)
-            serial = peewee.TextField(null=True)
+            name = _Text()
+            data = _Text()
+            queue = _Text()
+            priority = _Whole()
+            status = _Text()
+            reason = _Text(null=True)
+            detail = _Text(null=True)
+            key = _Text(null=True)
+            unique_key = _Text(null=True)
+            serial = _Text(null=True)
             run_at = UtcField()
             expires_at = UtcField(null=True)
             requested_at = UtcField()
             started_at = UtcField(null=True)
-            started_mono = peewee.DoubleField(null=True)
+            started_mono = _Real(null=True)
             ended_at = UtcField(null=True)
             heartbeat_at = UtcField(null=True)
-            attempt = peewee.IntegerField()
-            tries = peewee.IntegerField()
-            max_attempts = peewee.IntegerField()
-            ending = peewee.TextField(null=True)
-            host = peewee.TextField(null=True)
-            boot_id = peewee.TextField(null=True)
-            pid_ns = peewee.BigIntegerField(null=True)
-            pid = peewee.IntegerField(null=True)
-            start_ticks = peewee.BigIntegerField(null=True)
-            slot = peewee.IntegerField(null=True)
-            progress_done = peewee.DoubleField(null=True)
-            progress_total = peewee.DoubleField(null=True)
-            message = peewee.TextField(null=True)
-            result = peewee.TextField(null=True)
-            error = peewee.TextField(null=True)
-            exit_code = peewee.IntegerField(null=True)
-            signal = peewee.IntegerField(null=True)
-            cpu_s = peewee.DoubleField(null=True)
-            cpu_percent = peewee.DoubleField(null=True)
-            rss_bytes = peewee.BigIntegerField(null=True)
-            peak_rss_bytes = peewee.BigIntegerField(null=True)
+            attempt = _Whole()
+            tries = _Whole()
+            max_attempts = _Whole()
+            ending = _Text(null=True)
+            host = _Text(null=True)
+            boot_id = _Text(null=True)
+            pid_ns = _BigWhole(null=True)
+            pid = _Whole(null=True)
+            start_ticks = _BigWhole(null=True)
+            slot = _Whole(null=True)
+            progress_done = _Real(null=True)
+            progress_total = _Real(null=True)
+            message = _Text(null=True)
+            result = _Text(null=True)
+            error = _Text(null=True)
+            exit_code = _Whole(null=True)
+            signal = _Whole(null=True)
+            cpu_s = _Real(null=True)
+            cpu_percent = _Real(null=True)
+            rss_bytes = _BigWhole(null=True)
+            peak_rss_bytes = _BigWhole(null=True)
             cancel_requested_at = UtcField(null=True)
-            cancel_requested_by = peewee.TextField(null=True)
+            cancel_requested_by = _Text(null=True)
             suspend_requested_at = UtcField(null=True)
-            suspend_requested_by = peewee.TextField(null=True)
+            suspend_requested_by = _Text(null=True)
             suspended_at = UtcField(null=True)
-            suspended_mono = peewee.DoubleField(null=True)
-            suspended_s = peewee.DoubleField(null=True)
-            stack = peewee.TextField(null=True)
-            parent_id = peewee.IntegerField(null=True)
+            suspended_mono = _Real(null=True)
+            suspended_s = _Real(null=True)
+            stack = _Text(null=True)
+            parent_id = _Whole(null=True)
 
         class Interruption(Base):
             id = peewee.AutoField()
-            task_id = peewee.IntegerField()
-            attempt = peewee.IntegerField()
-            reason = peewee.TextField()
-            detail = peewee.TextField(null=True)
-            error = peewee.TextField(null=True)
-            stack = peewee.TextField(null=True)
-            exit_code = peewee.IntegerField(null=True)
-            signal = peewee.IntegerField(null=True)
-            host = peewee.TextField(null=True)
-            pid = peewee.IntegerField(null=True)
+            task_id = _Whole()
+            attempt = _Whole()
+            reason = _Text()
+            detail = _Text(null=True)
+            error = _Text(null=True)
+            stack = _Text(null=True)
+            exit_code = _Whole(null=True)
+            signal = _Whole(null=True)
+            host = _Text(null=True)
+            pid = _Whole(null=True)
             started_at = UtcField(null=True)
             ended_at = UtcField()
 
         class Supervisor(Base):
-            host = peewee.TextField(primary_key=True)
-            boot_id = peewee.TextField()
-            pid_ns = peewee.BigIntegerField()
-            pid = peewee.IntegerField()
-            start_ticks = peewee.BigIntegerField()
+            host = _Text(primary_key=True)
+            boot_id = _Text()
+            pid_ns = _BigWhole()
+            pid = _Whole()
+            start_ticks = _BigWhole()
             started_at = UtcField()
             heartbeat_at = UtcField()
-            slots = peewee.IntegerField()
-            version = peewee.TextField()
-            catalogue = peewee.TextField()
-            code_error = peewee.TextField(null=True)
+            slots = _Whole()
+            version = _Text()
+            catalogue = _Text()
+            code_error = _Text(null=True)
             left_at = UtcField(null=True)
 
         class Part(Base):
             id = peewee.AutoField()
-            task_id = peewee.IntegerField()
-            name = peewee.TextField()
-            value = peewee.TextField()
+            task_id = _Whole()
+            name = _Text()
+            value = _Text()
             reached_at = UtcField()
 
         class Hold(Base):
             id = peewee.AutoField()
-            name = peewee.TextField()
-            permit = peewee.IntegerField()
-            task_id = peewee.IntegerField(null=True)
-            attempt = peewee.IntegerField(null=True)
+            name = _Text()
+            permit = _Whole()
+            task_id = _Whole(null=True)
+            attempt = _Whole(null=True)
             since = UtcField()
-            abandoned_by = peewee.IntegerField(null=True)
+            abandoned_by = _Whole(null=True)
 
         class Wait(Base):
             id = peewee.AutoField()
-            task_id = peewee.IntegerField()
-            attempt = peewee.IntegerField()
-            number = peewee.IntegerField(default=0)
+            task_id = _Whole()
+            attempt = _Whole()
+            number = _Whole(default=0)
             whole = peewee.BooleanField(default=True)
-            kind = peewee.TextField()
-            target_id = peewee.IntegerField(null=True)
-            target = peewee.TextField(null=True)
-            permits = peewee.IntegerField(null=True)
+            kind = _Text()
+            target_id = _Whole(null=True)
+            target = _Text(null=True)
+            permits = _Whole(null=True)
             since = UtcField()
 
         class Dependency(Base):
             id = peewee.AutoField()
-            task_id = peewee.IntegerField()
-            on_id = peewee.IntegerField()
+            task_id = _Whole()
+            on_id = _Whole()
             any_end = peewee.BooleanField()
 
         class Party(Base):
             id = peewee.AutoField()
-            scope = peewee.TextField()
-            name = peewee.TextField()
-            generation = peewee.IntegerField()
-            task_id = peewee.IntegerField()
-            attempt = peewee.IntegerField()
-            parties = peewee.IntegerField()
-            outcome = peewee.TextField(null=True)
+            scope = _Text()
+            name = _Text()
+            generation = _Whole()
+            task_id = _Whole()
+            attempt = _Whole()
+            parties = _Whole()
+            outcome = _Text(null=True)
 
         self.Task: Any = Task
         self.Interruption: Any = Interruption
@@ -265,7 +345,7 @@ class Tables:
             meta.set_table_name(prefix + model.__name__.lower())
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TaskRecord:
     """A task as it was when it was read: every column of its row. Times are aware, in UTC."""
 
@@ -321,16 +401,28 @@ class TaskRecord:
     """Place in the queue, 1 is next; known for a waiting task that `Service.get` returned."""
     no_supervisor_since: datetime | None = None
     """When a supervisor was last seen, if that is too long ago; known for a task that `Service.get` returned."""
+    unreadable: tuple[str, ...] = ()
+    """The columns that hold what they cannot mean, as rows written by hand may; None or a default stands for each."""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> TaskRecord:
-        """Make a record of a row as Peewee's `dicts()` gives it."""
-        values = dict(row)
-        values["status"] = Status(values["status"])
-        for column in ("reason", "ending"):
-            known = values[column] in _REASONS  # a word of a later version, or written by hand, is no reason to stop
-            values[column] = Reason(values[column]) if known else None
-        return cls(**values)
+        """Make a record of a row as the driver gives it (`Store.raw`); never fails, whatever it holds."""
+        values, unreadable = dict[str, Any](), []
+        for column, held in row.items():
+            value = None if held is None else _READERS[column](held)
+            if value is None and (held is not None or column in _INSTEAD):
+                unreadable.append(column)
+                value = _INSTEAD.get(column)
+            values[column] = value
+        return cls(**values, unreadable=tuple(unreadable))
+
+    def __repr__(self) -> str:
+        """Name the task, without data, result and texts of errors: they may hold what no log should."""
+        key = "" if self.key is None else f", key={self.key!r}"
+        reason = "" if self.reason is None else f" / {self.reason}"
+        return (
+            f"TaskRecord(id={self.id}, name={self.name!r}{key}, status={self.status}{reason}, attempt={self.attempt})"
+        )
 
     @property
     def ended(self) -> bool:
@@ -366,6 +458,49 @@ class TaskRecord:
         }
 
 
+_BY_TYPE: dict[str, Callable[[object], object]] = {
+    "str": read_text,
+    "int": read_whole,
+    "float": read_real,
+    "datetime": read_time,
+    "Status": read_status,
+    "Reason": read_reason,
+}
+_READERS = {
+    field.name: _BY_TYPE[str(field.type).removesuffix(" | None")]
+    for field in dataclasses.fields(TaskRecord)
+    if field.name != "unreadable"
+} | {"pid": read_pid}
+_INSTEAD: dict[str, Any] = {
+    "id": 0,
+    "name": "?",
+    "data": "",
+    "queue": "",
+    "priority": 0,
+    "status": Status.INTERRUPTED,
+    "run_at": datetime(1970, 1, 1, tzinfo=UTC),
+    "requested_at": datetime(1970, 1, 1, tzinfo=UTC),
+    "attempt": 0,
+    "tries": 0,
+    "max_attempts": 1,
+}
+"""What stands for each column that is never NULL, where it cannot be read."""
+
+
+class _Told(msgspec.Struct):
+    """What is used of a task's options in a catalogue."""
+
+    secret: list[str] = []
+
+
+class _Failed(msgspec.Struct):
+    """What is used of an error in `code_error`."""
+
+    module: str
+    error: str
+    kind: str = "module"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisorRecord:
     """The supervisor that was last seen on a host; `catalogue` and `code_error` are JSON text.
@@ -385,6 +520,31 @@ class SupervisorRecord:
     catalogue: str
     code_error: str | None
     left_at: datetime | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> SupervisorRecord | None:
+        """Make a record of a row as Peewee's `dicts()` gives it; None of one that names no process and no times.
+
+        A catalogue, or errors, that are no JSON of ours are left out.
+        """
+        values = {**row, "pid": read_pid(row["pid"])}
+        if any(
+            values[one.name] is None for one in dataclasses.fields(cls) if one.name not in ("code_error", "left_at")
+        ):
+            return None
+        if not _is_json(values["catalogue"], dict[str, _Told]):
+            values["catalogue"] = "{}"
+        if values["code_error"] is not None and not _is_json(values["code_error"], list[_Failed]):
+            values["code_error"] = None
+        return cls(**values)
+
+
+def _is_json(text: str, kind: Any) -> bool:  # noqa: ANN401 - a type
+    try:
+        msgspec.json.decode(text, type=kind)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False
+    return True
 
 
 def is_passing(error: BaseException) -> bool:
@@ -839,6 +999,12 @@ class Store:
     def rows_of(self, statement: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Run a statement that is written out, on the connection that is open, and return what it returns."""
         return list(self.database.execute_sql(statement, values).fetchall())
+
+    def raw(self, query: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a Peewee query
+        """Return the rows of a query as the driver gives them, on the connection that is open."""
+        cursor = self.database.execute(query)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:

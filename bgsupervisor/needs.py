@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import peewee
@@ -19,6 +20,11 @@ _IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
 _IS_START = peewee.SQL("\"status\" = 'START'")
 _IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
 IDS_AT_ONCE = 500
+COMING_MAX = 10_000
+"""More parties than this are not told apart from so many: a row may name any number."""
+
+
+_PARENT = re.compile(r"parent (\d{1,18})", re.ASCII)
 
 
 class Needs:
@@ -53,7 +59,7 @@ class Needs:
         arrived = {id for (id,) in party.select(party.task_id).where(here).tuples()}
         parent_id = parent_of(row["scope"])
         live = task.select(task.id).where(_IS_LIVE & ((task.parent_id == parent_id) | (task.id == parent_id)))
-        missing = max(row["parties"] - len(arrived), 0)
+        missing = min(max(row["parties"] - len(arrived), 0), COMING_MAX)
         sources = [id for (id,) in live.tuples() if id not in arrived and id != parent_id]
         if live.where(task.id == parent_id).exists():
             sources += [parent_id or 0] * missing  # it may request as many as are missing
@@ -73,7 +79,8 @@ class Needs:
         for some in _chunks(ids):
             query = dependency.select(dependency.task_id, dependency.on_id).where(dependency.task_id.in_(some))
             for id, on_id in query.tuples():
-                needs.setdefault(id, []).append(Need(f"the end of task {on_id}", (on_id,)))
+                if id is not None and on_id is not None:  # else the row was written by hand, and means nothing
+                    needs.setdefault(id, []).append(Need(f"the end of task {on_id}", (on_id,)))
             planned = self._task.select(self._task.id).where(_IS_REQUEST & self._task.id.in_(some))
             for (id,) in planned.tuples() if slot_holders else ():
                 needs.setdefault(id, []).append(_slot_need(slot_holders))
@@ -84,7 +91,8 @@ class Needs:
         wait, part = self._wait, self._part
         reached = part.select(part.id).where((part.task_id == wait.target_id) & (part.name == wait.target))
         still = (wait.kind != "part") | ~peewee.fn.EXISTS(reached)
-        return list(wait.select().where(wait.task_id.in_(ids) & wait.whole & still).dicts())
+        rows = wait.select().where(wait.task_id.in_(ids) & wait.whole & still).dicts()
+        return [row for row in rows if row["kind"] not in ("part", "end") or row["target_id"] is not None]
 
     def _needs_by(self, row: dict[str, Any], slot_holders: Sequence[int]) -> list[Need]:
         if row["kind"] == "end":
@@ -100,7 +108,7 @@ class Needs:
     def _needs_at_barrier(self, row: dict[str, Any]) -> list[Need]:
         party = self._party
         mine = (party.task_id == row["task_id"]) & (party.name == row["target"]) & party.outcome.is_null()
-        places = list(party.select().where(mine).dicts())
+        places = [row for row in party.select().where(mine).dicts() if row["parties"] is not None]
         if not places or parent_of(places[0]["scope"]) is None:
             return []  # it has opened, or who may come to it is not known
         return [self.coming(places[0])]
@@ -109,11 +117,13 @@ class Needs:
         """Return what those need who wait for a lock: enough of its holders, and whoever stands before them."""
         hold, wait = self._hold, self._wait
         taken = hold.select(hold.task_id).where((hold.name == name) & hold.task_id.is_null(False))
-        holders = sorted(id for (id,) in taken.tuples())
+        holders = sorted(id for (id,) in taken.tuples() if id is not None)
         queue = wait.select(wait.task_id, wait.permits, wait.whole).where((wait.kind == "lock") & (wait.target == name))
         needs: dict[int, list[Need]] = {}
         before: int | None = None
         for id, permits, whole in list(queue.order_by(wait.id).tuples()):
+            if id is None:
+                continue
             found = needs[id] = []
             missing = len(holders) - (permits or 1) + 1
             if whole and missing > 0:
@@ -131,8 +141,8 @@ def parent_scope(id: int) -> str:
 
 def parent_of(scope: str) -> int | None:
     """Return the task whose children's barriers have this scope; None for a scope that the body has named."""
-    kind, _, id = scope.partition(" ")
-    return int(id) if kind == "parent" else None
+    found = _PARENT.fullmatch(scope)
+    return int(found[1]) if found else None
 
 
 def _slot_need(slot_holders: Sequence[int]) -> Need:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import socket
 
+from bgsupervisor.cleaning import clean
+
 __all__ = ["Notifier"]
 
 
@@ -25,7 +27,7 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """Say that the start is over."""
-        self._say(f"READY=1\nSTATUS={status}")
+        self._say(f"READY=1\nSTATUS={clean(status)}")
 
     def alive(self) -> None:
         """Feed the watchdog; called from the loop that does the work, so that a stuck loop is noticed."""
@@ -33,7 +35,7 @@ class Notifier:
 
     def stopping(self, status: str) -> None:
         """Say that the end has begun."""
-        self._say(f"STOPPING=1\nSTATUS={status}")
+        self._say(f"STOPPING=1\nSTATUS={clean(status)}")
 
     def _say(self, text: str) -> None:
         if self._address is None:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bgsupervisor import (
     child,
+    cleaning,
     connections,
     descriptors,
     exits,
@@ -107,8 +108,8 @@ def main(config: Config) -> NoReturn:
         leftovers.open_standard_streams()
         inherited.leave_unheeded()
         Nursery(config, SystemClock()).live()
-    except BaseException:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
-        traceback.print_exc()
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
+        print("the fork server crashed:", *cleaning.trace_lines(error), sep="\n", file=sys.stderr, flush=True)  # noqa: T201 - into the log
     finally:
         os._exit(1)  # multiprocessing's own exit would join all children, deaf but with the connection open
 

@@ -371,6 +371,10 @@ class Runner:
         idle = [child for child in current if child.idle]
         free = self._free_slots()
         due = self._ledger.due(self._catalogue, limit=len(free) + 1) if self._known == self._code else []
+        flawed = [one for one in due if one.flaw]
+        if flawed:
+            self._ledger.apply(Batch(flawed=flawed))
+            due = [one for one in due if not one.flaw]
         now = self._clock.monotonic()
         pairs = list(zip(due, idle, free, strict=False))
         claims = {task.id: (Claim(task, child.identity, slot, now), child) for task, child, slot in pairs}

@@ -13,6 +13,7 @@ import math
 import os
 import select
 import socket
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
@@ -136,6 +137,7 @@ class Server(peewee.PostgresqlDatabase):
             return False
         execute: Any = self.execute_sql
         connect: Any = self.connection
+        _read_all_times(connect())
         pid = execute(f"SELECT pg_backend_pid(), {self._set_timeout()}").fetchone()[0]
         if pid != connect().info.backend_pid:
             self.close()
@@ -299,6 +301,22 @@ def open_server(url: str, *, busy_timeout_s: float, durable: bool) -> Server:
     server = Server(known.pop("dbname"), prefer_psycopg3=True, autoconnect=False, **{**_LINK, **known})
     server.url, server.timeout = url, busy_timeout_s
     return server
+
+
+def _read_all_times(connection: Any) -> None:  # noqa: ANN401 - of psycopg
+    """Have moments that Python has no word for (infinity, 44 BC) read as its first or last: they stop no listing."""
+    from psycopg import DataError  # noqa: PLC0415 - who has a connection has it loaded
+    from psycopg.types.datetime import TimestamptzLoader  # noqa: PLC0415 - as above
+
+    class Loader(TimestamptzLoader):
+        def load(self, data: Any) -> datetime:  # noqa: ANN401 - a buffer
+            try:
+                return super().load(data)
+            except DataError:
+                is_past = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
+                return datetime(1, 1, 1, tzinfo=UTC) if is_past else datetime(9999, 12, 31, tzinfo=UTC)
+
+    connection.adapters.register_loader("timestamptz", Loader)
 
 
 class Listener:

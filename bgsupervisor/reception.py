@@ -15,6 +15,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Protocol
 
+from bgsupervisor.clock import Rate
 from bgsupervisor.errors import WireError
 from bgsupervisor.linux import FileWatch
 from bgsupervisor.statedir import StateDir, bind, open_own_dir
@@ -51,6 +52,10 @@ ACCEPTS_PER_PASS = 256
 RINGS_PER_PASS = 1000
 REFUSALS_KEPT = 1000
 """So many refused connections are remembered: whoever is refused dials again and again, and is told of once."""
+RINGS_AT_ONCE = 50
+RINGS_PER_S = 20.0
+"""After RINGS_AT_ONCE passes for rings there are at most so many a second: each looks at the rows."""
+KEYS_PER_PASS = 10_000
 RING_BYTES = 4096
 """A ring may name the bells that it is for, one a line; what does not fit is found by looking."""
 
@@ -114,6 +119,8 @@ class Reception:
         self._control: socket.socket | None = None
         self._wake: socket.socket | None = None
         self._inodes: dict[Path, int] = {}
+        self._ring_rate = Rate(RINGS_AT_ONCE, RINGS_PER_S, clock.monotonic())
+        self._rings_again_at: float | None = None
         self._signals, self._signal_write = socket.socketpair()
         for end in (self._signals, self._signal_write):
             end.setblocking(False)
@@ -130,7 +137,7 @@ class Reception:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(old)
                 old.close()
-        self._deaf = False
+        self._deaf, self._rings_again_at = False, None
         self._control, self._wake = control, wake
         self._selector.register(self._control, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
@@ -186,6 +193,13 @@ class Reception:
 
     def rest(self, timeout_s: float) -> list[tuple[Callable[[Heard, int], None], int]]:
         """Block until something is to be heard, at most *timeout_s*."""
+        if self._rings_again_at is not None and self._wake is not None:
+            left_s = self._rings_again_at - self._clock.monotonic()
+            if left_s <= 0:
+                self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
+                self._rings_again_at = None
+            else:
+                timeout_s = min(timeout_s, left_s)
         # Who was stopped and goes on past its time comes back empty-handed, though there may be much to hear.
         ready = self._selector.select(timeout_s) or self._selector.select(0)
         return [(key.data, mask) for key, mask in ready]
@@ -312,11 +326,18 @@ class Reception:
     def _hear_ring(self, heard: Heard, mask: int) -> None:
         del mask
         assert self._wake is not None  # noqa: S101 - registered only while it is bound
+        found: dict[str, None] = {}
         with contextlib.suppress(OSError):
             for _ in range(RINGS_PER_PASS):
                 keys = self._wake.recv(RING_BYTES).decode("utf-8", "replace")
                 heard.rung = True
-                heard.keys += [key for key in keys.split("\n") if key]
+                if len(found) < KEYS_PER_PASS:
+                    found |= dict.fromkeys(key for key in keys.split("\n") if key)
+        heard.keys += found
+        now = self._clock.monotonic()
+        if heard.rung and not self._ring_rate.allows(now):  # the rest waits in the socket, and fills it
+            self._selector.unregister(self._wake)
+            self._rings_again_at = now + 1 / RINGS_PER_S
 
     def _hear_write(self, heard: Heard, mask: int) -> None:
         del mask

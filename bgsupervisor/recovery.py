@@ -27,6 +27,9 @@ __all__ = ["Recovery"]
 
 log = logging.getLogger("bgsupervisor")
 
+PASSED_OVER_MAX = 1000
+"""Limit of the rows that are named in the log because they cannot be read."""
+
 
 class Recovery:
     """Goes through all START rows; what it decides stands in its attributes until it is written.
@@ -54,11 +57,14 @@ class Recovery:
         self.foreign_slots: set[int] = set()
         self.names: dict[Attempt, str] = {}
         self.done_once = False
+        self._passed_over: set[int] = set()
 
     def compare(self, records: Iterable[TaskRecord]) -> None:
         """Take in all START rows as they are now."""
         self.foreign_slots = set()
-        rows = {Attempt(record.id, record.attempt): record for record in records}
+        records = list(records)
+        self._pass_over(record for record in records if "attempt" in record.unreadable)
+        rows = {Attempt(one.id, one.attempt): one for one in records if "attempt" not in one.unreadable}
         self.names = {attempt: record.name for attempt, record in rows.items()}
         for ward in self._wards:
             self._drop_ended(ward, rows.keys())  # first: a reused child may be at its next attempt already
@@ -67,6 +73,17 @@ class Recovery:
         for ward in self._wards:
             self._compare_ward(ward, rows.keys())
         self.done_once = True
+
+    def _pass_over(self, records: Iterable[TaskRecord]) -> None:
+        """Leave alone the rows that no end can be written to, because their attempt cannot be named; say so once."""
+        for record in records:
+            if record.slot is not None:
+                self.foreign_slots.add(record.slot)
+            if record.id not in self._passed_over and len(self._passed_over) < PASSED_OVER_MAX:
+                self._passed_over.add(record.id)
+                log.error(
+                    "task %d (%s) is passed over: its row cannot be read: attempt is no number", record.id, record.name
+                )
 
     def _compare_row(self, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)

@@ -9,6 +9,7 @@ import traceback
 import types
 from typing import TYPE_CHECKING
 
+from bgsupervisor.cleaning import clean
 from bgsupervisor.errors import BgSupervisorError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def report(error: BaseException, end: End, order: Run) -> None:
         "%s%s: %s",
         headline(order.id, order.name, order.attempt),
         end.reason,
-        end.detail,
+        clean(end.detail or ""),
         exc_info=None if end.reason.wanted else error,
         extra={
             "task_id": order.id,
@@ -66,7 +67,7 @@ def report(error: BaseException, end: End, order: Run) -> None:
 
 def headline(id: int, name: str, attempt: int) -> str:
     """Return how the record of an attempt's end begins, by which its log is known to have the traceback."""
-    return f"task {id} ({name}), attempt {attempt}, ended: "
+    return f"task {id} ({clean(name)}), attempt {attempt}, ended: "
 
 
 def flush() -> None:

@@ -61,6 +61,8 @@ PRIORITY_LIMIT = 2**31 - 1
 KEY_CHARS = 1000
 KEY_BYTES_ON_SERVER = 2600
 """They stand in indexes, name and unique key in one; of a row of an index PostgreSQL takes 2,704 bytes."""
+LIMIT_MAX = 2**31 - 1
+"""A larger limit of a list is no other limit."""
 RING_KEYS = 100
 """A ring names at most so many tasks; waiters for the others look by themselves within seconds."""
 REACH_MODULES = 5000
@@ -349,8 +351,8 @@ class Service:
 
     def status(self, task: TaskLike | Handle | int, *, key: Key | None = None) -> Status | None:
         """Return the status of the newest task of a class (and key), or of one task; None if there is none."""
-        if isinstance(task, Handle | int):
-            record = self._ledger.get(int(task))
+        if not isinstance(task, str | type | tasks.FunctionTask):
+            record = self._ledger.get(_id(task))
         else:
             record = self._ledger.newest(self._name_of(task), key=key_text(key))
         return None if record is None else record.status
@@ -363,7 +365,7 @@ class Service:
             name: It must be of this class, else None: for an id that came from a browser.
             key: It must have been requested with this key, else None: the check that it is this user's task.
         """
-        record = self._ledger.get(int(task))
+        record = self._ledger.get(_id(task))
         if record is None or (name is not None and record.name != self._name_of(name)):
             return None
         if key is not None and record.key != key_text(key):
@@ -389,8 +391,8 @@ class Service:
         return self._ledger.find(
             names=None if name is None else [self._name_of(name)],
             key=key_text(key),
-            statuses=None if status is None else [Status(status)],
-            limit=limit,
+            statuses=None if status is None else [_status(status)],
+            limit=_limit(limit),
         )
 
     def counts(self, task: TaskLike | None = None) -> dict[Status, int]:
@@ -404,17 +406,20 @@ class Service:
             UnknownTask: There is no such task.
             WaitTimeout: It has not ended by then; it goes on.
         """
+        id = _id(task)
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s):
+            raise RequestRefused(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         deadline = self._clock.monotonic() + timeout_s
         looks = 0
         while True:
-            status = self._ledger.status(int(task))
+            status = self._ledger.status(id)
             if status is None:
-                raise UnknownTask(int(task))
+                raise UnknownTask(id)
             if status.ended:
                 return self._known(task)
             left = deadline - self._clock.monotonic()
             if left <= 0:
-                raise WaitTimeout(f"task {int(task)} has not ended within {timeout_s:g} s; it is {status} and goes on")
+                raise WaitTimeout(f"task {id} has not ended within {timeout_s:g} s; it is {status} and goes on")
             self._clock.sleep(min(left, POLL_S[min(looks, len(POLL_S) - 1)]))
             looks += 1
 
@@ -466,7 +471,7 @@ class Service:
             UnknownTask: There is no such task.
         """
         keys: list[str] = []
-        record = self._ledger.cancel(int(task), by=_checked_text("by", by or None), keys=keys)
+        record = self._ledger.cancel(_id(task), by=_checked_text("by", by or None), keys=keys)
         self._store.database.after_commit(functools.partial(self._ring, keys))
         return record
 
@@ -484,7 +489,7 @@ class Service:
             UnknownTask: There is no such task.
             NotSuspendable: It does not run, or is to end.
         """
-        record = self._ledger.suspend(int(task), by=_checked_text("by", by or None))
+        record = self._ledger.suspend(_id(task), by=_checked_text("by", by or None))
         self._store.database.after_commit(self._ring)
         return record
 
@@ -494,7 +499,7 @@ class Service:
         Raises:
             UnknownTask: There is no such task.
         """
-        record = self._ledger.resume(int(task))
+        record = self._ledger.resume(_id(task))
         self._store.database.after_commit(self._ring)
         return record
 
@@ -506,7 +511,7 @@ class Service:
             NotRetryable: It is not INTERRUPTED.
             AlreadyLive: A live task holds its unique key.
         """
-        record = self._ledger.retry(int(task))
+        record = self._ledger.retry(_id(task))
         self._store.database.after_commit(self._ring)
         return record
 
@@ -553,9 +558,9 @@ class Service:
         return self._backing.clock
 
     def _known(self, task: Handle | int) -> TaskRecord:
-        record = self._ledger.get(int(task))
+        record = self._ledger.get(_id(task))
         if record is None:
-            raise UnknownTask(int(task))
+            raise UnknownTask(_id(task))
         return record
 
     def _process_of(self, record: TaskRecord) -> ProcessHandle:
@@ -616,7 +621,7 @@ class Service:
         base = tasks.base_named(name)
         if base is not None:
             base.definition()  # raises, and says why
-        if not name.strip() or len(name) > KEY_CHARS or "\0" in name:
+        if not name.strip() or len(name) > KEY_CHARS or "\0" in name or not _is_storable(name):
             raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
         return name, None
 
@@ -738,6 +743,38 @@ def _after(after: Sequence[Handle | int] | Handle | int | None) -> tuple[int, ..
         raise RequestRefused(f"after is {after!r}; it must be a handle or an id, or a list of them") from None
 
 
+def _id(task: object) -> int:
+    try:
+        return tasks.checked_ids([task])[0]
+    except ValueError:
+        raise RequestRefused(f"the task is {repr(task)[:60]}; give a handle or an id, a whole number") from None
+
+
+def _limit(limit: object) -> int | None:
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise RequestRefused(f"limit is {repr(limit)[:60]}; it must be a whole number, 0 or more, or None")
+    return min(limit, LIMIT_MAX)
+
+
+def _status(status: object) -> Status:
+    try:
+        return Status(str(status))
+    except ValueError:
+        words = ", ".join(Status)
+        raise RequestRefused(f"status is {repr(status)[:60]}; it must be one of {words}") from None
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text can be encoded: half a surrogate pair cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _ambiguous(name: str, meant: Sequence[str]) -> UnknownTaskName:
     return UnknownTaskName(
         f"the task name {name!r} means {len(meant)} tasks: {listed(meant)}; give one of these",
@@ -827,7 +864,7 @@ def _as_text(what: str, key: object) -> str:
 
 def key_text(key: Key | None) -> str | None:
     """Return a key that is searched for, as rows have it."""
-    return None if key is None else _as_text("key", key)
+    return _checked_text("key", key)
 
 
 def _checked_text(what: str, given: object) -> str | None:
@@ -836,12 +873,8 @@ def _checked_text(what: str, given: object) -> str | None:
     text = _as_text(what, given)
     if not text or len(text) > KEY_CHARS:
         raise RequestRefused(f"{what} is {text[:60]!r}; it must be a text of 1 to {KEY_CHARS} characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestRefused(
-            f"{what} is {text[:60]!r}; it holds half a surrogate pair, which no database stores"
-        ) from None
+    if not _is_storable(text):
+        raise RequestRefused(f"{what} is {text[:60]!r}; it holds half a surrogate pair, which no database stores")
     if "\0" in text:
         raise RequestRefused(f"{what} is {text[:60]!r}; it holds a NUL character, which PostgreSQL does not store")
     return text

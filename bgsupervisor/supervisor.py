@@ -22,6 +22,7 @@ import msgspec
 
 from bgsupervisor import deaths, pauses, processes, wire
 from bgsupervisor.boards import Boards
+from bgsupervisor.cleaning import escaped, quoted
 from bgsupervisor.clock import AttendedClock
 from bgsupervisor.config import masked
 from bgsupervisor.enforcement import Enforcement
@@ -80,6 +81,8 @@ COMPLAIN_EVERY_S = 60.0
 """What is wrong with the database is told again so often, as long as it is: a line may have met a full disk."""
 PASSED_OVER_S = 0.1
 """Waiting tasks whose rows somebody had locked are looked at again so much later; the others are claimed meanwhile."""
+PUT_ASIDE_MAX = 1000
+"""So many waiting tasks whose rows cannot be read are remembered."""
 UNATTENDED_SHOWN = 20
 """Log lines at most about tasks that ended while no supervisor was running; the rest is a count."""
 TOUCH_SLACK_S = 0.02
@@ -154,6 +157,8 @@ class Supervisor:
         self._looked_at: datetime | None = None
         self._passing_over_until: float | None = None
         self._next_due_at: datetime | None = None
+        self._flawed: list[Due] = []
+        self._put_aside: set[int] = set()
         self._recover_at = self._notes_at = self._net_at = self._put_off_until = 0.0
         self._beat_at = -math.inf
         self._spawn_at = 0.0
@@ -524,7 +529,7 @@ class Supervisor:
             try:
                 due = self._ledger.due(
                     home.hello.catalogue,
-                    limit=len(free) + 1,
+                    limit=len(free) + 1 + len(self._put_aside),
                     unlocked=self._passing_over_until is not None,
                     at=self._looked_at,
                 )
@@ -533,7 +538,9 @@ class Supervisor:
                 self._put_off_until = now + PUT_OFF_S[0]
                 self._bear(error)
                 return []
-            self._look, self._backlog = False, bool(due)
+            self._flawed = [one for one in due if one.flaw and one.id not in self._put_aside]
+            due = [one for one in due if not one.flaw]
+            self._look, self._backlog = bool(self._flawed), bool(due)  # what they stand before is looked for next
         idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
         self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
@@ -606,7 +613,12 @@ class Supervisor:
             ward.oom = counters
 
     def _compose(self, claims: list[Claim], now: float) -> Batch:
-        batch = Batch(claims=claims, ends=dict(self._recovery.ends), unclaims=set(self._recovery.unbegun))
+        batch = Batch(
+            claims=claims,
+            ends=dict(self._recovery.ends),
+            unclaims=set(self._recovery.unbegun),
+            flawed=self._flawed,
+        )
         for attempt, ward in self._wards.by_attempt().items():
             if ward.end is not None:
                 batch.ends[attempt] = ward.end
@@ -642,6 +654,9 @@ class Supervisor:
             if attempt in by_attempt:
                 by_attempt[attempt].become_free()
             self._look = True
+        self._flawed = []
+        for due in batch.flawed:
+            self._set_aside(due, struck=due.id in outcome.struck)
         for attempt in batch.endings:
             ward = by_attempt[attempt]
             if ward.order is not None and attempt in outcome.endings:
@@ -657,6 +672,14 @@ class Supervisor:
             by_attempt[attempt].note = Note()
         self._boards.ring(outcome.keys)
         self._look = self._look or DUE in outcome.keys
+
+    def _set_aside(self, due: Due, *, struck: bool) -> None:
+        """Tell of a row that cannot be read; look at it no more if its end could not be written."""
+        log.error("task %d (%s) cannot run: its row cannot be read: %s", due.id, due.name, due.flaw)
+        if not struck:
+            if len(self._put_aside) >= PUT_ASIDE_MAX:
+                self._put_aside.clear()
+            self._put_aside.add(due.id)
 
     def _take_suspension(self, ward: Ward, suspension: Suspension, *, recorded: bool) -> None:
         """Have a child stand still whose row says that it does."""
@@ -924,10 +947,10 @@ def _log_end(attempt: Attempt, name: str, end: End) -> None:
         logging.INFO if end.reason.wanted else logging.ERROR,
         "task ended: id=%d name=%s attempt=%d status=INTERRUPTED reason=%s detail=%s",
         attempt.id,
-        name,
+        quoted(name),
         attempt.attempt,
         end.reason,
-        json.dumps(end.detail or "", ensure_ascii=False),
+        escaped(json.dumps(end.detail or "", ensure_ascii=False)),
     )
 
 

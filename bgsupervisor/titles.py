@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from bgsupervisor.cleaning import clean
 from bgsupervisor.config import variable
 
 try:
@@ -23,14 +24,14 @@ _is_set_up = False
 
 
 def set_title(title: str) -> None:
-    """Give this process a title, after "bgsupervisor: "; it takes the place of the command line in the process table.
+    """Give this process a title, cleaned, after "bgsupervisor: "; it takes the place of the command line.
 
-    The environment stays there: programs find processes by it. setproctitle asks for SPT_NOENV at its first call:
-    https://pypi.org/project/setproctitle/
+    The environment stays in the process table: programs find processes by it. setproctitle asks for SPT_NOENV at its
+    first call: https://pypi.org/project/setproctitle/
     """
     global _is_set_up  # noqa: PLW0603 - a process is set up once, and its forks with it
     with contextlib.nullcontext() if _is_set_up else variable("SPT_NOENV", "1"):
-        _set(f"bgsupervisor: {title}")
+        _set(f"bgsupervisor: {clean(title)}")
     _is_set_up = True
 
 

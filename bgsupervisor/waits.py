@@ -14,8 +14,9 @@ import peewee
 
 from bgsupervisor.barriers import Barriers
 from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
+from bgsupervisor.models import read_reason, read_status
 from bgsupervisor.needs import Needs
-from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.models import Store
     from bgsupervisor.statements import Statements
+    from bgsupervisor.statuses import Reason
 
 __all__ = [
     "DUE",
@@ -170,7 +172,7 @@ class Waits:
             if row is None:
                 found.append(None)
                 continue
-            status, reason = Status(row[1]), None if row[2] is None else Reason(row[2])
+            status, reason = read_status(row[1]) or Status.INTERRUPTED, read_reason(row[2])
             ended_value = row[4] if status is Status.DONE else None
             found.append(Found(id, status, reason, row[3], values.get(id) if part is not None else ended_value))
         return found
@@ -314,7 +316,7 @@ class Waits:
         task = self._task
         rows = dict(task.select(task.id, task.status).where(task.id.in_(list(on_ids))).tuples())
         for on_id in dict.fromkeys(on_ids):
-            status = Status(rows[on_id])
+            status = read_status(rows[on_id]) or Status.INTERRUPTED
             if status is Status.INTERRUPTED and not any_end:
                 return on_id
             if not status.ended:
@@ -460,7 +462,7 @@ class Waits:
         query = query.where((wait.kind == "part") & (wait.target == part) & (wait.target_id == id) & wait.whole)
         rows = list(query.limit(HANDED_SLOTS + 1).dicts())
         for row in rows if len(rows) <= HANDED_SLOTS else []:
-            if not row["waits_for_more"]:
+            if not row["waits_for_more"] and self._is_running(row["task_id"], row["attempt"]):
                 self._resume(_waiter(row), slots)
 
     def _take(self, id: int, attempt: int, name: str, permit: int, rows: Collection[dict[str, Any]]) -> Held:
@@ -486,8 +488,11 @@ class Waits:
     def _hand_permit(self, row: dict[str, Any], slots: int | None) -> bool:
         """Give a permit to who stands first in a queue, if one is free for it."""
         hold, waiter, name = self._hold, _waiter(row), row["target"]
+        if not self._is_running(waiter.id, waiter.attempt):  # the row was written by hand, and waits for nobody
+            self._wait.delete().where(self._wait.id == row["id"]).execute()
+            return True
         rows = list(hold.select().where(hold.name == name).dicts())
-        permit = _free_permit(rows, row["permits"] or 1)
+        permit = _free_permit(rows, max(row["permits"] or 1, 1))
         if permit is None:
             return False
         self._take(waiter.id, waiter.attempt, name, permit, rows)
@@ -505,7 +510,7 @@ def _waiter(row: dict[str, Any]) -> Waiter:
 def _free_permit(rows: Collection[dict[str, Any]], permits: int) -> int | None:
     """Return a permit that nobody holds if fewer than *permits* are held: an abandoned one first, for that is news."""
     taken = {row["permit"] for row in rows if row["task_id"] is not None}
-    abandoned = {row["permit"] for row in rows} - taken
+    abandoned = {row["permit"] for row in rows if row["permit"] is not None} - taken
     if len(taken) >= permits:
         return None
     return min(abandoned, default=next(permit for permit in range(permits) if permit not in taken))

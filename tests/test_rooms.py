@@ -50,7 +50,7 @@ FLOORS = (
     {"statedir"},
     {"clock"},
     {"connections"},
-    {"descriptors", "statuses", "errors", "circles", "pauses", "statements", "lookalikes", "sizes"},
+    {"descriptors", "statuses", "errors", "circles", "pauses", "statements", "lookalikes", "sizes", "cleaning"},
 )
 """The rooms of the package from the top: each may import from the floors below its own, and from nowhere else."""
 
@@ -307,7 +307,7 @@ def test_a_web_process_that_imports_the_package_does_not_pay_for_supervising():
         for room in (
             *("clock", "config", "errors", "ledger", "models", "payload", "postgres"),
             *("barriers", "circles", "names", "needs", "pauses", "service", "statedir", "statements", "statuses"),
-            *("tasks", "waits", "wire", "lookalikes", "sizes"),
+            *("tasks", "waits", "wire", "lookalikes", "sizes", "cleaning"),
         )
     }
 

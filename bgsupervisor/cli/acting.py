@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.output import say, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.watch import watch
 from bgsupervisor.errors import AlreadyLive, NotRetryable, NotSuspendable, UnknownTask
@@ -110,7 +110,7 @@ def _for_each(
             warn(f"bgsupervisor: {error}")
             done = False
         else:
-            click.echo(told)
+            say(told)
             needed |= needs
     now = service.ledger.clock.now()
     seen = watch(service, now=now) if needed else None

@@ -119,6 +119,7 @@ class Facts:
         return {
             "waiting_for": waiting.as_json(self.causes.get(record.id, ())),
             "unresponsive": self.is_unresponsive(record),
+            "unreadable": list(record.unreadable),
         }
 
     def silence(self, record: TaskRecord) -> str:

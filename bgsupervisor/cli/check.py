@@ -8,7 +8,7 @@ import click
 import msgspec
 
 from bgsupervisor.cli.loading import load_apart
-from bgsupervisor.cli.output import print_json, warn
+from bgsupervisor.cli.output import print_json, say, warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import clean
 from bgsupervisor.cli.traces import folded
@@ -57,14 +57,14 @@ def _print_configuration(config: Config) -> None:
     rows = [(name, _written(value), origin) for name, value, origin in config.describe()]
     names = max(len(name) for name, _, _ in rows)
     for name, value, origin in rows:
-        click.echo(f"{name:<{names}} = {value}  ({origin})")
+        say(f"{name:<{names}} = {value}  ({origin})")
 
 
 def _print_tasks(answer: Answer) -> None:
-    click.echo(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
+    say(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
     for name, options in sorted(answer.tasks.items()):
         told = ", ".join(f"{key} {_option(key, value)}" for key, value in msgspec.to_builtins(options).items())
-        click.echo(clean(f"  {name}{f'  ({told})' if told else ''}"))
+        say(f"  {clean(name)}{f'  ({clean(told)})' if told else ''}")
 
 
 def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of several kinds
@@ -77,7 +77,7 @@ def _tell_failure(failure: LoadFailure, config: Config, *, full: bool) -> None:
     warn(f"{failure.kind} {failure.module} failed to load:")
     text = failure.error.rstrip()
     for line in (text if full else folded(text, config)).splitlines():
-        click.echo(f"  {clean(line)}", err=True)
+        say(f"  {line}", err=True)
 
 
 def _written(value: Any) -> str:  # noqa: ANN401 - options are of several kinds

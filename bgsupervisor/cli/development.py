@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bgsupervisor.cli.dev import Interrupts
     from bgsupervisor.cli.session import Session
     from bgsupervisor.config import Config
+    from bgsupervisor.models import SupervisorRecord
     from bgsupervisor.service import Service
     from bgsupervisor.wire import Channel, Reloaded
 
@@ -166,8 +167,7 @@ class Development:
             row = next((row for row in service.ledger.supervisors() if row.pid == pid), None)
             if row is None:
                 return
-            failures = msgspec.json.decode(row.code_error or "[]", type=list[LoadFailure])
-            count = len(msgspec.json.decode(row.catalogue))
+            failures, count = _loaded(row)
             if not count and not failures and self._config.tasks:
                 return  # a row of an earlier moment
             self._has_loaded = True
@@ -243,6 +243,16 @@ def _reap() -> bool:
             pass
         return True
     return False
+
+
+def _loaded(row: SupervisorRecord) -> tuple[list[LoadFailure], int]:
+    """Return what failed to load in a supervisor, and how many tasks it has; nothing of what is no JSON of ours."""
+    failures, catalogue = list[LoadFailure](), dict[str, object]()
+    with contextlib.suppress(msgspec.MsgspecError):
+        failures = msgspec.json.decode(row.code_error or "[]", type=list[LoadFailure])
+    with contextlib.suppress(msgspec.MsgspecError):
+        catalogue = msgspec.json.decode(row.catalogue, type=dict[str, object])
+    return failures, len(catalogue)
 
 
 def _tell_reload(answer: Reloaded | None, config: Config) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bgsupervisor.cleaning import clean_line_keeping_colours
 from bgsupervisor.cli.log import log_path
 from bgsupervisor.cli.text import clean, short_duration
 from bgsupervisor.cli.traces import folded
@@ -38,8 +39,8 @@ WITH_TRACEBACK = frozenset({Reason.RAISED, Reason.EXITED, Reason.DEADLOCKED, Rea
 
 
 def echo(line: str) -> None:
-    """Print one line at once; in colour on a terminal only."""
-    click.echo(line, color=False if wants_no_colour() else None)
+    """Print one line at once, cleaned; in colour on a terminal only."""
+    click.echo(clean_line_keeping_colours(line), color=False if wants_no_colour() else None)
 
 
 def tell_failures(failures: Iterable[LoadFailure], config: Config) -> None:

@@ -12,7 +12,7 @@ import click
 
 from bgsupervisor import processes
 from bgsupervisor.cli.cells import Facts
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.cli.text import clean, duration
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.sizes import size
@@ -175,7 +175,7 @@ class Sight:
 @click.command(cls=_Plugin)
 @click.option(
     "--max-wait-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     default=MAX_WAIT_S,
     show_default=True,
     help=f"WARNING if a due task whose code is loaded has waited longer; CRITICAL from {CRITICAL_FACTOR} times that.",
@@ -266,4 +266,4 @@ def _metrics(sight: Sight | None, *, prefix: str, host: str) -> Iterator[str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return clean(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

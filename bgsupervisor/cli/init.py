@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bgsupervisor.cli.output import say
 from bgsupervisor.config import FILE_NAME, template
 from bgsupervisor.errors import ConfigError
 from bgsupervisor.statedir import access_error
@@ -24,7 +25,5 @@ def init() -> None:
         raise ConfigError(f"{path.absolute()} exists already and was left alone; edit it, or move it away") from None
     except OSError as error:
         raise access_error(path.absolute(), "create", error, "choose another folder") from error
-    click.echo(
-        f"wrote {path.absolute()}; name the modules of your tasks in it, and see that `bgsupervisor check` finds them"
-    )
-    click.echo("then start `bgsupervisor run`, and look at your tasks with `bgsupervisor ps`")
+    say(f"wrote {path.absolute()}; name the modules of your tasks in it, and see that `bgsupervisor check` finds them")
+    say("then start `bgsupervisor run`, and look at your tasks with `bgsupervisor ps`")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor import logs, processes
+from bgsupervisor.cleaning import clean_line_keeping_colours
 from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.watch import watch
@@ -19,7 +20,7 @@ from bgsupervisor.statedir import StateDir, access_error
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from bgsupervisor.models import TaskRecord
@@ -36,10 +37,14 @@ ABANDONED_S = 5.0
 @click.command()
 @click.argument("id", type=int)
 @click.option("-f", "--follow", is_flag=True, help="Go on until the attempt has ended; Ctrl-C leaves it running.")
+@click.option("--raw", is_flag=True, help="On a terminal too print it as it is, with all that can steer a terminal.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Of an earlier attempt than the last.")
 @pass_session
-def log(session: Session, *, id: int, follow: bool, attempt: int | None) -> None:
-    """Print what a task wrote to stdout and stderr."""
+def log(session: Session, *, id: int, follow: bool, raw: bool, attempt: int | None) -> None:
+    """Print what a task wrote to stdout and stderr.
+
+    On a terminal only its colours have an effect; in a pipe it is as it was written.
+    """
     service = session.existing_service()
     record = None if service is None else service.get(id)
     if service is None or record is None:
@@ -51,7 +56,7 @@ def log(session: Session, *, id: int, follow: bool, attempt: int | None) -> None
     try:
         path = log_path(service, record, wanted)
         pieces = _follow(service, id, wanted) if follow else iter(()) if path is None else logs.read(path)
-        if not _print(pieces):
+        if not _print(pieces if raw or not sys.stdout.isatty() else map(_for_terminal, pieces)):
             of_attempt = "" if attempt is None else f" in attempt {attempt}"
             warn(f"task {id} has printed nothing{of_attempt}{_traceback(service, id, wanted)}")
     except PermissionError as error:
@@ -160,7 +165,12 @@ def _follow(service: Service, id: int, attempt: int) -> Iterator[str]:
     return logs.follow(followed.path, followed.ended, _WhileRead())
 
 
-def _print(pieces: Iterator[str]) -> bool:
+def _for_terminal(piece: str) -> str:
+    """Return a piece of a log without what could steer a terminal; a carriage return rewrites a line of its own."""
+    return "\n".join("\r".join(map(clean_line_keeping_colours, line.split("\r"))) for line in piece.split("\n"))
+
+
+def _print(pieces: Iterable[str]) -> bool:
     """Print what comes, at once; tell whether anything came."""
     printed = False
     for piece in pieces:

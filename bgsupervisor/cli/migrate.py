@@ -9,6 +9,7 @@ import click
 import peewee
 
 from bgsupervisor import migrations
+from bgsupervisor.cli.output import say
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.errors import SchemaError
 from bgsupervisor.models import Store
@@ -48,7 +49,7 @@ def _migrate(store: Store, config: Config) -> None:
                 applied = migrations.migrate(store)
         except peewee.IntegrityError as error:
             raise SchemaError(f"a row does not fit the new tables, nothing was changed: {error}") from error
-    click.echo("\n".join(f"applied {name}" for name in applied) or "nothing to do: the tables are this version's")
+    say("\n".join(f"applied {name}" for name in applied) or "nothing to do: the tables are this version's")
 
 
 def _check(store: Store) -> None:
@@ -59,13 +60,13 @@ def _check(store: Store) -> None:
         with store.unchecked():
             missing, newer = migrations.standing(store)
     for name in missing:
-        click.echo(f"missing {name}")
+        say(f"missing {name}")
     if newer:
-        click.echo(_newer(newer), err=True)
+        say(_newer(newer), err=True)
     elif missing:
-        click.echo(f"the tables of {store.place} are not this version's; run `bgsupervisor migrate`", err=True)
+        say(f"the tables of {store.place} are not this version's; run `bgsupervisor migrate`", err=True)
     else:
-        click.echo("up to date: the tables are this version's")
+        say("up to date: the tables are this version's")
     raise click.exceptions.Exit(bool(missing or newer))
 
 

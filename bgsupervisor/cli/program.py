@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import NoReturn
 import click
 
 from bgsupervisor import __version__, descriptors
+from bgsupervisor.cli.output import say, warn
 from bgsupervisor.cli.session import Session, config_option
 from bgsupervisor.errors import BgSupervisorError
 
@@ -87,7 +89,9 @@ def main() -> NoReturn:
         code = program.main(prog_name="bgsupervisor", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        error.show()
+        told = io.StringIO()
+        error.show(told)  # what was typed stands in it
+        say(told.getvalue().rstrip("\n"), err=True)
         code = error.exit_code
     except click.exceptions.Exit as error:
         code = error.exit_code
@@ -105,13 +109,13 @@ def main() -> NoReturn:
         code = 1
         _silence_output()
         with suppress(OSError):
-            click.echo(f"bgsupervisor: {error}", err=True)
+            warn(f"bgsupervisor: {error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def tell_error(error: BgSupervisorError) -> int:
     """Say on stderr what is wrong, in one sentence; return the exit code."""
-    click.echo(f"bgsupervisor: {error}", err=True)
+    warn(f"bgsupervisor: {error}")
     return error.exit_code
 
 

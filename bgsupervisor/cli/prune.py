@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.output import say, warn
 from bgsupervisor.cli.rows import Rows
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.housekeeping import prune as prune_rows
 from bgsupervisor.names import Catalogue, listed
 from bgsupervisor.statedir import StateDir
@@ -26,7 +26,7 @@ ENDED = (Status.DONE, Status.INTERRUPTED)
 @click.command()
 @click.option(
     "--older-than-days",
-    type=click.FloatRange(min=0, max=36500),
+    type=Finite(min=0, max=36500),
     help="Ended longer ago than this; by default keep_days.",
 )
 @click.option(
@@ -49,7 +49,7 @@ def prune(
     """
     service = session.existing_service()
     if service is None:
-        click.echo("there are no tasks")
+        say("there are no tasks")
         return
     wanted_names = _full_names(names, service)
     days = service.config.keep_days if older_than_days is None else older_than_days
@@ -63,7 +63,7 @@ def prune(
             count, folder = 0, StateDir(service.config.state_dir).logs
             while pruned := prune_rows(service.ledger, folder, **wanted):  # type: ignore[arg-type]
                 count += pruned
-        click.echo(f"{Status(status)}: {count} task(s) {'would be deleted' if dry_run else 'deleted'}")
+        say(f"{Status(status)}: {count} task(s) {'would be deleted' if dry_run else 'deleted'}")
 
 
 def _full_names(names: tuple[str, ...], service: Service) -> list[str]:

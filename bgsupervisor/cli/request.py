@@ -13,9 +13,9 @@ import click
 import msgspec
 
 from bgsupervisor import tasks
-from bgsupervisor.cli.output import print_json, warn
-from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.cli.text import clean
+from bgsupervisor.cleaning import clean, escaped
+from bgsupervisor.cli.output import print_json, say, warn
+from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.cli.traces import folded
 from bgsupervisor.cli.watch import stale_code, watch
 from bgsupervisor.clock import SystemClock
@@ -53,12 +53,10 @@ REMIND_S = 60.0
 )
 @click.option("--priority", type=int, default=0, help="Larger is sooner.")
 @click.option("--at", metavar="TIME", help="Not before 14:30, 2027-01-31 14:30 (local time) or an ISO time with zone.")
-@click.option("--delay-s", type=click.FloatRange(min=0), help="Not before so many seconds from now.")
+@click.option("--delay-s", type=Finite(min=0), help="Not before so many seconds from now.")
 @click.option("--force", is_flag=True, help="Record it although no supervisor or task module has NAME.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result as JSON; 1 if it was interrupted.")
-@click.option(
-    "--timeout-s", type=click.FloatRange(min=0), default=WAIT_S, show_default=True, help="How long --wait waits."
-)
+@click.option("--timeout-s", type=Finite(min=0), default=WAIT_S, show_default=True, help="How long --wait waits.")
 @click.option("--json", "as_json", is_flag=True, help="Print id and created as JSON.")
 @pass_session
 def request(
@@ -176,7 +174,7 @@ def _tell(handle: Handle, service: Service, *, quietly: bool, as_json: bool) -> 
         if not handle.created:
             told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
         if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
-            click.echo(told, err=quietly)
+            say(told, err=quietly)
     _warn_if_nothing_runs(record, service)
     if record is not None and record.status is not Status.REQUEST:
         stale = stale_code(service)
@@ -218,10 +216,10 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
         raise
     if record.error is not None:
         for line in folded(record.error, service.config).splitlines():
-            warn(line)
+            warn(f"  {line}")  # its text may have lines like those of a log
     if record.reason is not None:
         raise Interrupted(record.id, record.reason, record.detail or "")
-    click.echo(record.result)
+    click.echo(escaped(record.result or "null"))
 
 
 def _remind(handle: Handle, service: Service, timeout_s: float, *, is_over: bool) -> None:

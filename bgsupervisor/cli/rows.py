@@ -173,13 +173,14 @@ class Rows:
         order = [task.run_at, task.priority.desc(), task.id]
         return self._select(_IS_REQUEST & (task.run_at > self.now), order=order, limit=limit)
 
-    def _priorities(self) -> Iterator[int]:
-        """Yield the priorities of what waits, the highest first: each is a range of an index."""
+    def _priorities(self) -> Iterator[object]:
+        """Yield the priorities of what waits as rows hold them, the highest first: each is a range of an index."""
         task = self._task
-        query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST)
+        highest = task.select(peewee.fn.MAX(task.priority).coerce(False)).where(_IS_REQUEST)
+        query = highest
         while (priority := query.scalar()) is not None:
-            yield int(priority)
-            query = task.select(peewee.fn.MAX(task.priority)).where(_IS_REQUEST & (task.priority < priority))
+            yield priority
+            query = highest.where(task.priority < priority)
 
     def _select(self, *conditions: Any, order: Sequence[Any], limit: int) -> list[TaskRecord]:  # noqa: ANN401 - Peewee's
         if limit <= 0:
@@ -190,7 +191,7 @@ class Rows:
             query = task.select(*light)
             for condition in (*conditions, *self._filters()):
                 query = query.where(condition)
-            rows = list(query.order_by(*order).limit(limit).dicts())
+            rows = self.store.raw(query.order_by(*order).limit(limit))
         return [TaskRecord.from_row({**row, **dict.fromkeys(HEAVY), "data": ""}) for row in rows]
 
     def _filters(self) -> list[Any]:
@@ -228,7 +229,7 @@ class Ties:
         found: dict[int, list[Cause]] = {}
         live = [(record.id, record.status) for record in records if not record.ended]
         rows = self._waits([id for id, status in live if status is Status.START])
-        holders = self._holders({row["target"] for row in rows if row["kind"] == "lock"})
+        holders = self._holders({row["target"] for row in rows if row["kind"] == "lock" and row["target"] is not None})
         there = self._there(rows)
         for row in rows:
             one = Cause(row["kind"], row["target_id"], row["target"], row["since"], holders.get(row["target"], ()))
@@ -244,25 +245,25 @@ class Ties:
         """Return the parts that a task has reached, in that order: name, value (JSON text), reached_at."""
         part = self._store.tables.Part
         query = part.select(part.name, part.value, part.reached_at).where(part.task_id == id)
-        return self._dicts(query.order_by(part.reached_at, part.id))
+        return [one for one in self._dicts(query.order_by(part.reached_at, part.id)) if one["reached_at"] is not None]
 
     def holds(self, id: int) -> list[dict[str, Any]]:
         """Return the permits that a task holds, the oldest first: name, permit, since."""
         hold = self._store.tables.Hold
         query = hold.select(hold.name, hold.permit, hold.since).where(hold.task_id == id)
-        return self._dicts(query.order_by(hold.since, hold.id))
+        return [one for one in self._dicts(query.order_by(hold.since, hold.id)) if one["since"] is not None]
 
     def dependencies(self, id: int) -> list[dict[str, Any]]:
         """Return what a task must still come after: on_id, and any_end where the other may also be interrupted."""
         dependency = self._store.tables.Dependency
         query = dependency.select(dependency.on_id, dependency.any_end).where(dependency.task_id == id)
-        return self._dicts(query.order_by(dependency.id))
+        return [one for one in self._dicts(query.order_by(dependency.id)) if one["on_id"] is not None]
 
     def arrived(self, id: int, name: str) -> tuple[int, int] | None:
         """Return how many are at the barrier at which a task waits, and how many must be; None if it is open."""
         party = self._store.tables.Party
         own = self._dicts(party.select().where((party.task_id == id) & (party.name == name) & party.outcome.is_null()))
-        if not own:
+        if not own or own[-1]["generation"] is None or own[-1]["parties"] is None:
             return None
         same = (party.scope == own[-1]["scope"]) & (party.name == name) & (party.generation == own[-1]["generation"])
         with self._store.connected():
@@ -274,6 +275,7 @@ class Ties:
             row
             for some in _chunks(ids)
             for row in self._dicts(wait.select().where(wait.task_id.in_(some)).order_by(wait.id))
+            if row["kind"] not in ("part", "end") or row["target_id"] is not None
         ]
 
     def _holders(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -281,6 +283,8 @@ class Ties:
         for some in _chunks(sorted(names)):
             query = hold.select(hold.name, hold.task_id).where(hold.name.in_(some) & hold.task_id.is_null(False))
             for row in self._dicts(query.order_by(hold.task_id)):
+                if row["task_id"] is None:
+                    continue
                 found[row["name"]] = (*found.get(row["name"], ()), row["task_id"])
         return found
 
@@ -301,7 +305,8 @@ class Ties:
         for some in _chunks(ids):
             query = dependency.select(dependency.task_id, dependency.on_id).where(dependency.task_id.in_(some))
             for row in self._dicts(query.order_by(dependency.id)):
-                yield row["task_id"], row["on_id"]
+                if row["on_id"] is not None:
+                    yield row["task_id"], row["on_id"]
 
     def _dicts(self, query: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a Peewee query
         with self._store.connected():

@@ -7,12 +7,13 @@ import functools
 import logging
 import os
 import sys
-import traceback
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
 from bgsupervisor import __version__, descriptors
+from bgsupervisor.cleaning import LineFormatter, trace_lines
+from bgsupervisor.cli.output import warn
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import remarks, take_notify_socket
@@ -77,8 +78,8 @@ def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None
         code = tell_error(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    except Exception:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the nursery and its children
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the nursery and its children
+        click.echo("\n".join([f"bgsupervisor: it crashed with {type(error).__name__}:", *trace_lines(error)]), err=True)
         code = 1
     _leave(code)
 
@@ -144,7 +145,7 @@ def _wait_for_lock(lock: Lock, state_dir: StateDir, notifier: Notifier, clock: C
         hanging = None if told else _tell_if_hanging(lock)
         if hanging is not None:
             told = True
-            click.echo(hanging, err=True)
+            warn(hanging)
             notifier.ready(f"standing by: {hanging}")
 
 
@@ -161,7 +162,7 @@ def _tell_if_hanging(lock: Lock) -> str | None:
 
 def _tell_of_the_stop(mark: StopMark, notifier: Notifier) -> int:
     if sys.stderr.isatty():
-        click.echo(f"stopped by {mark.by} at {mark.at}; `bgsupervisor start` lifts that", err=True)
+        warn(f"stopped by {mark.by} at {mark.at}; `bgsupervisor start` lifts that")
     return STOPPED_EXIT if notifier.listened_to else 0
 
 
@@ -179,7 +180,7 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
         clock.sleep(HANG_LOOK_S)
     hanging = _tell_if_hanging(lock)
     if hanging is not None:
-        click.echo(hanging, err=True)
+        warn(hanging)
         return 1
     stamp = read_stamp(state_dir.stamp) if config.auto_reload else None
     if stamp is not None and stamp.is_outdated(config):
@@ -224,7 +225,7 @@ def _shown_log(path: Path) -> Iterator[None]:
         in_file = logging.StreamHandler(os.fdopen(open_for_append(path), "a", encoding="utf-8"))
     except OSError as error:
         raise _unwritable(path, error) from error
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=[_Stderr(path), in_file])
+    _log_to(_Stderr(path), in_file)
     try:
         yield
     except Exception as error:  # stderr gets it from the caller
@@ -242,7 +243,7 @@ def _own_log(path: Path) -> Iterator[None]:
         stream.flush()
     old_stderr = os.dup(2)  # not inherited: nursery and children must not keep cron's pipe open
     _redirect(path)
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    _log_to(logging.StreamHandler(sys.stderr))
     try:
         yield
     except BgSupervisorError as error:
@@ -256,6 +257,12 @@ def _own_log(path: Path) -> Iterator[None]:
         raise
     finally:
         os.close(old_stderr)
+
+
+def _log_to(*handlers: logging.Handler) -> None:
+    for handler in handlers:
+        handler.setFormatter(LineFormatter(LOG_FORMAT))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
 
 
 def _redirect(path: Path) -> None:

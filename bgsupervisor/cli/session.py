@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,7 +16,18 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.service import Service
 
-__all__ = ["Session", "config_option", "pass_session"]
+__all__ = ["Finite", "Session", "config_option", "pass_session"]
+
+
+class Finite(click.FloatRange):
+    """A number within limits; Python reads "nan" and "inf" as numbers, and no limit keeps "nan" out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """Return the number. Raises click.BadParameter if it is none."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number of seconds or days.", param, ctx)
+        return number
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from bgsupervisor import logs, payload, processes
 from bgsupervisor.cli import waiting
 from bgsupervisor.cli.cells import Facts, percent
 from bgsupervisor.cli.log import log_path
-from bgsupervisor.cli.output import print_json, to_json, warn
+from bgsupervisor.cli.output import print_json, say, to_json, warn
 from bgsupervisor.cli.rows import Rows, Ties, columns_of
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local
@@ -226,6 +226,11 @@ def _heading(record: TaskRecord) -> Iterable[tuple[str, str]]:
     yield "status", f"{record.status}{f' / {record.reason}' if record.reason else ''}"
     if record.detail:
         yield "detail", record.detail
+    if record.unreadable:
+        yield (
+            "unreadable",
+            f"{', '.join(record.unreadable)}: the row was written around the API, and holds no such value",
+        )
 
 
 def _times(record: TaskRecord, facts: Facts) -> Iterable[tuple[str, str]]:
@@ -332,14 +337,14 @@ def _written(value: object) -> str:
 
 
 def _print_fact(label: str, text: str) -> None:
-    click.echo(f"{label:<{LABEL_COLUMNS}} {clean(text)}")
+    say(f"{label:<{LABEL_COLUMNS}} {clean(text)}")
 
 
 def _print_block(title: str, text: str | None) -> None:
     if text:
-        click.echo(f"\n{title}:")
+        say(f"\n{title}:")
         for line in text.splitlines():
-            click.echo(f"  {clean(line)}")
+            say(f"  {line}")
 
 
 def _print_trace(title: str, text: str | None, config: Config, *, full: bool) -> None:
@@ -353,7 +358,7 @@ def _how(interruption: dict[str, Any]) -> str:
 
 
 def _print_machine_facts(record: TaskRecord, service: Service, now: datetime) -> None:
-    click.echo("\nall columns:")
+    say("\nall columns:")
     for name, value in columns_of(record, service).items():
         if value is not None and name not in _TEXTS:
-            click.echo(clean(f"  {name:<{FACT_COLUMNS}} {_readable(name, value, now)}"))
+            say(clean(f"  {name:<{FACT_COLUMNS}} {_readable(name, value, now)}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from bgsupervisor.cli.output import say
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.traces import folded
 from bgsupervisor.errors import UnknownTask
@@ -21,4 +22,4 @@ def stack(session: Session, *, id: int, full: bool) -> None:
     if service is None:
         raise UnknownTask(id)
     text = service.stack(id).rstrip()
-    click.echo(text if full else folded(text, service.config))
+    say(text if full else folded(text, service.config))

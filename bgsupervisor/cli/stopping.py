@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.cli.calling import ask_to_reload, await_reload
-from bgsupervisor.cli.output import warn
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.output import say, warn
+from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.cli.text import clean
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AccessError, DatabaseError
@@ -41,7 +41,7 @@ RELOAD_WAIT_S = 120.0
 @click.command()
 @click.option("--drain", "mode", flag_value="drain", help="Wait for the running tasks, then stop.")
 @click.option("--kill", "mode", flag_value="kill", help="End the running tasks (INTERRUPTED / STOPPED), then stop.")
-@click.option("--timeout-s", type=click.FloatRange(min=0), help="How long to wait until the supervisor has gone.")
+@click.option("--timeout-s", type=Finite(min=0), help="How long to wait until the supervisor has gone.")
 @pass_session
 def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None:
     """Stop supervising, until `bgsupervisor start`; running tasks go on.
@@ -66,7 +66,7 @@ def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None
     go_on = f"{count} tasks go on, and the next supervisor looks after them"
     if count == 1:
         go_on = "1 task goes on, and the next supervisor looks after it"
-    click.echo(f"no supervisor is running now{f'; {go_on}' if count else ''}. `bgsupervisor start` lifts the stop")
+    say(f"no supervisor is running now{f'; {go_on}' if count else ''}. `bgsupervisor start` lifts the stop")
 
 
 @click.command()
@@ -76,12 +76,12 @@ def start(session: Session) -> None:
     state_dir = StateDir(session.config().state_dir)
     mark = StopMark.read(state_dir.stop_mark)
     if mark is None:
-        click.echo("nothing was stopped")
+        say("nothing was stopped")
         return
     state_dir.check_owner("start")
     state_dir.stop_mark.unlink(missing_ok=True)
     send_datagram(state_dir.wake)  # one that still drains goes on
-    click.echo(
+    say(
         f"the stop by {mark.by} is lifted; cron starts a supervisor within a minute, systemd by "
         "`systemctl start bgsupervisor`, and you by `bgsupervisor run`"
     )
@@ -102,14 +102,14 @@ def reload(session: Session, *, force: bool) -> None:
     try:
         channel = ask_to_reload(state_dir, force=force)
     except (FileNotFoundError, ConnectionRefusedError):
-        click.echo("no supervisor is running; the next one loads the code as it then is")
+        say("no supervisor is running; the next one loads the code as it then is")
         return
     answer = await_reload(channel, timeout_s=RELOAD_WAIT_S, clock=clock)
     channel.close()
     if answer is None:
         warn(f"no answer within {RELOAD_WAIT_S:g} s; see the supervisor's log")
     elif answer.done:
-        click.echo(f"reloaded: {answer.detail}")
+        say(f"reloaded: {answer.detail}")
     else:
         warn(f"not reloaded: {answer.detail}")
     raise click.exceptions.Exit(0 if answer is not None and answer.done else 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
+from bgsupervisor.cleaning import clean
+
 if TYPE_CHECKING:
     from datetime import datetime
 
@@ -14,15 +16,6 @@ ELLIPSIS = "…"
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _TENTHS_BELOW = 10
 _BINARY = 1024
-
-
-def clean(text: str) -> str:
-    """Return *text* as one line without anything that could steer a terminal."""
-    return "".join(one if one.isprintable() else _harmless(one) for one in text)
-
-
-def _harmless(character: str) -> str:
-    return " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"
 
 
 def width(text: str) -> int:

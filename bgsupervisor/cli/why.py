@@ -11,7 +11,7 @@ import click
 
 from bgsupervisor.cli import waiting
 from bgsupervisor.cli.cells import Facts, percent
-from bgsupervisor.cli.output import print_json, to_json
+from bgsupervisor.cli.output import print_json, say, to_json
 from bgsupervisor.cli.rows import Rows, Ties
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.cli.text import age, clean, duration, local
@@ -56,7 +56,7 @@ def why(session: Session, *, id: int, as_json: bool) -> None:
         return
     for number, one in enumerate(found):
         who = f"task {id} is {record.status}" if number == 0 else "also"
-        click.echo(clean(f"{who}: {one.sentence}"))
+        say(clean(f"{who}: {one.sentence}"))
 
 
 def because(record: TaskRecord, service: Service) -> list[Because]:
@@ -102,6 +102,9 @@ class _Sight:
 
     def not_started(self, needs: list[waiting.Need]) -> Iterator[Because]:
         """Yield why it has not started."""
+        if self.record.unreadable:
+            columns = ", ".join(self.record.unreadable)
+            yield Because("unreadable", f"its row cannot be read: {columns}", {"columns": list(self.record.unreadable)})
         yield from self._supervisors()
         yield from self._code()
         record, now = self.record, self.facts.now

@@ -1,0 +1,186 @@
+"""Who may write to the sockets of the state directory can neither end nor occupy what listens there."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+from conftest import wait_until
+
+from bgsupervisor import board
+from bgsupervisor.board import KEY_CHARS, RINGS_AT_ONCE, RINGS_PER_S, Bells
+from bgsupervisor.clock import Rate, SystemClock
+from bgsupervisor.reception import RINGS_AT_ONCE as PASSES_AT_ONCE
+from bgsupervisor.reception import RINGS_PER_S as PASSES_PER_S
+from bgsupervisor.reception import Reception
+from bgsupervisor.statedir import StateDir
+from bgsupervisor.statuses import Status
+from bgsupervisor.waits import EVERYBODY
+
+
+class Steady(SystemClock):
+    """A clock that a test moves."""
+
+    moment = 100.0
+
+    def monotonic(self):
+        return self.moment
+
+
+def test_rate_allows_what_was_saved_up_and_then_so_many_a_second():
+    rate = Rate(3, 2.0, 0.0)
+    assert [rate.allows(0.0) for _ in range(5)] == [True, True, True, False, False]
+    assert [rate.allows(1.0) for _ in range(3)] == [True, True, False]
+    assert sum(rate.allows(100.0) for _ in range(9)) == 3
+
+
+def test_rings_of_one_key_beyond_the_rate_are_put_off_and_not_lost():
+    clock = Steady()
+    bells = Bells(clock)
+    for _ in range(1000):
+        bells.ring(["task:5"])
+    assert bells.seen(["task:5"]) == [RINGS_AT_ONCE]
+    bells.ring(["task:6"])
+    assert bells.seen(["task:6"]) == [1], "another key has its own rate"
+    for _ in range(10):
+        bells.catch_up()
+    assert bells.seen(["task:5"]) == [RINGS_AT_ONCE + 1]
+    bells.ring(["task:5"])
+    clock.moment += 1 / RINGS_PER_S
+    bells.catch_up()
+    assert bells.seen(["task:5"])[0] >= RINGS_AT_ONCE + 2
+    clock.moment += 10
+    bells.ring(["task:5"])
+    before = bells.seen(["task:5"])
+    bells.catch_up()
+    assert bells.seen(["task:5"]) == before
+
+
+def test_a_flood_wakes_waiters_a_few_times_a_second():
+    bells, woken, over = Bells(), [0] * 20, threading.Event()
+
+    def waits(number):
+        seen = bells.seen([EVERYBODY])
+        while not over.is_set():
+            seen = bells.wait_beyond(f"{number}", [EVERYBODY], seen, 0.2)
+            woken[number] += 1
+
+    threads = [threading.Thread(target=waits, args=(number,)) for number in range(len(woken))]
+    for thread in threads:
+        thread.start()
+    began = time.monotonic()
+    while time.monotonic() - began < 1.0:
+        bells.ring([EVERYBODY])
+        bells.catch_up()
+        time.sleep(0.001)
+    lasted_s = time.monotonic() - began
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert max(woken) <= RINGS_AT_ONCE + 2 * RINGS_PER_S * lasted_s + 10 * lasted_s
+
+
+@pytest.fixture
+def caretaker(tmp_path, monkeypatch):
+    """The thread of a wait manager, with bells of its own, and a way to write to its socket."""
+    monkeypatch.setattr(board, "_bells", Bells())
+    folder = StateDir(tmp_path / "state")
+    folder.create()
+    made = board._Caretaker(folder.path)
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def say(datagram):
+        sender.sendto(datagram, str(folder.path / "bell.sock"))
+        made._take_rings()
+
+    yield say
+    sender.close()
+    made._rings.close()
+
+
+HOSTILE = [
+    b"[" * 100_000,
+    b'{"a":' * 10_000,
+    b"\xff\xfe",
+    b"",
+    b"5",
+    b"null",
+    b'{"task:5": 1}',
+    b'[1, null, {"a": 2}, [3]]',
+    json.dumps(["x" * (KEY_CHARS + 1)]).encode(),
+    json.dumps("y" * 100_000).encode(),
+    b'["\\ud800"]',
+    b"[" + b"1" * 50_000 + b"]",
+]
+
+
+@pytest.mark.parametrize("datagram", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_datagram_that_is_no_ring_ends_no_thread_and_rings_nothing(caretaker, datagram):
+    caretaker(datagram)
+    caretaker(b'["task:5"]')
+    assert board._bells.seen(["task:5"]) == [1]
+    assert all(len(key) <= KEY_CHARS for key in [*board._bells._counts, *board._bells._left])
+
+
+def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):
+    folder, clock = StateDir(tmp_path / "state"), Steady()
+    folder.create()
+    ears = Reception(folder, clock)
+    passes = 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        for _ in range(1000):
+            sender.sendto(b"*\ntask:5\n*", str(folder.wake))
+            heard = ears.hear(ears.rest(0.0))
+            passes += heard.rung
+            assert len(heard.keys) <= 2
+            if not heard.rung:
+                break
+        assert PASSES_AT_ONCE <= passes <= PASSES_AT_ONCE + 1
+        clock.moment += 1 / PASSES_PER_S
+        assert ears.hear(ears.rest(0.0)).rung, "what came meanwhile is not lost"
+        ears.bind()
+        sender.sendto(b"*", str(folder.wake))
+        assert ears.hear(ears.rest(0.0)).rung, "a socket that is bound anew is heard"
+    ears.close()
+
+
+SOURCE = """
+    from bgsupervisor import current, task
+
+    @task
+    def part_of() -> str:
+        return "done"
+
+    @task
+    def waits(on: int) -> None:
+        current().wait_for(on, timeout_s=60)
+"""
+
+
+def test_a_flood_of_both_sockets_leaves_both_at_work(make_app, monkeypatch):
+    app = make_app(SOURCE, slots=4)
+    supervisor = app.start()
+    last = app.service.request("appx:part_of", delay_s=3600)
+    waiting = [app.service.request("appx:waits", {"on": last.id}) for _ in range(4)]
+    bell = app.state_dir / "bell.sock"
+    wait_until(lambda: bell.exists() and app.service.ledger.waiting_count() == 4, "all wait")
+    monkeypatch.chdir(app.state_dir)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.settimeout(0)
+        for number in range(2000):
+            for name, said in (("bell.sock", HOSTILE[number % len(HOSTILE)]), ("wake.sock", b"*")):
+                try:
+                    sender.sendto(said, name)
+                except BlockingIOError:
+                    time.sleep(0.001)
+    handle = app.service.request("appx:part_of")
+    assert app.wait(handle).status is Status.DONE
+    assert supervisor.process.poll() is None
+    assert "does not answer" not in supervisor.log
+    for one in waiting:
+        app.service.cancel(one)
+    for one in waiting:
+        assert app.wait(one).reason == "CANCELLED"
