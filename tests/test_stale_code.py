@@ -144,6 +144,7 @@ def test_newer_code_of_files_that_a_user_may_not_read_is_unknown(closed):
         (folder / "bgsupervisor.toml").write_text('tasks = ["lib"]\npython_path = ["code"]\n')
         file = folder / "code.stamp"
         stamp.write_stamp(file, stamp.code_stamp(load(folder / "bgsupervisor.toml")))
+        file.chmod(0o644)  # a state directory is closed to others, and so is the file
         (folder / closed).chmod(0o700)
         assert as_nobody(lambda: stamp.newer_code(file)) == "[]"
         (deeper / "tasks.py").write_text("1")
