@@ -282,7 +282,8 @@ class Ties:
             row
             for some in _chunks(ids)
             for row in self._dicts(wait.select().where(wait.task_id.in_(some)).order_by(wait.id))
-            if row["kind"] not in ("part", "end") or row["target_id"] is not None
+            if row["kind"] in ("lock", "barrier", "slot")
+            or (row["kind"] in ("part", "end") and row["target_id"] is not None)
         ]
 
     def _holders(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:
