@@ -22,7 +22,7 @@ INDENT = "    "
 _COLOUR = re.compile(r"(\x1b\[[0-9;:]{0,40}m)")
 """ECMA-48's SGR, which changes how characters look and nothing else."""
 _RESET = "\x1b[0m"
-_WORD = re.compile(r"[\w.:<>/@+-]+", re.ASCII)
+_WORD = re.compile(r"[\w.:<>/@+-]*", re.ASCII)
 
 
 def clean(text: str) -> str:

@@ -164,6 +164,9 @@ class _Text(peewee.TextField):
     def python_value(self, value: object) -> str | None:
         return None if value is None else read_text(value)
 
+    def adapt(self, value: Any) -> Any:  # noqa: ANN401 - as a StrEnum, or what a row holds
+        return str(value) if isinstance(value, str) else value
+
 
 class _Whole(peewee.IntegerField):
     def python_value(self, value: object) -> int | None:

@@ -213,7 +213,8 @@ class App:
             if not self.service.ledger.store.is_there():
                 return
             for record in self.service.ledger.starts():
-                yield self._identity(record.pid, record.start_ticks)
+                if record.pid is not None and record.start_ticks is not None:  # else the row was written by hand
+                    yield self._identity(record.pid, record.start_ticks)
 
 
 def pausing_path():

@@ -26,6 +26,8 @@ HEAVY = ("data", "result", "error", "stack")
 """The columns that listings leave out."""
 POSITIONS_MAX = 1000
 """Waiting tasks further back are shown without their position."""
+PRIORITIES_MAX = 1000
+"""So many different priorities of waiting tasks are gone through."""
 NAMES_MAX = 1000
 """So many different names are looked through for a short one."""
 IDS_AT_ONCE = 1000
@@ -178,7 +180,9 @@ class Rows:
         task = self._task
         highest = task.select(peewee.fn.MAX(task.priority).coerce(False)).where(_IS_REQUEST)
         query = highest
-        while (priority := query.scalar()) is not None:
+        for _ in range(PRIORITIES_MAX):  # after what is no valid text nothing can be said to come
+            if (priority := query.scalar()) is None:
+                return
             yield priority
             query = highest.where(task.priority < priority)
 
@@ -213,6 +217,9 @@ class Rows:
         with self.store.connected():
             name = task.select(peewee.fn.MIN(task.name)).scalar()
             while name is not None and len(found) < NAMES_MAX:
+                if found and name <= found[-1]:  # it is no valid text, so that nothing can be said to come after it
+                    names = task.select(task.name).distinct().limit(NAMES_MAX)
+                    return sorted({name for (name,) in names.tuples() if name is not None})
                 found.append(name)
                 name = task.select(peewee.fn.MIN(task.name)).where(task.name > name).scalar()
         return found
@@ -275,7 +282,8 @@ class Ties:
             row
             for some in _chunks(ids)
             for row in self._dicts(wait.select().where(wait.task_id.in_(some)).order_by(wait.id))
-            if row["kind"] not in ("part", "end") or row["target_id"] is not None
+            if row["kind"] in ("lock", "barrier", "slot")
+            or (row["kind"] in ("part", "end") and row["target_id"] is not None)
         ]
 
     def _holders(self, names: Collection[str]) -> dict[str, tuple[int, ...]]:

@@ -311,7 +311,10 @@ def _masked(record: TaskRecord, facts: Facts) -> tuple[Any, bool]:
     if not isinstance(data, dict):
         return data, False
     names = {name for name in _names(data) if name in declared or _SECRET_NAME.search(name)}
-    return payload.mask(data, names), bool(names)
+    try:
+        return payload.mask(data, names), bool(names)
+    except RecursionError:  # written around the API, which takes no such depth
+        return "nested too deeply to be shown", bool(names)
 
 
 def _names(value: object) -> Iterable[str]:
