@@ -186,6 +186,7 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     assert "no supervisor is alive" not in app.cli("why", "1").stdout
 
     _supervise(app, heartbeat_at=_ago(50))
+    lock.touch()
     told = app.cli("ps").stderr
     assert re.search(
         rf"the supervisor, PID {os.getpid()}, lives but could not write to the database since .*\d\d:\d\d", told

@@ -25,7 +25,21 @@ from bgsupervisor.statedir import StateDir, bind, open_dir
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import Supervisor
 from bgsupervisor.wards import Order, Stage, Ward, Wards
-from bgsupervisor.wire import Ack, Beat, Channel, End, Ended, Exited, ExitsSeen, KillOrder, Leave, Retire, Run, Who
+from bgsupervisor.wire import (
+    Ack,
+    Beat,
+    Channel,
+    End,
+    Ended,
+    Exited,
+    ExitsSeen,
+    KillOrder,
+    Leave,
+    Retire,
+    Run,
+    SlotGranted,
+    Who,
+)
 
 SOURCE = """
 import os, signal, time
@@ -347,6 +361,21 @@ def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
             assert (link._channel is None) == is_to_leave, "it would say that it is idle, and be given a task"
             link.drop()
     os.close(directory)
+
+
+def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
+    who = Who(1, 1)
+    link = Link(tmp_path, who, who, heartbeat_s=1.0, clock=SystemClock())
+    link._take(Run(id=1, attempt=1, name="appx:returns", data="{}"))
+    link.want_slot(1, 1, 2)
+    link._take(SlotGranted(1, 1, 1))
+    assert not link.slot_granted.is_set(), "it has taken that one itself, and waits anew"
+    link._take(SlotGranted(1, 1, 2))
+    assert link.slot_granted.is_set()
+    link.want_slot(1, 1, 3)
+    link.want_no_slot()
+    link._take(SlotGranted(1, 1, 3))
+    assert not link.slot_granted.is_set()
 
 
 def test_who_cannot_be_held_is_signalled_by_its_nursery_once_in_each_stage():

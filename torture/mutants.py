@@ -372,6 +372,20 @@ MUTANTS = (
         test="test_guards.py::test_a_child_that_is_to_leave_dials_no_supervisor",
     ),
     Mutant(
+        name="a slot is taken only for the present wait",
+        file="link.py",
+        old="if wanted is not None and message.number in (None, wanted.number):",
+        new="if True:",
+        test="test_guards.py::test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken",
+    ),
+    Mutant(
+        name="a waiter that asks for a slot again keeps its place",
+        file="waits.py",
+        old='wait.delete().where(rows & (wait.kind != "slot")).execute()',
+        new="wait.delete().where(rows).execute()",
+        test="test_waits.py::test_a_waiter_that_asks_for_a_slot_again_keeps_its_place",
+    ),
+    Mutant(
         name="a supervisor that is to kill waits for tasks without a slot",
         file="supervisor.py",
         old="return ward.slot is None and ward.end is None and ward.order is None",
