@@ -393,19 +393,10 @@ class Runner:
         return [slot for slot in range(self._config.slots) if slot not in taken][returning:]
 
     def _start(self, claim: Claim, child: _Child) -> None:
-        due, attempt = claim.due, claim.attempt
-        run = wire.Run(
-            id=attempt.id,
-            attempt=attempt.attempt,
-            name=due.name,
-            data=due.data,
-            key=due.key,
-            parent_id=due.parent_id,
-        )
-        if not child.say(run):
-            self._ledger.apply(Batch(unclaims={attempt}))  # it has died, and never began
+        if not child.say(claim.order()):
+            self._ledger.apply(Batch(unclaims={claim.attempt}))  # it has died, and never began
             return
-        child.attempt, child.name, child.started_mono = attempt, due.name, claim.started_mono
+        child.attempt, child.name, child.started_mono = claim.attempt, claim.due.name, claim.started_mono
         child.got_on_at = claim.started_mono
 
     def _spawn(self, count: int) -> None:

@@ -64,6 +64,15 @@ def test_dev_of_a_module_without_tasks_loads_them_once_written(make_app, develop
     assert dev.end() == 0
 
 
+def test_dev_of_an_import_that_opens_the_database_fails_to_load_nothing(make_app, develop_on_linux):
+    app = make_app(test_dev.SOURCE + 'import sqlite3\nkept = sqlite3.connect("bgsupervisor.db")\n')
+    assert app.cli("migrate").returncode == 0
+    dev = develop_on_linux(app)
+    dev.says("importing appx left the supervised database")
+    assert "failed to load" not in dev.text
+    assert dev.end() == 0
+
+
 def test_dev_elsewhere_whose_first_child_dies_takes_tasks_of_the_next(make_app, develop, elsewhere):
     app = make_app(FRAGILE, spares=1)
     dev = develop(app, elsewhere, wait=False)

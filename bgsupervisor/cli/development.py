@@ -166,7 +166,7 @@ class Development:
             if not count and not failures and self._config.tasks:
                 return  # a row of an earlier moment
             self._has_loaded = True
-            tell_failures(failures, self._config)
+            tell_failures([one for one in failures if one.module], self._config)  # the log has warnings about data
             echo(f"loaded {count} task{'s' * (count != 1)}")
 
     def _ask_to_reload(self) -> None:
