@@ -75,7 +75,7 @@ class _Child:
     Attributes:
         code: Which version of the code it loads, counted from 0.
         over: It has recorded its end, and leaves.
-        got_on_at: When the body last said that it gets on, monotonic.
+        got_on_at: When the body last reported progress, monotonic.
         waits: The body waits for others.
     """
 
@@ -102,7 +102,7 @@ class _Child:
 
     @property
     def runs(self) -> bool:
-        """Whether its attempt has not ended, as far as it has said."""
+        """Whether its attempt has not ended, as far as is known."""
         return self.attempt is not None and not self.over
 
     def say(self, message: wire.Message) -> bool:
@@ -181,7 +181,7 @@ class Runner:
         return not any(child.runs for child in self._children)
 
     def close(self) -> None:
-        """End all children that are left, and say in the rows that nobody runs tasks here now."""
+        """End all children that are left, and record that this program has left."""
         for child in self._children:
             child.say(wire.Leave())
         deadline = self._clock.monotonic() + LEAVE_S
@@ -198,7 +198,7 @@ class Runner:
     # hear, bury
 
     def _hear(self) -> None:
-        """Rest until a child says something or dies; take in what has been said."""
+        """Wait until a child sends something or dies, at most LOOK_S; take in all messages."""
         ends = [child.process.sentinel for child in self._children]
         connection.wait([*(child.pipe for child in self._children), *ends], LOOK_S)
         for child in self._children:
@@ -264,7 +264,7 @@ class Runner:
         self._spawn_at = self._clock.monotonic() + RESPAWN_S
         if child.code == self._code and self._code not in (self._known, self._lost):
             self._lost = self._code
-            why = f"the process that loads it ended with exit code {child.process.exitcode} before it could tell"
+            why = f"the process that loads it ended with exit code {child.process.exitcode} before it had loaded it"
             self._note_loaded(Ready({}, [LoadFailure(", ".join(self._config.tasks), why)]))
 
     def _note_loaded(self, ready: Ready) -> None:

@@ -238,7 +238,7 @@ class _Performance:
         context = AttemptContext(order, line, coordination, self._config, self._clock)
         try:
             end = self._guarded_body(context)
-        except Cancelled as error:  # SIGTERM came while another exception was on its way out
+        except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         if self._ended_by is not None:
             with contextlib.suppress(Exception):

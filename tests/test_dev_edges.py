@@ -7,12 +7,14 @@ import logging
 import re
 import sys
 
+import click
 import pytest
 import test_dev
 from conftest import LIMIT_S
 from test_portable import ELSEWHERE, develop, elsewhere
 
 from bgsupervisor import portable
+from bgsupervisor.cli.following import Following
 from bgsupervisor.config import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
@@ -71,6 +73,19 @@ def test_dev_of_an_import_that_opens_the_database_fails_to_load_nothing(make_app
     dev.says("importing appx left the supervised database")
     assert "failed to load" not in dev.text
     assert dev.end() == 0
+
+
+def test_following_prints_no_end_from_before_it_began(make_app):
+    app = make_app(FORKING)
+    lines = []
+    app.service.cancel(app.service.request("appx:forks"))
+    following = Following(app.service, lines.append)
+    following.look()
+    app.service.cancel(app.service.request("appx:forks"))
+
+    following.look()
+
+    assert [click.unstyle(line).partition(":")[0] for line in lines] == ["2 forks INTERRUPTED"]
 
 
 def test_dev_elsewhere_whose_first_child_dies_takes_tasks_of_the_next(make_app, develop, elsewhere):
