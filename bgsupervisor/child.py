@@ -61,7 +61,17 @@ if TYPE_CHECKING:
     from bgsupervisor.link import Line
     from bgsupervisor.service import Handle
 
-__all__ = ["Birth", "Child", "main"]
+__all__ = [
+    "AttemptContext",
+    "Birth",
+    "Child",
+    "awaited",
+    "call_by_path",
+    "configure_default_logging",
+    "loaded_definition",
+    "main",
+    "run_exit_callbacks",
+]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -311,10 +321,8 @@ class Child:
     def _perform(self, order: Run) -> End:
         used_before = _own_usage()
         descriptors.open_standard()  # the last body may have closed them
-        with contextlib.suppress(
-            OSError
-        ):  # a full log disk must not use up tasks: then it goes to the supervisor's log
-            self._open_log()
+        with contextlib.suppress(OSError):
+            self._open_log()  # a full log disk must not use up tasks: then it goes to the supervisor's log
         with contextlib.suppress(OSError):
             self._answering.get_ready()
         coordination = Coordination(
@@ -357,20 +365,20 @@ class Child:
     def _guarded_body(self, order: Run, context: AttemptContext) -> End:
         definition = None
         try:
-            definition = _resolve(order.name)
+            definition = loaded_definition(order.name)
             data = payload.decode_data(
                 order.data, definition.signature, name=order.name, secret=definition.options.secret
             )
             with _stopping_timers():
-                with self._ending_copies():
+                with leftovers.ending_copies():
                     if self._config.child_setup:
                         call_by_path(self._config.child_setup)
-                self._default_logging()
+                configure_default_logging()
                 body = definition.body()
-                with tasks.entered(context), self._ending_copies():
+                with tasks.entered(context), leftovers.ending_copies():
                     value = body(**data)
                     if inspect.iscoroutine(value):
-                        value = asyncio.run(self._awaited(value))
+                        value = asyncio.run(awaited(value))
             leftovers.write()  # as part of the body: its limits hold while a pipe is full
             self._phase = "encoding"
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
@@ -378,24 +386,6 @@ class Child:
             self._phase = "encoding"
             leftovers.write(quietly=True, regular_only=True)  # a full pipe may be why it was cancelled
             return self._end_of(error)
-
-    async def _awaited(self, body: Coroutine[Any, Any, object]) -> object:
-        """Await an async body; a copy ends before it closes the event loop, whose epoll instance it shares."""
-        with self._ending_copies():
-            return await body
-
-    @contextlib.contextmanager
-    def _ending_copies(self) -> Iterator[None]:
-        """End a process that the body has forked: only the process that began may report how the attempt ended."""
-        raised = None
-        try:
-            yield
-        except BaseException as error:
-            raised = error
-            raise
-        finally:
-            if os.getpid() != self._pid:
-                leftovers.end_like_python(raised)
 
     def _end_of(self, error: BaseException) -> End:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
@@ -408,7 +398,7 @@ class Child:
         if ended_by is not None:
             error, context = ended_by  # of the body: a tracker keeps in it what the body has set for its events
             with contextlib.suppress(Exception):
-                self._default_logging()
+                configure_default_logging()
                 context.run(reporting.report, error, end, order)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
@@ -459,10 +449,6 @@ class Child:
         out, err = (descriptors.redirect(descriptor, number) for number in (1, 2))
         os.close(descriptor)
         leftovers.open_standard_streams(out, err)
-
-    def _default_logging(self) -> None:
-        if not logging.getLogger().handlers:
-            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
 
     # Reporting
 
@@ -563,23 +549,11 @@ class Child:
         return self._surroundings is not None and self._surroundings.restore()
 
     def _leave(self, last: Run | None) -> NoReturn:
-        """Flush error trackers and run exit callbacks, for at most grace_s; leave, whatever threads the body left.
-
-        Trackers come first, for a callback may hang, and once more, for a callback may have reported something.
-        """
+        """Run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
         self._phase = "ending"
         pauses.at("child.leaving")
         self._left_in_order.value = 1
-        limit = threading.Timer(self._config.grace_s, os._exit, args=(0,))
-        limit.daemon = True
-        limit.start()
-        with contextlib.suppress(OSError):  # the timer needs the interpreter's lock, which C code may never give back
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            faulthandler.dump_traceback_later(self._config.grace_s + STUCK_EXIT_S, exit=True, file=nowhere)
-        for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
-            with contextlib.suppress(BaseException):
-                step()
-        leftovers.write(quietly=True)
+        run_exit_callbacks(self._config.grace_s)
         if os.getpid() != self._pid:
             os._exit(0)  # a copy that an exit callback has forked
         _flush_streams()
@@ -592,6 +566,35 @@ class Child:
         os._exit(0)
 
 
+async def awaited(body: Coroutine[Any, Any, object]) -> object:
+    """Await an async body; a copy ends before it closes the event loop, whose epoll instance it shares."""
+    with leftovers.ending_copies():
+        return await body
+
+
+def configure_default_logging() -> None:
+    """Have log records printed to stderr where the application configures no logging."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+
+
+def run_exit_callbacks(limit_s: float) -> None:
+    """Flush error trackers, run exit callbacks and write open files; end the process after *limit_s*.
+
+    Trackers come first, for a callback may hang, and once more, for a callback may have reported something.
+    """
+    limit = threading.Timer(limit_s, os._exit, args=(0,))
+    limit.daemon = True
+    limit.start()
+    with contextlib.suppress(OSError):  # the timer needs the interpreter's lock, which C code may never give back
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(limit_s + STUCK_EXIT_S, exit=True, file=nowhere)
+    for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+        with contextlib.suppress(BaseException):
+            step()
+    leftovers.write(quietly=True)
+
+
 def call_by_path(path: str) -> object:
     """Import and call a "module:callable" of the configuration."""
     module, _, name = path.partition(":")
@@ -601,7 +604,8 @@ def call_by_path(path: str) -> object:
     return found()
 
 
-def _resolve(name: str) -> tasks.Definition:
+def loaded_definition(name: str) -> tasks.Definition:
+    """Return the definition of a task. Raises BgSupervisorError where this process has not loaded it."""
     definition = tasks.definition_of(name)
     if definition is None:
         raise BgSupervisorError(f"the task {name!r} is not loaded in this process")

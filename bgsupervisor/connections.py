@@ -1,7 +1,7 @@
 """The connections that an application has opened at its import: all children that are forked then share each of them.
 
 Two processes on one connection read each other's answers, share transactions and locks, and hang. SQLite forbids it
-(https://www.sqlite.org/howtocorrupt.html, section 2.6). Looks at descriptors alone, so no library escapes.
+(https://www.sqlite.org/howtocorrupt.html, section 2.6). Looks at descriptors alone, so it covers every library.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["Imports", "close_reopening"]
 log = logging.getLogger("bgsupervisor")
 
 SHOWN = 5
-"""So many connections of a module are named."""
+"""Limit of the connections of a module that a warning names."""
 SQLITE_HEADER = b"SQLite format 3\0"
 ADVICE = 'open it in `child_setup`, see "Connections" in docs/frameworks.md'
 
 
 class Connection(NamedTuple):
-    """A descriptor that leads to a server or a database, and what is said of it."""
+    """A descriptor that leads to a server or a database; *peer* is its address or path."""
 
     number: int
     identity: Identity
-    told: str
+    peer: str
     supervised: bool = False
 
 
@@ -60,16 +60,16 @@ class Imports:
         if found:
             self._opened[module] = found
 
-    def told(self, *, supervised: bool) -> list[str]:
+    def warnings(self, *, supervised: bool) -> list[str]:
         """Return a sentence for each module that left connections open.
 
         Args:
-            supervised: Whether those to the supervised SQLite file are asked for, or all others.
+            supervised: Whether to name the connections to the supervised SQLite file, or all others.
         """
         still = set(_connections(self._database))
         found = []
         for module, opened in self._opened.items():
-            left = [one.told for one in opened if one in still and one.supervised is supervised]
+            left = [one.peer for one in opened if one in still and one.supervised is supervised]
             if left and supervised:
                 found.append(
                     f"importing {module} left the supervised database {left[0]} open: children that are forked now can "
@@ -86,7 +86,7 @@ class Imports:
 
 
 def close_reopening() -> None:
-    """Close what this thread has opened and what opens anew by itself: connections of Django, and of a `Service`."""
+    """Close this thread's connections that open anew by themselves: those of Django, and of a `Service`."""
     if models := sys.modules.get("bgsupervisor.models"):  # what is not imported has opened nothing
         models.close_owned()
     conf, db = sys.modules.get("django.conf"), sys.modules.get("django.db")

@@ -36,17 +36,12 @@ def _there(*names: str) -> tuple[signal.Signals, ...]:
     return tuple(signal.Signals[name] for name in names if hasattr(signal, name))
 
 
-OURS = dict(
-    zip(
-        _there("SIGTERM", "SIGCHLD", "SIGURG"),
-        (
-            "by which a task is asked to end",
-            "by which the nursery hears of dead children",
-            "by which a task is asked for its stack",
-        ),
-        strict=False,
-    )
-)
+_USES = {
+    "SIGTERM": "by which a task is asked to end",
+    "SIGCHLD": "by which the nursery hears of dead children",
+    "SIGURG": "by which a task is asked for its stack",
+}
+OURS = {number: _USES[number.name] for number in _there(*_USES)}
 """Signals that an application cannot keep, and what they are for."""
 RESET = _there("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2")
 """Signals that have their default effect in a child unless the application has set them."""

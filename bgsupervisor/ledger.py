@@ -30,7 +30,7 @@ from bgsupervisor.models import SupervisorRecord, TaskRecord, is_passing, read_s
 from bgsupervisor.statements import Statements
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.waits import EVERYBODY, Dependent, Waits, task_key
-from bgsupervisor.wire import End
+from bgsupervisor.wire import End, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -195,6 +195,18 @@ class Claim:
     def attempt(self) -> Attempt:
         """The attempt that the claim begins."""
         return Attempt(self.due.id, self.due.attempt + 1)
+
+    def order(self) -> Run:
+        """Return the order by which the child begins it."""
+        due = self.due
+        return Run(
+            id=due.id,
+            attempt=self.attempt.attempt,
+            name=due.name,
+            data=due.data,
+            key=due.key,
+            parent_id=due.parent_id,
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

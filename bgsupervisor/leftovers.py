@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Surroundings",
     "end_like_python",
+    "ending_copies",
     "flush_inherited",
     "note_inherited",
     "open_standard_streams",
@@ -198,6 +199,20 @@ def _naming(error: Exception, file: Any) -> Exception:  # noqa: ANN401 - as abov
 
 
 # Copies
+
+
+@contextlib.contextmanager
+def ending_copies() -> Iterator[None]:
+    """End a process that the block has forked: only the one that began may report how the attempt ended."""
+    pid, raised = os.getpid(), None
+    try:
+        yield
+    except BaseException as error:
+        raised = error
+        raise
+    finally:
+        if os.getpid() != pid:
+            end_like_python(raised)
 
 
 def end_like_python(error: BaseException | None) -> NoReturn:

@@ -5,6 +5,7 @@ A name that is not known may be short (what follows the colon), mistyped, or of 
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -57,12 +58,13 @@ class Catalogue:
         silent = timedelta(seconds=SUPERVISOR_SILENT_S)
         alive = [(one, names) for one, names in found if one.left_at is None and now - one.heartbeat_at <= silent]
         errors = [failure for one, _ in alive if one.code_error for failure in json.loads(one.code_error)]
+        modules = [failure["module"] for failure in errors]
         # An error before the first module, as of `setup`, leaves a catalogue empty and says nothing about names.
         known = [names for one, names in alive if names is not None and (names or one.code_error is None)]
         return cls(
             living=frozenset().union(*known) if alive and len(known) == len(alive) else None,
             seen=frozenset().union(*(names or () for _, names in found)),
-            failed=frozenset(failure["module"] for failure in errors),
+            failed=frozenset(module for module in modules if module),  # without one it is a warning about data
         )
 
 
@@ -103,8 +105,6 @@ class Known:
     def nearest(self, name: str) -> str | None:
         """Return the known name that is most like *name*."""
         names = self._current or self._catalogue.seen
-        import difflib  # noqa: PLC0415 - only for a name that is wrong
-
         spelled = {one.partition(":")[2]: one for one in names if ":" in one} if ":" not in name else {}
         spelled |= {one: one for one in names}
         found = difflib.get_close_matches(name, spelled, n=1)

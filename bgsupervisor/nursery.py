@@ -133,8 +133,8 @@ def load_application(config: Config) -> Loaded:
     remarks = [*without_tasks, *tasks.remarks()]
     if config.start_method == "spawn":  # then children inherit nothing
         return Loaded(failures, [*remarks, *_give_up_taken_streams()], [], handlers)
-    found = [*_warnings(), *_taken(handlers), *remarks, *imports.told(supervised=False), *_give_up_taken_streams()]
-    return Loaded(failures, found, imports.told(supervised=True), handlers)
+    found = [*_warnings(), *_taken(handlers), *remarks, *imports.warnings(supervised=False), *_give_up_taken_streams()]
+    return Loaded(failures, found, imports.warnings(supervised=True), handlers)
 
 
 def _load(config: Config, imports: connections.Imports) -> tuple[list[LoadFailure], list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.ledger import Attempt, Batch, Claim, Ending, Ledger, Note
 from bgsupervisor.models import Store, SupervisorRecord
 from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.sizes import compared, number
 from bgsupervisor.spawned import Ready
 from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Reason
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
 
 __all__ = ["PROMISES", "Runner", "other_runner"]
+
+log = logging.getLogger("bgsupervisor")
 
 PROMISES = (
     "a task does not outlive this program: when it ends, or dies, so do all tasks",
@@ -71,7 +75,7 @@ class _Child:
     Attributes:
         code: Which version of the code it loads, counted from 0.
         over: It has recorded its end, and leaves.
-        got_on_at: When the body last said that it gets on, monotonic.
+        got_on_at: When the body last reported progress, monotonic.
         waits: The body waits for others.
     """
 
@@ -98,7 +102,7 @@ class _Child:
 
     @property
     def runs(self) -> bool:
-        """Whether its attempt has not ended, as far as it has said."""
+        """Whether its attempt has not ended, as far as is known."""
         return self.attempt is not None and not self.over
 
     def say(self, message: wire.Message) -> bool:
@@ -130,12 +134,10 @@ class Runner:
         self._clock = SystemClock()
         self._logs = StateDir(config.state_dir).logs
         self._context = multiprocessing.get_context("spawn")
-        if hasattr(
-            resource_tracker, "ensure_running"
-        ):  # else its start, by the first child's, would let Ctrl-C through
-            resource_tracker.ensure_running()
+        if hasattr(resource_tracker, "ensure_running"):
+            resource_tracker.ensure_running()  # its start, by that of the first child, would let Ctrl-C through
         self._children: list[_Child] = []
-        self._code, self._known = 0, -1
+        self._code, self._known, self._lost = 0, -1, -1
         self._catalogue: dict[str, TaskOptions] = {}
         self._failures: list[LoadFailure] = []
         self._started_at = self._ledger.clock.now()
@@ -180,7 +182,7 @@ class Runner:
         return not any(child.runs for child in self._children)
 
     def close(self) -> None:
-        """End all children that are left, and say in the rows that nobody runs tasks here now."""
+        """End all children that are left, and record that this program has left."""
         for child in self._children:
             child.say(wire.Leave())
         deadline = self._clock.monotonic() + LEAVE_S
@@ -197,7 +199,7 @@ class Runner:
     # hear, bury
 
     def _hear(self) -> None:
-        """Rest until a child says something or dies; take in what has been said."""
+        """Wait until a child sends something or dies, at most LOOK_S; take in all messages."""
         ends = [child.process.sentinel for child in self._children]
         connection.wait([*(child.pipe for child in self._children), *ends], LOOK_S)
         for child in self._children:
@@ -212,9 +214,8 @@ class Runner:
         if isinstance(message, Ready):
             child.ready = message
             if child.code == self._code != self._known:
-                self._known, self._catalogue, self._failures = self._code, message.catalogue, message.failures
-                self._beat_at = -BEAT_EVERY_S
-                self._loaded(message)
+                self._known, self._catalogue = self._code, message.catalogue
+                self._note_loaded(message)
         elif isinstance(message, wire.Ring):
             self._ring(message.keys)
         elif isinstance(message, wire.Ended):
@@ -243,7 +244,7 @@ class Runner:
             if child.attempt is not None:
                 self._record_death(child, child.attempt)
             elif child.ready is None and not child.dismissed:
-                self._tell_lost(child)
+                self._note_lost(child)
             self._children.remove(child)
             child.pipe.close()
             child.process.close()
@@ -259,12 +260,17 @@ class Runner:
             if path.stat().st_size == 0:
                 path.unlink()
 
-    def _tell_lost(self, child: _Child) -> None:
+    def _note_lost(self, child: _Child) -> None:
+        """Report, once for each version of the code, that a child died while it loaded; the next one may not."""
         self._spawn_at = self._clock.monotonic() + RESPAWN_S
-        if child.code == self._code != self._known:
-            self._known = self._code
-            why = f"the process that loads it ended with exit code {child.process.exitcode} before it could tell"
-            self._loaded(Ready({}, [LoadFailure(", ".join(self._config.tasks), why)]))
+        if child.code == self._code and self._code not in (self._known, self._lost):
+            self._lost = self._code
+            why = f"the process that loads it ended with exit code {child.process.exitcode} before it had loaded it"
+            self._note_loaded(Ready({}, [LoadFailure(", ".join(self._config.tasks), why)]))
+
+    def _note_loaded(self, ready: Ready) -> None:
+        self._failures, self._beat_at = ready.failures, -BEAT_EVERY_S
+        self._loaded(ready)
 
     # recover
 
@@ -319,9 +325,9 @@ class Runner:
                 order.stage, order.next_at = Stage(order.stage + 1), now + self._config.grace_s
                 order.unsent = True
         elif options.timeout_s is not None and now >= child.started_mono + options.timeout_s:
-            self._order(child, Reason.TIMED_OUT, f"ran past its timeout_s of {options.timeout_s:g} s")
+            self._order(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(options.timeout_s)} s")
         elif options.stall_s is not None and not child.waits and now >= child.got_on_at + options.stall_s:
-            self._order(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {options.stall_s:g} s")
+            self._order(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(options.stall_s)} s")
 
     def _look_at_usage(self, child: _Child, limit_bytes: int | None) -> None:
         rss_bytes = 0
@@ -331,7 +337,8 @@ class Runner:
         child.peak_rss_bytes = max(child.peak_rss_bytes, rss_bytes)
         child.note.rss_bytes, child.note.peak_rss_bytes = rss_bytes, child.peak_rss_bytes
         if limit_bytes is not None and rss_bytes > limit_bytes:
-            why = f"used {rss_bytes} bytes of memory, past its memory_limit_bytes of {limit_bytes}"
+            used, allowed = compared(rss_bytes, limit_bytes)
+            why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
             self._order(child, Reason.OUT_OF_MEMORY, why, kill=True)
         if child.attempt is not None:
             path = logs.task_log(self._logs, child.attempt.id, child.attempt.attempt)
@@ -391,34 +398,35 @@ class Runner:
         return [slot for slot in range(self._config.slots) if slot not in taken][returning:]
 
     def _start(self, claim: Claim, child: _Child) -> None:
-        due, attempt = claim.due, claim.attempt
-        run = wire.Run(
-            id=attempt.id,
-            attempt=attempt.attempt,
-            name=due.name,
-            data=due.data,
-            key=due.key,
-            parent_id=due.parent_id,
-        )
-        if not child.say(run):
-            self._ledger.apply(Batch(unclaims={attempt}))  # it has died, and never began
+        if not child.say(claim.order()):
+            self._ledger.apply(Batch(unclaims={claim.attempt}))  # it has died, and never began
             return
-        child.attempt, child.name, child.started_mono = attempt, due.name, claim.started_mono
+        child.attempt, child.name, child.started_mono = claim.attempt, claim.due.name, claim.started_mono
         child.got_on_at = claim.started_mono
 
     def _spawn(self, count: int) -> None:
         if self._clock.monotonic() < self._spawn_at:
             return
         for _ in range(count):
-            ours, theirs = self._context.Pipe()
+            try:
+                self._spawn_one()
+            except OSError as error:  # no process, memory or descriptor left
+                self._spawn_at = self._clock.monotonic() + RESPAWN_S
+                log.error("cannot start a child: %s; trying again in %g s", error, RESPAWN_S)  # noqa: TRY400 - the sentence says it
+                return
+
+    def _spawn_one(self) -> None:
+        ours, theirs = self._context.Pipe()
+        with theirs, contextlib.ExitStack() as undo:
+            undo.enter_context(ours)
             process = self._context.Process(
                 target=spawned.main, args=(self._config, theirs), name="bgsupervisor child", daemon=False
             )
             with _ctrl_c_held():
                 process.start()
-            theirs.close()
-            identity = _identity_of(process.pid or 0, self._own.host)
-            self._children.append(_Child(process, ours, identity, self._code))
+            undo.pop_all()
+        identity = _identity_of(process.pid or 0, self._own.host)
+        self._children.append(_Child(process, ours, identity, self._code))
 
     def _dismiss(self, child: _Child) -> None:
         child.dismissed = True
@@ -438,7 +446,7 @@ class Runner:
                 child.note = Note()
         runs = any(child.runs for child in self._children)
         beat_every_s = min(BEAT_EVERY_S, self._config.heartbeat_s) if runs else BEAT_EVERY_S
-        if now >= self._beat_at + beat_every_s and self._known >= 0:
+        if now >= self._beat_at + beat_every_s and max(self._known, self._lost) >= 0:
             self._beat_at = now
             batch.supervisor = self._row()
         if batch:

@@ -7,14 +7,12 @@ no supervisor acknowledges.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import inspect
 import logging
 import os
 import queue
 import signal
-import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,7 +20,16 @@ import msgspec
 
 from bgsupervisor import leftovers, logs, payload, reporting, tasks, wire
 from bgsupervisor.bodies import end_of
-from bgsupervisor.child import LEFTOVER_GRACE_S, LOG_FORMAT, RECORD_RETRY_S, AttemptContext, call_by_path
+from bgsupervisor.child import (
+    LEFTOVER_GRACE_S,
+    RECORD_RETRY_S,
+    AttemptContext,
+    awaited,
+    call_by_path,
+    configure_default_logging,
+    loaded_definition,
+    run_exit_callbacks,
+)
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.coordination import AWAY_S, Bell, Coordination
 from bgsupervisor.errors import BgSupervisorError, Cancelled
@@ -231,7 +238,7 @@ class _Performance:
         context = AttemptContext(order, line, coordination, self._config, self._clock)
         try:
             end = self._guarded_body(context)
-        except Cancelled as error:  # SIGTERM came while another exception was on its way out
+        except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         if self._ended_by is not None:
             with contextlib.suppress(Exception):
@@ -247,21 +254,21 @@ class _Performance:
     def _guarded_body(self, context: AttemptContext) -> End:
         order, line = self._order, self._line
         try:
-            definition = _definition_of(order.name)
+            definition = loaded_definition(order.name)
             data = payload.decode_data(
                 order.data, definition.signature, name=order.name, secret=definition.options.secret
             )
-            if self._config.child_setup:
-                call_by_path(self._config.child_setup)
-            if not logging.getLogger().handlers:
-                logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+            with leftovers.ending_copies():
+                if self._config.child_setup:
+                    call_by_path(self._config.child_setup)
+            configure_default_logging()
             signal.signal(signal.SIGTERM, self._on_term)
             body = definition.body()
             line.in_body = True
-            with tasks.entered(context):
+            with tasks.entered(context), leftovers.ending_copies():
                 value = body(**data)
                 if inspect.iscoroutine(value):
-                    value = asyncio.run(value)
+                    value = asyncio.run(awaited(value))
             leftovers.write()  # as part of the body: its limits hold while a pipe is full
             line.in_body = False
             return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
@@ -315,13 +322,6 @@ class _Performance:
         return Ledger(store)
 
 
-def _definition_of(name: str) -> tasks.Definition:
-    definition = tasks.definition_of(name)
-    if definition is None:
-        raise BgSupervisorError(f"the task {name!r} is not loaded in this process")
-    return definition
-
-
 def _redirect_output(descriptor: int) -> None:
     for number in (1, 2):
         os.dup2(descriptor, number)
@@ -343,12 +343,6 @@ def _end_leftovers() -> None:
 
 
 def _leave(config: Config) -> NoReturn:
-    """Flush error trackers and run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
-    limit = threading.Timer(config.grace_s, os._exit, args=(0,))
-    limit.daemon = True
-    limit.start()
-    for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
-        with contextlib.suppress(BaseException):
-            step()
-    leftovers.write(quietly=True)
+    """Run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
+    run_exit_callbacks(config.grace_s)
     os._exit(0)

@@ -731,15 +731,7 @@ class Supervisor:
             self._recovery.unbegun.add(claim.attempt)
             return
         due, attempt = claim.due, claim.attempt
-        order = wire.Run(
-            id=attempt.id,
-            attempt=attempt.attempt,
-            name=due.name,
-            data=due.data,
-            key=due.key,
-            parent_id=due.parent_id,
-        )
-        run_place = self._ears.send(ward.peer, order)
+        run_place = self._ears.send(ward.peer, claim.order())
         ward.begin(claim, run_place, ward.peer.channel.queued_bytes, self._clock.monotonic())
         pauses.at("supervisor.ordered")
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)

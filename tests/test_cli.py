@@ -163,6 +163,24 @@ def test_data_may_come_from_stdin(make_app):
     assert app.service.get(1).data == '{"a":41}'
 
 
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        (b'{"a": "\xff"}', "byte 7 is not UTF-8"),
+        (b'{"a":' + b"[" * 100_000, "it is nested too deeply"),
+        (b'{"a":\n', "Expecting value, line 2, column 1"),
+    ],
+)
+def test_request_with_stdin_that_is_no_json_says_where_and_leaves_with_2(make_app, given, fault):
+    app = make_app(TASKS)
+    (app.folder / "given").write_bytes(given)
+    with (app.folder / "given").open() as stdin:
+        done = app.cli("request", "appx:add", "-", stdin=stdin, environment={"PYTHONIOENCODING": "utf-8:strict"})
+
+    assert (done.returncode, f"Error: the data is not JSON: {fault}; it must be an object" in done.stderr) == (2, True)
+    assert "Traceback" not in done.stderr
+
+
 def test_a_time_without_a_zone_is_local(make_app):
     app = make_app(TASKS)
     for text in ("2031-02-03 04:05", "2031-02-03T04:05:00+00:00", "23:59"):

@@ -358,7 +358,7 @@ def test_dev_elsewhere_whose_code_ends_the_process_says_so(make_app, develop, el
     app = make_app("import os; os._exit(4)\n")
     dev = develop(app, elsewhere)
 
-    dev.says(r"^appx \| the process that loads it ended with exit code 4 before it could tell$")
+    dev.says(r"^appx \| the process that loads it ended with exit code 4 before it had loaded it$")
     app.write(SOURCE)
 
     dev.says(r"^loaded \d\d tasks$")

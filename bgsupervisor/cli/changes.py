@@ -24,8 +24,6 @@ POLL_S = 1.0
 """Interval between two fingerprints of the code where watchfiles is not installed, in seconds."""
 NET_S = 10.0
 """The same beside watchfiles, which hears nothing of a change on a network file system."""
-
-
 STOP_S = 2.0
 """Longest wait for the threads of watchfiles at the end, in seconds; they look each 50 ms."""
 
@@ -71,6 +69,8 @@ class Changes:
         # A file that an editor replaces is another file: its folder is watched, without what lies below.
         files = set(places) - folders
         for watched, recursive in ((folders, True), ({file.parent for file in files}, False)):
+            if not watched:  # no file is named where the configuration stands in the environment
+                continue
             arguments = (sorted(watched), recursive, frozenset(map(str, files)))
             thread = threading.Thread(
                 target=self._note_changes, args=arguments, name="bgsupervisor changes", daemon=True

@@ -92,11 +92,12 @@ class Development:
         with contextlib.closing(self._session.service()) as service, tempfile.TemporaryFile() as said:
             following = Following(service, echo)
             supervisor = self._start(said)
-            changes = Changes(self._config, self._clock)
-            modules = ", ".join(self._config.tasks) or "no modules (name them in `tasks`)"
-            place = f"{shown(self._config.database)}, {self._config.slots} slots"
-            echo(f"developing {modules} on {place}; Ctrl-C ends it, with the running tasks")
+            changes = None
             try:
+                modules = ", ".join(self._config.tasks) or "no modules (name them in `tasks`)"
+                place = f"{shown(self._config.database)}, {self._config.slots} slots"
+                echo(f"developing {modules} on {place}; Ctrl-C ends it, with the running tasks")
+                changes = Changes(self._config, self._clock)
                 while supervisor.poll() is None and not self._interrupts.count:
                     self._look(following)
                     self._keep_loaded(service, changes, supervisor.pid)
@@ -104,7 +105,8 @@ class Development:
                 wanted = self._interrupts.count > 0
                 self._end(supervisor, following)
             finally:
-                changes.close()
+                if changes is not None:
+                    changes.close()
                 self._leave_nothing(supervisor)
             self._look(following)
             following.close()
@@ -155,10 +157,10 @@ class Development:
     # Loading
 
     def _keep_loaded(self, service: Service, changes: Changes, pid: int) -> None:
-        """See that the supervisor has the code as it now is."""
+        """See that the supervisor has the code as it now is; its first load, of no task, may never show in its row."""
         if not self._has_loaded:
             self._tell_first_load(service, pid)
-        elif changes.found(self._config):
+        if changes.found(self._config):
             self._ask_to_reload()
 
     def _tell_first_load(self, service: Service, pid: int) -> None:
@@ -171,7 +173,7 @@ class Development:
             if not count and not failures and self._config.tasks:
                 return  # a row of an earlier moment
             self._has_loaded = True
-            tell_failures(failures, self._config)
+            tell_failures([one for one in failures if one.module], self._config)  # the log has warnings about data
             echo(f"loaded {count} task{'s' * (count != 1)}")
 
     def _ask_to_reload(self) -> None:
@@ -191,15 +193,20 @@ class Development:
         if self._channel is None:
             self._clock.sleep(LOOK_S)
             return
-        answer = None
+        answer, why = None, "the supervisor has not answered; see logs/supervisor.log"
         try:
             answer = await_reload(self._channel, timeout_s=LOOK_S, clock=self._clock)
         except WireError as error:
-            echo(f"cannot load the code: {error}")
+            why = str(error)
             self._channel.close()
-        if self._channel.closed or self._clock.monotonic() >= self._answer_by or answer is not None:
-            self._channel.close()
-            self._channel = None
+        if answer is None and not self._channel.closed and self._clock.monotonic() < self._answer_by:
+            return
+        self._channel.close()
+        self._channel = None
+        if answer is None:
+            echo(f"cannot load the code: {why}")
+        else:
+            self._has_loaded = True
             _tell_reload(answer, self._config)
 
     # Ending
@@ -255,10 +262,7 @@ def _loaded(row: SupervisorRecord) -> tuple[list[LoadFailure], int]:
     return failures, len(catalogue)
 
 
-def _tell_reload(answer: Reloaded | None, config: Config) -> None:
-    if answer is None:
-        echo("cannot load the code: the supervisor has not answered; see logs/supervisor.log")
-        return
+def _tell_reload(answer: Reloaded, config: Config) -> None:
     tell_failures(answer.failures, config)
     if answer.done:
         echo(click.style(answer.detail, fg="green"))

@@ -95,8 +95,8 @@ class Following:
         self._ledger = service.ledger
         self._echo = echo
         self._running: dict[Attempt, _Followed] = {}
-        self._told: dict[tuple[int, int, datetime], datetime] = {}
-        self._since = self._ledger.clock.now()
+        self._printed: dict[tuple[int, int, datetime], datetime] = {}
+        self._since = self._from = self._ledger.clock.now()
 
     def look(self) -> None:
         """Print what is new.
@@ -117,7 +117,7 @@ class Following:
             if self._ledger.status(attempt.id) is not Status.START:
                 self._forget(attempt)  # given back, retried or pruned between two looks
         oldest = self._since - timedelta(seconds=2 * OVERLAP_S)
-        self._told = {key: ended_at for key, ended_at in self._told.items() if ended_at >= oldest}
+        self._printed = {key: ended_at for key, ended_at in self._printed.items() if ended_at >= oldest}
 
     def running(self) -> list[TaskRecord]:
         """Return the rows of the tasks that ran at the last look."""
@@ -137,9 +137,9 @@ class Following:
     def _take_end(self, record: TaskRecord) -> None:
         assert record.ended_at is not None  # noqa: S101 - the query asked for it
         key = (record.id, record.attempt, record.ended_at)
-        if key in self._told:
+        if key in self._printed or record.ended_at < self._from:
             return
-        self._told[key] = record.ended_at
+        self._printed[key] = record.ended_at
         self._since = max(self._since, record.ended_at)
         is_reported = False
         if record.started_at is not None:

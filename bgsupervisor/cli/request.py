@@ -99,24 +99,29 @@ def request(
 def _decoded(text: str | None, config: Config) -> Any:  # noqa: ANN401 - JSON; the service refuses what is no object
     if text is None:
         return None
+    given = text.encode("utf-8", "surrogateescape")
     if text == "-":
-        text = sys.stdin.read(config.data_max_bytes + 1)
-        if len(text) > config.data_max_bytes:
+        given = sys.stdin.buffer.read(config.data_max_bytes + 1)
+        if len(given) > config.data_max_bytes:
             raise click.UsageError(f"stdin holds more than data_max_bytes allows, {size(config.data_max_bytes)}")
     try:
-        return msgspec.json.decode(text.encode())
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+        return msgspec.json.decode(given)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise click.UsageError(
-            f"the data is not JSON: {_fault(text, error)}; it must be an object as '{{\"ids\": [1, 2]}}'"
+            f"the data is not JSON: {_fault(given, error)}; it must be an object as '{{\"ids\": [1, 2]}}'"
         ) from None
 
 
-def _fault(text: str, error: Exception) -> str:
-    """Return what is wrong with *text* and where, without a piece of it, which may be secret."""
+def _fault(given: bytes, error: Exception) -> str:
+    """Return what is wrong with *given* and where, without a piece of it, which may be secret."""
     try:
-        json.loads(text)
+        json.loads(given)
     except json.JSONDecodeError as found:
         return f"{found.msg}, line {found.lineno}, column {found.colno}"
+    except UnicodeDecodeError as found:
+        return f"byte {found.start} is not UTF-8"
+    except RecursionError:
+        return "it is nested too deeply"
     return str(error).removeprefix("JSON is malformed: ")  # the standard library accepts more, as NaN
 
 

@@ -220,7 +220,7 @@ class TaskBox:
 
         Args:
             raise_errors: Whether a body's exception is raised by the `request` that ran it, or at the end of the
-                block if it ran after a commit; None takes the box's.
+                block if it ran after a commit, several as an ExceptionGroup; None takes the box's.
         """
         before = self.mode, self.raise_errors
         self.mode = "inline"
@@ -323,8 +323,10 @@ class TaskBox:
 
     def _raise_held(self) -> None:
         held, self._held = self._held, []
-        for error in held:
-            raise error
+        if len(held) > 1:
+            raise ExceptionGroup(f"{len(held)} tasks that ran after a commit raised", held)
+        if held:
+            raise held[0]
 
     def _settle(self) -> None:
         """Bring the rows to what is known here: progress of running bodies, and rollbacks of the application."""
