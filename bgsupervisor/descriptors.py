@@ -131,7 +131,7 @@ def keeping_output() -> Iterator[None]:
         open_standard()
         for number, copy in copies.items():
             is_whole = identity_of(copy) == before[number]
-            if identity_of(number) != identity_of(copy):
+            if identity_of(number) not in (before[number], identity_of(copy)):  # a file that is renamed gets another
                 way_back = copy if is_whole else os.open(os.devnull, os.O_WRONLY)
                 stream = open(way_back, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115, PTH123 - for the life of the process
                 setattr(sys, _OUTPUTS[number], stream)

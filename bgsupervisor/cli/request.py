@@ -91,7 +91,9 @@ def request(
     try:
         handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
     except UnknownTaskName as error:
-        sentence = f"cannot request this: {error}. --force records it all the same"
+        sentence = (
+            f"cannot request this: {error}{'' if str(error).endswith('?') else '.'} --force records it all the same"
+        )
         raise UnknownTaskName(sentence, name=error.name, candidates=error.candidates) from None
     _tell(handle, service, quietly=wait, as_json=as_json and not wait)
     if wait:
