@@ -10,13 +10,18 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["Own", "is_taken", "open_standard", "redirect", "take_inherited_pipes"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Own", "is_taken", "keeping_output", "open_standard", "redirect", "take_inherited_pipes"]
 
 STANDARD = range(3)
 """stdin, stdout and stderr."""
 FOLDER = "/proc/self/fd"
+_OUTPUTS = {1: "stdout", 2: "stderr"}
 
 
 class Identity(NamedTuple):
@@ -110,6 +115,28 @@ def is_taken(number: int) -> bool:
         return not os.get_inheritable(number)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def keeping_output() -> Iterator[None]:
+    """Have stdout and stderr lead where they led before, also if an import in this block closes or redirects them.
+
+    Where the import closes all descriptors there is no way back, and what is printed afterwards is lost.
+    """
+    before = {number: identity for number in _OUTPUTS if (identity := identity_of(number)) is not None}
+    copies = {number: os.dup(number) for number in before}
+    try:
+        yield
+    finally:
+        open_standard()
+        for number, copy in copies.items():
+            is_whole = identity_of(copy) == before[number]
+            if identity_of(number) not in (before[number], identity_of(copy)):  # a file that is renamed gets another
+                way_back = copy if is_whole else os.open(os.devnull, os.O_WRONLY)
+                stream = open(way_back, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115, PTH123 - for the life of the process
+                setattr(sys, _OUTPUTS[number], stream)
+            elif is_whole:
+                os.close(copy)
 
 
 def redirect(source: int, number: int) -> int:

@@ -128,15 +128,17 @@ def _write_all(errors: list[Exception], *, regular_only: bool) -> bool:
     """Write what all open files hold; return whether this process has opened any."""
     own = [one for one in _instances(_writers()) if _is_open(one)]
     for one in [*_still_there(), *own]:
+        name = None
         try:
             if not _is_open(one) or (regular_only and not _is_regular(one)):  # an archive closes the file below it
                 continue
+            name = _name_of(one)  # a file that failed to close may have none any more
             if isinstance(one, _BUFFERS):
                 one.flush()
             else:
                 one.close()
         except Exception as error:  # noqa: BLE001 - a file may be of any library
-            errors.append(_naming(error, one))
+            errors.append(_naming(error, name))
     return bool(own)
 
 
@@ -190,11 +192,20 @@ def _is_regular(file: Any) -> bool:  # noqa: ANN401 - as above
         return False
 
 
-def _naming(error: Exception, file: Any) -> Exception:  # noqa: ANN401 - as above
+def _name_of(file: Any) -> str | None:  # noqa: ANN401 - as above
+    """Return the name of an open file; before Python 3.13 BZ2File and LZMAFile have only that of the file below."""
+    with contextlib.suppress(Exception):
+        for one in (file, getattr(file, "_fp", None)):
+            if name := getattr(one, "name", None) or getattr(one, "filename", None):
+                return str(name)
+    return None
+
+
+def _naming(error: Exception, name: str | None) -> Exception:
     if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
         return error
     told = f"{error.strerror}; the body left this file open, and the rest of it is not written"
-    named: Exception = OSError(error.errno, told, str(getattr(file, "name", None) or getattr(file, "filename", None)))
+    named: Exception = OSError(error.errno, told) if name is None else OSError(error.errno, told, name)
     return named.with_traceback(error.__traceback__)
 
 

@@ -14,7 +14,7 @@ import stat
 import sys
 from typing import TYPE_CHECKING
 
-from bgsupervisor import linux
+from bgsupervisor import descriptors, linux
 from bgsupervisor.sizes import size
 from bgsupervisor.statedir import open_own
 
@@ -94,11 +94,13 @@ def leave_dead_output(path: Path) -> bool:
     """Send stdout and stderr to *path* if nobody can read them any more; return whether that became of either.
 
     That is so of a terminal that was closed and of a pipe or socket without a reader: a print would raise OSError, and
-    a module that prints would not load. Where *path* cannot be opened they go nowhere. Costs some microseconds.
+    a module that prints would not load. Where *path* cannot be opened they go nowhere. A file or socket of the
+    application that has taken the number of a closed stream stays what it is. Costs some microseconds.
     """
     poll = select.poll()
     for number in (1, 2):
-        poll.register(number, 0)
+        if not descriptors.is_taken(number):
+            poll.register(number, 0)
     dead = [number for number, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
     if not dead:
         return False

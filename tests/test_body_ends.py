@@ -408,7 +408,8 @@ def test_an_open_file_on_a_full_disk_keeps_the_task_from_done(app):
 def test_an_archive_on_a_full_disk_keeps_the_task_from_done(app):
     record = run(app, "leaves_open", kind="compressed", path="/dev/full")
     assert (record.status, record.reason) == ("INTERRUPTED", "RAISED"), record
-    assert "No space left on device" in record.detail
+    assert record.detail.startswith("OSError: [Errno 28] No space left on device; the body left this file open")
+    assert record.detail.endswith("'/dev/full'")
 
 
 def test_an_open_file_of_a_body_that_raises_is_written(app):

@@ -374,6 +374,87 @@ def load() -> None:
     assert [path.stat().st_size for path in app.folder.glob("file-*")][3:] == [0] * 9
 
 
+@pytest.mark.parametrize(
+    ("closing", "is_heard"),
+    [("0, 3", True), ("1, 2", True), ("3, 1024", True), ("0, 1024", False)],
+    ids=["standard", "stdout", "all others", "all"],
+)
+def test_request_writes_into_no_file_of_an_application(make_app, closing, is_heard):
+    app = make_app(
+        f"""
+import os
+from pathlib import Path
+from bgsupervisor import task
+
+os.closerange({closing})
+folder = Path(__file__).parent
+files = [open(folder / f"{{os.getpid()}}-{{number}}", "ab") for number in range(12)]
+
+@task
+def load() -> str:
+    return "ended"
+"""
+    )
+    app.start()
+    done = app.cli("request", "load", "--wait", "--timeout-s", "30")
+    assert done.returncode == 0, done
+    assert [record.result for record in app.service.list()] == ['"ended"']
+    assert (done.stdout == '"ended"\n') is is_heard
+    wrong = app.cli("request", "laod")
+    assert (wrong.returncode, "did you mean appx:load?" in wrong.stderr) == (2, is_heard)
+    files = [path for path in app.folder.iterdir() if path.name[0].isdigit()]
+    assert len(files) >= 24
+    assert {path.stat().st_size for path in files} == {0}
+
+
+def test_request_answers_where_the_import_redirects_stdout(make_app):
+    app = make_app(
+        """
+import os
+os.dup2(os.open("own.log", os.O_WRONLY | os.O_CREAT, 0o600), 1)
+from bgsupervisor import task
+
+@task
+def load() -> None:
+    pass
+"""
+    )
+    done = app.cli("request", "load")
+    assert (done.returncode, done.stdout) == (0, "requested task 1 (appx:load)\n")
+    assert (app.folder / "own.log").read_text() == ""
+
+
+@pytest.mark.parametrize("way", ["socket.socket()", "dead_pipe()"])
+def test_what_nobody_reads_stays_in_the_place_of_stdout(make_app, way):
+    app = make_app(
+        f"""
+import os, socket
+from bgsupervisor import task
+
+def dead_pipe():
+    reader, writer = os.pipe()
+    os.dup2(writer, 9, inheritable=False)
+    os.close(reader)
+    os.close(writer)
+    return os.fdopen(os.dup(9), "wb", 0)
+
+os.closerange(0, 3)
+opened = [{way} for _ in range(3)]
+before = [os.readlink(f"/proc/self/fd/{{one.fileno()}}") for one in opened]
+
+@task
+def load() -> list:
+    print("said")
+    return [before, [os.readlink(f"/proc/self/fd/{{one.fileno()}}") for one in opened]]
+"""
+    )
+    app.start()
+    record = app.wait(app.service.request("appx:load"))
+    before, now = app.service.result(record.id)
+    assert before == now
+    assert app.log_of(record) == "said\n"
+
+
 @pytest.mark.parametrize("closed", [range(3), [0], [1], [2]])
 def test_what_a_body_closes_costs_the_next_one_in_its_child_nothing(make_app, closed):
     app = make_app(

@@ -171,6 +171,26 @@ def test_dev_prints_each_line_with_the_task_and_each_end(make_app, develop):
     assert "\033" not in dev.text
 
 
+def test_dev_folds_frames_of_libraries_where_the_log_has_no_traceback(make_app, develop):
+    app = make_app(
+        """
+        import json, logging
+        from bgsupervisor import task
+
+        logging.basicConfig(filename="own.log")
+
+        @task
+        def fail() -> None:
+            json.loads("{")
+        """
+    )
+    dev = develop(app)
+    app.wait(app.service.request("appx:fail"))
+    dev.says(r"^1 fail \| json.decoder.JSONDecodeError: ")
+    assert "1 fail |   ... 1 frame in bgsupervisor ..." in dev.text
+    assert re.search(r"^1 fail \|   ... \d frames? in Python's library ...$", dev.text, re.MULTILINE)
+
+
 def test_dev_at_ctrl_c_ends_all_tasks_and_leaves_no_process(make_app, develop):
     app = make_app(SOURCE)
     dev = develop(app)

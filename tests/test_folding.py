@@ -62,6 +62,13 @@ def test_frame_is_the_applications_by_where_its_file_lies(path, is_own):
     assert (folded(text, CONFIG) == text.rstrip("\n")) is is_own
 
 
+@pytest.mark.parametrize("error", ["ModuleNotFoundError: No module named 'x'", "SyntaxError: '(' was never closed"])
+def test_innermost_frame_of_the_import_machinery_is_folded_too(error):
+    text = HEAD + APP + frame(f"{STANDARD}/importlib/__init__.py") + frame("<frozen importlib._bootstrap>") * 2 + error
+
+    assert folded(text, CONFIG) == f"{HEAD}{APP}  ... 3 frames in Python's library ...\n{error}"
+
+
 def test_chained_exceptions_are_folded_one_by_one():
     between = "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
     text = HEAD + ALCHEMY + DRIVER + between + HEAD + APP + ALCHEMY * 2 + "ValueError"

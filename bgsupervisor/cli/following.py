@@ -152,7 +152,7 @@ class Following:
             self._forget(attempt)
         self._echo(f"{_label(record)} {_outcome(record)}")
         if record.error and record.reason in WITH_TRACEBACK and not is_reported:
-            self._print(_Followed(record), record.error.rstrip().split("\n"))
+            self._print(_Followed(record), folded(record.error, self._service.config).rstrip().split("\n"))
 
     def _print_output(self, followed: _Followed) -> None:
         record = followed.record

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from bgsupervisor import tasks
+from bgsupervisor import descriptors, tasks
 from bgsupervisor.cleaning import clean, escaped
 from bgsupervisor.cli.output import print_json, say, warn
 from bgsupervisor.cli.session import Finite, Session, pass_session
@@ -89,7 +89,9 @@ def request(
     try:
         handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
     except UnknownTaskName as error:
-        sentence = f"cannot request this: {error}. --force records it all the same"
+        sentence = (
+            f"cannot request this: {error}{'' if str(error).endswith('?') else '.'} --force records it all the same"
+        )
         raise UnknownTaskName(sentence, name=error.name, candidates=error.candidates) from None
     _tell(handle, service, quietly=wait, as_json=as_json and not wait)
     if wait:
@@ -148,18 +150,21 @@ def _load(name: str, service: Service) -> None:
     """
     config = service.config
     own = name.partition(":")[0]
-    _import([module for module in config.tasks if module == own], config)
+    _import([module for module in config.tasks if module == own], service)
     if tasks.definition_of(name) is None:
         supervisors = service.ledger.supervisors()
         living = Catalogue.of(supervisors, now=service.ledger.clock.now()).living
         if name not in (living or ()):
-            _import(config.tasks, config)
+            _import(config.tasks, service)
 
 
-def _import(modules: Iterable[str], config: Config) -> None:
+def _import(modules: Iterable[str], service: Service) -> None:
+    config = service.config
     apply_env_file(config)
     sys.path[:0] = [one for one in (str(config.base_dir), *config.python_path) if one not in sys.path]
-    with contextlib.redirect_stdout(sys.stderr):
+    # An import may close what is open, as daemons do, and a file of its own then gets the number.
+    service.close()
+    with descriptors.keeping_output(), contextlib.redirect_stdout(sys.stderr):
         for module in modules:
             try:
                 importlib.import_module(module)

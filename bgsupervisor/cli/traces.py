@@ -45,6 +45,11 @@ class _Frame:
         return line.startswith(f"{self.margin}  ") or _REPEATED.fullmatch(line) is not None
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether it is of a module that the interpreter has built in, such as the machinery of imports."""
+        return '"<frozen ' in self.lines[0]
+
+    @property
     def count(self) -> int:
         """How many frames it stands for, as recursion does."""
         again = _REPEATED.fullmatch(self.lines[-1])
@@ -56,7 +61,7 @@ def folded(text: str, config: Config) -> str:
 
     A frame is the application's if its file lies below the configuration's folder or `python_path`, or anywhere else,
     but not in Python's library, in site-packages or in this package. A package in site-packages that holds one of
-    the `tasks` is the application too. The innermost frame of each stack always stays.
+    the `tasks` is the application too. The innermost frame of each stack stays if it has a file.
     """
     shown: list[str] = []
     stack: list[_Frame] = []
@@ -76,7 +81,9 @@ def folded(text: str, config: Config) -> str:
 def _folded_stack(stack: Sequence[_Frame]) -> Iterator[str]:
     if not stack:
         return
-    innermost = stack[0] if stack[0].newest_first else stack[-1]
+    innermost: _Frame | None = stack[0] if stack[0].newest_first else stack[-1]
+    if innermost is not None and innermost.is_frozen:
+        innermost = None  # of the import itself, without a line of source: it shows nothing
     for is_folded, some in itertools.groupby(stack, lambda one: one.library is not None and one is not innermost):
         frames = list(some)
         if not is_folded:
