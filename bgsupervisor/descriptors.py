@@ -1,6 +1,6 @@
 """Whose a descriptor is: one of the fork server's own, which no child may have, or one of the application.
 
-A number says nothing by itself: the kernel gives it to the next file once somebody has closed it. So each descriptor of
+A number says nothing by itself: the kernel gives it to the next file once it is closed. So each descriptor of
 ours is noted with what it leads to when it is opened, and closed in a child only if it still leads there. All others
 belong to the application, however, whenever and by whichever thread they were opened, and stay. Knows no processes.
 """
@@ -93,9 +93,9 @@ def take_inherited_pipes() -> list[int]:
 
 
 def open_standard() -> None:
-    """Have descriptors 0 to 2 lead somewhere, also in programs started from here.
+    """Open /dev/null as each of the descriptors 0 to 2 that is closed, also for programs started from here.
 
-    What is opened next would become one of those that are closed, and get what is printed.
+    Otherwise the next file that is opened would take such a number, and get what is printed.
     """
     for number in STANDARD:
         if not _is_open(number):
@@ -140,9 +140,9 @@ def keeping_output() -> Iterator[None]:
 
 
 def redirect(source: int, number: int) -> int:
-    """Have a standard descriptor lead where *source* leads; return the number that does.
+    """Point a standard descriptor to where *source* leads; return the number that leads there.
 
-    That is a new one where a file has taken the standard number: the file stays what it is.
+    The number is a new one where a file has taken the standard number, which stays that file's.
     """
     if is_taken(number):
         return os.dup(source)

@@ -95,7 +95,7 @@ class Known:
         return []
 
     def objection(self, name: str) -> str | None:
-        """Return why no supervisor can be expected to run *name*, which is not known; None if nobody can know that."""
+        """Return why no supervisor is expected to run *name*, which is not known; None where too little is known."""
         lacking = self._lacking(name)
         if lacking is None:
             return None

@@ -161,7 +161,7 @@ class Runner:
         self._write()
 
     def reload(self) -> None:
-        """Have the code as it now is loaded by new children; the running ones finish on the old code."""
+        """Load the code on disk in new children; running tasks finish on the old code."""
         self._code += 1
         self._spawn_at = 0.0
         for child in self._children:
@@ -231,7 +231,7 @@ class Runner:
                 child.note.message = message.message
 
     def _ring(self, keys: Iterable[str]) -> None:
-        """Have all bodies that wait look at the rows: the keys would spare a look, and there are few of them here."""
+        """Wake all bodies that wait, whatever their keys: there are few of them here."""
         some = list(keys)
         for child in self._children if some else ():
             if child.runs:

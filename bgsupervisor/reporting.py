@@ -40,7 +40,7 @@ def report(error: BaseException, end: End, order: Run) -> None:
     """Log what ended a body, and call the excepthook that the application has set.
 
     Both get the frames of the application alone: ours hold the task's data, and an error tracker may send on the local
-    variables of each frame. An end that somebody wanted (`Reason.wanted`) is no error: it has no traceback, and
+    variables of each frame. An end that was wanted (`Reason.wanted`) is no error: it has no traceback, and
     no hook is called.
     """
     if end.reason is None:
@@ -71,7 +71,7 @@ def headline(id: int, name: str, attempt: int) -> str:
 
 
 def flush() -> None:
-    """Have the error trackers that are loaded send what they hold; each waits as long as it is configured to."""
+    """Flush the error trackers that are loaded; each blocks for as long as it is configured to."""
     sentry = sys.modules.get("sentry_sdk")
     if sentry is not None:
         with contextlib.suppress(Exception):

@@ -54,7 +54,7 @@ log = logging.getLogger("bgsupervisor")
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The first word of a child: what it has loaded, and what failed to load."""
+    """The first message of a child: what it has loaded, and what failed to load."""
 
     catalogue: dict[str, TaskOptions]
     failures: list[LoadFailure]
@@ -91,7 +91,7 @@ class PipeLine(threading.Thread):
     on what a child rings. A child whose parent has gone ends its body as if that had been stopped.
 
     Attributes:
-        orders: What to do next; None is to leave.
+        orders: The order to run; None means to leave.
         in_body: SIGTERM may end the body by an exception.
         inside: The main thread is writing, and must not be torn out of it by a signal.
     """
@@ -140,12 +140,12 @@ class PipeLine(threading.Thread):
             self.inside = False
 
     def ring(self, keys: Sequence[str]) -> None:
-        """Have the parent wake the waiters of all children."""
+        """Ask the parent to wake the waiters of all children."""
         if keys:
             self.say_from_body(wire.Ring(list(keys)))
 
     def rouse(self) -> None:
-        """Have waiters of this child look again."""
+        """Wake the waiters of this child."""
         for wake in list(self._wakes):
             wake.set()
 
@@ -161,7 +161,7 @@ class PipeLine(threading.Thread):
             self._wakes.discard(wake)
 
     def quiet(self, wake: threading.Event) -> None:
-        """Calm a wake, before the look at what it tells of."""
+        """Clear a wake, before its cause is looked for."""
         wake.clear()
 
     def rest(self, wake: threading.Event, timeout_s: float) -> None:
@@ -172,7 +172,7 @@ class PipeLine(threading.Thread):
         """Do nothing: the heartbeat of a waiting body costs nothing here."""
 
     def want_slot(self, id: int, attempt: int, number: int) -> None:
-        """Do nothing: nobody hands out slots here."""
+        """Do nothing: a waiter takes its slot by the rows."""
 
     def want_no_slot(self) -> None:
         """Do nothing, as `want_slot`."""

@@ -16,6 +16,7 @@ from test_portable import ELSEWHERE, develop, elsewhere
 from bgsupervisor import portable
 from bgsupervisor.cli.following import Following
 from bgsupervisor.config import load
+from bgsupervisor.statedir import Lock, StateDir
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 __all__ = ["develop", "elsewhere"]
@@ -73,6 +74,21 @@ def test_dev_of_an_import_that_opens_the_database_fails_to_load_nothing(make_app
     dev.says("importing appx left the supervised database")
     assert "failed to load" not in dev.text
     assert dev.end() == 0
+
+
+def test_dev_beside_a_supervisor_that_has_noted_no_pid_names_none(make_app, develop_on_linux):
+    app = make_app(test_dev.SOURCE)
+    state_dir = StateDir(app.state_dir)
+    state_dir.create()
+    lock = Lock(state_dir.lock)
+    assert lock.acquire()
+    state_dir.lock.write_text("")
+
+    dev = develop_on_linux(app, wait=False)
+
+    assert dev.process.wait(LIMIT_S) == 1
+    lock.close()
+    assert "a supervisor is already running; end it with Ctrl-C, `systemctl stop` (cron" in dev.text
 
 
 def test_following_prints_no_end_from_before_it_began(make_app):

@@ -194,7 +194,7 @@ def test_dev_elsewhere_keeps_the_limits_of_tasks(make_app, develop, elsewhere):
     assert [one.reason for one in records] == ["TIMED_OUT", "TIMED_OUT", "OUT_OF_MEMORY"]
     assert records[0].detail.startswith("ran past its timeout_s of 0.5 s; ")
     assert records[1].detail.startswith("made no progress for its stall_s of 0.5 s; ")
-    assert "past its memory_limit_bytes of 20000000" in records[2].detail
+    assert "over its memory_limit_bytes of 19.1 MiB; " in records[2].detail
 
 
 def test_dev_elsewhere_cancels_by_asking_then_by_signals(make_app, develop, elsewhere):

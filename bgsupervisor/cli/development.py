@@ -125,9 +125,10 @@ class Development:
         if lock.acquire():
             lock.close()
             return None
+        named, kill = (f", PID {pid}", f" or `kill {pid}`") if pid is not None else ("", "")
         return (
-            f"cannot supervise: a supervisor is already running, PID {pid}; end it with Ctrl-C, `systemctl stop` or "
-            f"`kill {pid}` (cron starts another within a minute)"
+            f"cannot supervise: a supervisor is already running{named}; end it with Ctrl-C, `systemctl stop`{kill} "
+            "(cron starts another within a minute)"
         )
 
     def _start(self, said: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -31,7 +31,7 @@ AWAY_S = 1.0
 
 def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupts) -> int:
     """Run tasks until Ctrl-C; return the exit code."""
-    config, clock = session.config(slots=slots), SystemClock()
+    config = session.config(slots=slots)
     state_dir = StateDir(config.state_dir)
     state_dir.create()
     state_dir.check_owner()
@@ -51,26 +51,9 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
         for promise in PROMISES:
             echo(f"  - {promise}")
         following, runner = Following(service, echo), Runner(config, lambda ready: _tell_loaded(ready, config))
-        changes = Changes(config, clock)
-        told, seen = "", 0
+        changes = Changes(config, SystemClock())
         try:
-            while not (seen and runner.is_over()):
-                if interrupts.count > seen:
-                    echo("ending the running tasks; Ctrl-C again kills" if not seen else "killing the running tasks")
-                    runner.end(kill=seen > 0)
-                    seen = interrupts.count
-                elif changes.found(config):
-                    echo("the code has changed; loading it")
-                    runner.reload()
-                try:
-                    runner.tick()
-                    following.look()
-                    told = ""
-                except (DatabaseError, AccessError) as error:
-                    if str(error) != told:
-                        echo(f"{click.style('dev |', dim=True)} {error}; trying again")
-                    told = str(error)
-                    clock.sleep(AWAY_S)
+            _run(runner, following, changes, interrupts, config)
         finally:
             changes.close()
             runner.close()
@@ -78,6 +61,28 @@ def develop_elsewhere(session: Session, slots: int | None, interrupts: Interrupt
             following.look()
         following.close()
     return 0
+
+
+def _run(runner: Runner, following: Following, changes: Changes, interrupts: Interrupts, config: Config) -> None:
+    """Run tasks until Ctrl-C has come and none runs any more; each error of the database is printed once."""
+    complaint, seen = "", 0
+    while not (seen and runner.is_over()):
+        if interrupts.count > seen:
+            echo("ending the running tasks; Ctrl-C again kills" if not seen else "killing the running tasks")
+            runner.end(kill=seen > 0)
+            seen = interrupts.count
+        elif changes.found(config):
+            echo("the code has changed; loading it")
+            runner.reload()
+        try:
+            runner.tick()
+            following.look()
+            complaint = ""
+        except (DatabaseError, AccessError) as error:
+            if str(error) != complaint:
+                echo(f"{click.style('dev |', dim=True)} {error}; trying again")
+            complaint = str(error)
+            SystemClock().sleep(AWAY_S)
 
 
 def _tell_loaded(ready: Ready, config: Config) -> None:

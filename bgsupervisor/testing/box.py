@@ -512,7 +512,7 @@ class _BoxLedger(Ledger):
 
 
 class _Context(tasks.Context):
-    """What a body that runs in a test can ask and tell."""
+    """The context of a body that runs in a test."""
 
     def __init__(self, claim: Claim) -> None:
         self.token: Attempt = claim.attempt
@@ -525,7 +525,7 @@ class _Context(tasks.Context):
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether somebody has cancelled the task since it began."""
+        """Whether the task was cancelled since it began."""
         return self._asked is not None
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
@@ -535,7 +535,7 @@ class _Context(tasks.Context):
             raise self._asked
 
     def ask_to_end(self, by: str | None) -> None:
-        """Have the next progress raise."""
+        """Let the next call of `progress` raise Cancelled."""
         self._asked = Cancelled("CANCELLED", by)
 
     def take_note(self) -> Note | None:

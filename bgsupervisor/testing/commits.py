@@ -116,7 +116,7 @@ class _FileMark:
                 try:
                     outside.execute("BEGIN IMMEDIATE")
                     others = set()
-                except sqlite3.OperationalError:  # somebody else may write: the transaction that made the marks
+                except sqlite3.OperationalError:  # another connection may write: the transaction that made the marks
                     others = values
                 committed = self._marks(outside, TABLE)  # perhaps a moment ago
         return {

@@ -61,7 +61,7 @@ def _remove_abandoned() -> None:
 
 
 def _is_free(descriptor: int) -> bool:
-    """Take the lock if nobody has it; False also where there are no such locks (Windows)."""
+    """Take the lock if it is free; False also where there are no such locks (Windows)."""
     try:
         fcntl: Any = importlib.import_module("fcntl")
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,7 +32,7 @@ def isolate(*, test_cases: bool = True) -> None:
     """Keep all Services of this process, made before or later, away from the real database and supervisor.
 
     One line in `tests/__init__.py`, or at the top of a test module, is enough for unittest. From then on each test has
-    a database of its own, and what happens outside tests goes to a database that nobody looks at. Nothing ends it
+    a database of its own, and what happens outside tests goes to a database that no test looks at. Nothing ends it
     before the process ends; `isolation_off` is for the test that starts a supervisor of its own.
 
     Args:
