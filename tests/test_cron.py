@@ -110,7 +110,7 @@ def supervisors(app):
         pid
         for pid, words in command_lines().items()
         if str(app.config) in " ".join(words)
-        and ("run" in words or words[:2] == ["bgsupervisor:", "supervisor"])
+        and ("run" in words or " ".join(words).startswith("bgsupervisor: supervisor"))
         and "sh" not in Path(words[0]).name
     ]
 
