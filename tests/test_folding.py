@@ -71,7 +71,7 @@ def test_innermost_frame_of_the_import_machinery_is_folded_too(error):
 
 def test_stack_of_python_313_is_folded_over_the_entry_of_a_constructor():
     library, app = f'  File "{STANDARD}/a.py", line 1 in f', '  File "/srv/app/tasks.py", line 2 in run'
-    text = "\n".join([app, library, '  File "__init__", line ??? in __init__', library])
+    text = f'{app}\n{library}\n  File "__init__", line ??? in __init__\n{library}'
 
     assert folded(text, CONFIG).splitlines() == [app, "  ... 3 frames in Python's library ..."]
 
