@@ -39,6 +39,7 @@ __all__ = [
     "environment",
     "is_postgres",
     "load",
+    "mark_tests",
     "masked",
     "remarks",
     "restore_environment",
@@ -46,6 +47,7 @@ __all__ = [
     "sqlite_path",
     "take_notify_socket",
     "template",
+    "tests_of",
     "variable",
     "wants_no_colour",
     "working_folder",
@@ -67,6 +69,8 @@ _HOW_POSTGRES = "write postgresql://user:password@host/database, with what is sp
 _INVENTED = re.compile(r"BGSUPERVISOR_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 """What Kubernetes sets for a service that is called bgsupervisor:
 https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables"""
+_TESTS_VARIABLE = "_BGSUPERVISOR_TESTS"
+"""Holds PID and folder of a process that runs tests; a program started there has another parent, and ignores it."""
 _CLOSE = 0.75
 """From this ratio of difflib on another name is offered: SLOTS for SLOT, but not HOST for PORT."""
 _SHOWN_CHARACTERS = 60
@@ -889,6 +893,24 @@ def restore_environment(wanted: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(wanted)
     read_time_zone()
+
+
+def mark_tests(folder: Path | None) -> None:
+    """Say in the environment that this process is isolated for tests, which multiprocessing's children of it read.
+
+    Args:
+        folder: Where the tests keep what they need on disk; None takes the mark away.
+    """
+    if folder is None:
+        os.environ.pop(_TESTS_VARIABLE, None)
+    else:
+        os.environ[_TESTS_VARIABLE] = f"{os.getpid()}:{folder}"
+
+
+def tests_of(pid: int) -> Path | None:
+    """Return the folder of the tests that the process *pid* runs; None if it has not marked our environment."""
+    marked, _, folder = os.environ.get(_TESTS_VARIABLE, "").partition(":")
+    return Path(folder) if marked == str(pid) else None
 
 
 def wants_no_colour() -> bool:

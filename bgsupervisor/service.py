@@ -22,7 +22,7 @@ from uuid import UUID
 import peewee
 
 from bgsupervisor import payload, tasks
-from bgsupervisor.config import is_postgres, load
+from bgsupervisor.config import is_postgres, load, tests_of
 from bgsupervisor.errors import (
     BgSupervisorError,
     ConfigError,
@@ -139,17 +139,29 @@ nothing else may."""
 def isolated(origin: Origin) -> Backing | None:
     """Return what a Service works with while tests run; None outside tests, and where isolation is off.
 
-    Django's test environment counts as tests, whatever has set it up: from then on mails stay in the process too.
+    Django's test environment counts as tests, whatever has set it up: from then on mails stay in the process too. So
+    does a process that multiprocessing has spawned from an isolated one.
     """
     if redirect is None:
         # https://github.com/django/django/blob/5.2/django/test/utils.py: what setup_test_environment leaves
         state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
-        if not hasattr(state, "saved_data"):
-            return None
-        from bgsupervisor.testing import isolate  # noqa: PLC0415 - only in tests
+        folder = _folder_of_tests()
+        if folder is not None:
+            from bgsupervisor.testing.isolation import isolate_worker  # noqa: PLC0415 - only in tests
 
-        isolate()
+            isolate_worker(folder)
+        elif hasattr(state, "saved_data"):
+            from bgsupervisor.testing import isolate  # noqa: PLC0415 - the same
+
+            isolate()
     return redirect(origin) if redirect is not None else None
+
+
+def _folder_of_tests() -> Path | None:
+    """Return the folder of the tests whose process has spawned this one by multiprocessing, None if none has."""
+    process = sys.modules.get("multiprocessing.process")
+    parent = None if process is None else process.parent_process()
+    return None if parent is None or parent.pid is None else tests_of(parent.pid)
 
 
 class Service:

@@ -69,6 +69,13 @@ def test_innermost_frame_of_the_import_machinery_is_folded_too(error):
     assert folded(text, CONFIG) == f"{HEAD}{APP}  ... 3 frames in Python's library ...\n{error}"
 
 
+def test_stack_of_python_313_is_folded_over_the_entry_of_a_constructor():
+    library, app = f'  File "{STANDARD}/a.py", line 1 in f', '  File "/srv/app/tasks.py", line 2 in run'
+    text = f'{app}\n{library}\n  File "__init__", line ??? in __init__\n{library}'
+
+    assert folded(text, CONFIG).splitlines() == [app, "  ... 3 frames in Python's library ..."]
+
+
 def test_chained_exceptions_are_folded_one_by_one():
     between = "KeyError: 1\n\nDuring handling of the above exception, another exception occurred:\n\n"
     text = HEAD + ALCHEMY + DRIVER + between + HEAD + APP + ALCHEMY * 2 + "ValueError"

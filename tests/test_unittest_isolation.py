@@ -231,6 +231,59 @@ def test_a_forked_child_shares_the_box_of_its_test_and_removes_nothing(project):
     project.unittest(ran=1)
 
 
+WORKERS = """
+    import multiprocessing, os, subprocess, sys, unittest, unittest.mock
+    from bgsupervisor import Service
+    from bgsupervisor.testing import isolation_off
+    from shop import mail, service
+
+    def request(to):
+        return service.request(mail, {"to": to}).id
+
+    def request_in_worker(method):
+        with multiprocessing.get_context(method).Pool(1) as pool:
+            return pool.map(request, ["jana"])[0]
+
+    class Workers(unittest.TestCase):
+        def test_spawned(self):
+            request_in_worker("spawn")
+
+        def test_by_a_fork_server(self):
+            with unittest.mock.patch("tempfile.tempdir", "/tmp"):  # the path of a socket must be short
+                request_in_worker("forkserver")
+
+        def test_spawned_by_a_fork(self):
+            pid = os.fork()
+            if pid == 0:
+                request_in_worker("spawn")
+                os._exit(0)
+            self.assertEqual(os.waitpid(pid, 0)[1], 0)
+
+        def test_a_program_is_real(self):
+            code = "from shop import service; print(len(service.list()), service._store.database.database)"
+            told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+            self.assertIn("0 " + os.path.abspath("bgsupervisor.db"), told)
+
+        def test_isolation_off_holds_in_a_worker(self):
+            with isolation_off(), multiprocessing.get_context("spawn").Pool(1) as pool:
+                self.assertEqual(pool.apply(place), os.path.abspath("bgsupervisor.db"))
+
+    def place():
+        return str(service._store.database.database)
+    """
+
+
+@pytest.mark.parametrize("runner", ["pytest", "unittest"])
+def test_workers_of_multiprocessing_are_isolated_and_programs_are_not(project, runner):
+    project.write("test_shop.py", WORKERS)
+    if runner == "pytest":
+        project.pytest(passed=5)
+    else:
+        project.write("isolated/__init__.py", "from bgsupervisor.testing import isolate\n\nisolate()\n")
+        project.write("isolated/test_here.py", "from test_shop import Workers\n")
+        project.unittest("isolated.test_here", ran=5)
+
+
 # pytest
 
 

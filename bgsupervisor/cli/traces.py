@@ -20,7 +20,7 @@ FULL_HINT = "frames of libraries are folded, --full shows them"
 NAMED = 3
 """So many libraries are named in place of their frames; more are counted."""
 
-_FRAME = re.compile(r'(?P<margin>[ |]*)File "(?P<path>[^"]+)", line \d+(?P<comma>,?) in ')
+_FRAME = re.compile(r'(?P<margin>[ |]*)File "(?P<path>[^"]+)", line (?:\d+|\?\?\?)(?P<comma>,?) in ')
 """Of a traceback, also within an exception group, or of faulthandler, which writes no comma."""
 _REPEATED = re.compile(r"[ |]*\[Previous line repeated (\d+) more times?\]")
 """Python 3.11 writes it without the margin of its exception group."""
@@ -28,6 +28,8 @@ _PACKAGE = re.compile(r"/(?:site|dist)-packages/([^/]+?)(?:\.py)?(?:/|$)")
 _STANDARD = re.compile(r"/lib(?:64)?/python3(?:\.\d+)?/")
 _COMMAND = '  File "<string>", line 1 in <module>'
 """Where faulthandler sees `python -c`, by which multiprocessing starts a process."""
+_ENTRY = "__init__"
+"""The file that faulthandler names in Python 3.13 where the interpreter calls the constructor of a class."""
 _OURS = f"{Path(__file__).parents[1]}/"
 
 
@@ -101,7 +103,7 @@ def _listed(libraries: Iterable[str]) -> str:
 
 
 def _library_of(path: str, config: Config) -> str | None:
-    if path.startswith("<frozen "):
+    if path.startswith("<frozen ") or path == _ENTRY:
         return "Python's library"
     if path.startswith(_OURS):
         return "bgsupervisor"

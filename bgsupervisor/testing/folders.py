@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-__all__ = ["remove", "run_folder"]
+__all__ = ["made", "remove", "run_folder", "share"]
 
 PREFIX = "bgsupervisor-tests-"
 IN_USE = "in-use"
@@ -34,6 +34,18 @@ def run_folder() -> Path:
             if multiprocessing is not None:  # its children run no exit handlers but these
                 multiprocessing.Finalize(None, remove, (_made[0], os.getpid()), exitpriority=0)
         return _made[0]
+
+
+def made() -> Path | None:
+    """Return the folder if there is one already; takes no lock, which a thread may hold while the process forks."""
+    return _made[0] if _made else None
+
+
+def share(folder: Path) -> None:
+    """Use the folder of the process that has spawned this one; that process removes it."""
+    with _lock:
+        if not _made and folder.is_dir():
+            _made.append(folder)
 
 
 def remove(folder: Path, maker: int) -> None:

@@ -11,16 +11,17 @@ import os
 import unittest
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import service
+from bgsupervisor import config, service
 from bgsupervisor.testing.box import TaskBox
-from bgsupervisor.testing.folders import run_folder
+from bgsupervisor.testing.folders import made, run_folder, share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from bgsupervisor.service import Backing, Origin
 
-__all__ = ["TaskBoxTestCase", "in_use", "isolate", "isolation_off", "switch_off"]
+__all__ = ["TaskBoxTestCase", "in_use", "isolate", "isolate_worker", "isolation_off", "switch_off"]
 
 _outside: dict[int, TaskBox] = {}
 """The box for what happens outside tests, by PID. A fork has its own and leaves its parent's connections open."""
@@ -43,6 +44,13 @@ def isolate(*, test_cases: bool = True) -> None:
         service.redirect = _of_outside
     if test_cases:
         _box_test_cases()
+    _mark()
+
+
+def isolate_worker(folder: Path) -> None:
+    """Isolate a process that multiprocessing has spawned from one that runs tests, whose folder is *folder*."""
+    share(folder)
+    isolate()
 
 
 @contextlib.contextmanager
@@ -55,6 +63,7 @@ def isolation_off() -> Iterator[None]:
 def switch_off() -> None:
     """Let Services reach the real database unless a single test says otherwise, also under Django's runner."""
     service.redirect = _own
+    _mark()
 
 
 @contextlib.contextmanager
@@ -116,10 +125,29 @@ def _of_outside(origin: Origin) -> Backing:
 def _redirected(to: Callable[[Origin], Backing | None]) -> Iterator[None]:
     before = service.redirect
     service.redirect = to
+    _mark()
     try:
         yield
     finally:
         service.redirect = before
+        _mark()
+
+
+def _mark() -> None:
+    """Let processes that multiprocessing spawns from this one know whether it is isolated; a fork knows by itself."""
+    is_isolated = service.redirect not in (None, _own)
+    if is_isolated:
+        run_folder()
+    config.mark_tests(made() if is_isolated else None)
+
+
+def _mark_fork() -> None:
+    if service.redirect not in (None, _own):
+        config.mark_tests(made())  # the mark of the parent has its PID
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_mark_fork)
 
 
 @contextlib.contextmanager
