@@ -478,9 +478,12 @@ def load() -> int:
         spares=0,
     )
     app.start()
-    first = app.wait(app.service.request("appx:closes"))
-    record = app.wait(app.service.request("appx:load"))
-    assert (first.status, record.status, record.result) == (Status.DONE, Status.DONE, "3"), record
+    for _ in range(10):  # a new child may be faster than the one that is free again
+        first = app.wait(app.service.request("appx:closes"))
+        record = app.wait(app.service.request("appx:load"))
+        assert (first.status, record.status, record.result) == (Status.DONE, Status.DONE, "3"), record
+        if first.pid == record.pid:
+            break
     assert first.pid == record.pid, "no child was reused"
     assert app.log_of(record) == "printed\nwritten"
     assert_all_is_whole(app, [])
