@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from bgsupervisor import tasks
 from bgsupervisor.models import SupervisorRecord
 from bgsupervisor.names import Catalogue, Known
 
@@ -36,7 +37,8 @@ def row(*, failed):
         ("appy", "no supervisor has a task named 'greeet'; did you mean appx:greet?"),
     ],
 )
-def test_known_with_a_warning_in_the_row_still_objects_to_an_unknown_name(failed, objection):
+def test_known_with_a_warning_in_the_row_still_objects_to_an_unknown_name(failed, objection, monkeypatch):
+    monkeypatch.setattr(tasks, "_definitions", {})  # those of other tests, which are known as well
     catalogue = Catalogue.of([row(failed=failed)], now=NOW)
 
     assert Known(catalogue, ["appx"]).objection("greeet") == objection

@@ -311,6 +311,8 @@ def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
         passing_over_until=None,
         look=True,
         backlog=False,
+        put_aside=set(),
+        flawed=[],
     )
     supervisor._admit()
     assert bool(asked) == done_once, "before, it is not known which slots are taken"

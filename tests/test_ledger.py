@@ -1375,7 +1375,7 @@ def test_a_database_of_ours_is_durable_and_shared(store):
     with store.connected():
         assert store.database.execute_sql("PRAGMA synchronous").fetchone() == (2,)
         assert store.database.execute_sql("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert store.path.stat().st_mode & 0o777 == 0o660
+    assert store.path.stat().st_mode & 0o777 == 0o600, "its folder is shared with no group"
 
 
 def test_the_results_of_the_ledger_are_json_that_others_can_read(ledger):

@@ -233,7 +233,8 @@ def test_a_body_with_several_waits_has_no_slot_until_the_last_is_over(make):
 
 def test_a_body_that_goes_on_beside_its_wait_is_in_no_circle(app):
     awaited = app.request("waits", on_id=1, options={"delay_s": 3600})
-    both = app.request("waits_and_reaches", on_id=(waiter_id := awaited.id + 2), pause_s=0.6)
+    later = {"delay_s": 1.0}  # the task that it waits for must have been requested by then
+    both = app.request("waits_and_reaches", on_id=(waiter_id := awaited.id + 2), pause_s=0.6, options=later)
     waiter = app.request("waits", on_id=both.id, part="p")
     assert waiter.id == waiter_id
     assert app.result_of(waiter)[0] == 1

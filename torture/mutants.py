@@ -287,8 +287,8 @@ MUTANTS = (
     ),
     Mutant(
         name="a copy that a body forked does not speak for the attempt",
-        file="child.py",
-        old="if os.getpid() != self._pid:\n                leftovers.end_like_python(raised)",
+        file="leftovers.py",
+        old="if os.getpid() != pid:\n            end_like_python(raised)",
         new="pass",
         test="test_guards.py::test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end",
     ),
