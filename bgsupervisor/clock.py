@@ -72,12 +72,14 @@ class AttendedClock:
         self._left_out_s = 0.0
         self._attended_at = machine.monotonic()
 
-    def attend(self) -> None:
-        """Note that the loop turns."""
+    def attend(self) -> bool:
+        """Note that the loop turns; return whether it was stopped before."""
         now = self._machine.monotonic()
         gap_s, self._attended_at = now - self._attended_at, now
-        if gap_s > self._longest_s:
-            self._left_out_s += gap_s - self._counted_s
+        if gap_s <= self._longest_s:
+            return False
+        self._left_out_s += gap_s - self._counted_s
+        return True
 
     def now(self) -> datetime:
         """Return the wall-clock time, aware, in UTC."""

@@ -204,7 +204,8 @@ class Supervisor:
         while True:
             moment = min([until, *self._touched_looks_at[:1]])
             ready = self._ears.rest(max(0.0, moment - self._clock.monotonic()))
-            self._clock.attend()
+            if self._clock.attend():
+                self._beat_at = -math.inf  # its row says for how long it was silent
             heard = self._ears.hear(ready)
             self._take_in(heard)
             if heard.matters or self._look or self._clock.monotonic() >= until:

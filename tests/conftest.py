@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import bgsupervisor
-from bgsupervisor import Service, processes
+from bgsupervisor import Service, processes, tasks
 from bgsupervisor.models import Store
 from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.statedir import StateDir, bind, open_dir
@@ -256,6 +256,19 @@ def _database_of_session(request):
     """Have all applications on the database that was asked for."""
     if request.config.getoption("--database") == "postgres":
         App.server = request.getfixturevalue("postgres")
+
+
+@pytest.fixture(autouse=True)
+def _tasks_of_one_test(tmp_path_factory):
+    """Forget the tasks and modules of an application that a test has loaded in its own process: the next has others."""
+    definitions, modules = dict(tasks._definitions), set(sys.modules)
+    yield
+    tasks._definitions.clear()
+    tasks._definitions.update(definitions)
+    folders = str(tmp_path_factory.getbasetemp())
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(folders):
+            del sys.modules[name]
 
 
 @pytest.fixture

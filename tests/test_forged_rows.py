@@ -212,10 +212,10 @@ def test_attended_clock_leaves_out_the_time_of_a_stop():
     machine = Steady()
     clock = AttendedClock(machine, longest_s=2.0, counted_s=1.0)
     machine.moment += 1.5
-    clock.attend()
+    assert not clock.attend()
     assert clock.monotonic() == 101.5
     machine.moment += 3600
-    clock.attend()
+    assert clock.attend(), "it was stopped"
     assert clock.monotonic() == 102.5
     assert clock.machine_monotonic() == machine.moment
     assert clock.attended(machine.moment + 1) == 103.5

@@ -24,7 +24,7 @@ from bgsupervisor.errors import DatabaseError
 from bgsupervisor.link import Link
 from bgsupervisor.names import SUPERVISOR_SILENT_S
 from bgsupervisor.processes import Verdict
-from bgsupervisor.supervisor import Supervisor
+from bgsupervisor.supervisor import BEAT_EVERY_S, Supervisor
 from bgsupervisor.wards import Ward
 from bgsupervisor.wire import Run, Who
 
@@ -155,7 +155,7 @@ def test_a_stopped_supervisor_is_not_said_to_be_unable_to_write(app, age_s, code
         assert "no supervisor has been seen" not in app.cli("ps").stderr
     finally:
         supervisor.process.send_signal(signal.SIGCONT)
-    wait_until(lambda: app.cli("health").returncode == 0, "all is well again")
+    wait_until(lambda: app.cli("health").returncode == 0, "all is well again", BEAT_EVERY_S + LIMIT_S)
 
 
 def test_a_supervisor_that_cannot_write_is_not_said_to_stand_still(app):
