@@ -56,29 +56,31 @@ class AttendedClock:
     """The time that a loop has attended to; it judges others by no other.
 
     A loop that was stopped (SIGSTOP, a frozen container, a suspended machine) heard nobody meanwhile, and the others
-    may have been stopped as well and go on a moment later. So `monotonic` leaves that time out: of a gap between two
-    calls of `attend` that is longer than *longest_s*, only *counted_s* count.
+    may have been stopped as well and go on a moment later. So `monotonic` leaves that time out.
 
     Args:
         machine: What the clock is made of.
-        longest_s: The longest gap that is no sign of a stop, in seconds.
-        counted_s: What counts of a longer gap, in seconds; above 0, so that time goes on for a loop of slow passes.
+        longest_s: The longest gap between two calls of `attend` that is no sign of a stop, in seconds.
     """
 
-    def __init__(self, machine: Clock, *, longest_s: float, counted_s: float) -> None:
+    def __init__(self, machine: Clock, *, longest_s: float) -> None:
         self._machine = machine
         self._longest_s = longest_s
-        self._counted_s = counted_s
         self._left_out_s = 0.0
         self._attended_at = machine.monotonic()
 
-    def attend(self) -> bool:
-        """Note that the loop turns; return whether it was stopped before."""
+    def attend(self, *, counted_s: float) -> bool:
+        """Note that the loop turns; return whether it may have been stopped since the last call.
+
+        Args:
+            counted_s: What counts of a gap that is too long, in seconds: 0 where nothing but a stop can have made it,
+                more where a slow call may have, so that time goes on for a loop of slow passes.
+        """
         now = self._machine.monotonic()
         gap_s, self._attended_at = now - self._attended_at, now
         if gap_s <= self._longest_s:
             return False
-        self._left_out_s += gap_s - self._counted_s
+        self._left_out_s += gap_s - counted_s
         return True
 
     def now(self) -> datetime:

@@ -134,7 +134,7 @@ class Supervisor:
         self._store.hurry()
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store)
-        self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S, counted_s=NET_S)
+        self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S)
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
         self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
@@ -203,8 +203,9 @@ class Supervisor:
         until = self._clock.monotonic() + self._rest_s()
         while True:
             moment = min([until, *self._touched_looks_at[:1]])
+            self._clock.attend(counted_s=NET_S)  # a database that does not answer may have made the pass long
             ready = self._ears.rest(max(0.0, moment - self._clock.monotonic()))
-            if self._clock.attend():
+            if self._clock.attend(counted_s=0.0):
                 self._beat_at = -math.inf  # its row says for how long it was silent
             heard = self._ears.hear(ready)
             self._take_in(heard)

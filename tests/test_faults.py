@@ -401,7 +401,7 @@ def lease(make_app):
     }
 
     def judged(**more):
-        recovery = Recovery(app.service.config, own, [], None, AttendedClock(clock, longest_s=2.0, counted_s=1.0))
+        recovery = Recovery(app.service.config, own, [], None, AttendedClock(clock, longest_s=2.0))
         recovery.compare([dataclasses.replace(record, **{**values, **more})])
         end = recovery.ends.get(Attempt(record.id, 1))
         assert (end is None) == (recovery.foreign_slots == {3})

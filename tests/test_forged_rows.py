@@ -210,12 +210,15 @@ print(1, flush=True); input()
 
 def test_attended_clock_leaves_out_the_time_of_a_stop():
     machine = Steady()
-    clock = AttendedClock(machine, longest_s=2.0, counted_s=1.0)
+    clock = AttendedClock(machine, longest_s=2.0)
     machine.moment += 1.5
-    assert not clock.attend()
+    assert not clock.attend(counted_s=1.0)
     assert clock.monotonic() == 101.5
     machine.moment += 3600
-    assert clock.attend(), "it was stopped"
+    assert clock.attend(counted_s=1.0), "it was stopped"
     assert clock.monotonic() == 102.5
     assert clock.machine_monotonic() == machine.moment
     assert clock.attended(machine.moment + 1) == 103.5
+    machine.moment += 3600
+    assert clock.attend(counted_s=0.0)
+    assert clock.monotonic() == 102.5

@@ -298,7 +298,7 @@ def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
     home = SimpleNamespace(hello=SimpleNamespace(who=Who(1, 1), catalogue={}))
     asked = []
     supervisor = supervisor_with(
-        clock=AttendedClock(SystemClock(), longest_s=2.0, counted_s=1.0),
+        clock=AttendedClock(SystemClock(), longest_s=2.0),
         nurseries=SimpleNamespace(ours=lambda: home),
         recovery=SimpleNamespace(done_once=done_once, foreign_slots=set()),
         wards=Wards(None, None, SystemClock()),
@@ -403,7 +403,7 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
         def running(self):
             return []
 
-    clock = AttendedClock(SystemClock(), longest_s=2.0, counted_s=1.0)
+    clock = AttendedClock(SystemClock(), longest_s=2.0)
     ward = Ward(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
     Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=clock).enforce()
     assert not ward.suspension.lasts

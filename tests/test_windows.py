@@ -969,7 +969,7 @@ def test_a_child_that_has_recorded_its_end_itself_is_an_idle_one_like_any_other(
 
     stage.supervisor.process.send_signal(signal.SIGCONT)
 
-    wait_until(lambda: not psutil.pid_exists(record.pid), "it is sent away, with none to spare", 4.0)
+    wait_until(lambda: not psutil.pid_exists(record.pid), "it is sent away, with none to spare")
     assert "does not leave" not in stage.supervisor.log
 
 
