@@ -207,7 +207,10 @@ def is_alive(who: Who) -> bool:
 def children(pid: int) -> list[int]:
     """Return the children of all threads of a process."""
     found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+    threads: list[Path] = []
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        threads = list(Path(f"/proc/{pid}/task").glob("*/children"))
+    for path in threads:
         with contextlib.suppress(OSError):
             found += [int(one) for one in path.read_text(encoding="ascii").split()]
     return found
