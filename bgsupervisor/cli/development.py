@@ -219,7 +219,7 @@ class Development:
             names = ", ".join(f"{record.id} ({record.name})" for record in running)
             echo(f"ending {names}; Ctrl-C again kills" if names else "ending")
             supervisor.send_signal(signal.SIGTERM)
-        kill_at, seen = 0.0, self._interrupts.count
+        kill_at, seen = 0.0, min(self._interrupts.count, 1)  # another one may have come while this was printed
         deadline = self._clock.monotonic() + 2 * self._config.grace_s + END_S
         while supervisor.poll() is None:
             if self._clock.monotonic() >= deadline:  # it is stopped, or waits for a database that is away

@@ -67,10 +67,11 @@ def _run(runner: Runner, following: Following, changes: Changes, interrupts: Int
     """Run tasks until Ctrl-C has come and none runs any more; each error of the database is printed once."""
     complaint, seen = "", 0
     while not (seen and runner.is_over()):
-        if interrupts.count > seen:
-            echo("ending the running tasks; Ctrl-C again kills" if not seen else "killing the running tasks")
-            runner.end(kill=seen > 0)
-            seen = interrupts.count
+        count = interrupts.count  # once: another may come at any moment, and should count then
+        if count > seen:
+            seen = count
+            echo("ending the running tasks; Ctrl-C again kills" if count == 1 else "killing the running tasks")
+            runner.end(kill=count > 1)
         elif changes.found(config):
             echo("the code has changed; loading it")
             runner.reload()
