@@ -15,7 +15,7 @@ from conftest import LIMIT_S
 from test_portable import ELSEWHERE, develop, elsewhere
 
 from bgsupervisor import portable
-from bgsupervisor.cli import elsewhere
+from bgsupervisor.cli import elsewhere as command_elsewhere
 from bgsupervisor.cli.following import Following
 from bgsupervisor.config import load
 from bgsupervisor.statedir import Lock, StateDir
@@ -148,7 +148,7 @@ def test_runner_that_cannot_start_a_process_tries_again(make_app, monkeypatch, c
 
 def test_ctrl_c_that_comes_while_the_first_is_announced_kills(monkeypatch):
     interrupts, ended, looks = SimpleNamespace(count=1), [], iter(range(10))
-    monkeypatch.setattr(elsewhere, "echo", lambda _: setattr(interrupts, "count", 2))
+    monkeypatch.setattr(command_elsewhere, "echo", lambda _: setattr(interrupts, "count", 2))
     runner = SimpleNamespace(
         is_over=lambda: next(looks, None) is None,
         end=lambda *, kill: ended.append(kill),
@@ -156,6 +156,6 @@ def test_ctrl_c_that_comes_while_the_first_is_announced_kills(monkeypatch):
     )
     still = SimpleNamespace(look=lambda: None, found=lambda _: False)
 
-    elsewhere._run(runner, still, still, interrupts, None)
+    command_elsewhere._run(runner, still, still, interrupts, None)
 
     assert ended == [False, True]
