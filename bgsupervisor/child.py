@@ -88,8 +88,11 @@ RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses between tries to record an end; the last one repeats until it is in."""
 BEAT_WAIT_S = 0.2
 """How long a heartbeat without a supervisor waits for a locked database, in seconds."""
-RECORD_FOR_S = 86_400.0
-"""How long a child tries to record its end, in seconds: a database that has been away for a day was deleted."""
+DELETED_S = 86_400.0
+"""How long a child tries to record its end where the database file was deleted, in seconds: it may be restored.
+
+Where the database is away the child tries for `keep_days`, after which its task would be deleted anyway.
+"""
 PROGRESS_EVERY_S = 0.2
 """Progress is sent at most so often; the last word is never lost, the end carries it."""
 ALIVE_EVERY_S = 1.0
@@ -268,7 +271,7 @@ class Child:
         heartbeat_s = birth.config.heartbeat_s
         self._link = Link(birth.config.state_dir, who, birth.nursery, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
-        self._term_came = False
+        self._term_came = self._is_unrecorded = False
         self._surroundings: leftovers.Surroundings | None = None
         self._variables = contextvars.copy_context()
         self._answering = stacks.Answering()
@@ -473,10 +476,15 @@ class Child:
         ledger = self._ledger()
         keys: list[str] = []
         told = ""
-        until = self._clock.monotonic() + RECORD_FOR_S
+        began = there_at = self._clock.monotonic()
         for pause in repeat_last(RECORD_RETRY_S):
-            if self._clock.monotonic() >= until:
-                log.error("the end of task %d was not recorded: %s; giving up", attempt.id, told)
+            now = self._clock.monotonic()
+            there_at = there_at if ledger.store.inode() == 0 else now  # 0: the file is gone
+            if now - there_at >= DELETED_S or 0 < self._config.keep_days * 86_400 <= now - began:
+                log.error(
+                    "the end of task %d (%s) was not recorded, giving up: %s", attempt.id, end.reason or "DONE", told
+                )
+                self._is_unrecorded = True
                 return
             try:
                 ledger.end(attempt, end, keys)
@@ -552,7 +560,7 @@ class Child:
         """Run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
         self._phase = "ending"
         pauses.at("child.leaving")
-        self._left_in_order.value = 1
+        self._left_in_order.value = not self._is_unrecorded
         run_exit_callbacks(self._config.grace_s)
         if os.getpid() != self._pid:
             os._exit(0)  # a copy that an exit callback has forked

@@ -94,7 +94,7 @@ class Link(threading.Thread):
         cancel_order: The present attempt is to end, and why.
         last_progress: What the body said last and has not been sent.
         waiting: The body waits for another task, without a slot.
-        beat_alone: Writes a heartbeat where no supervisor does; short, for the body may wait for the lock meanwhile.
+        beat_alone: Writes a heartbeat where no supervisor does; the body cannot fork meanwhile.
         questions: Where others ask for the stacks of this process; the thread answers.
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
@@ -128,8 +128,9 @@ class Link(threading.Thread):
         self._leaving = False
         self._last_beat = 0.0
         self._last_look = clock.monotonic()
+        self._beating_alone = threading.Lock()
         os.register_at_fork(
-            before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._after_fork_in_child
+            before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._after_fork_in_child
         )
 
     # For the main thread
@@ -407,10 +408,11 @@ class Link(threading.Thread):
     def _beat_alone(self, order: Run) -> None:
         """Write the heartbeat into the row while no supervisor accepts this child, as one of another container may not.
 
-        Under the lock, so that the body cannot fork meanwhile and take the database connection along.
+        The body cannot fork meanwhile, and so takes no database connection along. All else that it does goes on: a
+        server that is away may be waited for.
         """
         if self.beat_alone is not None and self._redial.alone_s() >= self._heartbeat_s:
-            with self._lock:
+            with self._beating_alone:
                 self.beat_alone(order)
 
     def _change_over(self) -> None:
@@ -434,6 +436,14 @@ class Link(threading.Thread):
             return PARENT_LOOK_S
         return max(0.0, self._last_beat + self._beat_s() - self._clock.monotonic())
 
+    def _before_fork(self) -> None:
+        self._beating_alone.acquire()
+        self._lock.acquire()
+
+    def _after_fork(self) -> None:
+        self._lock.release()
+        self._beating_alone.release()
+
     def _after_fork_in_child(self) -> None:
         # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.
         if self._channel is not None:
@@ -443,7 +453,7 @@ class Link(threading.Thread):
         self._stir = None
         self._wanted = None
         self.disconnected.set()
-        self._lock.release()
+        self._after_fork()
 
 
 def _above_standard(sock: socket.socket) -> socket.socket:
