@@ -74,14 +74,9 @@ def ps(
     wanted = frozenset(Status(status) for status in statuses) or frozenset(Status)
     rows = Rows(store=service.ledger.store, now=clock.now(), statuses=wanted, name=name, key=key)
     with rows.store.looking():  # as of one moment: a task that was claimed meanwhile has no place in the queue
-        if as_tree:
-            records = rows.live(limit or LIMIT)
-        elif everything:
-            records = rows.newest(limit or LIMIT_ALL)
-        else:
-            live = rows.live(limit or LIMIT)
-            ended_limit = (limit or LIMIT) - len(live) if limit or statuses else ENDED_SHOWN
-            records = live + rows.ended(ended_limit)
+        records = rows.newest(limit or LIMIT_ALL) if everything else rows.live(limit or LIMIT)
+        if not (everything or as_tree):
+            records += rows.ended((limit or LIMIT) - len(records) if limit or statuses else ENDED_SHOWN)
         grown = tree.Tree.grow(rows, records) if as_tree else None
         causes = grown.causes if grown else Ties(rows.store).causes(records)
         positions, busy = rows.positions(), rows.busy()

@@ -25,7 +25,7 @@ from bgsupervisor.statedir import StateDir
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -74,19 +74,14 @@ def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
     path, tail = _log(service, record)
     if as_json:
         data, _ = _masked(record, facts)
-        columns = {name: to_json(value) for name, value in columns_of(record, service).items()}
+        values = {"data": data, "result": _parsed(record.result), **facts.derived(record), "position": record.position}
+        of_log = {
+            "log": None if path is None else str(path),
+            "log_tail": None if tail is None else tail[-LOG_LINES:],
+        }
+        ended = [_jsonable(one) for one in interruptions]
         print_json(
-            {
-                **columns,
-                "data": data,
-                "result": _parsed(record.result),
-                **facts.derived(record),
-                "position": record.position,
-                **around.as_json(),
-                "interruptions": [{key: to_json(value) for key, value in one.items()} for one in interruptions],
-                "log": None if path is None else str(path),
-                "log_tail": None if tail is None else tail[-LOG_LINES:],
-            }
+            _jsonable(columns_of(record, service)) | values | around.as_json() | {"interruptions": ended} | of_log
         )
         return
     for sentence in facts.watch.warnings(now=facts.now) if not record.ended else ():
@@ -166,6 +161,10 @@ class _Around:
 
 def _when(moment: datetime, now: datetime) -> str:
     return f"{local(moment, now=now)} ({age(moment, now=now)})"
+
+
+def _jsonable(columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: to_json(value) for name, value in columns.items()}
 
 
 def _without_report(tail: list[str], record: TaskRecord) -> list[str]:
