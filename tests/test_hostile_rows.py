@@ -22,7 +22,7 @@ from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.wire import End
 
 pytestmark = pytest.mark.of_sqlite
-"""Its columns take values of any type; what PostgreSQL lets in has a test of its own below."""
+"""Its columns take values of any type; tests/test_hostile_server_rows.py has what PostgreSQL lets in."""
 
 INVALID_TEXT = object()
 """A text that is no UTF-8."""
