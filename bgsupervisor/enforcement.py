@@ -233,8 +233,13 @@ class Enforcement:
             self._ears.send(ward.peer, cancel)
 
     def _endable(self) -> list[Ward]:
-        """Return those that limits and orders still apply to; who is dead or has reported only waits to be written."""
-        return [ward for ward in self._wards.running() if ward.end is None and ward.dead_since is None]
+        """Return the children that limits and orders still apply to.
+
+        One that is dead or has reported only waits to be written. One that only a row names may be no child of ours:
+        its limits would be due in each pass, and nothing would come of it.
+        """
+        running = self._wards.running()
+        return [ward for ward in running if ward.vouched and ward.end is None and ward.dead_since is None]
 
     def _enforce_time(self, ward: Ward, now: float) -> None:
         due_at = self._time_due_at(ward)

@@ -46,6 +46,7 @@ __all__ = [
     "kill_child",
     "look",
     "own_identity",
+    "owner_uid",
     "pid_namespace",
     "raise_descriptor_limit",
     "restore_descriptor_limit",
@@ -393,6 +394,15 @@ def _sum_up(root: int, table: dict[int, _Row], children: dict[int, list[_Row]]) 
 
 
 # ---- how to end it, or to hold it up ----
+
+
+def owner_uid(pid: int) -> int:
+    """Return the user id of a process.
+
+    Raises:
+        OSError: There is no such process, or the table hides it.
+    """
+    return (PROC / str(pid)).stat().st_uid
 
 
 def is_stopped(pid: int) -> bool:

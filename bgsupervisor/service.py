@@ -616,12 +616,12 @@ class Service:
 
         Root could ask any process, and the row that names it may be anybody's who writes the database.
         """
-        from bgsupervisor import logs  # noqa: PLC0415 - a web process seldom asks
+        from bgsupervisor import logs, processes  # noqa: PLC0415 - a web process seldom asks
 
         folder = StateDir(self.config.state_dir)
         log = logs.process_log(folder.logs, pid, start_ticks)
         try:
-            return len({path.lstat().st_uid for path in (folder.path, log, Path(f"/proc/{pid}"))}) == 1
+            return folder.path.lstat().st_uid == log.lstat().st_uid == processes.owner_uid(pid)
         except OSError:
             return False
 

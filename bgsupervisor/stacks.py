@@ -271,5 +271,5 @@ def _above_standard(descriptor: int) -> int:
 def _whose(pid: int) -> str:
     owner = "another user"
     with contextlib.suppress(OSError):
-        owner = f"user {user_name(Path(f'/proc/{pid}').stat().st_uid)}"
+        owner = f"user {user_name(processes.owner_uid(pid))}"
     return f"PID {pid} belongs to {owner}, and this is user {user_name(os.geteuid())}; ask as that user, or as root"

@@ -258,6 +258,8 @@ class Wards:
         if self._clock.monotonic() - ward.met_at < STRANGER_S:
             return False
         try:
+            if processes.owner_uid(pid) != os.geteuid():  # it may hide its state, and hold a slot with that
+                return True
             return not processes.is_stopped(pid) and not stacks.can_answer(pid)
         except OSError:
             return False  # not to be seen: nothing is known of it

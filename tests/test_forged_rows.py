@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
+from as_user import as_nobody, needs_root
 from conftest import wait_until
 
 from bgsupervisor import processes, stacks
 from bgsupervisor.clock import AttendedClock, SystemClock
+from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import NoStack
+from bgsupervisor.ledger import Attempt
 from bgsupervisor.wards import Wards
 from bgsupervisor.wire import Who
 
@@ -111,6 +116,8 @@ def test_rows_that_name_strangers_signal_nobody_and_are_interrupted(make_app, st
     assert not processes.is_stopped(stranger.pid)
     assert app.wait(app.service.request("appx:returns", {})).status == "DONE"
     assert supervisor.process.poll() is None
+    used = psutil.Process(supervisor.process.pid).cpu_times()
+    assert used.user + used.system < 5, "limits of strangers are due in no pass"
 
 
 def test_a_child_with_a_log_is_signalled_before_it_dials_again(make_app):
@@ -162,6 +169,36 @@ def test_is_stranger_with_any_proof_of_a_child_returns_false(tmp_path, stranger)
     ward.handle.close()
 
 
+def test_limits_of_a_process_that_only_a_row_names_are_never_due(tmp_path, stranger):
+    _, wards = wards_of(tmp_path)
+    ward = wards.meet(processes.identity_of(stranger.pid, "here"))
+    ward.attempt = Attempt(1, 1)
+    options = SimpleNamespace(timeout_s=0.1, stall_s=None, memory_limit_bytes=1)
+    clock = AttendedClock(SystemClock(), longest_s=2.0)
+    enforcement = Enforcement(None, wards, SimpleNamespace(options=lambda _: options), None, clock)
+    assert enforcement.next_due_at() is None, "else the supervisor would not rest"
+    enforcement.enforce()
+    assert ward.order is None
+    ward.vouched = True
+    assert enforcement.next_due_at() is not None
+    ward.handle.close()
+
+
+@needs_root
+def test_is_stranger_of_a_process_of_another_user_returns_true_though_it_is_stopped(tmp_path, answering):
+    os.kill(answering.pid, signal.SIGSTOP)
+    wait_until(lambda: processes.is_stopped(answering.pid), "it is stopped")
+    identity = processes.identity_of(answering.pid, "here")
+
+    def judged():
+        machine, wards = wards_of(tmp_path)
+        ward = wards.meet(identity)
+        machine.moment += 11
+        return wards.is_stranger(ward)
+
+    assert as_nobody(judged) == "True", "its state is hidden, and so it would hold a slot for ever"
+
+
 def test_is_stranger_of_a_process_that_can_show_its_stack_returns_false(tmp_path, answering):
     machine, wards = wards_of(tmp_path)
     ward = wards.meet(processes.identity_of(answering.pid, "here"))
@@ -180,7 +217,7 @@ def test_a_log_that_is_a_link_proves_no_child(tmp_path, stranger):
     ward.handle.close()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may ask other users' processes")
+@needs_root
 def test_root_asks_no_process_for_its_stack_that_only_a_row_names(make_app, answering):
     app = make_app(SOURCE)
     handle = forge(app, answering.pid)
