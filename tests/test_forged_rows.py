@@ -96,28 +96,37 @@ def forge(app, pid, name="returns", **columns):
     return handle
 
 
-def test_rows_that_name_strangers_signal_nobody_and_are_interrupted(make_app, stranger):
+@pytest.fixture
+def strangers():
+    """Processes like `stranger`: of each only one row can be looked after at a time."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(speaking(ENDS_AT_ANY_SIGNAL)) for _ in range(4)]
+
+
+def test_rows_that_name_strangers_signal_nobody_and_are_interrupted(make_app, strangers):
     app = make_app(SOURCE, grace_s=0.2)
     supervisor = app.start()
     asked = {"cancel_requested_at": "2026-01-01 00:00:00.000000+00:00"}
+    pids = [stranger.pid for stranger in strangers]
     handles = [
-        forge(app, stranger.pid, slot=0, **asked),
-        forge(app, stranger.pid, slot=1, suspend_requested_at="2026-01-01 00:00:00.000000+00:00"),
-        forge(app, stranger.pid, "is_limited"),
+        forge(app, pids[0], slot=0, **asked),
+        forge(app, pids[1], slot=1, suspend_requested_at="2026-01-01 00:00:00.000000+00:00"),
+        forge(app, pids[2], "is_limited"),
         forge(app, supervisor.process.pid, slot=2, **asked),
     ]
-    ending = forge(app, stranger.pid, ending="TIMED_OUT")
+    ending = forge(app, pids[3], ending="TIMED_OUT")
     for handle in handles:
         record = app.wait(handle, 30)
         assert (record.status, record.reason) == ("INTERRUPTED", "VANISHED")
         assert f"its row names PID {record.pid}, which bgsupervisor did not start" in record.detail
     assert app.wait(ending).reason == "TIMED_OUT", "as its row says; nobody was ended for it"
-    assert stranger.poll() is None
-    assert not processes.is_stopped(stranger.pid)
+    for stranger in strangers:
+        assert stranger.poll() is None
+        assert not processes.is_stopped(stranger.pid)
     assert app.wait(app.service.request("appx:returns", {})).status == "DONE"
     assert supervisor.process.poll() is None
     used = psutil.Process(supervisor.process.pid).cpu_times()
-    assert used.user + used.system < 5, "limits of strangers are due in no pass"
+    assert used.user + used.system < 2, "limits of strangers are due in no pass"
 
 
 def test_a_child_with_a_log_is_signalled_before_it_dials_again(make_app):
