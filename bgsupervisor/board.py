@@ -68,7 +68,7 @@ KEY_CHARS = 8000
 """A longer key is not heard: its waiters look by themselves."""
 RINGS_AT_ONCE = 10
 RINGS_PER_S = 4.0
-"""After RINGS_AT_ONCE rings of one key its waiters are woken at most so often: hundreds may listen to the same."""
+"""After RINGS_AT_ONCE rings of one key its waiters are woken at most at this rate: hundreds may listen to the same."""
 KEYS_MAX = 100_000
 """Beyond so many bells all counts are forgotten but one: every waiter then looks once for nothing."""
 
@@ -94,7 +94,7 @@ class Bells:
         return len(self._waits)
 
     def ring(self, keys: Sequence[str]) -> None:
-        """Wake whoever waits for one of *keys*; for a key that is rung again and again, a little later (`catch_up`)."""
+        """Wake the waiters of *keys*; for a key that is rung again and again, a little later (`catch_up`)."""
         with self._lock:
             now = self._clock.monotonic()
             if len(self._rates) > KEYS_MAX:
@@ -207,7 +207,7 @@ def bounded_client(address: str, authkey: bytes | None = None) -> connection.Con
 class OwnListener:
     """The listener of a manager: a socket of mode 0600 from the first moment, which hears this user's processes only.
 
-    The manager unpickles what they send, so neither a mode that somebody changes nor a key that somebody reads may
+    The manager unpickles what they send, so neither a changed mode nor a key that was read may
     let others in.
     """
 
@@ -347,9 +347,7 @@ class _Caretaker:
         with contextlib.suppress(BlockingIOError):
             for _ in range(RINGS_PER_TURN):
                 datagram = self._rings.recv(RING_BYTES)
-                with contextlib.suppress(
-                    ValueError, TypeError, RecursionError
-                ):  # whoever sent that is no child of ours
+                with contextlib.suppress(ValueError, TypeError, RecursionError):  # the sender is no child of ours
                     said = json.loads(datagram)
                     if isinstance(said, str):
                         _bells.leave(said[:KEY_CHARS])

@@ -1,4 +1,4 @@
-"""Which transaction of the calling thread keeps an SQLite file locked: waiting for that one is in vain.
+"""Which transaction of the calling thread keeps an SQLite file locked: to wait for it cannot help.
 
 Frameworks are recognised by where their classes come from; none is imported. Looks at all objects of the process, so
 it belongs on the way to an error only.

@@ -58,7 +58,7 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
         path.append((task, need.what))
         behind = [source for source in need.sources if source in stuck]
         if not behind:
-            return path[-1:]  # too few can bring it about, whoever goes on: a barrier that nobody else can come to
+            return path[-1:]  # too few can bring it about: a barrier that no other task can come to
         task = min(behind)
     return path[places[task] :]
 

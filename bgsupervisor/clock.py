@@ -96,7 +96,7 @@ class AttendedClock:
         return self._machine.monotonic()
 
     def attended(self, machine_monotonic: float) -> float:
-        """Return the deadline of this clock that a moment of CLOCK_MONOTONIC has come to by now."""
+        """Convert a moment of CLOCK_MONOTONIC to attended seconds, by what was left out so far."""
         return machine_monotonic - self._left_out_s
 
     def sleep(self, seconds: float) -> None:
@@ -161,7 +161,7 @@ class ServerClock(SystemClock):
 
 
 class Rate:
-    """Allows something so often: *at_once* times, then *per_s* times a second; what was saved up counts.
+    """A limit of a rate: *at_once* times, then *per_s* times a second; what was saved up counts.
 
     Args:
         at_once: How often it may happen without a pause.
@@ -175,7 +175,7 @@ class Rate:
         self._at_once, self._per_s, self._left, self._at = at_once, per_s, float(at_once), now
 
     def allows(self, now: float) -> bool:
-        """Tell whether it may happen now, and count it if so."""
+        """Return whether it may happen now, and count it if so."""
         self._left = min(self._at_once, self._left + self._per_s * (now - self._at))
         self._at = now
         if self._left < 1:

@@ -562,7 +562,7 @@ def _ignored_files(config: Config, environ: Mapping[str, str], cwd: Path | None)
 
 
 def _is_configuration(file: Path) -> bool:
-    """Tell whether *file* would have been taken; one that cannot be read is not worth a word here."""
+    """Return whether *file* would have been taken; False for one that cannot be read."""
     with suppress(ConfigError, AccessError):
         if not _is_there(file) or distrust(file) is not None:
             return False

@@ -114,7 +114,7 @@ class DatabaseError(BgSupervisorError):
 
 
 class LockedByCaller(DatabaseError):
-    """A transaction that the calling thread has open keeps the database locked, so that waiting is in vain (SQLite)."""
+    """An open transaction of the calling thread keeps the SQLite file locked, so to wait cannot help."""
 
 
 class ServerAway(DatabaseError):

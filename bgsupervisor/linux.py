@@ -53,7 +53,7 @@ def set_child_subreaper() -> None:
 
 
 def die_with_parent(number: int) -> None:
-    """Have the kernel send signal *number* to this process when the thread that started it has ended; 0: none.
+    """Make the kernel send signal *number* to this process when the thread that started it has ended; 0: none.
 
     Kept over exec, not inherited by children.
 

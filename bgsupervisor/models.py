@@ -715,7 +715,7 @@ class Store:
                 of a commit, and to repeat what is not there (`persistently`).
             looks: Change nothing of the database, not even SQLite's journal mode; implies that nothing is created.
             has_neighbours: Other code of the calling thread, as an application's, may have a transaction open on the
-                same file: a call says so at once instead of waiting for it in vain (SQLite).
+                same file: a call fails at once instead of waiting for it (SQLite).
 
         Raises:
             ConfigError: The driver of PostgreSQL is not installed.

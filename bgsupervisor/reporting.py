@@ -66,7 +66,7 @@ def report(error: BaseException, end: End, order: Run) -> None:
 
 
 def headline(id: int, name: str, attempt: int) -> str:
-    """Return how the record of an attempt's end begins, by which its log is known to have the traceback."""
+    """Return the beginning of the record of an attempt's end; a log that holds it has the traceback."""
     return f"task {id} ({clean(name)}), attempt {attempt}, ended: "
 
 

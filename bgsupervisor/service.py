@@ -866,7 +866,7 @@ def _url_of(database: peewee.Database) -> str:
 
 
 def _as_text(what: str, key: object) -> str:
-    """Return the text as which rows have a key: the id of a user may be a number or a UUID."""
+    """Return a key as rows hold it, a text: the id of a user may be a number or a UUID."""
     if isinstance(key, str):
         return key
     if isinstance(key, bool) or not isinstance(key, int | UUID):

@@ -57,5 +57,5 @@ class Reason(StrEnum):
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody asked for it: CANCELLED or STOPPED; all others are errors to a log."""
+        """Whether a person or program asked for it: CANCELLED or STOPPED; all others are errors to a log."""
         return self in (Reason.CANCELLED, Reason.STOPPED)

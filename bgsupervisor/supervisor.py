@@ -358,7 +358,7 @@ class Supervisor:
         log.info("%s: admitting nothing more, %d running", why, len(running))
         suspended = [str(ward.attempt.id) for ward in running if ward.attempt is not None and ward.suspension.lasts]
         if suspended and mode == "drain":
-            log.warning("suspended, and waited for until somebody resumes or cancels them: %s", ", ".join(suspended))
+            log.warning("waiting for suspended tasks until they are resumed or cancelled: %s", ", ".join(suspended))
 
     def _heed_stop_mark(self) -> None:
         """Do what `bgsupervisor stop` asks for, and take it back when `bgsupervisor start` has lifted the mark."""
@@ -676,7 +676,7 @@ class Supervisor:
         self._look = self._look or DUE in outcome.keys
 
     def _set_aside(self, due: Due, *, struck: bool) -> None:
-        """Tell of a row that cannot be read; look at it no more if its end could not be written."""
+        """Log a row that cannot be read; pass it over from now on if its end could not be written."""
         log.error("task %d (%s) cannot run: its row cannot be read: %s", due.id, due.name, due.flaw)
         if not struck:
             if len(self._put_aside) >= PUT_ASIDE_MAX:

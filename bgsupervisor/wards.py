@@ -31,7 +31,7 @@ __all__ = ["Order", "Stage", "Ward", "Wards"]
 
 
 STRANGER_S = 10.0
-"""How long a process that only a row names may take to prove that it is a child of ours."""
+"""How long a process that only a row names has to prove that it is a child of ours, in seconds."""
 
 
 class Stage(enum.IntEnum):
@@ -94,7 +94,7 @@ class Ward:
         suspension: Whether it does, and how long it has.
         suspension_unsaved: The row does not have that yet; what is to stop is stopped after the commit.
         question: Its stack was asked for, because its time is up.
-        question_by: So long an answer is waited for.
+        question_by: Until when its answer is awaited.
         stack: What it answered.
     """
 
@@ -152,7 +152,7 @@ class Ward:
 
     @property
     def never_told(self) -> bool:
-        """Whether it has surely not read its order to run whole, and never will."""
+        """Whether it surely did not read its order to run whole, and never will."""
         if self.run_place is None or self.peer is None or self.connected:
             return False
         channel = self.peer.channel
@@ -234,14 +234,14 @@ class Wards:
         return ward
 
     def vouch_for(self, whos: Iterable[Who]) -> None:
-        """Take processes for children of ours: they dialled the control socket, or a fork server of ours names them."""
+        """Note that processes are children of ours: they dialled, or a fork server of ours names them."""
         for who in whos:
             self._named.add(who)
             if who in self._all:
                 self._all[who].vouched = True
 
     def recognise(self, ward: Ward) -> None:
-        """See whether a process that a row names is a child of ours: vouched for, or its log stands among ours."""
+        """Vouch for a process that a row names if a fork server named it, it dialled, or its log is among ours."""
         ward.vouched = ward.vouched or ward.who in self._named or logs.is_own(self.log_of(ward))
 
     def is_stranger(self, ward: Ward) -> bool:

@@ -215,7 +215,7 @@ def test_stop_drain_names_what_it_waits_for_and_what_is_suspended(app):
         f"suspended, and not going to end: {still.id} (appx:until); `bgsupervisor resume {still.id}` lets it go on"
     )
     assert told.stderr.count(sentence) == 2
-    assert f"suspended, and waited for until somebody resumes or cancels them: {still.id}" in supervisor.log
+    assert f"waiting for suspended tasks until they are resumed or cancelled: {still.id}" in supervisor.log
     (app.folder / "end").touch()
     app.service.resume(still.id)
     assert app.cli("stop", "--drain").returncode == 0

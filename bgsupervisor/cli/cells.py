@@ -111,7 +111,7 @@ class Facts:
         )
 
     def is_unresponsive(self, record: TaskRecord) -> bool:
-        """Tell whether a supervisor listens, can write, and has not heard a running child for too long."""
+        """Whether a supervisor listens, can write, and has not heard a running child for too long."""
         return bool(self.watch.alive) and self._silence(record) is not None
 
     def derived(self, record: TaskRecord) -> dict[str, Any]:

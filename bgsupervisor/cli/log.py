@@ -125,7 +125,7 @@ class _Followed:
         return None if self._record is None else log_path(self._service, self._record, self._attempt)
 
     def ended(self) -> bool:
-        """Tell whether nothing more will be written.
+        """Return whether nothing more will be written.
 
         Raises:
             DatabaseError: The database file was deleted or replaced.
@@ -146,7 +146,7 @@ class _Followed:
         return record.ended or record.attempt == self._attempt
 
     def _is_abandoned(self, record: TaskRecord, now: float) -> bool:
-        """Tell whether the task's process is dead, and no supervisor is there to record that."""
+        """Return whether the task's process is dead, and no supervisor is there to record that."""
         named = (record.boot_id, record.pid_ns, record.pid, record.start_ticks)
         identity = None if None in named else ProcessIdentity(record.host or "", *named)  # type: ignore[arg-type]
         if identity is None or processes.verdict(identity) is not Verdict.DEAD:

@@ -29,9 +29,9 @@ LEAVE_WAIT_S = 30.0
 """A supervisor leaves within one pass; this much later it hangs."""
 DRAIN_WAIT_S = 3600.0
 FIRST_REMINDER_S = 1.0
-"""What still runs is said after so long, in seconds."""
+"""Wait before the first report of what still runs, in seconds."""
 REMIND_S = 60.0
-"""And again so often, in seconds."""
+"""Interval between further reports, in seconds."""
 NAMES_SHOWN = 10
 """The most tasks that one line names."""
 RELOAD_WAIT_S = 120.0

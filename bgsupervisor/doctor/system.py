@@ -67,7 +67,7 @@ def clock(scene: Scene) -> Iterator[Told]:
 
 
 def user(scene: Scene) -> Iterator[Told]:  # noqa: ARG001 - the shape of a check
-    """Tell which user supervises; that it is root is worth knowing."""
+    """Report which user supervises, and that it is root."""
     if os.geteuid() == 0:
         yield note(AS_ROOT)
     else:
