@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.errors import (
         AccessError,
         AlreadyLive,
@@ -37,10 +38,9 @@ if TYPE_CHECKING:
         UnsupportedSystem,
         WaitTimeout,
     )
-    from bgsupervisor.models import TaskRecord
-    from bgsupervisor.service import Handle, Service
+    from bgsupervisor.service import Service
     from bgsupervisor.statuses import Reason, Status
-    from bgsupervisor.tasks import Task, current, task
+    from bgsupervisor.tasks import Handle, Task, current, task
 
 __version__ = "0.1.0"
 
@@ -85,10 +85,10 @@ __all__ = [
 ]
 
 _ROOMS = {
-    **dict.fromkeys(("Handle", "Service"), "service"),
+    "Service": "service",
     **dict.fromkeys(("Reason", "Status"), "statuses"),
-    **dict.fromkeys(("Task", "current", "task"), "tasks"),
-    "TaskRecord": "models",
+    **dict.fromkeys(("Handle", "Task", "current", "task"), "tasks"),
+    "TaskRecord": "database.store",
 }
 """Where a name lives, if not in errors."""
 

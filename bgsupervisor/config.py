@@ -1,11 +1,9 @@
-"""Configuration: found, read, checked; the only room that reads the environment.
+"""Configuration: found, read, checked.
 
 A value comes from the first that has one: argument or flag, environment (BGSUPERVISOR_<KEY>, then the same names
 in `env_file`), file, default. Paths are made absolute against the configuration file's folder and never resolved
 through symlinks, so that a `current` link to the newest release stays one.
 """
-
-# ruff: noqa: TID251 - this is the room that reads the environment
 
 from __future__ import annotations
 
@@ -15,15 +13,17 @@ import os
 import re
 import stat
 import tomllib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from bgsupervisor.clock import read_time_zone
+from bgsupervisor import environment
+from bgsupervisor.environment import working_folder
 from bgsupervisor.errors import AccessError, ConfigError
-from bgsupervisor.statedir import access_error, own_user, user_name
+from bgsupervisor.system.files import access_error
+from bgsupervisor.system.users import own_user, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -36,21 +36,13 @@ __all__ = [
     "dangers",
     "distrust",
     "env_file_values",
-    "environment",
     "is_postgres",
     "load",
-    "mark_tests",
     "masked",
     "remarks",
-    "restore_environment",
     "shown",
     "sqlite_path",
-    "take_notify_socket",
     "template",
-    "tests_of",
-    "variable",
-    "wants_no_colour",
-    "working_folder",
 ]
 
 FILE_NAME = "bgsupervisor.toml"
@@ -69,8 +61,6 @@ _HOW_POSTGRES = "write postgresql://user:password@host/database, with what is sp
 _INVENTED = re.compile(r"BGSUPERVISOR_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 """What Kubernetes sets for a service that is called bgsupervisor:
 https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables"""
-_TESTS_VARIABLE = "_BGSUPERVISOR_TESTS"
-"""Holds PID and folder of a process that runs tests; a program started there has another parent, and ignores it."""
 _CLOSE = 0.75
 """From this ratio of difflib on another name is offered: SLOTS for SLOT, but not HOST for PORT."""
 _SHOWN_CHARACTERS = 60
@@ -431,7 +421,7 @@ def load(
 
     Blocks for reading two small files at most. Changes nothing.
     """
-    environ = os.environ if environ is None else environ
+    environ = environment.variables() if environ is None else environ
     named = path or environ.get(CONFIG_VARIABLE)
     file, base_dir = _locate(named, cwd, environ, any_owner=any_owner)
     sources = _sources(file, base_dir, flags=flags or {}, environ=environ, database=database)
@@ -519,7 +509,7 @@ def remarks(config: Config, *, environ: Mapping[str, str] | None = None, cwd: Pa
 
     Blocks for reading the configuration files upwards from the working folder, and `env_file`.
     """
-    environ = os.environ if environ is None else environ
+    environ = environment.variables() if environ is None else environ
     found = [*_unknown_variables(environ, "the environment")]
     with suppress(ConfigError):  # whether it can be read was checked when it was loaded; it may have changed since
         found += _unknown_variables(env_file_values(config), str(config.env_file))
@@ -684,26 +674,6 @@ def _locate(
     return found, found.parent if found else start
 
 
-def working_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Return the working folder, by the name that the shell knows it under where that is true.
-
-    Raises:
-        ConfigError: It is gone or cannot be read.
-    """
-    environ = os.environ if environ is None else environ
-    named = Path(os.path.normpath(environ.get("PWD", "")))
-    with suppress(OSError):
-        if named.is_absolute() and named.samefile("."):
-            return named
-    try:
-        return Path.cwd()
-    except OSError as error:
-        raise ConfigError(
-            f"the working folder is gone or cannot be read ({error.strerror}); "
-            f"change to another, or name the configuration with --config or {CONFIG_VARIABLE} and an absolute path"
-        ) from error
-
-
 def _search(start: Path, *, any_owner: bool) -> Path | None:
     """Return the nearest configuration file, looking upwards from *start*; an untrusted one is refused unread."""
     for folder in (start, *start.parents):
@@ -860,64 +830,6 @@ def env_file_values(config: Config) -> dict[str, str]:
     return _parse_env(config.env_file) if config.env_file else {}
 
 
-def take_notify_socket() -> str | None:
-    """Take the service manager's socket out of the environment, where bodies would inherit it; None without one."""
-    for name in ("WATCHDOG_PID", "WATCHDOG_USEC"):
-        os.environ.pop(name, None)
-    return os.environ.pop("NOTIFY_SOCKET", None) or None
-
-
-def environment() -> dict[str, str]:
-    """Return the environment variables of this process."""
-    return dict(os.environ)
-
-
-@contextmanager
-def variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable of this process while the block runs."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
-
-
-def restore_environment(wanted: Mapping[str, str]) -> None:
-    """Replace the environment variables of this process, and read its time zone anew, if any differs."""
-    if os.environ == wanted:
-        return
-    os.environ.clear()
-    os.environ.update(wanted)
-    read_time_zone()
-
-
-def mark_tests(folder: Path | None) -> None:
-    """Say in the environment that this process is isolated for tests, which multiprocessing's children of it read.
-
-    Args:
-        folder: Where the tests keep what they need on disk; None takes the mark away.
-    """
-    if folder is None:
-        os.environ.pop(_TESTS_VARIABLE, None)
-    else:
-        os.environ[_TESTS_VARIABLE] = f"{os.getpid()}:{folder}"
-
-
-def tests_of(pid: int) -> Path | None:
-    """Return the folder of the tests that the process *pid* runs; None if it has not marked our environment."""
-    marked, _, folder = os.environ.get(_TESTS_VARIABLE, "").partition(":")
-    return Path(folder) if marked == str(pid) else None
-
-
-def wants_no_colour() -> bool:
-    """Return whether the user wants text without colours everywhere (https://no-color.org)."""
-    return bool(os.environ.get("NO_COLOR"))
-
-
 def apply_env_file(config: Config) -> None:
     """Put what `env_file` says into this process's environment; variables that are set already stay.
 
@@ -926,7 +838,7 @@ def apply_env_file(config: Config) -> None:
         AccessError: This user may not read it.
     """
     for key, value in env_file_values(config).items():
-        os.environ.setdefault(key, value)
+        environment.set_default(key, value)
 
 
 def _parse_env(file: Path) -> dict[str, str]:

@@ -22,7 +22,10 @@ from uuid import UUID
 import peewee
 
 from bgsupervisor import payload, tasks
-from bgsupervisor.config import is_postgres, load, tests_of
+from bgsupervisor.catalogue import SUPERVISOR_SILENT_S, Catalogue, Known, listed
+from bgsupervisor.config import is_postgres, load
+from bgsupervisor.database.store import Store
+from bgsupervisor.environment import tests_of
 from bgsupervisor.errors import (
     BgSupervisorError,
     ConfigError,
@@ -35,25 +38,25 @@ from bgsupervisor.errors import (
     UnknownTaskName,
     WaitTimeout,
 )
-from bgsupervisor.ledger import Ledger, Request
-from bgsupervisor.models import Store
-from bgsupervisor.names import SUPERVISOR_SILENT_S, Catalogue, Known, listed
-from bgsupervisor.statedir import StateDir, send_datagram
+from bgsupervisor.ipc.sockets import send_datagram
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.transitions import Ledger, Request
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.tasks import Handle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from bgsupervisor.borrowed import Lending
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.models import TaskRecord
-    from bgsupervisor.processes import ProcessHandle
+    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.external import Lending
+    from bgsupervisor.system.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
     Key = str | int | UUID
 
-__all__ = ["Handle", "Service"]
+__all__ = ["Service"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -81,17 +84,6 @@ NAME_WARN_S = 60.0
 """Least interval between two warnings of one unknown name, in seconds."""
 NAMES_WARNED_MAX = 1000
 """Limit of the names whose last warning is remembered."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Handle:
-    """A requested task: its id, and whether this request created it (False: a live twin holds the unique key)."""
-
-    id: int
-    created: bool = True
-
-    def __int__(self) -> int:
-        return self.id
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
@@ -352,7 +344,7 @@ class Service:
         if backing.lend is not None:
             yield backing.lend(connection)
             return
-        from bgsupervisor.borrowed import Lending  # noqa: PLC0415 - only who lends a connection pays for it
+        from bgsupervisor.ledger.external import Lending  # noqa: PLC0415 - only who lends a connection pays for it
 
         if self._lending is None:
             self._lending = Lending(self._store, self._config.table_prefix, self._clock)
@@ -461,7 +453,7 @@ class Service:
 
         Blocks for at most 5 s, usually for 0.1 s.
         """
-        from bgsupervisor import stacks  # noqa: PLC0415 - only on Linux, and a web process seldom asks
+        from bgsupervisor.system import stacks  # noqa: PLC0415 - only on Linux, and a web process seldom asks
 
         record = self._known(task)
         with self._process_of(record) as handle:
@@ -577,7 +569,7 @@ class Service:
 
     def _process_of(self, record: TaskRecord) -> ProcessHandle:
         """Return the process of a running task. Raises NoStack where it cannot be had."""
-        from bgsupervisor import processes  # noqa: PLC0415 - as above
+        from bgsupervisor.system import processes  # noqa: PLC0415 - as above
 
         if record.status is not Status.START:
             kept = f"; `bgsupervisor show {record.id}` has what was kept when its time was up" if record.stack else ""
@@ -616,7 +608,7 @@ class Service:
 
         Root could ask any process, and the row that names it may be anybody's who writes the database.
         """
-        from bgsupervisor import logs, processes  # noqa: PLC0415 - a web process seldom asks
+        from bgsupervisor.system import logs, processes  # noqa: PLC0415 - a web process seldom asks
 
         folder = StateDir(self.config.state_dir)
         log = logs.process_log(folder.logs, pid, start_ticks)

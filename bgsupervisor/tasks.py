@@ -20,21 +20,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec,
 
 from bgsupervisor import lookalikes
 from bgsupervisor.errors import NotInTask, TaskDefinitionError
+from bgsupervisor.ipc.messages import TaskOptions
 from bgsupervisor.payload import Signature
-from bgsupervisor.wire import TaskOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Self, TypeAlias
 
-    from bgsupervisor.service import Handle
-
-    Awaited: TypeAlias = Handle | int
 
 __all__ = [
     "Context",
     "Definition",
     "FunctionTask",
+    "Handle",
     "Task",
     "current",
     "definition_of",
@@ -49,6 +47,21 @@ T = TypeVar("T")
 
 MAX_TIMEOUT_S = 10 * 365 * 86_400.0
 PERMITS_MAX = 10_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Handle:
+    """A requested task: its id, and whether this request created it (False: a live twin holds the unique key)."""
+
+    id: int
+    created: bool = True
+
+    def __int__(self) -> int:
+        return self.id
+
+
+if TYPE_CHECKING:
+    Awaited: TypeAlias = Handle | int
 
 
 class Context:

@@ -17,10 +17,13 @@ import psutil
 import pytest
 
 import bgsupervisor
-from bgsupervisor import Service, processes, tasks
-from bgsupervisor.models import Store
-from bgsupervisor.processes import ProcessIdentity, Verdict
-from bgsupervisor.statedir import StateDir, bind, open_dir
+from bgsupervisor import Service, tasks
+from bgsupervisor.database.store import Store
+from bgsupervisor.ipc.sockets import bind
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.system import processes
+from bgsupervisor.system.files import open_dir
+from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from torture.database import Database
 
 LIMIT_S = 15.0

@@ -24,7 +24,7 @@ import psycopg
 import pytest
 from as_user import NOBODY
 
-from bgsupervisor.models import Store
+from bgsupervisor.database.store import Store
 
 PASSWORD = "ge heim@"
 START_LIMIT_S = 30

@@ -26,8 +26,8 @@ from psycopg.rows import dict_row
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from bgsupervisor import Service, Status, Task, clock
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, RequestRefused, UnknownTask
-from bgsupervisor.models import Store
 
 WAIT_S = 20
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import pytest
 
 from bgsupervisor import tasks
-from bgsupervisor.models import SupervisorRecord
-from bgsupervisor.names import Catalogue, Known
+from bgsupervisor.catalogue import Catalogue, Known
+from bgsupervisor.database.store import SupervisorRecord
 
 NOW = datetime(2027, 1, 31, 12, 0, tzinfo=UTC)
 

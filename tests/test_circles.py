@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bgsupervisor.circles import Need, circle
+from bgsupervisor.ledger.cycles import Need, circle
 
 TASKS = range(6)
 # (sources, needed): a source that can bring it about more than once stands there as often.

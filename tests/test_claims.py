@@ -12,12 +12,12 @@ import psycopg
 import pytest
 from conftest import LIMIT_S, only_postgres, wait_until
 
-from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Ledger, Note, Request
-from bgsupervisor.models import Store
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.database.store import Store
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.ledger.waits import Waiter, Waiting
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.waits import Waiter, Waiting
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 LOCK_ROW = "SELECT id FROM bgsupervisor_task WHERE id = %s FOR UPDATE"
 

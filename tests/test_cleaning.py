@@ -19,10 +19,11 @@ import pytest
 from conftest import wait_until
 
 import bgsupervisor
-from bgsupervisor import cleaning, titles
-from bgsupervisor.cleaning import LineFormatter, clean, clean_line_keeping_colours, escaped, quoted
+from bgsupervisor import sanitize
 from bgsupervisor.cli import main
-from bgsupervisor.notify import Notifier
+from bgsupervisor.sanitize import LineFormatter, clean, clean_line_keeping_colours, escaped, quoted
+from bgsupervisor.system import titles
+from bgsupervisor.system.sd_notify import Notifier
 
 SOURCE = r"""
     import time
@@ -288,4 +289,4 @@ def test_cleaning_is_loaded_wherever_our_logger_is_used():
     folder = Path(bgsupervisor.__file__).parent
     code = "import bgsupervisor, logging; bgsupervisor.Service; print(logging.getLogger('bgsupervisor').filters)"
     said = subprocess.run([sys.executable, "-c", code], cwd=folder.parent, capture_output=True, text=True, check=True)
-    assert cleaning._Arguments.__name__ in said.stdout
+    assert sanitize._Arguments.__name__ in said.stdout

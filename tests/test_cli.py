@@ -107,7 +107,7 @@ def test_a_listing_imports_neither_the_supervisor_nor_psutil_rich_or_multiproces
         "import sys\n"
         "from bgsupervisor.cli.program import program\n"
         "program.main(['ps'], standalone_mode=False)\n"
-        "print([name for name in ('bgsupervisor.supervisor', 'bgsupervisor.nursery', 'psutil', 'rich', "
+        "print([name for name in ('bgsupervisor.supervisor.loop', 'bgsupervisor.worker.forkserver', 'psutil', 'rich', "
         "'multiprocessing', 'playhouse') if name in sys.modules])\n"
     )
     done = subprocess.run(
@@ -472,7 +472,7 @@ def test_a_run_that_cannot_open_its_database_tells_whoever_started_it(make_app):
 def test_a_crash_is_told_to_whoever_started_it_and_its_traceback_stands_in_the_log(make_app):
     app = make_app(TASKS)
     crash = (
-        "from bgsupervisor.supervisor import Supervisor\n"
+        "from bgsupervisor.supervisor.loop import Supervisor\n"
         "Supervisor.run = lambda self: 1 / 0\n"
         "from bgsupervisor.cli import main\n"
         "main()\n"

@@ -16,8 +16,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from rich.cells import cell_len
 
-from bgsupervisor import processes
-from bgsupervisor.cli import text
+from bgsupervisor.cli.display import text
+from bgsupervisor.system import processes
 
 LIMIT_S = 20.0
 RUNNING = {"status": "START", "pid": 4711, "start_ticks": 1, "slot": 3}

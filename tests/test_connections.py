@@ -18,7 +18,7 @@ from conftest import wait_until
 from test_framework_docs import files_of
 
 from bgsupervisor import Status
-from bgsupervisor.connections import Imports
+from bgsupervisor.worker.shared_connections import Imports
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.of_sqlite]
 

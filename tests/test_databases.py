@@ -24,9 +24,10 @@ from conftest import wait_until
 from playhouse import migrations as _loaded_for_nobody  # noqa: F401 - another user may be unable to read it
 
 import bgsupervisor
-from bgsupervisor import Service, Status, migrations
+from bgsupervisor import Service, Status
+from bgsupervisor.database import migrations
+from bgsupervisor.database.store import Store, roll_back_abandoned
 from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
-from bgsupervisor.models import Store, roll_back_abandoned
 from bgsupervisor.statuses import Reason
 
 pytestmark = pytest.mark.of_sqlite  # its file; tests/test_postgres.py is the same of PostgreSQL
@@ -651,7 +652,7 @@ def test_a_path_that_cannot_be_looked_at_is_not_taken_for_a_replaced_file(make_a
     hides = app.folder / "sitecustomize.py"
     hides.write_text(
         "import pathlib\n"
-        "from bgsupervisor.models import Store\n"
+        "from bgsupervisor.database.store import Store\n"
         "def inode(self, inode=Store.inode):\n"
         "    return None if pathlib.Path('hidden').exists() else inode(self)\n"
         "Store.inode = inode\n"
@@ -733,7 +734,7 @@ CREATOR = """
 import sys
 from bgsupervisor import Service
 service = Service(sys.argv[1])
-import bgsupervisor.migrations, playhouse.migrations
+import bgsupervisor.database.migrations, playhouse.migrations
 print("ready", flush=True)
 input()
 print(service.request("a:b").id, flush=True)

@@ -21,7 +21,8 @@ from click.testing import CliRunner
 from conftest import LIMIT_S, App, Supervising, wait_until
 
 from bgsupervisor import Status
-from bgsupervisor.cli import cron, entries, systemd
+from bgsupervisor.cli import service_files
+from bgsupervisor.cli.commands import cron, systemd
 from bgsupervisor.cli.program import program
 from bgsupervisor.errors import AccessError, ConfigError
 
@@ -102,7 +103,7 @@ def command_of(line):
     "word", ["plain", "a b", "100%", "it's", 'say "x"', "$HOME", "back\\slash", "\\%", "a\\%b%c\\"]
 )
 def test_any_word_passes_cron_and_the_shell_unchanged(word):
-    line = f"* * * * * printf %s {entries.cron_quoted(word)}".replace("printf %s", "printf \\%s")
+    line = f"* * * * * printf %s {service_files.cron_quoted(word)}".replace("printf %s", "printf \\%s")
 
     printed = subprocess.run(["sh", "-c", command_of(line)], capture_output=True, text=True, check=True).stdout
 
@@ -224,9 +225,9 @@ def test_systemd_finds_nothing_wrong_with_a_unit_of_odd_paths(tmp_path):
     script = tmp_path / "a b 100%" / "bgsupervisor"
     script.parent.mkdir(parents=True)
     script.symlink_to(shutil.which("true"))
-    found = entries.Installation((str(script),), tmp_path / ODD_NAME / 'say "$x"\\.toml', tmp_path, "root")
+    found = service_files.Installation((str(script),), tmp_path / ODD_NAME / 'say "$x"\\.toml', tmp_path, "root")
 
-    answer = verified(entries.fill(entries.UNIT, found, "root", entries.unit_quoted), tmp_path)
+    answer = verified(service_files.fill(service_files.UNIT, found, "root", service_files.unit_quoted), tmp_path)
 
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
 
@@ -239,7 +240,7 @@ def test_a_program_that_systemd_would_not_start_is_refused(app, tmp_path, monkey
 
 
 def test_the_unit_has_tasks_live_and_the_supervisor_come_back():
-    unit = (ROOT / entries.UNIT).read_text().splitlines()
+    unit = (ROOT / service_files.UNIT).read_text().splitlines()
 
     wanted = (
         "Type=notify NotifyAccess=main WatchdogSec=30 KillMode=process OOMPolicy=continue Restart=always RestartSec=1 "
@@ -250,7 +251,7 @@ def test_the_unit_has_tasks_live_and_the_supervisor_come_back():
 
 
 def test_the_comments_of_an_entry_stay_whole_whoever_supervises(app):
-    for command, template in ((["systemd"], entries.UNIT), (["cron", "--cron-d"], entries.CRON_D)):
+    for command, template in ((["systemd"], service_files.UNIT), (["cron", "--cron-d"], service_files.CRON_D)):
         printed = app.cli(*command, "--user", "alice").stdout.splitlines()
         shipped = (ROOT / template).read_text().splitlines()
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import Supervising, wait_until
 
-from bgsupervisor import Status, descriptors
+from bgsupervisor import Status
+from bgsupervisor.system import descriptors
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.of_sqlite]
 

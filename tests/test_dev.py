@@ -16,11 +16,11 @@ import psutil
 import pytest
 from conftest import LIMIT_S, Supervising, wait_until
 
-from bgsupervisor import portable
-from bgsupervisor.cli.changes import Changes
-from bgsupervisor.cli.following import Lines
+from bgsupervisor.cli.code_changes import Changes
+from bgsupervisor.cli.display.following import Lines
 from bgsupervisor.config import load
-from bgsupervisor.ledger import Ledger, Request
+from bgsupervisor.ledger.transitions import Ledger, Request
+from bgsupervisor.supervisor import portable
 from bgsupervisor.testing import FakeClock
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")

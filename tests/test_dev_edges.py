@@ -14,11 +14,12 @@ import test_dev
 from conftest import LIMIT_S
 from test_portable import ELSEWHERE, develop, elsewhere
 
-from bgsupervisor import portable
 from bgsupervisor.cli import elsewhere as command_elsewhere
-from bgsupervisor.cli.following import Following
+from bgsupervisor.cli.display.following import Following
 from bgsupervisor.config import load
-from bgsupervisor.statedir import Lock, StateDir
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.supervisor import portable
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 __all__ = ["develop", "elsewhere"]

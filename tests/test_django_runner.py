@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from bgsupervisor import Service, statedir
+from bgsupervisor import Service
+from bgsupervisor.ipc import sockets
+from bgsupervisor.system import files
 
 pytest.importorskip("django", reason="Django is not installed; the extra `dev` has it")
 
@@ -151,8 +153,8 @@ def project(tmp_path):
     """A project, with the socket at which its supervisor would be woken."""
     made = Project(tmp_path / "project", tmp_path / "temporary")
     (made.folder / "state").mkdir()
-    directory = statedir.open_dir(made.folder / "state")
-    wake = statedir.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
+    directory = files.open_dir(made.folder / "state")
+    wake = sockets.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
     made.wake = wake
     yield made
     with pytest.raises(BlockingIOError):

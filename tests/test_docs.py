@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bgsupervisor import Reason
 from bgsupervisor.config import OPTIONS
-from bgsupervisor.ledger import TRANSITIONS
+from bgsupervisor.ledger.transitions import TRANSITIONS
 
 ROOT = Path(__file__).parent.parent
 

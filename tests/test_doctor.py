@@ -19,11 +19,13 @@ from click.testing import CliRunner
 from conftest import wait_until
 
 from bgsupervisor import config as configuration
-from bgsupervisor.cli import doctor as command
+from bgsupervisor.cli.commands import doctor as command
 from bgsupervisor.cli.session import Session
-from bgsupervisor.doctor import CHECKS, Grade, Machine, Scene, examine, keepers, limits, system
+from bgsupervisor.doctor import CHECKS, Grade, Machine, Scene, examine, limits, managers, system
 from bgsupervisor.doctor import files as file_checks
-from bgsupervisor.statedir import Lock, StateDir, StopMark, user_name
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.system.users import user_name
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -377,21 +379,21 @@ def touched(scene, seconds):
 
 def test_a_lock_that_is_held_and_touched_passes(held):
     touched(held, 2)
-    passes(keepers.lock, held, f"PID {os.getpid()} holds it, touched 2 s ago")
+    passes(managers.lock, held, f"PID {os.getpid()} holds it, touched 2 s ago")
 
 
 def test_a_lock_that_is_held_and_not_touched_for_a_minute_is_wrong(held):
     touched(held, 61)
-    fails(keepers.lock, held, f"PID {os.getpid()} holds it and has shown no sign of life for 61 s")
+    fails(managers.lock, held, f"PID {os.getpid()} holds it and has shown no sign of life for 61 s")
 
 
 def test_a_lock_that_nobody_holds_is_told_and_not_taken(scene):
-    fails(keepers.lock, scene, "nobody has supervised here yet", Grade.NOTE)
+    fails(managers.lock, scene, "nobody has supervised here yet", Grade.NOTE)
     scene.config.state_dir.mkdir()
     scene.state_dir.lock.write_text('{"pid": 1}')
     touched(scene, 5)
     before = scene.state_dir.lock.stat().st_mtime_ns
-    fails(keepers.lock, scene, "nobody holds it; it was last touched 5 s ago", Grade.NOTE)
+    fails(managers.lock, scene, "nobody holds it; it was last touched 5 s ago", Grade.NOTE)
     assert (scene.state_dir.lock.stat().st_mtime_ns, scene.state_dir.lock.read_text()) == (before, '{"pid": 1}')
 
 
@@ -405,9 +407,9 @@ def test_a_waiter_and_another_files_holder_are_not_the_lock_s(scene, machine):
         f"3: FLOCK  ADVISORY  WRITE 4712 99:99:{inode} 0 EOF\n"
         f"3: -> FLOCK  ADVISORY  WRITE 4711 99:99:{inode} 0 EOF\n"
     )
-    assert keepers.lock_holder(scene) is None
+    assert managers.lock_holder(scene) is None
     (machine.proc / "locks").write_text(f"1: FLOCK  ADVISORY  WRITE 4711 99:99:{inode} 0 EOF\n")
-    assert keepers.lock_holder(scene) == 4711, "a file system that shows another device there"
+    assert managers.lock_holder(scene) == 4711, "a file system that shows another device there"
 
 
 @needs_root
@@ -415,14 +417,14 @@ def test_a_state_directory_that_is_closed_to_this_user_is_noted(scene):
     with open_folder() as folder:
         there = moved(scene, folder / "x.db")
         StateDir(there.config.state_dir).create()
-        assert "user nobody may not look into" in as_nobody(lambda: told(keepers.lock, there))
+        assert "user nobody may not look into" in as_nobody(lambda: told(managers.lock, there))
 
 
 def test_a_stop_is_told_with_who_and_when(scene):
-    passes(keepers.stop_mark, scene)
+    passes(managers.stop_mark, scene)
     scene.config.state_dir.mkdir()
     StopMark("leave", by="jana", at="2030-05-01T11:00:00+00:00").write(scene.state_dir.stop_mark)
-    fails(keepers.stop_mark, scene, "stopped by jana at 2030-05-01T11:00:00+00:00", Grade.NOTE)
+    fails(managers.stop_mark, scene, "stopped by jana at 2030-05-01T11:00:00+00:00", Grade.NOTE)
 
 
 # ---- cron and systemd ----
@@ -447,10 +449,12 @@ def write_unit(scene, more=WHOLE, config=None, name="bgsupervisor.service"):
 
 
 def test_without_an_entry_and_a_supervisor_something_is_wrong(scene):
-    fails(keepers.entry, scene, "neither cron nor systemd was found to start a supervisor, and none has ever been seen")
+    fails(
+        managers.entry, scene, "neither cron nor systemd was found to start a supervisor, and none has ever been seen"
+    )
     seen = replace(scene, seen_at=NOW)
-    fails(keepers.entry, seen, "one was last seen at 2030-05-01T12:00:00+00:00")
-    fails(keepers.entry, replace(seen, alive=True), "neither cron nor systemd was found to bring it back", Grade.NOTE)
+    fails(managers.entry, seen, "one was last seen at 2030-05-01T12:00:00+00:00")
+    fails(managers.entry, replace(seen, alive=True), "neither cron nor systemd was found to bring it back", Grade.NOTE)
 
 
 def test_a_cron_file_that_runs_this_configuration_is_found(scene):
@@ -462,14 +466,14 @@ def test_a_cron_file_that_runs_this_configuration_is_found(scene):
         "* * * * * deploy cd /srv && venv/bin/bgsupervisor run",
     ):
         file.write_text(f"PATH=/bin\n{line}\n")
-        passes(keepers.entry, alive, f"{file}; a supervisor is alive")
+        passes(managers.entry, alive, f"{file}; a supervisor is alive")
     for line in (
         f"# * * * * * deploy /srv/venv/bin/bgsupervisor run --config {scene.config.path}",
         "* * * * * deploy /srv/venv/bin/bgsupervisor run --config /srv/other/bgsupervisor.toml",
         f"* * * * * deploy /srv/venv/bin/bgsupervisor health --config {scene.config.path}",
     ):
         file.write_text(f"{line}\n")
-        fails(keepers.entry, scene, "neither cron nor systemd")
+        fails(managers.entry, scene, "neither cron nor systemd")
 
 
 def test_the_entry_that_the_program_prints_is_found_whatever_the_path(make_app, scene):
@@ -477,40 +481,40 @@ def test_the_entry_that_the_program_prints_is_found_whatever_the_path(make_app, 
     printed = app.cli("cron", "--cron-d").stdout
     (scene.machine.cron_files[0] / "tasks").write_text(printed)
     there = replace(scene, config=configuration.load(app.config, environ={}), alive=True)
-    passes(keepers.entry, there, "tasks; a supervisor is alive")
+    passes(managers.entry, there, "tasks; a supervisor is alive")
 
 
 def test_the_unit_that_the_program_prints_is_found_and_whole(make_app, scene):
     app = make_app("", name="50% $HOME")
     (scene.machine.unit_folders[0] / "bgsupervisor.service").write_text(app.cli("systemd").stdout)
     there = replace(scene, config=configuration.load(app.config, environ={}), alive=True)
-    passes(keepers.entry, there, "bgsupervisor.service; a supervisor is alive")
-    passes(keepers.unit, there, "KillMode=process, OOMPolicy=continue")
+    passes(managers.entry, there, "bgsupervisor.service; a supervisor is alive")
+    passes(managers.unit, there, "KillMode=process, OOMPolicy=continue")
 
 
 def test_a_users_crontab_is_found(scene):
     program = Path(scene.machine.crontab)
     program.write_text(f"#!/bin/sh\necho '* * * * * bgsupervisor run --config {scene.config.path}'\n")
     program.chmod(0o755)
-    passes(keepers.entry, replace(scene, alive=True), f"the crontab of {user_name(os.geteuid())}")
+    passes(managers.entry, replace(scene, alive=True), f"the crontab of {user_name(os.geteuid())}")
 
 
 def test_an_entry_without_a_supervisor_is_wrong_unless_it_was_stopped(scene):
     path = write_unit(scene)
-    fails(keepers.entry, replace(scene, seen_at=NOW), f"{path}, but no supervisor is alive")
+    fails(managers.entry, replace(scene, seen_at=NOW), f"{path}, but no supervisor is alive")
     scene.config.state_dir.mkdir()
     StopMark("leave", by="jana", at="now").write(scene.state_dir.stop_mark)
-    passes(keepers.entry, scene, str(path))
+    passes(managers.entry, scene, str(path))
 
 
 def test_a_unit_that_kills_all_at_a_restart_is_wrong(scene):
-    passes(keepers.unit, scene, "no unit")
+    passes(managers.unit, scene, "no unit")
     write_unit(scene, "OOMPolicy=continue")
-    fails(keepers.unit, scene, "has KillMode=control-group: each restart of it kills the tasks; set KillMode=process")
+    fails(managers.unit, scene, "has KillMode=control-group: each restart of it kills the tasks; set KillMode=process")
     write_unit(scene, f"{WHOLE}\nKillMode=mixed")
-    fails(keepers.unit, scene, "has KillMode=mixed")
+    fails(managers.unit, scene, "has KillMode=mixed")
     write_unit(scene, "# KillMode=mixed\n" + WHOLE)
-    passes(keepers.unit, scene)
+    passes(managers.unit, scene)
 
 
 def test_the_word_of_a_drop_in_counts(scene):
@@ -518,25 +522,25 @@ def test_the_word_of_a_drop_in_counts(scene):
     folder = path.with_name(f"{path.name}.d")
     folder.mkdir()
     (folder / "override.conf").write_text("[Service]\nKillMode=control-group\n")
-    fails(keepers.unit, scene, "has KillMode=control-group")
+    fails(managers.unit, scene, "has KillMode=control-group")
 
 
 def test_a_unit_that_counts_a_tasks_memory_as_its_own_is_noted(scene):
     write_unit(scene, "KillMode=process")
-    fails(keepers.unit, scene, "has OOMPolicy=stop", Grade.NOTE)
+    fails(managers.unit, scene, "has OOMPolicy=stop", Grade.NOTE)
 
 
 def test_a_unit_with_too_few_processes_is_wrong(scene):
     write_unit(scene, f"{WHOLE}\nTasksMax=32")
-    fails(keepers.unit, scene, "has TasksMax=32; 16 slots need 64")
+    fails(managers.unit, scene, "has TasksMax=32; 16 slots need 64")
     write_unit(scene, f"{WHOLE}\nTasksMax=infinity")
-    passes(keepers.unit, scene)
+    passes(managers.unit, scene)
 
 
 def test_other_units_are_left_alone(scene):
     write_unit(scene, "KillMode=control-group", config="/srv/other/bgsupervisor.toml")
     (scene.machine.unit_folders[0] / "web.service").write_text("[Service]\nExecStart=/usr/bin/gunicorn run\n")
-    passes(keepers.unit, scene, "no unit of systemd is used")
+    passes(managers.unit, scene, "no unit of systemd is used")
 
 
 # ---- all together ----

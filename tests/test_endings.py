@@ -13,8 +13,8 @@ import psutil
 import pytest
 from conftest import App, wait_until
 
-from bgsupervisor import linux, processes
 from bgsupervisor.errors import Interrupted
+from bgsupervisor.system import processes, syscalls
 
 BODIES = """
 import contextlib, ctypes, os, signal, subprocess, sys, time
@@ -907,7 +907,7 @@ def kernel_tells_exits():
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], {})
     pidfd = os.pidfd_open(pid)
     os.waitpid(pid, 0)
-    told = linux.pidfd_exit(pidfd)
+    told = syscalls.pidfd_exit(pidfd)
     os.close(pidfd)
     return told is not None
 

@@ -13,7 +13,7 @@ from bgsupervisor.cli import main
 from bgsupervisor.cli.program import program
 from bgsupervisor.config import OPTIONS
 from bgsupervisor.errors import RequestRefused
-from bgsupervisor.wire import TaskOptions
+from bgsupervisor.ipc.messages import TaskOptions
 
 TASK_OPTIONS = {
     "name": "every-option",

@@ -26,16 +26,16 @@ from conftest import LIMIT_S, App, wait_until
 from users import DEPLOY, their_python  # noqa: F401 - a fixture
 
 import bgsupervisor
-from bgsupervisor import processes
-from bgsupervisor.boards import Boards
 from bgsupervisor.clock import AttendedClock, SystemClock
-from bgsupervisor.ledger import Attempt
-from bgsupervisor.nurseries import FORK_S
-from bgsupervisor.processes import Verdict
-from bgsupervisor.reception import Reception
-from bgsupervisor.recovery import Recovery
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.forkservers import FORK_S
+from bgsupervisor.supervisor.recovery import Recovery
+from bgsupervisor.supervisor.wait_manager import Boards
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import Verdict
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and mount")
@@ -256,7 +256,7 @@ def test_a_body_that_lets_nobody_else_run_is_unresponsive_and_not_dead(make_app)
 def test_a_kill_for_which_the_tree_cannot_be_seen_reaches_the_body_all_the_same(make_app):
     app = make_app(TASKS, grace_s=0.2)
     (app.folder / "sitecustomize.py").write_text(
-        "from bgsupervisor import processes\n"
+        "from bgsupervisor.system import processes\n"
         "def signal_tree(handle, number):\n"
         "    raise OSError(24, 'Too many open files')\n"
         "processes.signal_tree = signal_tree\n"

@@ -19,14 +19,22 @@ from as_user import NOBODY, as_nobody, needs_root, open_folder
 from conftest import wait_until
 from users import COMMON, WEB, as_user, ask_as, their_python
 
-from bgsupervisor import Service, Status, board, exits, gate, housekeeping, logs
+from bgsupervisor import Service, Status
 from bgsupervisor.config import load
-from bgsupervisor.coordination import Bell
+from bgsupervisor.database import connection_limit
 from bgsupervisor.doctor import Grade, Machine, Scene, files, system
 from bgsupervisor.errors import AccessError
-from bgsupervisor.stamp import Stamp, write_stamp
-from bgsupervisor.statedir import Lock, NotOwnFile, StateDir, StopMark, connect, open_dir, open_own, open_own_dir
-from bgsupervisor.wire import Exited, Who
+from bgsupervisor.ipc import exit_journal
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.messages import Exited, Who
+from bgsupervisor.ipc.sockets import connect
+from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.supervisor import housekeeping
+from bgsupervisor.system import logs
+from bgsupervisor.system.files import NotOwnFile, open_dir, open_own, open_own_dir
+from bgsupervisor.system.fingerprint import Stamp, write_stamp
+from bgsupervisor.worker import wait_manager
+from bgsupervisor.worker.coordination import Bell
 
 __all__ = ["their_python"]
 
@@ -144,11 +152,11 @@ def take_lock_over(state):
 
 
 def write_exit(state):
-    exits.write(state.nursery_path(1, 1), Exited(who=Who(2, 2), exit_code=0, signal=None))
+    exit_journal.write(state.nursery_path(1, 1), Exited(who=Who(2, 2), exit_code=0, signal=None))
 
 
 def keep_exits(state):
-    exits.keep(state.nursery_path(1, 1), [])
+    exit_journal.keep(state.nursery_path(1, 1), [])
 
 
 def rotate_log(state):
@@ -157,7 +165,7 @@ def rotate_log(state):
 
 
 def go_through_the_gate(state):
-    with gate.Gate(state.path).inside(1.0):
+    with connection_limit.Gate(state.path).inside(1.0):
         pass
 
 
@@ -168,14 +176,14 @@ WRITERS = {
     ".stopped.PID": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
     "code.stamp": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
     ".code.stamp.PID": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
-    "authkey": lambda state: board.make_key(state.path),
-    ".authkey.PID": lambda state: board.make_key(state.path),
+    "authkey": lambda state: wait_manager.make_key(state.path),
+    ".authkey.PID": lambda state: wait_manager.make_key(state.path),
     "nursery-1-1": write_exit,
     "nursery-1-1 kept": keep_exits,
     "logs/supervisor.log": lambda state: os.close(logs.open_for_append(state.own_log)),
     "logs/supervisor.log.1": rotate_log,
     "logs/process-1-1.log": lambda state: logs.bound(state.logs / "process-1-1.log", 16384),
-    **{f"database-{number}": go_through_the_gate for number in range(gate.PLACES)},
+    **{f"database-{number}": go_through_the_gate for number in range(connection_limit.PLACES)},
 }
 
 
@@ -197,12 +205,12 @@ def test_no_writer_follows_a_planted_link(tmp_path, name):
 @needs_root
 def test_exits_of_another_users_record_are_no_exits(tmp_path):
     record = tmp_path / "nursery-1-1"
-    exits.write(record, Exited(who=Who(2, 2), exit_code=0, signal=None))
-    assert list(exits.read(record)) == [Who(2, 2)]
+    exit_journal.write(record, Exited(who=Who(2, 2), exit_code=0, signal=None))
+    assert list(exit_journal.read(record)) == [Who(2, 2)]
 
     os.chown(record, NOBODY, NOBODY)
 
-    assert exits.read(record) == {}
+    assert exit_journal.read(record) == {}
 
 
 def test_a_file_that_is_not_ones_own_is_told_with_what_to_do(tmp_path):
@@ -367,9 +375,9 @@ except (EOFError, ConnectionError) as error:
 
 
 @pytest.fixture
-def wait_manager(folder):
+def root_manager(folder):
     """A wait manager of root's in a state directory that every user may enter; yields the directory."""
-    code = "import sys; from pathlib import Path; from bgsupervisor.board import main; main(Path(sys.argv[1]))"
+    code = "import sys, pathlib; from bgsupervisor.worker import wait_manager as m; m.main(pathlib.Path(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, folder])
     try:
         wait_until((folder / "board.sock").exists, "it listens")
@@ -379,24 +387,24 @@ def wait_manager(folder):
         process.wait(10)
 
 
-def test_a_bell_of_the_same_user_is_answered(wait_manager):
-    bell = Bell(wait_manager)
+def test_a_bell_of_the_same_user_is_answered(root_manager):
+    bell = Bell(root_manager)
 
     assert bell.seen(["task:1"]) == [0]
     bell.drop()
 
 
 @needs_root
-def test_board_key_and_socket_open_to_all_run_nobodys_pickle(wait_manager, their_python):
+def test_board_key_and_socket_open_to_all_run_nobodys_pickle(root_manager, their_python):
     python, environment = their_python
-    ran = wait_manager.parent / "ran"
-    wait_manager.chmod(0o777)
-    (wait_manager / "authkey").chmod(0o666)
-    (wait_manager / "board.sock").chmod(0o777)
+    ran = root_manager.parent / "ran"
+    root_manager.chmod(0o777)
+    (root_manager / "authkey").chmod(0o666)
+    (root_manager / "board.sock").chmod(0o777)
 
-    told = ask_as(WEB, [python, "-c", DIAL, wait_manager, ran], environment=environment)
+    told = ask_as(WEB, [python, "-c", DIAL, root_manager, ran], environment=environment)
     control = subprocess.run(
-        [sys.executable, "-c", DIAL, wait_manager, ran.with_name("control")], capture_output=True, check=True
+        [sys.executable, "-c", DIAL, root_manager, ran.with_name("control")], capture_output=True, check=True
     )
 
     assert (told.stdout, told.stderr) == ("hung up\n", "")
@@ -457,7 +465,7 @@ def test_bell_dials_no_board_of_another_user(folder, key, state, their_python):
 @needs_root
 def test_own_listener_closes_the_connection_of_another_user(folder, their_python):
     python, environment = their_python
-    listener = board.OwnListener(folder / "board.sock", 16)
+    listener = wait_manager.OwnListener(folder / "board.sock", 16)
     assert mode_of(folder / "board.sock") == 0o600
     (folder / "board.sock").chmod(0o777)
 
@@ -489,7 +497,7 @@ def test_own_listener_is_closed_to_others_before_it_listens(tmp_path, monkeypatc
 
     monkeypatch.setattr(socket.socket, "listen", note_and_listen)
 
-    board.OwnListener(tmp_path / "board.sock", 16).close()
+    wait_manager.OwnListener(tmp_path / "board.sock", 16).close()
 
     assert modes == [0o600]
 
@@ -522,10 +530,10 @@ def test_connect_to_another_users_socket_raises(folder, their_python):
 
 
 def test_make_key_writes_a_new_key_each_time(tmp_path):
-    first, second = board.make_key(tmp_path), board.make_key(tmp_path)
+    first, second = wait_manager.make_key(tmp_path), wait_manager.make_key(tmp_path)
 
     directory = open_dir(tmp_path)
-    assert first != second == board.read_key(directory)
+    assert first != second == wait_manager.read_key(directory)
     assert [(path.name, mode_of(path)) for path in tmp_path.iterdir()] == [("authkey", 0o600)]
     os.close(directory)
 
@@ -535,7 +543,7 @@ def test_make_key_on_a_full_disk_raises_and_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # Python ignores SIGXFSZ
     try:
         with pytest.raises(OSError, match="File too large"):
-            board.make_key(tmp_path)
+            wait_manager.make_key(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -548,7 +556,7 @@ def test_read_key_that_is_not_whole_raises(tmp_path, key):
     directory = open_dir(tmp_path)
 
     with pytest.raises(OSError, match="no whole key"):
-        board.read_key(directory)
+        wait_manager.read_key(directory)
 
     os.close(directory)
 

@@ -10,15 +10,15 @@ import time
 import pytest
 from conftest import wait_until
 
-from bgsupervisor import board
-from bgsupervisor.board import KEY_CHARS, RINGS_AT_ONCE, RINGS_PER_S, Bells
 from bgsupervisor.clock import Rate, SystemClock
-from bgsupervisor.reception import RINGS_AT_ONCE as PASSES_AT_ONCE
-from bgsupervisor.reception import RINGS_PER_S as PASSES_PER_S
-from bgsupervisor.reception import Reception
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.waits import EVERYBODY
 from bgsupervisor.statuses import Status
-from bgsupervisor.waits import EVERYBODY
+from bgsupervisor.supervisor.events import RINGS_AT_ONCE as PASSES_AT_ONCE
+from bgsupervisor.supervisor.events import RINGS_PER_S as PASSES_PER_S
+from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.worker import wait_manager
+from bgsupervisor.worker.wait_manager import KEY_CHARS, RINGS_AT_ONCE, RINGS_PER_S, Bells
 
 
 class Steady(SystemClock):
@@ -86,10 +86,10 @@ def test_a_flood_wakes_waiters_a_few_times_a_second():
 @pytest.fixture
 def caretaker(tmp_path, monkeypatch):
     """The thread of a wait manager, with bells of its own, and a way to write to its socket."""
-    monkeypatch.setattr(board, "_bells", Bells())
+    monkeypatch.setattr(wait_manager, "_bells", Bells())
     folder = StateDir(tmp_path / "state")
     folder.create()
-    made = board._Caretaker(folder.path)
+    made = wait_manager._Caretaker(folder.path)
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def say(datagram):
@@ -121,8 +121,8 @@ HOSTILE = [
 def test_a_datagram_that_is_no_ring_ends_no_thread_and_rings_nothing(caretaker, datagram):
     caretaker(datagram)
     caretaker(b'["task:5"]')
-    assert board._bells.seen(["task:5"]) == [1]
-    assert all(len(key) <= KEY_CHARS for key in [*board._bells._counts, *board._bells._left])
+    assert wait_manager._bells.seen(["task:5"]) == [1]
+    assert all(len(key) <= KEY_CHARS for key in [*wait_manager._bells._counts, *wait_manager._bells._left])
 
 
 def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from conftest import wait_until
 
 import bgsupervisor
-from bgsupervisor.cli.traces import folded
+from bgsupervisor.cli.display.traces import folded
 from bgsupervisor.config import Config
 
 CONFIG = Config(base_dir=Path("/srv/app"), tasks=("shop.tasks",), python_path=("/opt/lib/python3/ours",))

@@ -14,13 +14,13 @@ import pytest
 from as_user import as_nobody, needs_root
 from conftest import wait_until
 
-from bgsupervisor import processes, stacks
 from bgsupervisor.clock import AttendedClock, SystemClock
-from bgsupervisor.enforcement import Enforcement
 from bgsupervisor.errors import NoStack
-from bgsupervisor.ledger import Attempt
-from bgsupervisor.wards import Wards
-from bgsupervisor.wire import Who
+from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.supervisor.children import Wards
+from bgsupervisor.supervisor.enforcement import Enforcement
+from bgsupervisor.system import processes, stacks
 
 SOURCE = """
     import time
@@ -58,7 +58,7 @@ def stranger():
 @pytest.fixture
 def answering():
     """A process of this user that can show its stack as a child can."""
-    code = "from bgsupervisor import stacks; stacks.Answering().get_ready(); print(1, flush=True); input()"
+    code = "from bgsupervisor.system import stacks; stacks.Answering().get_ready(); print(1, flush=True); input()"
     with speaking(code) as process:
         yield process
 
@@ -239,7 +239,7 @@ def test_a_question_writes_into_no_file_that_a_process_claims_as_its_bell(tmp_pa
     target.write_text("as it was")
     code = f"""
 import os, signal
-from bgsupervisor import stacks
+from bgsupervisor.system import stacks
 file = os.open({str(target)!r}, os.O_RDONLY)
 memory = os.memfd_create(f"{{stacks.NAME}}.{{file}}.{{os.fstat(file).st_ino}}")
 print(1, flush=True); input()

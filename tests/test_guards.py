@@ -13,22 +13,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import LIMIT_S, wait_until
 
-from bgsupervisor import deaths, processes
 from bgsupervisor.clock import AttendedClock, SystemClock
-from bgsupervisor.enforcement import Enforcement
-from bgsupervisor.ledger import Attempt
-from bgsupervisor.link import Link
-from bgsupervisor.nurseries import Nurseries
-from bgsupervisor.processes import Exit, Verdict
-from bgsupervisor.reception import Peer, Reception
-from bgsupervisor.statedir import StateDir, bind, open_dir
-from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor import Supervisor
-from bgsupervisor.wards import Order, Stage, Ward, Wards
-from bgsupervisor.wire import (
+from bgsupervisor.ipc.channel import Channel
+from bgsupervisor.ipc.messages import (
     Ack,
     Beat,
-    Channel,
     End,
     Ended,
     Exited,
@@ -40,11 +29,26 @@ from bgsupervisor.wire import (
     SlotGranted,
     Who,
 )
+from bgsupervisor.ipc.sockets import bind
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.statuses import Reason
+from bgsupervisor.supervisor import postmortem
+from bgsupervisor.supervisor.children import Order, Stage, Ward, Wards
+from bgsupervisor.supervisor.enforcement import Enforcement
+from bgsupervisor.supervisor.events import Peer, Reception
+from bgsupervisor.supervisor.forkservers import Nurseries
+from bgsupervisor.supervisor.loop import Supervisor
+from bgsupervisor.system import processes
+from bgsupervisor.system.files import open_dir
+from bgsupervisor.system.processes import Exit, Verdict
+from bgsupervisor.worker.connection import Link
 
 SOURCE = """
 import os, signal, time
 from pathlib import Path
-from bgsupervisor import Service, child, current, task
+from bgsupervisor import Service, current, task
+from bgsupervisor.worker import child
 
 HERE = Path(__file__).parent
 
@@ -124,12 +128,12 @@ def test_without_an_exit_nobody_is_called_vanished_before_a_second_look():
     process, identity = living_child()
     try:
         ward = Ward(identity, None, dead_since=10.0)
-        assert deaths.exit_of(ward, None, now=20.0, wait_s=0.5, inherited=False) is None
+        assert postmortem.exit_of(ward, None, now=20.0, wait_s=0.5, inherited=False) is None
         assert ward.dead_since == 20.0
     finally:
         process.kill()
         process.wait()
-    assert deaths.exit_of(ward, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
+    assert postmortem.exit_of(ward, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
 def test_the_nurserys_word_is_waited_for_before_other_evidence():
@@ -137,8 +141,8 @@ def test_the_nurserys_word_is_waited_for_before_other_evidence():
     process.kill()
     process.wait()
     ward = Ward(identity, None, dead_since=10.0)
-    assert deaths.exit_of(ward, None, now=10.4, wait_s=0.5, inherited=False) is None
-    assert deaths.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
+    assert postmortem.exit_of(ward, None, now=10.4, wait_s=0.5, inherited=False) is None
+    assert postmortem.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
 def test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):

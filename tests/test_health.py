@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import wait_until
 
-from bgsupervisor.cli import health
+from bgsupervisor.cli.commands import health
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 

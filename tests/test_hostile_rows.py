@@ -11,15 +11,16 @@ import pytest
 from click.testing import CliRunner
 from conftest import wait_until
 
-from bgsupervisor import Service, processes
-from bgsupervisor.cli import doctor
+from bgsupervisor import Service
+from bgsupervisor.cli.commands import doctor
 from bgsupervisor.cli.program import program
 from bgsupervisor.cli.session import Session
+from bgsupervisor.database.store import Store, TaskRecord
 from bgsupervisor.errors import BgSupervisorError
-from bgsupervisor.ledger import Attempt, Batch
-from bgsupervisor.models import Store, TaskRecord
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Attempt, Batch
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.wire import End
+from bgsupervisor.system import processes
 
 pytestmark = pytest.mark.of_sqlite
 """Its columns take values of any type; tests/test_hostile_server_rows.py has what PostgreSQL lets in."""

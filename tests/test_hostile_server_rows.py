@@ -9,11 +9,12 @@ import pytest
 from postgres_server import empty
 from test_hostile_rows import COLUMNS_OF, COMMANDS, ask, fill, run
 
-from bgsupervisor import Service, processes
-from bgsupervisor.cli import doctor
+from bgsupervisor import Service
+from bgsupervisor.cli.commands import doctor
 from bgsupervisor.cli.session import Session
-from bgsupervisor.ledger import Attempt, Batch
-from bgsupervisor.wire import End
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Attempt, Batch
+from bgsupervisor.system import processes
 
 TEXTS = [
     "",

@@ -11,13 +11,14 @@ from itertools import count
 import pytest
 from conftest import wait_until
 
-from bgsupervisor import housekeeping, logs
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS, Housekeeping, rotate
-from bgsupervisor.ledger import Ledger
-from bgsupervisor.models import Store
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.database.store import Store
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.transitions import Ledger
 from bgsupervisor.statuses import Status
+from bgsupervisor.supervisor import housekeeping
+from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS, Housekeeping, rotate
+from bgsupervisor.system import logs
 from torture.database import Database
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")

@@ -23,15 +23,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from postgres_server import empty
 
-from bgsupervisor import ledger as ledger_module
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.database.postgres import lock_key
+from bgsupervisor.database.store import Store, SupervisorRecord, UtcField
 from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
-from bgsupervisor.ledger import TRANSITIONS, Attempt, Batch, Claim, Due, Ending, Ledger, Note, Request, Suspension, Wish
-from bgsupervisor.models import Store, SupervisorRecord, UtcField
-from bgsupervisor.postgres import lock_key
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger import transitions as ledger_module
+from bgsupervisor.ledger.transitions import (
+    TRANSITIONS,
+    Attempt,
+    Batch,
+    Claim,
+    Due,
+    Ending,
+    Ledger,
+    Note,
+    Request,
+    Suspension,
+    Wish,
+)
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 SOURCE = str(Path(ledger_module.__file__).parents[1])
 START_OF_TIME = datetime(2030, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -1098,9 +1110,9 @@ def test_what_becomes_due_between_the_looks_at_what_is_and_at_what_will_be_is_in
 CLAIMER = """
 import sys
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.ledger import Batch, Claim, Ledger
-from bgsupervisor.models import Store
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ledger.transitions import Batch, Claim, Ledger
+from bgsupervisor.database.store import Store
+from bgsupervisor.system.processes import ProcessIdentity
 
 url, host = sys.argv[1:]
 ledger = Ledger(Store.open(url, "bgsupervisor_", busy_timeout_s=20.0), SystemClock())

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from bgsupervisor import linux
 from bgsupervisor.errors import UnsupportedSystem
-from bgsupervisor.linux import FileWatch, is_child_subreaper, pidfd_exit, punch_hole, set_child_subreaper
+from bgsupervisor.system import syscalls
+from bgsupervisor.system.syscalls import FileWatch, is_child_subreaper, pidfd_exit, punch_hole, set_child_subreaper
 
 MIB = 1 << 20
 
@@ -104,7 +104,7 @@ def test_a_file_system_without_holes_is_told_from_an_error(monkeypatch, tmp_path
         ctypes.set_errno(answers.pop(0))
         return -1
 
-    monkeypatch.setattr(linux, "_libc", lambda: SimpleNamespace(fallocate64=fallocate))
+    monkeypatch.setattr(syscalls, "_libc", lambda: SimpleNamespace(fallocate64=fallocate))
     assert punch_hole(0, 0, 4096) is False
     assert answers == []
 
@@ -154,7 +154,7 @@ def test_what_is_no_pidfd_has_no_exit():
 
 def test_another_system_is_named(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    linux._libc.cache_clear()
+    syscalls._libc.cache_clear()
     with pytest.raises(UnsupportedSystem, match="darwin"):
         set_child_subreaper()
-    linux._libc.cache_clear()
+    syscalls._libc.cache_clear()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bgsupervisor import linux, logs
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.system import logs, syscalls
 
 MIB = 1 << 20
 WRITER = "import sys\nfor n in range({lines}):\n    print('line', n, 'x' * 1000)\nprint('the end')\n"
@@ -51,7 +51,7 @@ def with_hole(path, first, hole, last):
     """Write a log whose middle is cut out; sizes in blocks of 4096 bytes, texts repeat to fill."""
     path.write_bytes((first * 4096)[:4096] + b"\0" * hole * 4096 + last)
     with path.open("r+b") as file:
-        if not linux.punch_hole(file.fileno(), 4096, hole * 4096):
+        if not syscalls.punch_hole(file.fileno(), 4096, hole * 4096):
             pytest.skip("this file system has no holes")
 
 
@@ -117,7 +117,7 @@ def test_a_sparse_log_is_judged_by_its_room_not_its_size(log):
 
 
 def test_without_holes_the_first_quarter_remains_and_the_writer_goes_on(log, monkeypatch):
-    monkeypatch.setattr(linux, "punch_hole", lambda *_: False)
+    monkeypatch.setattr(syscalls, "punch_hole", lambda *_: False)
     fd = logs.open_for_append(log)
     os.write(fd, b"first\n" + b"x" * MIB)
     assert logs.bound(log, MIB // 2)

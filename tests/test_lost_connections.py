@@ -32,16 +32,17 @@ from postgres_proxy import (
 )
 from postgres_server import empty, filled, make_tables, small_disk
 
-from bgsupervisor import Service, Status, postgres
+from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.database import postgres
+from bgsupervisor.database.connection_limit import PLACES, Gate
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
-from bgsupervisor.gate import PLACES, Gate
-from bgsupervisor.ledger import Batch, Claim, Due, Ledger, Note, Request
-from bgsupervisor.models import Store
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.ledger.waits import Held, Waiter, Waiting
 from bgsupervisor.statuses import Reason
-from bgsupervisor.waits import Held, Waiter, Waiting
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 WHERES = ("before", "within", "after")
 BUSY_S = 5.0
@@ -659,7 +660,7 @@ def test_on_a_full_disk_bodies_go_on_and_their_ends_are_recorded_once_there_is_r
 
 IN_GATE = """
 import pathlib, sys, time
-from bgsupervisor.gate import Gate
+from bgsupervisor.database.connection_limit import Gate
 with Gate(pathlib.Path(sys.argv[1])).inside(5):
     print("in", flush=True)
     time.sleep(60)

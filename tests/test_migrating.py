@@ -11,16 +11,17 @@ import psycopg
 import pytest
 from conftest import ADD_COLUMN
 
-from bgsupervisor import migrations
 from bgsupervisor.config import sqlite_path
-from bgsupervisor.models import Store
+from bgsupervisor.database import migrations
+from bgsupervisor.database.store import Store
 
 SLOWLY = "import time\n" + ADD_COLUMN + "    time.sleep(0.7)\n"
 DO_NOTHING = "def up(migrator, db):\n    pass\n"
 # Has loaded all that it needs before it is told to go, so that all go at once.
 MIGRATE = """
 import sys, playhouse.migrations
-from bgsupervisor.cli import migrate, program
+from bgsupervisor.cli.commands import migrate
+from bgsupervisor.cli import program
 print("ready", flush=True)
 input()
 sys.argv = ["bgsupervisor", "--config", sys.argv[1], "migrate"]

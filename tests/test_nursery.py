@@ -14,16 +14,21 @@ import psutil
 import pytest
 from conftest import LIMIT_S, wait_until
 
-from bgsupervisor import nursery, processes, wire
-from bgsupervisor.statedir import bind, open_dir
+from bgsupervisor.ipc import messages
+from bgsupervisor.ipc.channel import REDIAL_MAX_S, REDIAL_S, Channel, Redial
+from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.wire import REDIAL_MAX_S, REDIAL_S, Redial, Who
+from bgsupervisor.system import processes
+from bgsupervisor.system.files import open_dir
+from bgsupervisor.worker import forkserver
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
 TASKS = """
 import errno, os, pathlib, resource, signal, threading, time
-from bgsupervisor import nursery, task
+from bgsupervisor.worker import forkserver as nursery
+from bgsupervisor import task
 
 @task
 def quick() -> int:
@@ -76,10 +81,10 @@ class Answering:
     def meet_nursery(self):
         """Return the connection of the nursery, after its hello."""
         while True:
-            peer = wire.Channel(self.accept())
+            peer = Channel(self.accept())
             self._peers.append(peer)
             [hello] = wait_until(peer.receive, "whoever dials says hello")
-            if isinstance(hello, wire.NurseryHello):
+            if isinstance(hello, messages.NurseryHello):
                 return peer
 
     def close(self):
@@ -179,22 +184,22 @@ def refusing(error):
 
 
 def test_strays_are_children_and_never_grandchildren_where_the_kernel_lists_none(family, monkeypatch):
-    monkeypatch.setattr(nursery, "open", refusing(FileNotFoundError()), raising=False)
+    monkeypatch.setattr(forkserver, "open", refusing(FileNotFoundError()), raising=False)
     monkeypatch.setattr(processes, "_kernel_lists_children", lambda: False)
     child, grandchild = family
-    strays = nursery.strays_of_this_process(set())
+    strays = forkserver.strays_of_this_process(set())
     assert child in strays
     assert grandchild not in strays
 
 
 def test_there_are_no_strays_where_nobody_can_know(family, monkeypatch):
-    assert family[0] in nursery.strays_of_this_process(set())
+    assert family[0] in forkserver.strays_of_this_process(set())
     with monkeypatch.context() as patch:
-        patch.setattr(nursery, "open", refusing(OSError("no descriptor left")), raising=False)
-        assert nursery.strays_of_this_process(set()) == []
-    monkeypatch.setattr(nursery, "open", refusing(FileNotFoundError()), raising=False)
+        patch.setattr(forkserver, "open", refusing(OSError("no descriptor left")), raising=False)
+        assert forkserver.strays_of_this_process(set()) == []
+    monkeypatch.setattr(forkserver, "open", refusing(FileNotFoundError()), raising=False)
     monkeypatch.setattr(processes, "_child_lookup", refusing(OSError("no descriptor left")))
-    assert nursery.strays_of_this_process(set()) == []
+    assert forkserver.strays_of_this_process(set()) == []
 
 
 # ---- shortages ----
@@ -248,7 +253,7 @@ os.dup = dup_or_not
     with contextlib.closing(Answering(app.state_dir)) as answering:
         peer = answering.meet_nursery()
         for _ in range(2):
-            peer.send(wire.KillOrder(Who(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
+            peer.send(messages.KillOrder(Who(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
         [exited] = wait_until(peer.receive, "the nursery tells of the exit")
     assert (exited.who.pid, exited.signal, exited.ordered) == (record.pid, signal.SIGKILL, Reason.CANCELLED)
     assert f"cannot send signal 9 to PID {record.pid}: [Errno 24] Too many open files" in log_of(app)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bgsupervisor import oom
-from bgsupervisor.oom import OomWatch
+from bgsupervisor.system import oom
+from bgsupervisor.system.oom import OomWatch
 
 PID = 4242
 NAMED = "killed by the kernel's OOM killer: the kernel log names PID 4242"

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S
 
-from bgsupervisor import stacks
-from bgsupervisor.cli import health
+from bgsupervisor.cli.commands import health
 from bgsupervisor.doctor import CHECKS
-from bgsupervisor.enforcement import STALL_SLACK_S
-from bgsupervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.supervisor.enforcement import STALL_SLACK_S
+from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS
+from bgsupervisor.system import stacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 

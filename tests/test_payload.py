@@ -21,15 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bgsupervisor.errors import DataInvalid, DataTooLarge, TaskDefinitionError
-from bgsupervisor.payload import (
-    DEPTH_MAX,
-    Signature,
-    decode_data,
-    decode_value,
-    encode_data,
-    encode_result,
-    mask,
-)
+from bgsupervisor.payload import DEPTH_MAX, Signature, decode_data, decode_value, encode_data, encode_result, mask
 
 if TYPE_CHECKING:
     import fractions

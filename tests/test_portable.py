@@ -15,8 +15,8 @@ import pytest
 from conftest import LIMIT_S, wait_until
 from test_dev import Dev
 
-from bgsupervisor import portable
-from bgsupervisor.models import SupervisorRecord
+from bgsupervisor.database.store import SupervisorRecord
+from bgsupervisor.supervisor import portable
 
 ELSEWHERE = Path(__file__).parent / "elsewhere"
 

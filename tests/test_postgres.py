@@ -19,14 +19,15 @@ from conftest import wait_until
 from postgres_server import PASSWORD, empty, filled, make_tables, small_disk
 
 import bgsupervisor
-from bgsupervisor import Status, migrations
+from bgsupervisor import Status
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.database import migrations
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError
-from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Ledger, Note, Request
-from bgsupervisor.models import Store
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ledger, Note, Request
 from bgsupervisor.statuses import Reason
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 WAIT_S = 20
@@ -270,7 +271,7 @@ def test_a_connection_that_was_lost_is_no_reason_why_nobody_can_write(ledger, st
 
 HOLDER = """
 import sys
-from bgsupervisor.models import Store
+from bgsupervisor.database.store import Store
 store = Store.open(sys.argv[1], "bgsupervisor_", busy_timeout_s=10.0)
 with store.writing():
     print("in", flush=True)

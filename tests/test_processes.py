@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bgsupervisor import linux, processes
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import Unkillable, UnsupportedSystem
-from bgsupervisor.processes import Exit, Verdict
+from bgsupervisor.system import processes, syscalls
+from bgsupervisor.system.processes import Exit, Verdict
 
 CLOCK = SystemClock()
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 1000; done"
@@ -83,7 +83,7 @@ def as_subreaper(work):
     if child == 0:
         answer = "it raised"
         try:
-            linux.set_child_subreaper()
+            syscalls.set_child_subreaper()
             answer = work()
         finally:
             for orphan in psutil.Process().children(recursive=True):
@@ -281,9 +281,7 @@ def test_a_host_is_named_by_configuration_then_machine_id_then_host_name(tmp_pat
 
 def test_importing_does_not_load_psutil():
     root = Path(processes.__file__).parents[1]
-    script = (
-        "import sys, bgsupervisor.processes, bgsupervisor.oom, bgsupervisor.logs; sys.exit('psutil' in sys.modules)"
-    )
+    script = "import sys; from bgsupervisor.system import logs, oom, processes; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode == 0
 
 

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from bgsupervisor import processes
-from bgsupervisor.cli import rows
+from bgsupervisor.cli.display import rows
 from bgsupervisor.cli.program import program
-from bgsupervisor.ledger import Batch
-from bgsupervisor.models import SupervisorRecord
+from bgsupervisor.database.store import SupervisorRecord
+from bgsupervisor.ledger.transitions import Batch
 from bgsupervisor.statuses import Status
+from bgsupervisor.system import processes
 
 pytestmark = pytest.mark.on_both
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from bgsupervisor.child import Child
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.ledger import Attempt
-from bgsupervisor.link import Link
-from bgsupervisor.wire import Beat, End, Run, Who
+from bgsupervisor.ipc.messages import Beat, End, Run, Who
+from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.worker.child import Child
+from bgsupervisor.worker.connection import Link
 
 DAY_S = 86_400.0
 

@@ -13,7 +13,7 @@ import peewee
 import pytest
 
 from bgsupervisor import DatabaseError, LockedByCaller, Service
-from bgsupervisor.models import OWN_LOCK_S, Store
+from bgsupervisor.database.store import OWN_LOCK_S, Store
 
 pytestmark = pytest.mark.of_sqlite
 

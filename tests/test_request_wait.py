@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import wait_until
 
-from bgsupervisor.cli.request import WAIT_S
+from bgsupervisor.cli.commands.request import WAIT_S
 
 TASKS = """
     import time
@@ -35,7 +35,7 @@ def app(make_app):
 def waiting(app, *arguments, remind_s=60.0):
     """Start `request --wait` in a process of its own, which reminds as often as said."""
     code = (
-        f"from bgsupervisor.cli import request; request.REMIND_S = {remind_s}; "
+        f"from bgsupervisor.cli.commands import request; request.REMIND_S = {remind_s}; "
         "from bgsupervisor.cli.program import main; main()"
     )
     command = [sys.executable, "-c", code, "--config", str(app.config), "request", *arguments, "--wait"]

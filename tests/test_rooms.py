@@ -16,77 +16,34 @@ import bgsupervisor
 PACKAGE = Path(bgsupervisor.__file__).parent
 SOURCE = str(PACKAGE.parent)
 
-FLOORS = (
-    {"__main__"},
-    {"cli"},
-    {"supervisor", "doctor", "portable"},
-    {"testing"},
-    {"__init__"},
-    {"service"},
-    {"borrowed", "names"},
-    {"nurseries", "boards", "recovery", "enforcement", "deaths", "housekeeping", "spawned"},
-    {"wards"},
-    {"reception"},
-    {"nursery"},
-    {"child"},
-    {"coordination", "leftovers"},
-    {"link"},
-    {"board"},
+LAYERS = (
+    {"cli", "testing", "__main__"},
+    {"supervisor", "doctor"},
+    {"worker"},
+    {"service", "tasks", "catalogue"},
     {"ledger"},
-    {"waits"},
-    {"barriers"},
-    {"needs"},
-    {"models"},
-    {"migrations"},
-    {"bodies", "inherited", "reporting"},
-    {"tasks"},
-    {"payload"},
-    {"exits"},
-    {"wire"},
-    {"stacks"},
-    {"processes", "oom", "logs", "notify", "stamp", "titles", "postgres", "gate", "callers"},
-    {"linux"},
+    {"database"},
+    {"ipc"},
     {"config"},
-    {"statedir"},
-    {"clock"},
-    {"connections"},
-    {"descriptors", "statuses", "errors", "circles", "pauses", "statements", "lookalikes", "sizes", "cleaning"},
+    {"system"},
+    {"clock", "environment", "errors", "failpoints", "lookalikes", "payload", "sanitize", "sizes", "statuses"},
 )
-"""The rooms of the package from the top: each may import from the floors below its own, and from nowhere else."""
+"""From the left: each imports within its own layer and to its right only. The package itself holds the version."""
 
-UPWARDS = {
-    ("child", "nursery"): "a spawned child loads the application by itself, as a nursery does for forked ones",
-    ("child", "service"): "a body requests tasks as any application does",
-    ("service", "testing"): "under Django's test runner a Service isolates itself",
-    ("supervisor", "__init__"): "it writes the package's version into its row",
-    ("portable", "__init__"): "the same",
-}
-"""Imports inside a function that lead upwards or sideways, and why."""
-
-STRANGERS = {
-    "link": {"tasks", "payload", "ledger"},
-    "ledger": {"processes", "linux", "tasks", "payload", "postgres"},
-    "models": {"wire", "tasks", "processes"},
-    "nursery": {"ledger", "models"},
-    "payload": {"config", "statedir"},
-    "processes": {"wire", "config", "statedir"},
-    "reception": {"ledger", "models", "tasks"},
-    "tasks": {"config", "statedir", "processes", "linux"},
-    "wire": {"config", "statedir", "processes"},
-}
-"""Rooms below that a room could reach and has promised not to know."""
+LEFTWARDS = {("service", "testing"): "under Django's test runner a Service isolates itself"}
+"""Imports inside a function that lead to the left, and why."""
 
 SENDS_SIGNALS = {
-    "processes": "the room for it",
-    "enforcement": "orders, after their reason is committed",
-    "nursery": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
-    "nurseries": "strays that a dead nursery left to the supervisor",
-    "boards": "a board that does not answer",
-    "stacks": "a question for a stack, by a signal that who has no handler for it ignores",
-    "child": "itself, when SIGTERM is to do what it does to any process",
-    "portable": "children of its own, which it has not reaped, and what psutil sees below them",
+    "system.processes": "the room for it",
+    "supervisor.enforcement": "orders, after their reason is committed",
+    "worker.forkserver": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
+    "supervisor.forkservers": "strays that a dead nursery left to the supervisor",
+    "supervisor.wait_manager": "a board that does not answer",
+    "system.stacks": "a question for a stack, by a signal that who has no handler for it ignores",
+    "worker.child": "itself, when SIGTERM is to do what it does to any process",
+    "supervisor.portable": "children of its own, which it has not reaped, and what psutil sees below them",
     "cli.development": "its own child, the supervisor, which it has not reaped",
-    "cli.loading": "the process that `check` loads the application in",
+    "cli.load_check": "the process that `check` loads the application in",
 }
 
 
@@ -96,7 +53,6 @@ class Module:
     def __init__(self, path):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         self.name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        self.room = parts[0]
         self.tree = ast.parse(path.read_text())
         self.imports = set(self._imports(self.tree, lazy=False))
 
@@ -142,51 +98,35 @@ class Module:
 MODULES = {module.name: module for module in map(Module, sorted(PACKAGE.rglob("*.py")))}
 
 
-def room_of(name):
-    return name.partition(".")[0]
+def layer_of(module):
+    return next(number for number, names in enumerate(LAYERS) if module.partition(".")[0] in names)
 
 
-def floor_of(room):
-    return next((number for number, rooms in enumerate(FLOORS) if room in rooms), None)
-
-
-def who(condition):
+def modules_where(condition):
     return {name for name, module in MODULES.items() if condition(module)}
 
 
 # ---- imports ----
 
 
-def test_every_module_has_its_floor_and_every_floor_its_modules():
-    assert {module.room for module in MODULES.values()} == set().union(*FLOORS)
-    assert sum(map(len, FLOORS)) == len(set().union(*FLOORS))
+def test_every_module_has_one_layer():
+    assert {name.partition(".")[0] for name in MODULES} - {"__init__"} == set().union(*LAYERS)
+    assert sum(map(len, LAYERS)) == len(set().union(*LAYERS))
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_go_downwards_only(name):
-    module = MODULES[name]
-    upwards = {
-        (module.room, room_of(imported), lazy)
+def test_imports_go_to_the_right_only():
+    leftwards = {
+        (name, imported, lazy)
+        for name, module in MODULES.items()
         for imported, lazy in module.imports
-        if room_of(imported) != module.room and floor_of(module.room) >= floor_of(room_of(imported))
+        if "__init__" not in {name, imported} and layer_of(imported) < layer_of(name)
     }
-    assert all(lazy and (importer, imported) in UPWARDS for importer, imported, lazy in upwards), upwards
+    assert {(name, imported.partition(".")[0]) for name, imported, _ in leftwards} == set(LEFTWARDS)
+    assert all(lazy for _, _, lazy in leftwards)
 
 
-@pytest.mark.parametrize("name", STRANGERS)
-def test_a_room_does_not_know_what_it_promises_not_to_know(name):
-    assert {room_of(imported) for imported, _ in MODULES[name].imports} & STRANGERS[name] == set()
-
-
-def test_every_exception_is_still_needed():
-    lazy = {
-        (module.room, room_of(imported)) for module in MODULES.values() for imported, lazy in module.imports if lazy
-    }
-    assert set(UPWARDS) <= lazy
-
-
-def test_no_modules_import_each_other_in_a_circle():
-    graph = {name: {one for one, lazy in module.imports if not lazy} for name, module in MODULES.items()}
+def test_no_modules_import_each_other_in_a_cycle():
+    graph = {name: {one for one, lazy in module.imports if not lazy} - {name} for name, module in MODULES.items()}
     assert list(graphlib.TopologicalSorter(graph).static_order())
 
 
@@ -194,31 +134,47 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_the_ledger_writes_rows():
-    holders = who(lambda m: any(isinstance(n, ast.Attribute) and n.attr == "tables" for n in ast.walk(m.tree)))
-    assert holders == {"ledger", "waits", "barriers", "needs", "models", "migrations", "cli.rows"}
-    writes = (".insert", ".insert_many", ".update", ".delete", ".create", ".save", ".bulk_create")
-    writers = who(lambda module: any(call.endswith(writes) for call in module.calls()))
-    assert writers & holders == {"ledger", "waits", "barriers"}  # `ps` reads the tables for itself
-    assert who(lambda module: any(call.endswith("execute_sql") for call in module.calls())) <= {
-        "models",
-        "migrations",
-        "migrations.0001_initial",
-        "postgres",  # the lock that stands in for SQLite's one writer
-        "borrowed",  # what opens a transaction, and which database it is
+    holders = modules_where(
+        lambda m: any(isinstance(n, ast.Attribute) and n.attr == "tables" for n in ast.walk(m.tree))
+    )
+    assert holders == {
+        "ledger.transitions",
+        "ledger.waits",
+        "ledger.barriers",
+        "ledger.waitgraph",
+        "database.store",
+        "database.migrations",
+        "cli.display.rows",
     }
-    importers = who(lambda m: any("peewee" in ast.unparse(n) for n in ast.walk(m.tree) if isinstance(n, ast.Import)))
+    writes = (".insert", ".insert_many", ".update", ".delete", ".create", ".save", ".bulk_create")
+    writers = modules_where(lambda module: any(call.endswith(writes) for call in module.calls()))
+    assert writers & holders == {
+        "ledger.transitions",
+        "ledger.waits",
+        "ledger.barriers",
+    }  # `ps` reads the tables for itself
+    assert modules_where(lambda module: any(call.endswith("execute_sql") for call in module.calls())) <= {
+        "database.store",
+        "database.migrations",
+        "database.migrations.0001_initial",
+        "database.postgres",  # the lock that stands in for SQLite's one writer
+        "ledger.external",  # what opens a transaction, and which database it is
+    }
+    importers = modules_where(
+        lambda m: any("peewee" in ast.unparse(n) for n in ast.walk(m.tree) if isinstance(n, ast.Import))
+    )
     assert importers == {
-        "ledger",
-        "waits",
-        "barriers",
-        "needs",
-        "models",
-        "borrowed",
-        "migrations.dialects",
-        "postgres",
+        "ledger.transitions",
+        "ledger.waits",
+        "ledger.barriers",
+        "ledger.waitgraph",
+        "ledger.external",
+        "database.store",
+        "database.migrations.dialects",
+        "database.postgres",
         "service",
-        "cli.rows",
-        "cli.migrate",
+        "cli.display.rows",
+        "cli.commands.migrate",
         "testing.box",
     }
     assert not any(call.startswith("peewee.") for call in MODULES["service"].calls())
@@ -226,13 +182,13 @@ def test_only_the_ledger_writes_rows():
 
 def test_a_status_is_written_in_one_function_and_two_texts():
     writers = set()
-    for function in ast.walk(MODULES["ledger"].tree):
+    for function in ast.walk(MODULES["ledger.transitions"].tree):
         if isinstance(function, ast.FunctionDef):
             keys = [key for node in ast.walk(function) if isinstance(node, ast.Dict) for key in node.keys]
             if any(isinstance(key, ast.Constant) and key.value == "status" for key in keys):
                 writers.add(function.name)
     assert writers == {"_move"}
-    texts = [function for function in ast.walk(MODULES["statements"].tree) if isinstance(function, ast.FunctionDef)]
+    texts = [function for function in ast.walk(MODULES["database.sql"].tree) if isinstance(function, ast.FunctionDef)]
     assert {text.name for text in texts if 'SET "status"' in ast.unparse(text).replace("\\'", "'")} == {
         "claim",
         "finish",
@@ -240,7 +196,7 @@ def test_a_status_is_written_in_one_function_and_two_texts():
 
 
 def test_only_the_clock_reads_clocks():
-    readers = who(
+    readers = modules_where(
         lambda module: any(
             call.startswith("time.")
             or call in {"datetime.now", "datetime.utcnow", "datetime.today", "date.today", "monotonic", "perf_counter"}
@@ -248,7 +204,7 @@ def test_only_the_clock_reads_clocks():
         )
     )
     assert readers == {"clock"}
-    importers = who(
+    importers = modules_where(
         lambda module: any(
             alias.name == "time" or (isinstance(node, ast.ImportFrom) and node.module == "time")
             for node in ast.walk(module.tree)
@@ -259,19 +215,21 @@ def test_only_the_clock_reads_clocks():
     assert importers == {"clock"}
 
 
-def test_only_the_configuration_reads_the_environment():
-    readers = who(lambda m: m.uses("os.environ", "os.environb") or {"os.getenv", "os.putenv"} & set(m.calls()))
-    assert readers == {"config"}
+def test_one_module_reads_the_environment():
+    readers = modules_where(
+        lambda m: m.uses("os.environ", "os.environb") or {"os.getenv", "os.putenv"} & set(m.calls())
+    )
+    assert readers == {"environment"}
 
 
 def test_signals_are_sent_by_those_who_may():
     ways = ("os.kill", "os.killpg", "signal.pidfd_send_signal", "signal_tree", "send_signal", ".terminate", ".kill")
-    assert who(lambda module: any(call.endswith(ways) for call in module.calls())) == set(SENDS_SIGNALS)
+    assert modules_where(lambda module: any(call.endswith(ways) for call in module.calls())) == set(SENDS_SIGNALS)
 
 
 def test_nothing_that_a_socket_brings_is_ever_unpickled():
-    readers = who(lambda module: any("pickle" in call or "marshal" in call for call in module.calls()))
-    assert readers == {"cli.loading"}  # its parent hands it the configuration through a pipe
+    readers = modules_where(lambda module: any("pickle" in call or "marshal" in call for call in module.calls()))
+    assert readers == {"cli.load_check"}  # its parent hands it the configuration through a pipe
 
 
 # ---- the package as users see it ----
@@ -303,11 +261,13 @@ def test_a_web_process_that_imports_the_package_does_not_pay_for_supervising():
     loaded = set(said.stdout.split())
     assert loaded & {"click", "rich", "psutil", "multiprocessing", "asyncio", "ctypes", "playhouse"} == set()
     assert {name for name in loaded if name.startswith("bgsupervisor.")} <= {
-        f"bgsupervisor.{room}"
-        for room in (
-            *("clock", "config", "errors", "ledger", "models", "payload", "postgres"),
-            *("barriers", "circles", "names", "needs", "pauses", "service", "statedir", "statements", "statuses"),
-            *("tasks", "waits", "wire", "lookalikes", "sizes", "cleaning"),
+        f"bgsupervisor.{module}"
+        for module in (
+            *("clock", "config", "environment", "errors", "failpoints", "payload", "lookalikes", "sanitize", "sizes"),
+            *("statuses", "catalogue", "service", "tasks", "database", "database.postgres", "database.sql"),
+            *("database.store", "ipc", "ipc.messages", "ipc.sockets", "ipc.statedir", "ledger", "ledger.barriers"),
+            *("ledger.cycles", "ledger.transitions", "ledger.waitgraph", "ledger.waits", "system", "system.files"),
+            "system.users",
         )
     }
 
@@ -364,7 +324,7 @@ try:
 except bgsupervisor.BgSupervisorError as error:
     print(type(error).__name__)
 
-from bgsupervisor.cli.run import supervise
+from bgsupervisor.cli.commands.run import supervise
 try:
     supervise(service.config, burst=True)
 except bgsupervisor.UnsupportedSystem as error:

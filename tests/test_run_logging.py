@@ -13,10 +13,10 @@ import time
 import pytest
 from conftest import LIMIT_S, Supervising, wait_until
 
-from bgsupervisor import logs
-from bgsupervisor.cli import run as running
-from bgsupervisor.oom import INITIAL_PID_NAMESPACE
+from bgsupervisor.cli.commands import run as running
 from bgsupervisor.statuses import Status
+from bgsupervisor.system import logs
+from bgsupervisor.system.oom import INITIAL_PID_NAMESPACE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -117,7 +117,9 @@ OWN_TERMINAL = f"import os; os.close(os.open(os.ttyname(0), os.O_RDWR)); {OTHER_
 
 
 def test_a_crash_of_run_is_on_stderr_and_in_the_file(plain_app):
-    crash = f"from bgsupervisor.supervisor import Supervisor; Supervisor.run = lambda self: 1 / 0; {OTHER_TERMINAL}"
+    crash = (
+        f"from bgsupervisor.supervisor.loop import Supervisor; Supervisor.run = lambda self: 1 / 0; {OTHER_TERMINAL}"
+    )
     done = subprocess.run(
         [sys.executable, "-c", crash, "--config", str(plain_app.config), "run", "--log-to-stderr"],
         env=plain_app.environment(),
@@ -193,7 +195,7 @@ def test_dead_output_is_replaced_and_living_output_is_not(tmp_path):
     script = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from bgsupervisor.logs import leave_dead_output\n"
+        "from bgsupervisor.system.logs import leave_dead_output\n"
         "path = Path(sys.argv[1])\n"
         "print(leave_dead_output(path), flush=True)\n"
         "sys.stdin.read()\n"

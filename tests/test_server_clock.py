@@ -17,9 +17,9 @@ from conftest import LIMIT_S, only_postgres, wait_until
 import bgsupervisor
 from bgsupervisor import clock as clock_module
 from bgsupervisor.clock import ServerClock
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.ledger import Ledger, Request
-from bgsupervisor.models import Store
+from bgsupervisor.ledger.transitions import Ledger, Request
 from bgsupervisor.statuses import Status
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])

@@ -25,6 +25,7 @@ from conftest import wait_until
 
 import bgsupervisor
 from bgsupervisor import Handle, Service, Status, Task, task
+from bgsupervisor.database.store import SupervisorRecord, TaskRecord
 from bgsupervisor.errors import (
     AlreadyLive,
     ConfigError,
@@ -40,11 +41,10 @@ from bgsupervisor.errors import (
     UnknownTask,
     WaitTimeout,
 )
-from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Note
-from bgsupervisor.models import SupervisorRecord, TaskRecord
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Note
 from bgsupervisor.statuses import Reason
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 

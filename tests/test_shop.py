@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import LIMIT_S, App, wait_until
 
-from bgsupervisor import processes
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import ProcessIdentity
 
 pytest.importorskip("flask", reason="Flask is not installed; the extra `shop` has it")
 httpx = pytest.importorskip("httpx", reason="httpx is not installed; the extra `dev` has it")

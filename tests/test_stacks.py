@@ -13,10 +13,11 @@ import pytest
 from as_user import as_nobody, needs_root
 from conftest import App, wait_until
 
-from bgsupervisor import NoStack, processes, stacks
+from bgsupervisor import NoStack
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.enforcement import STACK_WAIT_S
-from bgsupervisor.processes import ProcessHandle
+from bgsupervisor.supervisor.enforcement import STACK_WAIT_S
+from bgsupervisor.system import processes, stacks
+from bgsupervisor.system.processes import ProcessHandle
 
 BODIES = """
 import asyncio, ctypes, faulthandler, os, pathlib, signal, threading, time
@@ -160,7 +161,7 @@ class Deep(Late):
 THREADS = 3
 BUSY = f"""
 import select, threading
-from bgsupervisor import stacks
+from bgsupervisor.system import stacks
 
 own = stacks.Answering()
 own.get_ready()
@@ -185,7 +186,8 @@ print("ready", flush=True)
 busy()
 """
 ANSWERS = (
-    "from bgsupervisor import stacks; own = stacks.Answering(); own.get_ready(); print(own.memory, flush=True); input()"
+    "from bgsupervisor.system import stacks; "
+    "own = stacks.Answering(); own.get_ready(); print(own.memory, flush=True); input()"
 )
 
 
@@ -441,7 +443,7 @@ def test_a_pid_that_is_anothers_by_now_is_not_signalled():
         [
             sys.executable,
             "-c",
-            "from bgsupervisor import stacks; stacks.Answering().get_ready(); print(1, flush=True); input()",
+            "from bgsupervisor.system import stacks; stacks.Answering().get_ready(); print(1, flush=True); input()",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

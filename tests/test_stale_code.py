@@ -9,8 +9,8 @@ import pytest
 from as_user import as_nobody, needs_root, open_folder
 from conftest import wait_until
 
-from bgsupervisor import stamp
 from bgsupervisor.config import load
+from bgsupervisor.system import fingerprint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -143,16 +143,16 @@ def test_newer_code_of_files_that_a_user_may_not_read_is_unknown(closed):
         (deeper / "tasks.py").touch()
         (folder / "bgsupervisor.toml").write_text('tasks = ["lib"]\npython_path = ["code"]\n')
         file = folder / "code.stamp"
-        stamp.write_stamp(file, stamp.code_stamp(load(folder / "bgsupervisor.toml")))
+        fingerprint.write_stamp(file, fingerprint.code_stamp(load(folder / "bgsupervisor.toml")))
         file.chmod(0o644)  # a state directory is closed to others, and so is the file
         (folder / closed).chmod(0o700)
-        assert as_nobody(lambda: stamp.newer_code(file)) == "[]"
+        assert as_nobody(lambda: fingerprint.newer_code(file)) == "[]"
         (deeper / "tasks.py").write_text("1")
 
-        assert stamp.newer_code(file) == ["lib"]
-        assert as_nobody(lambda: stamp.newer_code(file)) == "[]"
+        assert fingerprint.newer_code(file) == ["lib"]
+        assert as_nobody(lambda: fingerprint.newer_code(file)) == "[]"
         (folder / closed).chmod(0o755)
-        assert as_nobody(lambda: stamp.newer_code(file)) == "['lib']"
+        assert as_nobody(lambda: fingerprint.newer_code(file)) == "['lib']"
 
 
 def config_of(app):
@@ -161,14 +161,14 @@ def config_of(app):
 
 def test_newer_code_in_another_container_is_unknown(app, tmp_path):
     file = tmp_path / "code.stamp"
-    known = stamp.code_stamp(config_of(app))
-    stamp.write_stamp(file, known)
+    known = fingerprint.code_stamp(config_of(app))
+    fingerprint.write_stamp(file, known)
     app.write(WITH_ANOTHER)
-    assert stamp.newer_code(file) == ["appx.py"]
+    assert fingerprint.newer_code(file) == ["appx.py"]
 
-    stamp.write_stamp(file, dataclasses.replace(known, root="1:2"))
+    fingerprint.write_stamp(file, dataclasses.replace(known, root="1:2"))
 
-    assert stamp.newer_code(file) == []
+    assert fingerprint.newer_code(file) == []
 
 
 def test_newer_code_beyond_its_limit_is_unknown(make_app, tmp_path, monkeypatch):
@@ -177,13 +177,13 @@ def test_newer_code_beyond_its_limit_is_unknown(make_app, tmp_path, monkeypatch)
     for number in range(20):
         (app.folder / "large" / f"{number}.py").touch()
     file = tmp_path / "code.stamp"
-    stamp.write_stamp(file, stamp.code_stamp(config_of(app)))
+    fingerprint.write_stamp(file, fingerprint.code_stamp(config_of(app)))
     (app.folder / "large" / "7.py").write_text("1")
-    assert stamp.newer_code(file) == ["large"]
+    assert fingerprint.newer_code(file) == ["large"]
 
-    monkeypatch.setattr(stamp, "LISTING_ENTRIES", 10)
+    monkeypatch.setattr(fingerprint, "LISTING_ENTRIES", 10)
 
-    assert stamp.newer_code(file) == []
+    assert fingerprint.newer_code(file) == []
 
 
 @pytest.mark.parametrize("text", ["", "5", "[]", '{"digests": 1}', "0" * 64, "\0", '{"digests": {}, "package": "x"}'])
@@ -191,21 +191,21 @@ def test_read_stamp_of_another_version_or_half_a_file_is_none(tmp_path, text):
     file = tmp_path / "code.stamp"
     file.write_text(text)
 
-    assert stamp.read_stamp(file) is None
-    assert stamp.newer_code(file) == []
+    assert fingerprint.read_stamp(file) is None
+    assert fingerprint.newer_code(file) == []
 
 
 def test_extended_stamp_of_code_changed_while_it_loaded_is_newer(app, tmp_path):
     helper = app.folder / "helper.py"
     file = tmp_path / "code.stamp"
-    known = stamp.code_stamp(config_of(app))
+    known = fingerprint.code_stamp(config_of(app))
     changed_at_ns = helper.stat().st_ctime_ns
 
-    stamp.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns))
-    assert stamp.newer_code(file) == []
-    stamp.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns - 1))
+    fingerprint.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns))
+    assert fingerprint.newer_code(file) == []
+    fingerprint.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns - 1))
 
-    assert stamp.newer_code(file) == ["helper.py"]
+    assert fingerprint.newer_code(file) == ["helper.py"]
 
 
 def test_loaded_places_leave_out_what_was_installed(monkeypatch, tmp_path):
@@ -213,7 +213,7 @@ def test_loaded_places_leave_out_what_was_installed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     import of_my_own  # noqa: F401
 
-    places = stamp.loaded_places()
+    places = fingerprint.loaded_places()
 
     assert str(tmp_path / "of_my_own.py") in places
     assert os.__file__ not in places

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import App, wait_until
 
-from bgsupervisor.enforcement import STALL_SLACK_S
+from bgsupervisor.supervisor.enforcement import STALL_SLACK_S
 
 BODIES = """
 import asyncio, os, pathlib, threading, time

@@ -14,15 +14,19 @@ from pathlib import Path
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
 
-from bgsupervisor import statedir
 from bgsupervisor.errors import AccessError
-from bgsupervisor.statedir import Lock, StateDir, bind, connect, open_dir, send_datagram
+from bgsupervisor.ipc import statedir
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.sockets import bind, connect, send_datagram
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.system import users
+from bgsupervisor.system.files import open_dir
 
 SOURCE = str(Path(statedir.__file__).parents[1])
 HOLD = """
 import subprocess, sys
 from pathlib import Path
-from bgsupervisor.statedir import Lock
+from bgsupervisor.ipc.lock import Lock
 lock = Lock(Path(sys.argv[1]))
 assert lock.acquire()
 grandchild = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
@@ -134,7 +138,7 @@ def test_create_without_a_parent_names_path_user_and_right(tmp_path):
         StateDir(tmp_path / "absent" / "state").create()
     facts = caught.value
     assert (facts.path, facts.right) == (str(tmp_path / "absent" / "state"), "create")
-    assert facts.user == statedir.user_name(os.geteuid())
+    assert facts.user == users.user_name(os.geteuid())
 
 
 @needs_root
@@ -167,7 +171,7 @@ def test_the_owner_of_a_missing_folder_is_no_traceback(tmp_path):
 
 
 def test_a_user_without_a_name_is_told_by_number():
-    assert statedir.user_name(3_999_999_999) == "3999999999"
+    assert users.user_name(3_999_999_999) == "3999999999"
 
 
 # ---- The lock --------------------------------------------------------------------------------------------------
@@ -473,5 +477,5 @@ def test_ringing_and_dialling_keep_no_descriptor_open(folder_fd, tmp_path, deep)
 
 
 def test_the_module_imports_where_there_is_neither_fcntl_nor_pwd():
-    code = "import sys; sys.modules['fcntl'] = sys.modules['pwd'] = None; import bgsupervisor.statedir"
+    code = "import sys; sys.modules['fcntl'] = sys.modules['pwd'] = None; import bgsupervisor.ipc.statedir"
     subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": SOURCE}, check=True, timeout=READY_S)

@@ -14,12 +14,14 @@ import msgspec
 import pytest
 from conftest import wait_until
 
-from bgsupervisor import Status, processes
+from bgsupervisor import Status
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.nurseries import CHILD_HELLO_S, FORK_S, Home, Nurseries
-from bgsupervisor.reception import Peer, Reception
-from bgsupervisor.statedir import StateDir
-from bgsupervisor.wire import Channel, NurseryHello, Progress, Spawn, Who
+from bgsupervisor.ipc.channel import Channel
+from bgsupervisor.ipc.messages import NurseryHello, Progress, Spawn, Who
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.supervisor.events import Peer, Reception
+from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, Home, Nurseries
+from bgsupervisor.system import processes
 
 SOURCE = """
 import os, time
@@ -142,7 +144,7 @@ def test_a_socket_that_cannot_be_bound_again_is_tried_again(app):
 
 
 def test_very_many_priorities_cost_next_to_nothing(store):
-    from bgsupervisor.ledger import Ledger, Request
+    from bgsupervisor.ledger.transitions import Ledger, Request
 
     ledger = Ledger(store, SystemClock())
     later = SystemClock().now().replace(year=2200)

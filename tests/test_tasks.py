@@ -12,8 +12,8 @@ import pytest
 
 import bgsupervisor
 from bgsupervisor import Task, TaskDefinitionError, current, task, tasks
+from bgsupervisor.ipc.messages import TaskOptions
 from bgsupervisor.tasks import Context, FunctionTask, definition_of, definitions, entered
-from bgsupervisor.wire import TaskOptions
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 

@@ -31,9 +31,10 @@ from bgsupervisor import (
     UnknownTask,
     WaitTimeout,
     current,
-    statedir,
     task,
 )
+from bgsupervisor.ipc import sockets
+from bgsupervisor.system import files
 from bgsupervisor.testing import FakeClock, TaskBox, box
 from bgsupervisor.testing.box import DEPTH_MAX
 from bgsupervisor.testing.isolation import in_use
@@ -656,9 +657,9 @@ def test_no_real_supervisor_is_rung(bgsupervisor, tmp_path):
     config = tmp_path / "bgsupervisor.toml"
     config.write_text('state_dir = "state"\n')
     (tmp_path / "state").mkdir()
-    directory = statedir.open_dir(tmp_path / "state")
-    bell = statedir.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
-    assert statedir.send_datagram(tmp_path / "state" / "wake.sock", b"!")
+    directory = files.open_dir(tmp_path / "state")
+    bell = sockets.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
+    assert sockets.send_datagram(tmp_path / "state" / "wake.sock", b"!")
     assert bell.recv(10) == b"!"
     one = Service(config=config)
     one.cancel(one.request(note))
@@ -705,7 +706,7 @@ def test_a_box_that_outlives_its_test_says_so():
 
 
 def test_bgsupervisor_itself_imports_no_pytest():
-    code = "import sys, bgsupervisor, bgsupervisor.supervisor, bgsupervisor.child; sys.exit('pytest' in sys.modules)"
+    code = "import sys, bgsupervisor.supervisor.loop, bgsupervisor.worker.child; sys.exit('pytest' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
 
 
@@ -1007,7 +1008,7 @@ def test_it_works_on_systems_that_cannot_supervise(project):
             for name in names:
                 delattr(module, name)
         import pathlib
-        import bgsupervisor.processes as processes
+        import bgsupervisor.system.processes as processes
         processes.PROC = pathlib.Path("no-such-table")
         """,
         test_there="""

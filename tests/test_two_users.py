@@ -14,7 +14,7 @@ from conftest import App, Supervising, wait_until
 from users import COMMON, DEPLOY, WEB, as_user, ask_as, their_python
 
 from bgsupervisor import Status
-from bgsupervisor.statedir import user_name
+from bgsupervisor.system.users import user_name
 
 __all__ = ["their_python"]
 

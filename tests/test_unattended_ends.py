@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from bgsupervisor import supervisor
-from bgsupervisor.statedir import Lock
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.supervisor import loop
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -79,11 +79,13 @@ def test_log_of_many_unattended_ends_is_bounded(make_app):
         app.wait(handle)
     folder = app.folder / "bounded"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text("from bgsupervisor import supervisor\nsupervisor.UNATTENDED_SHOWN = 3\n")
+    (folder / "sitecustomize.py").write_text(
+        "from bgsupervisor.supervisor import loop as supervisor\nsupervisor.UNATTENDED_SHOWN = 3\n"
+    )
 
     new = app.start(environment={"PYTHONPATH": str(folder)})
 
-    assert supervisor.UNATTENDED_SHOWN == 20
+    assert loop.UNATTENDED_SHOWN == 20
     assert len(told(new)) == 3
     assert "so did 1 others; `bgsupervisor ps --all` lists them" in new.log
 

@@ -7,9 +7,9 @@ import pytest
 from as_user import needs_root
 from click.testing import CliRunner
 
-from bgsupervisor.cli import cron, systemd
+from bgsupervisor.cli.commands import cron, systemd
 from bgsupervisor.cli.program import program
-from bgsupervisor.doctor.keepers import cron_runs
+from bgsupervisor.doctor.managers import cron_runs
 
 FAKE_CRONTAB = """#!/bin/sh
 [ ! -f "$FAKE.refuses" ] || { echo "you are not allowed" >&2; exit 1; }

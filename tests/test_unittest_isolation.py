@@ -13,7 +13,9 @@ from contextlib import closing
 
 import pytest
 
-from bgsupervisor import Service, statedir
+from bgsupervisor import Service
+from bgsupervisor.ipc import sockets
+from bgsupervisor.system import files
 
 SHOP = """
     from bgsupervisor import Service, task
@@ -130,8 +132,8 @@ class Project:
 def project(tmp_path):
     """A project; in the end no task is in its database, its supervisor was not woken, and nothing is left in TMPDIR."""
     made = Project(tmp_path)
-    directory = statedir.open_dir(made.folder / "state")
-    wake = statedir.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
+    directory = files.open_dir(made.folder / "state")
+    wake = sockets.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
     yield made
     assert made.rows() == 0
     with pytest.raises(BlockingIOError):

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import wait_until
 
-from bgsupervisor import processes
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.ledger import Attempt
-from bgsupervisor.nurseries import Nurseries
-from bgsupervisor.reception import Reception
-from bgsupervisor.statedir import StateDir
-from bgsupervisor.wards import Ward
-from bgsupervisor.wire import Beat, Cancel, Channel, ChildHello, Run, Who
+from bgsupervisor.ipc.channel import Channel
+from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, Run, Who
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.supervisor.children import Ward
+from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.forkservers import Nurseries
+from bgsupervisor.system import processes
 
 SOURCE = """
     import os

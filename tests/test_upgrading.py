@@ -18,9 +18,10 @@ import psutil
 import pytest
 from conftest import ADD_COLUMN, copy_package, wait_until
 
-from bgsupervisor import linux, migrations
+from bgsupervisor.database import migrations
+from bgsupervisor.ipc.channel import REDIAL_MAX_S, Redial
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.wire import REDIAL_MAX_S, Redial
+from bgsupervisor.system import syscalls
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
@@ -209,7 +210,7 @@ def kernel_tells_exits():
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 7"], {})
     pidfd = os.pidfd_open(pid)
     os.waitpid(pid, 0)
-    told = linux.pidfd_exit(pidfd)
+    told = syscalls.pidfd_exit(pidfd)
     os.close(pidfd)
     return told is not None
 

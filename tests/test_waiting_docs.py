@@ -256,7 +256,7 @@ def test_called_directly_reach_does_nothing_and_the_others_say_so(monkeypatch, t
 
 
 def test_the_figures_of_the_page_are_the_codes():
-    from bgsupervisor import coordination
+    from bgsupervisor.worker import coordination
 
     text = PAGE.read_text()
     assert f"1 to {coordination.NAME_CHARS} characters" in text

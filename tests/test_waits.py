@@ -7,16 +7,16 @@ from datetime import timedelta
 
 import pytest
 
-from bgsupervisor.barriers import barrier_key
 from bgsupervisor.clock import SystemClock
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
-from bgsupervisor.ledger import Attempt, Batch, Claim, Ledger, Request, Return
-from bgsupervisor.models import Store
-from bgsupervisor.needs import parent_scope
-from bgsupervisor.processes import ProcessIdentity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.barriers import barrier_key
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Request, Return
+from bgsupervisor.ledger.waitgraph import parent_scope
+from bgsupervisor.ledger.waits import DUE, Found, Held, Queued, Waiter, Waiting, task_key, turn_key
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.waits import DUE, Found, Held, Queued, Waiter, Waiting, task_key, turn_key
-from bgsupervisor.wire import End
+from bgsupervisor.system.processes import ProcessIdentity
 
 SLOTS = 4
 DONE = End(result="1")

@@ -11,14 +11,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from conftest import wait_until
 
-from bgsupervisor import processes
-from bgsupervisor.cli.why import because
-from bgsupervisor.ledger import Attempt, Batch, Claim, Due, Ending, Note, Request
-from bgsupervisor.models import SupervisorRecord
-from bgsupervisor.statedir import StateDir, StopMark
+from bgsupervisor.cli.commands.why import because
+from bgsupervisor.database.store import SupervisorRecord
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ending, Note, Request
+from bgsupervisor.ledger.waits import Waiter, Waiting
 from bgsupervisor.statuses import Reason
-from bgsupervisor.waits import Waiter, Waiting
-from bgsupervisor.wire import End
+from bgsupervisor.system import processes
 
 TASKS = """
     import time
@@ -380,7 +380,7 @@ def test_ps_tells_what_each_task_waits_for(app):
 
 
 def test_ps_asks_as_many_questions_for_many_tasks_as_for_few(app):
-    from bgsupervisor.cli.rows import Ties
+    from bgsupervisor.cli.display.rows import Ties
 
     store, counted = app.service.ledger.store, []
     other = _running(app)

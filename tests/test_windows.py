@@ -1,7 +1,7 @@
 """Whoever dies or stops between two durable facts: the row tells the truth in the end, and no body begins twice.
 
-Each case brings the processes to one of the points of `bgsupervisor.pauses`, kills or stops some of them there, starts
-the next supervisor where one is missing, and looks at what is left in the end.
+Each case brings the processes to one of the points of `bgsupervisor.failpoints`, kills or stops some of them there,
+starts the next supervisor where one is missing, and looks at what is left in the end.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import psutil
 import pytest
 from conftest import LIMIT_S, App, pausing_path, wait_until
 
-from bgsupervisor import Status, pauses, processes
-from bgsupervisor.boards import Boards
+from bgsupervisor import Status, failpoints
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.reception import Reception
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.wait_manager import Boards
+from bgsupervisor.system import processes
 
 BODIES = """
 import atexit, os, sqlite3, time
@@ -172,7 +173,7 @@ class Stage(App):
 
     def let_go(self):
         (self.folder / "gate").touch()
-        for point in pauses.POINTS:
+        for point in failpoints.POINTS:
             (self.points / f"{point}.armed").unlink(missing_ok=True)
             (self.points / f"{point}.go").touch()
 
@@ -782,22 +783,22 @@ def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
 
 
 def test_every_point_is_in_the_code_once_and_is_tried():
-    code = [ast.parse(path.read_text()) for path in Path(pauses.__file__).parent.rglob("*.py")]
+    code = [ast.parse(path.read_text()) for path in Path(failpoints.__file__).parent.rglob("*.py")]
     nodes = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "pauses.at"]
     tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS}
     tried |= {"nursery.striking", "supervisor.suspending"}
-    assert sorted(calls) == sorted(pauses.POINTS)
-    assert tried == set(pauses.POINTS)
+    assert sorted(calls) == sorted(failpoints.POINTS)
+    assert tried == set(failpoints.POINTS)
 
 
 def test_where_no_test_has_armed_it_a_point_does_nothing():
     [function] = [
-        node for node in ast.parse(Path(pauses.__file__).read_text()).body if isinstance(node, ast.FunctionDef)
+        node for node in ast.parse(Path(failpoints.__file__).read_text()).body if isinstance(node, ast.FunctionDef)
     ]
     assert function.name == "at"
     assert [type(node) for node in function.body] == [ast.Expr], "only its docstring"
-    assert pauses.at("supervisor.claimed") is None
+    assert failpoints.at("supervisor.claimed") is None
 
 
 def test_an_application_that_loads_longer_than_a_nursery_bears_to_be_alone_is_served(stage):

@@ -18,17 +18,14 @@ import pytest
 from as_user import as_nobody, needs_root, open_folder
 from conftest import wait_until
 
-from bgsupervisor import processes, wire
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
-from bgsupervisor.reception import Reception
-from bgsupervisor.statedir import StateDir, connect
-from bgsupervisor.statuses import Reason
-from bgsupervisor.wire import (
+from bgsupervisor.ipc import messages
+from bgsupervisor.ipc.channel import MAX_FRAME_BYTES, Channel
+from bgsupervisor.ipc.messages import (
     PROTOCOL_VERSION,
     Ack,
     Beat,
-    Channel,
     ChildHello,
     End,
     Ended,
@@ -39,12 +36,17 @@ from bgsupervisor.wire import (
     TaskOptions,
     Who,
 )
+from bgsupervisor.ipc.sockets import connect
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.statuses import Reason
+from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.system import processes
 
 ME = Who(os.getpid(), 5)
 MESSAGES = [
     ChildHello(version=1, who=ME, nursery=Who(1, 2)),
     ChildHello(version=1, who=ME, nursery=Who(1, 2), id=7, attempt=2, end=End(reason=Reason.RAISED, detail="ž")),
-    wire.NurseryHello(
+    messages.NurseryHello(
         version=1,
         who=ME,
         catalogue={"a:b": TaskOptions(timeout_s=5.0), "c": TaskOptions()},
@@ -54,29 +56,29 @@ MESSAGES = [
         exits=[Exited(who=Who(5, 6), exit_code=None, signal=9, ordered=Reason.TIMED_OUT)],
     ),
     Exited(who=ME, exit_code=3, signal=None),
-    wire.ExitsSeen([ME]),
-    wire.Spawn(3),
-    wire.Spawned(ME),
-    wire.SpawnFailed(2, "Resource temporarily unavailable"),
-    wire.Retire(),
-    wire.KillOrder(ME, 9, Reason.STOPPED),
+    messages.ExitsSeen([ME]),
+    messages.Spawn(3),
+    messages.Spawned(ME),
+    messages.SpawnFailed(2, "Resource temporarily unavailable"),
+    messages.Retire(),
+    messages.KillOrder(ME, 9, Reason.STOPPED),
     Run(id=2**63 - 1, attempt=1, name="a:b", data='{"n": "\\u017e"}', key=None),
     Progress(id=1, attempt=1, done=0.5, total=None, message="half"),
     Beat(1, 2),
     Ended(1, 2, End(result="x" * 100_000, peak_rss_bytes=2**40, cpu_s=0.25)),
     Ack(1, 2),
-    wire.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, why="cancelled by jana", by="jana"),
-    wire.CallerHello(version=1, who=ME),
-    wire.BoardHello(version=1, who=ME),
-    wire.BoardBeat(),
-    wire.Ring(["task:5", "lock:smtp"]),
-    wire.Waiting(1, 2),
-    wire.Resumed(1, 2, 15),
-    wire.WantSlot(1, 2, 3),
-    wire.SlotGranted(1, 2),
-    wire.Reload(force=True),
-    wire.Reloaded(done=False, detail="it does not load"),
-    wire.Leave(),
+    messages.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, why="cancelled by jana", by="jana"),
+    messages.CallerHello(version=1, who=ME),
+    messages.BoardHello(version=1, who=ME),
+    messages.BoardBeat(),
+    messages.Ring(["task:5", "lock:smtp"]),
+    messages.Waiting(1, 2),
+    messages.Resumed(1, 2, 15),
+    messages.WantSlot(1, 2, 3),
+    messages.SlotGranted(1, 2),
+    messages.Reload(force=True),
+    messages.Reloaded(done=False, detail="it does not load"),
+    messages.Leave(),
 ]
 
 
@@ -99,7 +101,7 @@ def pair():
 
 
 def test_every_kind_of_message_is_among_those_that_are_tried():
-    assert {type(message) for message in MESSAGES} == set(typing.get_args(wire.Message))
+    assert {type(message) for message in MESSAGES} == set(typing.get_args(messages.Message))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
@@ -141,7 +143,7 @@ def test_several_frames_in_one_piece_are_several_messages_and_the_rest_waits(pai
 @pytest.mark.parametrize(
     ("sent", "says"),
     [
-        (struct.pack(">I", wire.MAX_FRAME_BYTES + 1), "a frame of 80 MiB was announced"),
+        (struct.pack(">I", MAX_FRAME_BYTES + 1), "a frame of 80 MiB was announced"),
         (b"GET / HTTP/1.1\r\n\r\n", "GiB was announced"),
         (struct.pack(">I", 0), "a message of 0 bytes cannot be read"),
         (struct.pack(">I", 3) + b"\xc1\xc1\xc1", "a message of 3 bytes cannot be read"),
@@ -206,7 +208,7 @@ def test_one_look_takes_a_bounded_amount_and_all_of_a_dead_peer_is_read_in_sever
 
 
 def test_a_peer_that_says_much_does_not_keep_the_others_waiting(pair, monkeypatch):
-    monkeypatch.setattr(wire, "RECEIVE_BYTES", 65536)
+    monkeypatch.setattr(messages, "RECEIVE_BYTES", 65536)
     channel, theirs = pair
     sent = frame(Progress(id=1, attempt=1, done=None, total=None, message="x" * 9_000))
     for _ in range(15):
@@ -397,7 +399,7 @@ def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial
         (frame(Beat(1, 1)), "did not say hello first"),
         (frame(hello(version=99)), "it speaks protocol 99, this supervisor speaks 1"),
         (frame(hello(who=Who(1, 1))), "it says that it is PID 1"),
-        (frame(wire.CallerHello(version=99, who=ME)), "it speaks protocol 99"),
+        (frame(messages.CallerHello(version=99, who=ME)), "it speaks protocol 99"),
         (frame(hello()) + frame(hello(who=Who(1, 1))), "it says that it is PID 1"),
     ],
     ids=["rubbish", "unknown", "no hello", "version", "pid", "caller's version", "a second hello"],
@@ -589,7 +591,7 @@ def test_a_watch_that_cannot_be_had_leaves_the_net(reception, monkeypatch, tmp_p
     def refuse(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bgsupervisor.reception.FileWatch", refuse)
+    monkeypatch.setattr("bgsupervisor.supervisor.events.FileWatch", refuse)
     path = tmp_path / "db-wal"
     path.touch()
     reception.watch_file(path)

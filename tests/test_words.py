@@ -17,16 +17,17 @@ from types import SimpleNamespace
 import pytest
 from conftest import LIMIT_S, wait_until
 
-from bgsupervisor import child, processes
+from bgsupervisor.catalogue import SUPERVISOR_SILENT_S
 from bgsupervisor.cli import development
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.link import Link
-from bgsupervisor.names import SUPERVISOR_SILENT_S
-from bgsupervisor.processes import Verdict
-from bgsupervisor.supervisor import BEAT_EVERY_S, Supervisor
-from bgsupervisor.wards import Ward
-from bgsupervisor.wire import Run, Who
+from bgsupervisor.ipc.messages import Run, Who
+from bgsupervisor.supervisor.children import Ward
+from bgsupervisor.supervisor.loop import BEAT_EVERY_S, Supervisor
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import Verdict
+from bgsupervisor.worker import child
+from bgsupervisor.worker.connection import Link
 
 SOURCE = """
 import atexit, ctypes, pathlib, time
@@ -350,7 +351,7 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_link(monkeypatch):
 def test_a_wait_manager_whose_thread_fails_ends():
     code = """
 import threading, time
-from bgsupervisor import board
+from bgsupervisor.worker import wait_manager as board
 from bgsupervisor.clock import SystemClock
 
 caretaker = object.__new__(board._Caretaker)

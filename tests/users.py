@@ -52,7 +52,7 @@ def their_python():
     with contextlib.suppress(OSError):
         if (
             ask_as(
-                DEPLOY, [sys.executable, "-c", "import bgsupervisor.cli.run, psutil"], environment=environment
+                DEPLOY, [sys.executable, "-c", "import bgsupervisor.cli.commands.run, psutil"], environment=environment
             ).returncode
             == 0
         ):

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import Service
-from bgsupervisor.linux import set_child_subreaper
-from bgsupervisor.statedir import StateDir, connect
+from bgsupervisor.ipc.sockets import connect
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.system.syscalls import set_child_subreaper
 from torture.database import Database
 from torture.oracle import Oracle
 

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from bgsupervisor.linux import pidfd_exit
+from bgsupervisor.system.syscalls import pidfd_exit
 from torture.actors import Cron, Observer, Prober, Producer
 from torture.arena import Who, command_of, is_alive
 from torture.chaos import Chaos

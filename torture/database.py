@@ -11,7 +11,7 @@ import sqlite3
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor.postgres import lock_key
+from bgsupervisor.database.postgres import lock_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

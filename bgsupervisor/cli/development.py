@@ -14,29 +14,31 @@ from typing import IO, TYPE_CHECKING
 import click
 import msgspec
 
-from bgsupervisor import processes
-from bgsupervisor.cli.calling import ask_to_reload, await_reload
-from bgsupervisor.cli.changes import Changes
-from bgsupervisor.cli.following import Following, Lines, echo, tell_failures
-from bgsupervisor.cli.loading import python_command
-from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.code_changes import Changes
+from bgsupervisor.cli.control_client import ask_to_reload, await_reload
+from bgsupervisor.cli.display.following import Following, Lines, echo, tell_failures
+from bgsupervisor.cli.display.output import warn
+from bgsupervisor.cli.load_check import python_command
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import shown
 from bgsupervisor.errors import BgSupervisorError, Unkillable, WireError
-from bgsupervisor.linux import die_with_parent, set_child_subreaper
-from bgsupervisor.logs import Reader
-from bgsupervisor.statedir import Lock, StateDir, StopMark
-from bgsupervisor.wire import LoadFailure
+from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.messages import LoadFailure
+from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.system import processes
+from bgsupervisor.system.logs import Reader
+from bgsupervisor.system.syscalls import die_with_parent, set_child_subreaper
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bgsupervisor.cli.dev import Interrupts
+    from bgsupervisor.cli.commands.dev import Interrupts
     from bgsupervisor.cli.session import Session
     from bgsupervisor.config import Config
-    from bgsupervisor.models import SupervisorRecord
+    from bgsupervisor.database.store import SupervisorRecord
+    from bgsupervisor.ipc.channel import Channel
+    from bgsupervisor.ipc.messages import Reloaded
     from bgsupervisor.service import Service
-    from bgsupervisor.wire import Channel, Reloaded
 
 __all__ = ["Development"]
 

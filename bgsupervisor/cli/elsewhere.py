@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bgsupervisor.cli.changes import Changes
-from bgsupervisor.cli.following import Following, echo, tell_failures
-from bgsupervisor.cli.output import warn
+from bgsupervisor.cli.code_changes import Changes
+from bgsupervisor.cli.display.following import Following, echo, tell_failures
+from bgsupervisor.cli.display.output import warn
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import shown
 from bgsupervisor.errors import AccessError, DatabaseError
-from bgsupervisor.portable import PROMISES, Runner, other_runner
-from bgsupervisor.statedir import StateDir, StopMark
+from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.supervisor.portable import PROMISES, Runner, other_runner
 
 if TYPE_CHECKING:
-    from bgsupervisor.cli.dev import Interrupts
+    from bgsupervisor.cli.commands.dev import Interrupts
     from bgsupervisor.cli.session import Session
     from bgsupervisor.config import Config
-    from bgsupervisor.spawned import Ready
+    from bgsupervisor.worker.spawned import Ready
 
 __all__ = ["develop_elsewhere"]
 

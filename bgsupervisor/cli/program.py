@@ -11,10 +11,11 @@ from typing import NoReturn
 
 import click
 
-from bgsupervisor import __version__, descriptors
-from bgsupervisor.cli.output import say, warn
+from bgsupervisor import __version__
+from bgsupervisor.cli.display.output import say, warn
 from bgsupervisor.cli.session import Session, config_option
 from bgsupervisor.errors import BgSupervisorError
+from bgsupervisor.system import descriptors
 
 __all__ = ["main", "program", "tell_error"]
 
@@ -25,29 +26,29 @@ EXIT_PIPE_CLOSED = 1
 """Whoever read our output has left, as `head` does; click leaves so too where it is the first to notice."""
 
 _COMMANDS = {
-    "init": "bgsupervisor.cli.init:init",
-    "run": "bgsupervisor.cli.run:run",
-    "dev": "bgsupervisor.cli.dev:dev",
-    "ps": "bgsupervisor.cli.ps:ps",
-    "show": "bgsupervisor.cli.show:show",
-    "why": "bgsupervisor.cli.why:why",
-    "log": "bgsupervisor.cli.log:log",
-    "stack": "bgsupervisor.cli.stack:stack",
-    "request": "bgsupervisor.cli.request:request",
-    "cancel": "bgsupervisor.cli.acting:cancel",
-    "suspend": "bgsupervisor.cli.acting:suspend",
-    "resume": "bgsupervisor.cli.acting:resume",
-    "retry": "bgsupervisor.cli.acting:retry",
-    "stop": "bgsupervisor.cli.stopping:stop",
-    "start": "bgsupervisor.cli.stopping:start",
-    "reload": "bgsupervisor.cli.stopping:reload",
-    "prune": "bgsupervisor.cli.prune:prune",
-    "migrate": "bgsupervisor.cli.migrate:migrate",
-    "health": "bgsupervisor.cli.health:health",
-    "check": "bgsupervisor.cli.check:check",
-    "doctor": "bgsupervisor.cli.doctor:doctor",
-    "cron": "bgsupervisor.cli.cron:cron",
-    "systemd": "bgsupervisor.cli.systemd:systemd",
+    "init": "bgsupervisor.cli.commands.init:init",
+    "run": "bgsupervisor.cli.commands.run:run",
+    "dev": "bgsupervisor.cli.commands.dev:dev",
+    "ps": "bgsupervisor.cli.commands.ps:ps",
+    "show": "bgsupervisor.cli.commands.show:show",
+    "why": "bgsupervisor.cli.commands.why:why",
+    "log": "bgsupervisor.cli.commands.log:log",
+    "stack": "bgsupervisor.cli.commands.stack:stack",
+    "request": "bgsupervisor.cli.commands.request:request",
+    "cancel": "bgsupervisor.cli.commands.acting:cancel",
+    "suspend": "bgsupervisor.cli.commands.acting:suspend",
+    "resume": "bgsupervisor.cli.commands.acting:resume",
+    "retry": "bgsupervisor.cli.commands.acting:retry",
+    "stop": "bgsupervisor.cli.commands.stopping:stop",
+    "start": "bgsupervisor.cli.commands.stopping:start",
+    "reload": "bgsupervisor.cli.commands.stopping:reload",
+    "prune": "bgsupervisor.cli.commands.prune:prune",
+    "migrate": "bgsupervisor.cli.commands.migrate:migrate",
+    "health": "bgsupervisor.cli.commands.health:health",
+    "check": "bgsupervisor.cli.commands.check:check",
+    "doctor": "bgsupervisor.cli.commands.doctor:doctor",
+    "cron": "bgsupervisor.cli.commands.cron:cron",
+    "systemd": "bgsupervisor.cli.commands.systemd:systemd",
 }
 """In the order of the help; each is imported when it is called or described."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bgsupervisor.doctor import files, keepers, limits, system
+from bgsupervisor.doctor import files, limits, managers, system
 from bgsupervisor.doctor.findings import Finding, Grade, Machine, Scene, wrong
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ CHECKS: dict[str, Check] = {
     "file system": files.file_system,
     "free space": files.free_space,
     "SQLite": system.sqlite,
-    "lock": keepers.lock,
-    "loaded code": keepers.loaded_code,
-    "stop mark": keepers.stop_mark,
-    "entry": keepers.entry,
-    "unit": keepers.unit,
+    "lock": managers.lock,
+    "loaded code": managers.loaded_code,
+    "stop mark": managers.stop_mark,
+    "entry": managers.entry,
+    "unit": managers.unit,
     "clock": system.clock,
     "kernel": system.kernel,
     "memory": limits.memory,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor.config import dangers
 from bgsupervisor.doctor.findings import note, ok, wrong
 from bgsupervisor.sizes import size
-from bgsupervisor.statedir import group_name, user_name
+from bgsupervisor.system.users import group_name, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

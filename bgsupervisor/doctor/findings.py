@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.clock import Clock, SystemClock
 from bgsupervisor.config import is_postgres, sqlite_path
-from bgsupervisor.oom import INITIAL_PID_NAMESPACE
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.system.oom import INITIAL_PID_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
-from bgsupervisor.doctor.keepers import PROCESSES_PER_SLOT, lock_holder
+from bgsupervisor.doctor.managers import PROCESSES_PER_SLOT, lock_holder
 from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:

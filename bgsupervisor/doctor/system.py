@@ -6,10 +6,10 @@ import os
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from bgsupervisor import linux
 from bgsupervisor.doctor.findings import note, ok, wrong
 from bgsupervisor.errors import UnsupportedSystem
-from bgsupervisor.statedir import AS_ROOT, user_name
+from bgsupervisor.system import syscalls
+from bgsupervisor.system.users import AS_ROOT, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +78,7 @@ def kernel(scene: Scene) -> Iterator[Told]:  # noqa: ARG001 - the shape of a che
     """See that there are pidfds and child subreapers, without which nobody can supervise."""
     try:
         os.close(os.pidfd_open(os.getpid()))
-        linux.is_child_subreaper()
+        syscalls.is_child_subreaper()
     except (AttributeError, OSError, UnsupportedSystem) as error:
         yield wrong(f"this kernel, or what it forbids here (seccomp), has no pidfds or subreapers: {error}; 5.3 has")
     else:

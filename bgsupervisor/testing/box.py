@@ -24,27 +24,27 @@ import msgspec
 import peewee
 
 from bgsupervisor import __version__, payload, service, tasks
-from bgsupervisor.bodies import Progress, end_of
-from bgsupervisor.borrowed import recognised
+from bgsupervisor.catalogue import Catalogue, Known
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import MIB, Config, load
+from bgsupervisor.database.store import Store, SupervisorRecord
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
-from bgsupervisor.ledger import Attempt, Batch, Claim, Ledger, Note
-from bgsupervisor.models import Store, SupervisorRecord
-from bgsupervisor.names import Catalogue, Known
-from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.ledger.external import recognised
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Note
 from bgsupervisor.statuses import Status
+from bgsupervisor.system.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
 from bgsupervisor.testing.folders import remove, run_folder
-from bgsupervisor.wire import End
+from bgsupervisor.worker.outcome import Progress, end_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from bgsupervisor.borrowed import Lent
-    from bgsupervisor.ledger import Due, Request
-    from bgsupervisor.models import TaskRecord
+    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.external import Lent
+    from bgsupervisor.ledger.transitions import Due, Request
     from bgsupervisor.service import Backing, Key, Origin, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]

@@ -13,8 +13,8 @@ import sqlite3
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bgsupervisor.borrowed import cursor_of, is_in_transaction
-from bgsupervisor.callers import origins
+from bgsupervisor.database.callers import origins
+from bgsupervisor.ledger.external import cursor_of, is_in_transaction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

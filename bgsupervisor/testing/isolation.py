@@ -11,7 +11,7 @@ import os
 import unittest
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import config, service
+from bgsupervisor import environment, service
 from bgsupervisor.testing.box import TaskBox
 from bgsupervisor.testing.folders import made, run_folder, share
 
@@ -138,12 +138,12 @@ def _mark() -> None:
     is_isolated = service.redirect not in (None, _own)
     if is_isolated:
         run_folder()
-    config.mark_tests(made() if is_isolated else None)
+    environment.mark_tests(made() if is_isolated else None)
 
 
 def _mark_fork() -> None:
     if service.redirect not in (None, _own):
-        config.mark_tests(made())  # the mark of the parent has its PID
+        environment.mark_tests(made())  # the mark of the parent has its PID
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -28,8 +28,9 @@ from leaving import end_all, identities, identity, known_processes
 from plan import Group, NothingToIndex, groups_of, plan
 from tasks import COLUMNS, CheckDigests, IndexPackage, Report
 
-from bgsupervisor import BgSupervisorError, Reason, Service, Status, processes
-from bgsupervisor.processes import Verdict
+from bgsupervisor import BgSupervisorError, Reason, Service, Status
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

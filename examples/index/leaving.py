@@ -8,14 +8,14 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from bgsupervisor import processes
-from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import ProcessIdentity, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from bgsupervisor import Service, TaskRecord
-    from bgsupervisor.models import SupervisorRecord
+    from bgsupervisor.database.store import SupervisorRecord
 
 GONE_S = 5.0
 """Who is killed is waited for no longer; one in uninterruptible sleep stays a while."""

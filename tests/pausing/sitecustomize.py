@@ -1,4 +1,4 @@
-"""Has processes of bgsupervisor wait at the points of `bgsupervisor.pauses` that a test has armed.
+"""Has processes of bgsupervisor wait at the points of `bgsupervisor.failpoints` that a test has armed.
 
 Python imports this file at its start when its folder is on PYTHONPATH. A test arms a point with a file POINT.armed that
 names the kind of process which is to wait there; the first such process that comes by takes the file, writes its PID
@@ -42,9 +42,9 @@ def at(point):
 
 if "PAUSES" in os.environ:
     FOLDER = Path(os.environ["PAUSES"])
-    from bgsupervisor import pauses
+    from bgsupervisor import failpoints
 
-    pauses.at = at
+    failpoints.at = at
 for module in ("link", "nursery", "board"):
     if f"{module.upper()}_LONELY_S" in os.environ:
         importlib.import_module(f"bgsupervisor.{module}").LONELY_S = float(os.environ[f"{module.upper()}_LONELY_S"])

@@ -1,0 +1,300 @@
+"""The children that a supervisor looks after, whoever started them; decides nothing, writes no rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+from typing import TYPE_CHECKING
+
+from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ledger.transitions import Attempt, Note, Suspension
+from bgsupervisor.system import logs, processes, stacks
+from bgsupervisor.system.oom import OomWatch
+from bgsupervisor.system.processes import ProcessIdentity, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.ipc.messages import ChildHello, End
+    from bgsupervisor.ledger.transitions import Claim
+    from bgsupervisor.statuses import Reason
+    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.system.oom import Counters
+    from bgsupervisor.system.processes import ProcessHandle
+    from bgsupervisor.system.stacks import Question
+
+__all__ = ["Order", "Stage", "Ward", "Wards"]
+
+
+STRANGER_S = 10.0
+"""How long a process that only a row names has to prove that it is a child of ours, in seconds."""
+
+
+class Stage(enum.IntEnum):
+    """How far the ending of an attempt had to go."""
+
+    ASKED = 1
+    TERM = 2
+    KILL = 3
+
+
+@dataclasses.dataclass(slots=True)
+class Order:
+    """The decision to end an attempt before its end, carried out in stages.
+
+    Attributes:
+        next_at: When the next stage is due, monotonic.
+        unsent: The signal of this stage waits for its reason to be committed.
+        due_since: Since when it waits, monotonic.
+    """
+
+    reason: Reason
+    why: str
+    by: str | None
+    next_at: float
+    stage: Stage = Stage.ASKED
+    unsent: bool = False
+    due_since: float = 0.0
+
+    def detail(self) -> str:
+        """Return the sentence that is recorded: why, by whom, and how far it had to go."""
+        how = {
+            Stage.ASKED: "the body was asked to end",
+            Stage.TERM: "the body did not end when asked, SIGTERM was sent",
+            Stage.KILL: "SIGKILL was sent",
+        }
+        return f"{self.why}; {how[self.stage]}"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Ward:
+    """A child as the supervisor sees it.
+
+    Attributes:
+        handle: Its pidfd; None where it cannot be held (UNKNOWN), then only its row and its words tell of it.
+        vouched: It is known to be a child of ours, and not only from a row, which anybody may have written.
+        met_at: Since when it is known.
+        attempt: What it runs, as rows have it.
+        says: What it says that it runs, until the rows have been looked at.
+        ready: It has said that it waits for an order, and has had none since.
+        run_place: Where its order to run begins in what its channel has written; None once the child speaks of it.
+        run_end: Where that order ends.
+        end: How its attempt ended, until that is recorded.
+        dead_since: When its death was seen.
+        note: What is known and not yet written.
+        leave_by: When it is killed if it has not left by itself.
+        wants_slot: The number of the wait after which it wants a slot again.
+        started_at: When its attempt was claimed; attended, as all moments here.
+        got_on_at: When the body last said that it gets on, or may have.
+        to_be_suspended: Somebody wants it to stand still.
+        suspension: Whether it does, and how long it has.
+        suspension_unsaved: The row does not have that yet; what is to stop is stopped after the commit.
+        question: Its stack was asked for, because its time is up.
+        question_by: Until when its answer is awaited.
+        stack: What it answered.
+    """
+
+    identity: ProcessIdentity
+    handle: ProcessHandle | None
+    vouched: bool = False
+    met_at: float = 0.0
+    nursery: Who | None = None
+    peer: Peer | None = None
+    attempt: Attempt | None = None
+    name: str = ""
+    slot: int | None = None
+    started_at: float = 0.0
+    says: Attempt | None = None
+    ready: bool = False
+    run_place: int | None = None
+    run_end: int = 0
+    end: End | None = None
+    dead_since: float | None = None
+    order: Order | None = None
+    note: Note = dataclasses.field(default_factory=Note)
+    oom: Counters | None = None
+    cpu_seen: tuple[float, float] | None = None
+    peak_rss_bytes: int = 0
+    leave_by: float | None = None
+    wants_slot: int | None = None
+    got_on_at: float = 0.0
+    to_be_suspended: bool = False
+    suspension: Suspension = dataclasses.field(default_factory=Suspension)
+    suspension_unsaved: bool = False
+    question: Question | None = None
+    question_by: float = 0.0
+    stack: str | None = None
+
+    @property
+    def who(self) -> Who:
+        """Its PID and start ticks."""
+        return Who(self.identity.pid, self.identity.start_ticks)
+
+    @property
+    def target(self) -> ProcessHandle | None:
+        """Where signals for it go; None if it cannot be held, or is perhaps no child of ours."""
+        return self.handle if self.vouched else None
+
+    @property
+    def connected(self) -> bool:
+        """Whether it can be spoken to."""
+        return self.peer is not None and not (self.peer.channel.closed or self.peer.channel.broken)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for an order."""
+        busy = self.attempt is not None or self.says is not None or self.end is not None
+        return self.ready and self.connected and not busy and self.leave_by is None and self.dead_since is None
+
+    @property
+    def never_told(self) -> bool:
+        """Whether it surely did not read its order to run whole, and never will."""
+        if self.run_place is None or self.peer is None or self.connected:
+            return False
+        channel = self.peer.channel
+        has_not_left = channel.written_bytes <= self.run_place
+        # Something was unread when the child closed the connection, and the order was the last that was sent.
+        return has_not_left or (channel.reset and channel.queued_bytes == self.run_end)
+
+    def connect(self, peer: Peer, hello: ChildHello) -> None:
+        """Take up a connection; what was sent by an earlier one is not measured by what this one has written."""
+        self.peer, self.nursery, self.ready = peer, hello.nursery, hello.id is None
+        self.run_place = None if hello.id is not None else self.run_place
+
+    def begin(self, claim: Claim, run_place: int, run_end: int, now: float) -> None:
+        """Take up an attempt that was claimed for it; *now* is attended."""
+        self.ready = False
+        self.attempt, self.name, self.slot = claim.attempt, claim.due.name, claim.slot
+        self.started_at = self.got_on_at = now
+        self.run_place, self.run_end, self.suspension = run_place, run_end, Suspension()
+
+    def become_free(self) -> None:
+        """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
+        self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
+        self.note = Note()
+        self.wants_slot = None
+        self.to_be_suspended = self.suspension_unsaved = False
+        self.peak_rss_bytes = 0
+        self.stack = None
+        self.forget_question()
+
+    def forget_question(self) -> None:
+        """Wait no more for its stack."""
+        if self.question is not None:
+            self.question.close()
+            self.question = None
+
+
+class Wards:
+    """All children that are known, by PID and start ticks."""
+
+    def __init__(self, ears: Reception, logs_folder: Path, clock: Clock) -> None:
+        self._ears = ears
+        self._logs = logs_folder
+        self._clock = clock
+        self._all: dict[Who, Ward] = {}
+        self._named: set[Who] = set()
+        self.oom = OomWatch()
+
+    def __iter__(self) -> Iterator[Ward]:
+        return iter(list(self._all.values()))
+
+    def __contains__(self, who: Who) -> bool:
+        return who in self._all
+
+    def get(self, who: Who | None) -> Ward | None:
+        """Return one child, or None."""
+        return None if who is None else self._all.get(who)
+
+    def running(self) -> list[Ward]:
+        """Return those that have an attempt, ended but unrecorded ones included."""
+        return [ward for ward in self._all.values() if ward.attempt is not None]
+
+    def by_attempt(self) -> dict[Attempt, Ward]:
+        """Return those that have an attempt, by it."""
+        return {ward.attempt: ward for ward in self._all.values() if ward.attempt is not None}
+
+    def taken_slots(self) -> set[int]:
+        """Return the slots that stay taken when the ends that are known are recorded."""
+        return {ward.slot for ward in self.running() if ward.slot is not None and ward.end is None}
+
+    def meet(self, identity: ProcessIdentity) -> Ward:
+        """Take charge of a process; one that is not to be found is taken for dead since now."""
+        who = Who(identity.pid, identity.start_ticks)
+        known = self._all.get(who)
+        if known is not None:
+            return known
+        ward = Ward(identity, None, vouched=who in self._named, met_at=self._clock.monotonic())
+        self._all[who] = ward
+        self.look_again(ward)
+        return ward
+
+    def vouch_for(self, whos: Iterable[Who]) -> None:
+        """Note that processes are children of ours: they dialled, or a fork server of ours names them."""
+        for who in whos:
+            self._named.add(who)
+            if who in self._all:
+                self._all[who].vouched = True
+
+    def recognise(self, ward: Ward) -> None:
+        """Vouch for a process that a row names if a fork server named it, it dialled, or its log is among ours."""
+        ward.vouched = ward.vouched or ward.who in self._named or logs.is_own(self.log_of(ward))
+
+    def is_stranger(self, ward: Ward) -> bool:
+        """Whether a living process that a row names is surely no child of ours.
+
+        A child dials a new supervisor within a second, unless it is stopped or its link hangs; then it still has the
+        memory in which it shows its stack. *Attended* seconds count, for the children may have been stopped as well.
+        """
+        if ward.vouched or ward.handle is None or ward.dead_since is not None:
+            return False
+        pid = ward.who.pid
+        if pid == os.getpid():
+            return True
+        if self._clock.monotonic() - ward.met_at < STRANGER_S:
+            return False
+        try:
+            if processes.owner_uid(pid) != os.geteuid():  # it may hide its state, and hold a slot with that
+                return True
+            return not processes.is_stopped(pid) and not stacks.can_answer(pid)
+        except OSError:
+            return False  # not to be seen: nothing is known of it
+
+    def look_again(self, ward: Ward) -> None:
+        """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
+        verdict, ward.handle = processes.look(ward.identity)
+        if verdict is Verdict.DEAD:
+            ward.dead_since = self._clock.monotonic()
+        elif ward.handle is not None:
+            self._ears.watch_process(ward.who, ward.handle)
+            ward.oom = self.oom.counters_of(ward.identity.pid)
+
+    def forget(self, ward: Ward) -> None:
+        """Let go of a dead child; its empty log goes with it."""
+        ward.forget_question()
+        self._named.discard(ward.who)
+        self._ears.unwatch_process(ward.who)
+        if ward.handle is not None:
+            ward.handle.close()
+        if ward.peer is not None:
+            self._ears.let_go(ward.peer)
+        self._all.pop(ward.who, None)
+        with contextlib.suppress(OSError):
+            if self.log_of(ward).stat().st_size == 0:
+                self.log_of(ward).unlink()
+
+    def log_of(self, ward: Ward) -> Path:
+        """Return the log that a child writes while it runs."""
+        return logs.process_log(self._logs, ward.who.pid, ward.who.start_ticks)
+
+    def keep_log(self, ward: Ward, attempt: Attempt, limit_bytes: int) -> None:
+        """Name the log of a dead child after its task; a living child does so itself."""
+        with contextlib.suppress(OSError):
+            path = self.log_of(ward)
+            logs.bound(path, limit_bytes)
+            if path.stat().st_size:
+                path.rename(logs.task_log(self._logs, attempt.id, attempt.attempt))

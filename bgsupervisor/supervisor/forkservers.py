@@ -1,0 +1,419 @@
+"""The nurseries that a supervisor knows: it starts them, puts new code in the place of old, and retires the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+from typing import TYPE_CHECKING
+
+from bgsupervisor import failpoints
+from bgsupervisor.ipc import exit_journal, messages
+from bgsupervisor.ipc.messages import TaskOptions, Who
+from bgsupervisor.system import processes
+from bgsupervisor.system.fingerprint import code_stamp, write_stamp
+from bgsupervisor.system.processes import ProcessIdentity, Verdict
+from bgsupervisor.worker import forkserver
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from multiprocessing.context import SpawnProcess
+    from pathlib import Path
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.config import Config
+    from bgsupervisor.ipc.messages import Exited
+    from bgsupervisor.ipc.statedir import StateDir
+    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.system.fingerprint import Stamp
+    from bgsupervisor.system.processes import ProcessHandle
+
+__all__ = ["FIRST_HELLO_S", "Home", "Nurseries"]
+
+log = logging.getLogger("bgsupervisor")
+
+FIRST_HELLO_S = 1.2
+"""After a start no dead child is called VANISHED before the living nurseries have said hello, or this long."""
+SWEEP_S = 600.0
+"""For so long after a nursery's death its children may still leave processes to the supervisor."""
+CHILD_HELLO_S = 60.0
+"""A forked child says hello within milliseconds, a spawned one when it has loaded the application."""
+FORK_S = 60.0
+"""A nursery that has orders and has forked nothing for so long hangs."""
+RESTART_S = (0.1, 1.0, 5.0, 15.0)
+"""Pauses before a nursery that died is started again; the last one repeats until one has loaded the application."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Home:
+    """A nursery that has said hello.
+
+    Attributes:
+        ordered: Children that it was told to fork and has not forked yet.
+        ordered_at: When it last answered an order, or was given one; monotonic.
+        expected: Children that it has forked and that have not said hello yet, and since when.
+    """
+
+    hello: messages.NurseryHello
+    peer: Peer
+    ordered: int = 0
+    ordered_at: float = 0.0
+    expected: dict[Who, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def coming(self) -> int:
+        """How many children are on the way."""
+        return self.ordered + len(self.expected)
+
+
+_NO_OPTIONS = TaskOptions()
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Started:
+    """A nursery process of ours; *callers* wait for what becomes of it, *stamp* is of the code that it loads."""
+
+    process: SpawnProcess
+    who: Who
+    handle: ProcessHandle | None
+    force: bool
+    callers: list[Peer]
+    stamp: Stamp
+    stamped_at_ns: int
+
+
+class Nurseries:
+    """All nurseries of one state directory.
+
+    One of them is `ours`: it starts new children. A candidate is loading, and takes its place if it loads what the
+    present one has loaded.
+
+    Attributes:
+        our_who: The one that starts new children.
+        one_died: A nursery of ours died and may have left its children to this process.
+        rejected: What failed to load in the last candidate that was not let in.
+    """
+
+    def __init__(
+        self, config: Config, state_dir: StateDir, own: ProcessIdentity, ears: Reception, clock: Clock
+    ) -> None:
+        self.config = config
+        self._state_dir = state_dir
+        self._own = own
+        self._ears = ears
+        self._clock = clock
+        self._homes: dict[Who, Home] = {}
+        self._started: dict[Who, _Started] = {}
+        self._candidate: _Started | None = None
+        self._deaths = 0
+        self._start_at = 0.0
+        self.our_who: Who | None = None
+        self.one_died = False
+        self.rejected: list[messages.LoadFailure] = []
+        self._sweep_until = 0.0
+        # Such as the other half of `gunicorn & exec bgsupervisor run`.
+        self._not_ours = forkserver.strays_of_this_process(set())
+        self._awaited = {who for who in self._records() if not self._is_dead(who)}
+        for who in self._awaited:
+            self._wake(who)
+        self._awaited_until = clock.monotonic() + FIRST_HELLO_S
+
+    # What the supervisor asks
+
+    def ours(self) -> Home | None:
+        """Return the nursery that starts new children; None while there is none that can be spoken to."""
+        home = self._homes.get(self.our_who) if self.our_who is not None else None
+        return home if home is not None and not home.peer.channel.closed else None
+
+    def get(self, who: Who | None) -> Home | None:
+        """Return one nursery that has said hello, or None."""
+        return None if who is None else self._homes.get(who)
+
+    def options(self, name: str) -> TaskOptions:
+        """Return the options of a task's class as our nursery, or else an older one, has loaded it."""
+        ours = None if self.our_who is None else self._homes.get(self.our_who)
+        if ours is not None and name in ours.hello.catalogue:
+            return ours.hello.catalogue[name]
+        older = (home.hello.catalogue for home in self._homes.values())
+        return next((catalogue[name] for catalogue in older if name in catalogue), _NO_OPTIONS)
+
+    def failures(self) -> list[messages.LoadFailure]:
+        """Return what failed to load, in our nursery and in the last that was not let in."""
+        home = self.ours()
+        return [*([] if home is None else home.hello.failures), *self.rejected]
+
+    def dangers(self) -> list[str]:
+        """Return what in the import of our nursery may cost data."""
+        home = self.ours()
+        return [] if home is None else home.hello.dangers
+
+    def awaited(self) -> bool:
+        """Whether a living nursery may still tell of deaths that nobody else has seen."""
+        if self._clock.monotonic() >= self._awaited_until:
+            return False
+        # One that has died since, of which nobody told this supervisor, has nothing more to say.
+        dead = {who for who in self._awaited if self._is_dead(who)}
+        self._awaited -= dead
+        return bool(self._awaited)
+
+    def can_report_no_more(self, parent: Who | None) -> bool:
+        """Whether the fork server of a dead child is dead as well; *parent* is None where the child never named it.
+
+        A child that no supervisor has heard may be of any fork server that an earlier supervisor has started.
+        """
+        if parent is not None:
+            return self._is_dead(parent)
+        earlier = {who for who in (*self._records(), *self._homes) if who not in self._started}
+        return bool(earlier) and all(self._is_dead(who) for who in earlier)
+
+    def die_again_and_again(self) -> bool:
+        """Whether no nursery has come up in a row of tries."""
+        return self._deaths > len(RESTART_S)
+
+    def written_exit(self, child: Who) -> Exited | None:
+        """Return what a nursery has written down of a child's exit, if one has: it may be stopped, or dead by now."""
+        for record in self._records().values():
+            exited = exit_journal.read(record).get(child)
+            if exited is not None:
+                return exited
+        return None
+
+    # What is heard of them
+
+    def take_hello(self, peer: Peer, hello: messages.NurseryHello) -> bool:
+        """Get to know a nursery; return whether it is ours from now on. All others are retired."""
+        self._homes[hello.who] = Home(hello, peer, ordered_at=self._clock.monotonic())
+        self._awaited.discard(hello.who)
+        for warning in hello.warnings:
+            log.warning("%s", warning)
+        for danger in hello.dangers:
+            log.error("%s", danger)
+        if hello.who == self.our_who:
+            return True
+        candidate = self._candidate
+        if candidate is None or candidate.who != hello.who:
+            self._ears.send(peer, messages.Retire())
+            return False
+        self._candidate = None
+        self._note_code(candidate, hello)
+        missing = self._missing(hello)
+        if missing and not candidate.force:
+            self._turn_down(candidate, peer, hello, missing)
+            return False
+        self._let_in(candidate, hello)
+        return True
+
+    def take_spawned(self, peer: Peer, message: messages.Spawned) -> None:
+        """Note that an ordered child is there."""
+        home = self.get(peer.who)
+        if home is not None:
+            home.ordered = max(0, home.ordered - 1)
+            home.ordered_at = home.expected[message.who] = self._clock.monotonic()
+
+    def take_spawn_failure(self, peer: Peer, message: messages.SpawnFailed) -> None:
+        """Note that ordered children will not come."""
+        home = self.get(peer.who)
+        if home is not None:
+            home.ordered = max(0, home.ordered - message.count)
+        log.error("the nursery cannot fork children (%s); trying again", message.error)
+
+    def met(self, child: Who) -> None:
+        """Note that a child said hello, or died before it could."""
+        for home in self._homes.values():
+            home.expected.pop(child, None)
+
+    def died(self, who: Who) -> None:
+        """Note a death; if it was our nursery, another is started after a pause, and its children are ours to reap."""
+        started = self._started.pop(who, None)
+        if started is None:
+            return
+        started.process.join(0.5)
+        exit_code = started.process.exitcode
+        with contextlib.suppress(ValueError):
+            started.process.close()
+        if started.handle is not None:
+            started.handle.close()
+        self._homes.pop(who, None)
+        if exit_code != 0:
+            self.one_died = True
+            self._sweep_until = self._clock.monotonic() + SWEEP_S
+        if started is self._candidate:
+            self._candidate = None
+            self._answer(started, done=False, detail=f"the new nursery died with exit code {exit_code} while loading")
+        if who == self.our_who or self.our_who is None:
+            log.error("the nursery died with exit code %s; running bodies go on", exit_code)
+            self.our_who = None
+            self._start_at = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
+            self._deaths += 1
+
+    # What is done with them
+
+    def start_if_missing(self) -> None:
+        """Start a nursery if there is none and its time has come."""
+        if self.our_who is None and self._candidate is None and self._clock.monotonic() >= self._start_at:
+            self._start(force=True, callers=[])
+
+    def start_due_at(self) -> float | None:
+        """Return when a missing nursery is to be started, monotonic."""
+        return self._start_at if self.our_who is None and self._candidate is None else None
+
+    def reload(self, *, force: bool, caller: Peer | None) -> None:
+        """Start a nursery with the code as it is now; it takes over when it has loaded. The callers are answered."""
+        callers = [] if caller is None else [caller]
+        if self._candidate is not None:  # it may have read half of the new code
+            callers += self._candidate.callers
+        self._start(force=force or self.our_who is None, callers=callers)
+        failpoints.at("supervisor.reloading")
+
+    def spawn(self, count: int) -> None:
+        """Order children of our nursery."""
+        home = self.ours()
+        if home is not None and count > 0:
+            home.ordered_at = home.ordered_at if home.ordered else self._clock.monotonic()
+            home.ordered += count
+            self._ears.send(home.peer, messages.Spawn(count))
+
+    def give_up_on_the_silent(self) -> None:
+        """Once a second: kill children that hang before their hello, replace a nursery that does not fork any more.
+
+        Such a child has inherited a lock that a thread of the application held at the fork, and will never begin.
+        """
+        now, home = self._clock.monotonic(), self.ours()
+        if home is None:
+            return
+        for who in [who for who, since in home.expected.items() if now - since > CHILD_HELLO_S]:
+            log.error("PID %d was forked %.0f s ago and does not begin; killing it", who.pid, CHILD_HELLO_S)
+            home.expected.pop(who)
+            _, handle = processes.look(self._identity_of(who))
+            if handle is not None:
+                with handle, contextlib.suppress(OSError):
+                    processes.signal_tree(handle, signal.SIGKILL)
+        if home.ordered and now - home.ordered_at > FORK_S:
+            log.error("the nursery, PID %d, does not fork any more; starting another", home.hello.who.pid)
+            home.ordered_at = now
+            self.reload(force=True, caller=None)
+
+    def forget_the_dead(self) -> None:
+        """Remove the records of dead nurseries; no task must depend on what is written there."""
+        for who, record in self._records().items():
+            home = self._homes.get(who)
+            if (home is None or home.peer.channel.closed) and self._is_dead(who):
+                with contextlib.suppress(OSError):
+                    record.unlink()
+
+    def tell_all(self, message: messages.Message) -> None:
+        """Send something to every nursery that can be spoken to."""
+        for home in self._homes.values():
+            if not home.peer.channel.closed:
+                self._ears.send(home.peer, message)
+
+    def sweep_inherited(self, known: Iterable[int]) -> None:
+        """Kill what a dead task left when its nursery was dead too: it was reparented to this process."""
+        if self._clock.monotonic() > self._sweep_until or os.getpid() == 1:
+            return  # to PID 1 all orphans of the container come, and not only what tasks have left
+        known = {*known, *self._not_ours, *(who.pid for who in self._started)}
+        for pid in forkserver.strays_of_this_process(known):
+            log.info("killing PID %d, which a dead task has left", pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # our own unreaped child: its PID is not reused
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+    # Within
+
+    def _start(self, *, force: bool, callers: list[Peer]) -> None:
+        stamp, stamped_at_ns = code_stamp(self.config), 0  # before it loads: a later change shows
+        with contextlib.suppress(OSError):
+            stamped_at_ns = write_stamp(self._state_dir.stamp, stamp)
+        process = multiprocessing.get_context("spawn").Process(
+            target=forkserver.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
+        )
+        try:
+            with processes.in_root_folder():
+                process.start()
+        except OSError as error:  # no processes or no memory left
+            log.error("cannot start a nursery: %s", error)  # noqa: TRY400 - the sentence says it
+            self._start_at = self._clock.monotonic() + RESTART_S[-1]
+            for caller in callers:
+                self._ears.send(caller, messages.Reloaded(False, f"cannot start a nursery: {error}"))
+            return
+        pid = process.pid or 0
+        processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
+        who = Who(pid, processes.start_ticks(pid) or -1)
+        _, handle = processes.look(self._identity_of(who))
+        if handle is not None:
+            self._ears.watch_process(who, handle)
+        self._candidate = self._started[who] = _Started(process, who, handle, force, callers, stamp, stamped_at_ns)
+
+    def _note_code(self, candidate: _Started, hello: messages.NurseryHello) -> None:
+        """Add to the stamp what the application itself has imported from elsewhere."""
+        if not candidate.stamped_at_ns:
+            return
+        with contextlib.suppress(OSError):
+            stamp = candidate.stamp.extended(hello.places, since_ns=candidate.stamped_at_ns)
+            write_stamp(self._state_dir.stamp, stamp)
+
+    def _missing(self, hello: messages.NurseryHello) -> list[messages.LoadFailure]:
+        """Return what the present nursery has loaded and this one could not."""
+        home = self.ours()
+        if home is None:
+            return []
+        known = {failure.module for failure in home.hello.failures}
+        return [failure for failure in hello.failures if failure.module not in known]
+
+    def _let_in(self, candidate: _Started, hello: messages.NurseryHello) -> None:
+        old = self.ours()
+        self.our_who = hello.who
+        if old is not None:
+            failpoints.at("supervisor.reloaded")
+            self._ears.send(old.peer, messages.Retire())
+        self._deaths = 0
+        self.rejected = []
+        failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
+        count = len(hello.catalogue)
+        detail = f"loaded {count} task{'' if count == 1 else 's'}{failed}"
+        log.info("%s", detail)
+        self._answer(candidate, done=True, detail=detail, failures=hello.failures)
+
+    def _turn_down(
+        self, candidate: _Started, peer: Peer, hello: messages.NurseryHello, missing: list[messages.LoadFailure]
+    ) -> None:
+        self.rejected = missing
+        names = ", ".join(failure.module for failure in missing)
+        last = missing[0].error.strip().splitlines()[-1:]
+        detail = f"{names} failed to load ({''.join(last)}); the code that works stays in force"
+        log.error("%s", detail)
+        self._ears.send(peer, messages.Leave())
+        del self._homes[hello.who]
+        self._answer(candidate, done=False, detail=detail, failures=missing)
+
+    def _answer(
+        self, started: _Started, *, done: bool, detail: str, failures: Sequence[messages.LoadFailure] = ()
+    ) -> None:
+        for caller in started.callers:
+            if not caller.channel.closed:
+                self._ears.send(caller, messages.Reloaded(done, detail, list(failures)))
+
+    def _records(self) -> dict[Who, Path]:
+        found = {}
+        for path in self._state_dir.path.glob("nursery-*-*"):
+            _, pid, ticks = path.name.split("-", 2)
+            if pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal():
+                found[Who(int(pid), int(ticks))] = path
+        return found
+
+    def _is_dead(self, who: Who) -> bool:
+        return processes.verdict(self._identity_of(who)) is Verdict.DEAD
+
+    def _wake(self, who: Who) -> None:
+        """Have a nursery look whom it talks to: a supervisor that is stopped would never let go of it."""
+        _, handle = processes.look(self._identity_of(who))
+        if handle is not None:
+            with handle, contextlib.suppress(OSError):
+                handle.send_signal(signal.SIGCHLD)  # which ends its rest, and does nothing where it is not awaited
+
+    def _identity_of(self, who: Who) -> ProcessIdentity:
+        return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)

@@ -1,0 +1,97 @@
+"""How a dead child ended: the evidence, best first, and the sentence that the row gets. Never guesses."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+from bgsupervisor.ipc.messages import End
+from bgsupervisor.statuses import Reason
+from bgsupervisor.supervisor.children import Stage
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import Exit, Verdict
+
+if TYPE_CHECKING:
+    from bgsupervisor.ipc.messages import Exited
+    from bgsupervisor.supervisor.children import Ward
+    from bgsupervisor.system.oom import OomWatch
+    from bgsupervisor.system.processes import ProcessHandle
+
+__all__ = ["EXIT_WAIT_S", "end_of", "exit_of"]
+
+EXIT_WAIT_S = 0.5
+"""How long the nursery's word on a dead child is waited for before other evidence is taken."""
+
+
+def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inherited: bool) -> Exit | None:
+    """Return how a dead child's process ended, (None, None) where nobody saw; None while better evidence may come.
+
+    Args:
+        ward: The dead child.
+        exited: What its nursery reported.
+        now: Monotonic.
+        wait_s: How long after the death the nursery is waited for.
+        inherited: Its nursery is dead and this process may have become its parent.
+    """
+    if exited is not None and (exited.exit_code, exited.signal) != (None, None):
+        return Exit(exited.exit_code, exited.signal)
+    if inherited and ward.handle is not None:
+        reaped = _reap(ward.handle)
+        if reaped is not None:
+            return reaped
+    if ward.dead_since is None or now - ward.dead_since < wait_s:
+        return None
+    seen = None if ward.handle is None else ward.handle.exit_status()
+    if seen is not None:
+        return seen
+    if processes.verdict(ward.identity) is not Verdict.DEAD:  # the second look; psutil's word counts
+        ward.dead_since = now
+        return None
+    return Exit(None, None)
+
+
+def end_of(ward: Ward, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
+    """Return what is recorded of a child that died before it reported."""
+    facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
+    order = ward.order
+    ordered = exited.ordered if exited is not None else None
+    if ordered is None and order is not None and order.stage >= Stage.TERM and not order.unsent:
+        ordered = order.reason
+    if ordered is not None:
+        detail = order.detail() if order is not None else "ended by its supervisor, which could not record it before"
+        return End(reason=ordered, detail=detail, **facts)
+    if exit.signal is not None:
+        evidence = _oom_evidence(ward, exit, oom)
+        if evidence is not None:
+            return End(reason=Reason.OUT_OF_MEMORY, detail=evidence, **facts)
+        detail = f"killed by {_signal_name(exit.signal)}, which bgsupervisor did not send"
+        if ward.suspension.lasts:
+            detail += ", while it was suspended"
+        return End(reason=Reason.SIGNALLED, detail=detail, **facts)
+    if exit.exit_code is not None:
+        detail = f"the process exited with code {exit.exit_code} before it reported an end"
+        return End(reason=Reason.EXITED, detail=detail, **facts)
+    return End(reason=Reason.VANISHED, detail="its process is gone and nobody could see how it ended")
+
+
+def _oom_evidence(ward: Ward, exit: Exit, oom: OomWatch) -> str | None:
+    if exit.signal != signal.SIGKILL or ward.oom is None:
+        return None
+    return oom.evidence(ward.identity.pid, ward.oom)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f"{signal.Signals(number).name} ({number})"
+    except ValueError:
+        return f"signal {number}"
+
+
+def _reap(handle: ProcessHandle) -> Exit | None:
+    """Reap a dead child that became ours when its nursery died; None if it is not ours."""
+    try:
+        info = os.waitid(os.P_PIDFD, handle.fileno(), os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return None if info is None else Exit.from_waitid(info)

@@ -1,0 +1,167 @@
+"""The board as its supervisor sees it: started when a task first waits, replaced when it dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import signal
+from typing import TYPE_CHECKING
+
+from bgsupervisor.ipc import messages
+from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ledger.waits import EVERYBODY
+from bgsupervisor.system import processes
+from bgsupervisor.system.processes import Verdict
+from bgsupervisor.worker import wait_manager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.context import SpawnProcess
+
+    from bgsupervisor.clock import Clock
+    from bgsupervisor.ipc.statedir import StateDir
+    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.system.processes import ProcessHandle, ProcessIdentity
+
+__all__ = ["Boards"]
+
+log = logging.getLogger("bgsupervisor")
+
+SILENT_S = 0.7
+"""A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
+RETRY_S = 1.0
+"""A board that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
+RESTART_S = (0.0, 1.0, 5.0, 15.0)
+"""Pauses before a board that died is started again; the last one repeats until one has said hello."""
+FIRST_HELLO_S = 10.0
+"""So long a new board may take to start on a busy machine."""
+
+
+class Boards:
+    """At most one board; rings are sent to it and never waited for."""
+
+    def __init__(
+        self, state_dir: StateDir, identity_of: Callable[[Who], ProcessIdentity], ears: Reception, clock: Clock
+    ) -> None:
+        self._folder = state_dir.path
+        self._identity_of = identity_of
+        self._ears = ears
+        self._clock = clock
+        self._process: SpawnProcess | None = None
+        self._who: Who | None = None
+        self._handle: ProcessHandle | None = None
+        self._peer: Peer | None = None
+        self._deadline = 0.0
+        self._deaths = 0
+        self._wanted = False
+
+    @property
+    def pids(self) -> set[int]:
+        """The board's PID, as one of this process's children."""
+        return set() if self._who is None else {self._who.pid}
+
+    def want(self) -> None:
+        """Have a board from the next `check` on: a task waits."""
+        if self._who is None and not self._wanted:
+            self._wanted, self._deadline = True, self._clock.monotonic()
+
+    def expect(self) -> None:
+        """Have a board before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
+        if not self._wanted:
+            self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
+
+    def ring(self, keys: Sequence[str]) -> None:
+        """Ring bells; whoever waits looks at the rows."""
+        if keys and self._peer is not None and not self._peer.channel.closed:
+            self._ears.send(self._peer, messages.Ring(list(keys)))
+
+    def take(self, peer: Peer, message: messages.BoardHello | messages.BoardBeat | messages.Ring) -> None:
+        """Take in what a board says, or pass on what a child rings."""
+        if isinstance(message, messages.BoardHello):
+            self.take_hello(peer, message)
+        elif isinstance(message, messages.Ring):
+            self.ring(message.keys)
+        elif peer is self._peer:
+            self.take_beat()
+
+    def take_hello(self, peer: Peer, hello: messages.BoardHello) -> None:
+        """Get to know a board: the one that was started, or one that an earlier supervisor has left."""
+        if self._who not in (None, hello.who):
+            self._ears.send(peer, messages.Leave())
+            return
+        if self._who is None:
+            verdict, self._handle = processes.look(self._identity_of(hello.who))
+            if verdict is not Verdict.ALIVE or self._handle is None:
+                return
+            self._who = hello.who
+            self._ears.watch_process(hello.who, self._handle)
+        self._peer = peer
+        self._deaths = 0
+        self._wanted = True
+        self.take_beat()
+        self.ring([EVERYBODY])
+
+    def take_beat(self) -> None:
+        """Note that the board lives."""
+        self._deadline = self._clock.monotonic() + SILENT_S
+
+    def died(self, who: Who) -> None:
+        """Note a death; another is started if tasks still wait."""
+        if who != self._who:
+            return
+        if self._process is not None:
+            self._process.join(0.5)
+            with contextlib.suppress(ValueError):
+                self._process.close()
+        if self._handle is not None:
+            self._handle.close()
+        self._process = self._who = self._handle = self._peer = None
+        log.warning("the board died; waiters look by themselves until the next one is there")
+        self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
+        self._deaths += 1
+
+    def due_at(self) -> float | None:
+        """Return when `check` has something to do, monotonic."""
+        return self._deadline if self._wanted else None
+
+    def check(self) -> None:
+        """Kill a board that does not beat; start one that is missing."""
+        if not self._wanted or self._clock.monotonic() < self._deadline:
+            return
+        if self._who is None:
+            self._start()
+            return
+        if self._handle is None:
+            self._deadline = self._clock.monotonic() + FIRST_HELLO_S
+            return
+        log.warning("the board, PID %d, does not answer; replacing it", self._who.pid)
+        self._handle.send_signal(signal.SIGKILL)
+        self._deadline = self._clock.monotonic() + FIRST_HELLO_S
+
+    def leave(self) -> None:
+        """Send the board away; nobody waits any more."""
+        if self._peer is not None and not self._peer.channel.closed:
+            self._ears.send(self._peer, messages.Leave())
+        elif self._handle is not None:  # it has not said hello yet, and would wait LONELY_S for the next supervisor
+            with contextlib.suppress(OSError):
+                self._handle.send_signal(signal.SIGKILL)
+
+    def _start(self) -> None:
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=wait_manager.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
+        )
+        try:
+            with processes.in_root_folder():
+                self._process.start()
+        except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
+            log.error("cannot start the board: %s; trying again", error)  # noqa: TRY400 - the sentence says it
+            self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
+            return
+        pid = self._process.pid or 0
+        processes.restore_descriptor_limit(pid)
+        self._who = Who(pid, processes.start_ticks(pid) or -1)
+        self._deadline = self._clock.monotonic() + FIRST_HELLO_S
+        _, self._handle = processes.look(self._identity_of(self._who))
+        if self._handle is not None:
+            self._ears.watch_process(self._who, self._handle)
