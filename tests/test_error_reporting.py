@@ -152,7 +152,7 @@ def test_an_end_by_an_exception_is_logged_with_its_task(make_app, name, reason, 
     assert facts == (record.id, f"appx:{name}", 1, reason)
     if name != "returns_what_is_no_json":  # it is no frame of the body that raises
         assert f"in {name}" in logged["trace"]
-    assert "bgsupervisor/child.py" not in logged["trace"]
+    assert "bgsupervisor/worker/child.py" not in logged["trace"]
 
 
 def test_a_deadlock_is_logged_as_an_error(make_app):

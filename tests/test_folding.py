@@ -217,6 +217,6 @@ def test_check_folds_and_full_and_json_do_not(make_app):
 
     assert "helper.py" in shown
     assert "frames in Python's library ..." in shown
-    assert "nursery.py" not in shown
-    assert "nursery.py" in app.cli("check", "--full").stderr
-    assert "nursery.py" in app.cli("check", "--json").stdout
+    assert "application.py" not in shown
+    assert "application.py" in app.cli("check", "--full").stderr
+    assert "application.py" in app.cli("check", "--json").stdout

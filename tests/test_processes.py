@@ -280,7 +280,7 @@ def test_a_host_is_named_by_configuration_then_machine_id_then_host_name(tmp_pat
 
 
 def test_importing_does_not_load_psutil():
-    root = Path(processes.__file__).parents[1]
+    root = Path(processes.__file__).parents[2]
     script = "import sys; from bgsupervisor.system import logs, oom, processes; sys.exit('psutil' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=root, check=False).returncode == 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import secrets
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from torture import arena, invariants, mutants  # noqa: E402 - no part of the package
+from torture import arena, invariants  # noqa: E402 - no part of the package
 from torture.arena import Arena, Life, Who  # noqa: E402
 from torture.invariants import Evidence  # noqa: E402
 from torture.oracle import Entry  # noqa: E402
@@ -227,29 +226,3 @@ def test_nobody_need_have_seen_a_death_whose_nursery_was_dead(facts):
     facts["lines"] = [{**one, "nursery": 7} if one["what"] == "start" else one for one in facts["lines"]]
     facts["kernel_tells"], facts["reaper"] = False, 7
     assert found(facts) == set()
-
-
-# ---- the mutants ----
-
-
-@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
-def test_the_guard_that_a_mutant_removes_is_there_once_and_so_is_its_test(mutant):
-    text = (ROOT / "bgsupervisor" / mutant.file).read_text()
-    assert mutants.mutate(mutant, text) != text
-    file, function = mutant.test.partition("[")[0].split("::")
-    assert len(re.findall(rf"^def {function}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)) == 1
-
-
-def test_a_guard_that_is_not_there_is_an_error():
-    mutant = mutants.Mutant(name="", file="ledger.py", old="no such line", new="", test="")
-    with pytest.raises(ValueError, match="0 times"):
-        mutants.mutate(mutant, "some text")
-
-
-def test_the_table_of_mutants_on_the_page_is_that_of_the_code():
-    page = (ROOT / "docs" / "reliability.md").read_text()
-    table = page.split("| Without this guard | fails | the torture test too |")[1].split("\n\n")[0]
-    told = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert told == [
-        [one.name, f"`{one.test}`", f"yes, {one.seconds} s" if one.seconds else ""] for one in mutants.MUTANTS
-    ]

@@ -198,7 +198,7 @@ def test_sixteen_that_run_while_the_tables_change_record_their_ends_through_eith
 def other_protocol(tmp_path):
     """The environment that has Python find a version of this package whose processes speak another protocol."""
     copy_package(tmp_path / "other-protocol")
-    wire = tmp_path / "other-protocol" / "bgsupervisor" / "wire.py"
+    wire = tmp_path / "other-protocol" / "bgsupervisor" / "ipc" / "messages.py"
     told, count = re.subn(r"^PROTOCOL_VERSION = \d+$", "PROTOCOL_VERSION = 999", wire.read_text(), flags=re.MULTILINE)
     assert count == 1
     wire.write_text(told)

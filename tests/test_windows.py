@@ -785,7 +785,7 @@ def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
 def test_every_point_is_in_the_code_once_and_is_tried():
     code = [ast.parse(path.read_text()) for path in Path(failpoints.__file__).parent.rglob("*.py")]
     nodes = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "pauses.at"]
+    calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "failpoints.at"]
     tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS}
     tried |= {"nursery.striking", "supervisor.suspending"}
     assert sorted(calls) == sorted(failpoints.POINTS)

@@ -99,7 +99,9 @@ class Statements:
         waits.
         """
         mine, times = CLAIM[2:], ("started_at", "heartbeat_at")
-        sets = [f'"{name}" = NULL' for name in self._cleared if name not in {*mine, *times}]
+        # guard, claim."attempt" + 1 -> MAX(1, claim."attempt"): each claim raises the attempt
+        sets = ['"attempt" = claim."attempt" + 1']
+        sets += [f'"{name}" = NULL' for name in self._cleared if name not in {*mine, *times}]
         sets += [f'"{name}" = claim."{name}"' for name in mine]
         sets += [f'"{name}" = {self._mark}' for name in times]
         return f"""
@@ -109,7 +111,7 @@ class Statements:
                     AND waiting."attempt" = claim."attempt" AND waiting."status" = 'REQUEST'
                 {self._passing_over}
             )
-            UPDATE {self._task} SET "status" = 'START', "attempt" = claim."attempt" + 1, {", ".join(sets)}
+            UPDATE {self._task} SET "status" = 'START', {", ".join(sets)}
             FROM free AS claim
             {self._where("claim", "REQUEST")}
         """  # noqa: S608 - our own names
@@ -162,10 +164,14 @@ class Statements:
 
     def _where(self, name: str, status: str) -> str:
         task = self._task
-        return f"""
-            WHERE {task}."id" = {name}."id" AND {task}."attempt" = {name}."attempt" AND {task}."status" = '{status}'
-            RETURNING {task}."id", {task}."attempt"
-        """
+        conditions = (
+            f'{task}."id" = {name}."id"',
+            # guard: the batch statements name the attempt
+            f'{task}."attempt" = {name}."attempt"',
+            # guard: the batch statements name the status
+            f"{task}.\"status\" = '{status}'",
+        )
+        return f'WHERE {" AND ".join(conditions)} RETURNING {task}."id", {task}."attempt"'
 
     def _known(self, name: str, column: str) -> str:
         """Return the assignment of a value that is NULL where the column is to stay as it is."""

@@ -723,6 +723,7 @@ class Store:
         path = sqlite_path(url)
         pragmas = {
             "journal_mode": "wal",
+            # guard, never: requests are on disk when they are acknowledged
             "synchronous": "full" if durable else "off",  # an acknowledged request survives a power cut
             "wal_autocheckpoint": 1000 if checkpointer else AUTOCHECKPOINT_PAGES,
         }

@@ -736,6 +736,7 @@ class Ledger:
             attempts = [
                 Attempt(record.id, record.attempt)
                 for record in self._starts()
+                # guard, always: a child gives back only its own claims
                 if (record.pid, record.start_ticks, record.boot_id)
                 == (identity.pid, identity.start_ticks, identity.boot_id)
             ]
@@ -781,6 +782,7 @@ class Ledger:
             peak = self._task.peak_rss_bytes
             values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
         # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
+        # guard, never: the recorded reason wins over what the death looks like
         ordered = self._task.ending.in_([str(reason) for reason in Reason])
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
         detail = peewee.Case(None, ((ordered, self._task.detail),), end.detail)
@@ -797,6 +799,7 @@ class Ledger:
     def _let_go(self, attempt: Attempt, reason: Reason | None, keys: list[str], *, holds: bool = True) -> None:
         """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
         failpoints.at("ledger.ended")
+        # guard: an end frees its locks
         keys += self.waits.free(attempt.id, attempt.attempt, reason=reason) if holds else [task_key(attempt.id)]
         failpoints.at("ledger.freed")
         if holds:
@@ -880,7 +883,11 @@ class Ledger:
             return True
         task = self._task
         query = task.update(**values).where(
-            (task.id == attempt.id) & (task.attempt == attempt.attempt) & task.status.in_(list(statuses)),
+            task.id == attempt.id,
+            # guard: the compare-and-set names the attempt
+            task.attempt == attempt.attempt,
+            # guard: the compare-and-set names the status
+            task.status.in_(list(statuses)),
         )
         return int(query.execute()) == 1
 

@@ -236,6 +236,7 @@ class Waits:
         Many come back at once when a part is reached: one commit for all of them, instead of one by each child.
         """
         rows = self._rows_of(Waiter(id, attempt, number))
+        # guard, last condition: a slot is granted to waiting attempts only
         mine = _IS_START & (self._task.id == id) & (self._task.attempt == attempt) & self._task.slot.is_null()
         if not self._wait.select(self._wait.id).where(rows).exists():
             return False  # it has taken a slot itself, and may wait for something else by now
@@ -285,6 +286,7 @@ class Waits:
             if any(row["task_id"] == waiter.id for row in rows) or asks.exists():
                 raise LockHeld(name)
             permit = _free_permit(rows, permits)
+            # guard, last condition: permits are given in the order of asking
             if permit is not None and not queue.exists():
                 return self._take(waiter.id, waiter.attempt, name, permit, rows)
             if not wait:
@@ -353,10 +355,11 @@ class Waits:
         """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
         hold, wait = self._hold, self._wait
         queued = wait.select(wait.target).where((wait.task_id == id) & (wait.kind == "lock"))
-        names = [name for (name,) in list(queued.tuples())]  # whoever stood behind moves up
-        wait.delete().where(wait.task_id == id).execute()
         mine = (hold.task_id == id) & (hold.attempt == attempt)
-        names += [name for (name,) in list(hold.select(hold.name).where(mine).tuples())]
+        names = [name for (name,) in list(hold.select(hold.name).where(mine).tuples())]
+        # guard: a queue moves up when a waiter dies
+        names += [name for (name,) in list(queued.tuples())]
+        wait.delete().where(wait.task_id == id).execute()
         if reason is None:
             hold.delete().where(mine).execute()
         else:
@@ -429,6 +432,7 @@ class Waits:
         if slot is not None:
             wait.delete().where(rows).execute()
             return int(slot)
+        # guard, last condition: a repeated request for a slot keeps its place
         wait.delete().where(rows & (wait.kind != "slot")).execute()
         if not wait.select(wait.id).where(rows).exists():
             wait.insert(**self._row(waiter, Waiting("slot"))).execute()
@@ -509,6 +513,7 @@ def _waiter(row: dict[str, Any]) -> Waiter:
 
 def _free_permit(rows: Collection[dict[str, Any]], permits: int) -> int | None:
     """Return a permit that nobody holds if fewer than *permits* are held: an abandoned one first, for that is news."""
+    # guard, never: a permit has one holder
     taken = {row["permit"] for row in rows if row["task_id"] is not None}
     abandoned = {row["permit"] for row in rows if row["permit"] is not None} - taken
     if len(taken) >= permits:

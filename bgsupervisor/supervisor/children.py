@@ -156,6 +156,7 @@ class Ward:
         if self.run_place is None or self.peer is None or self.connected:
             return False
         channel = self.peer.channel
+        # guard, always: only an order that was surely not read is given back
         has_not_left = channel.written_bytes <= self.run_place
         # Something was unread when the child closed the connection, and the order was the last that was sent.
         return has_not_left or (channel.reset and channel.queued_bytes == self.run_end)
@@ -267,6 +268,7 @@ class Wards:
     def look_again(self, ward: Ward) -> None:
         """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
         verdict, ward.handle = processes.look(ward.identity)
+        # guard, is Verdict.DEAD -> is not Verdict.ALIVE: UNKNOWN is not DEAD
         if verdict is Verdict.DEAD:
             ward.dead_since = self._clock.monotonic()
         elif ward.handle is not None:

@@ -223,6 +223,7 @@ class Reception:
         """Return all that a peer whose process is dead has written, and let it go."""
         messages: list[Message] = []
         with contextlib.suppress(WireError):
+            # guard: the last messages of a dead child are read
             messages = peer.channel.receive_all()
         self.let_go(peer)
         return messages

@@ -156,6 +156,7 @@ class Nurseries:
             return False
         # One that has died since, of which nobody told this supervisor, has nothing more to say.
         dead = {who for who in self._awaited if self._is_dead(who)}
+        # guard: a dead fork server is not awaited
         self._awaited -= dead
         return bool(self._awaited)
 

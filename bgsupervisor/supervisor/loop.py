@@ -303,8 +303,11 @@ class Supervisor:
             ward.end = message.end
             if attempt != ward.attempt:
                 self._recover_at = 0.0  # only the rows can tell what it is to us
-        elif ward.peer is not None:
-            self._ears.send(ward.peer, messages.Ack(attempt.id, attempt.attempt))  # superseded: it must not wait
+            # guard: the acknowledgement follows the commit
+            return
+        # guard: a superseded end is acknowledged
+        if ward.peer is not None:
+            self._ears.send(ward.peer, messages.Ack(attempt.id, attempt.attempt))
 
     def _take_waiting(self, ward: Ward, message: messages.Waiting | messages.Resumed | messages.WantSlot) -> None:
         """Note that a body waits without a slot, goes on with one, or would go on."""
@@ -568,7 +571,8 @@ class Supervisor:
 
     def _may_admit(self) -> bool:
         stays = self._draining is None and self._leaving is None
-        return stays and self._recovery.done_once and self._nurseries.ours() is not None
+        # guard, last condition: nothing is admitted before all rows are compared
+        return stays and self._nurseries.ours() is not None and self._recovery.done_once
 
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
@@ -589,6 +593,7 @@ class Supervisor:
         if now < self._put_off_until:
             return
         batch = self._compose([claim for claim, _ in claims], now)
+        # guard, last condition: a supervisor whose lock was replaced writes nothing
         if not batch or self._is_replaced():
             return
         _pause_before(batch)
@@ -631,6 +636,7 @@ class Supervisor:
             elif ward.never_told:
                 batch.unclaims.add(attempt)
             elif ward.order is not None and ward.order.unsent:
+                # guard, -> self._enforcement.carry_out(ward, ward.order): the reason is committed before the signal
                 batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
             if ward.suspension_unsaved and ward.end is None:
                 batch.suspensions[attempt] = ward.suspension
@@ -747,6 +753,7 @@ class Supervisor:
         self._put_off_until = now + PUT_OFF_S[min(self._put_offs, len(PUT_OFF_S) - 1)]
         self._put_offs += 1
         self._bear(error)
+        # guard: a suspended child that may hold the database lock is resumed
         if self._put_offs > len(PUT_OFF_S) and is_locked(error):  # for two seconds
             self._enforcement.let_the_suspended_go_on()
 
@@ -857,6 +864,7 @@ class Supervisor:
 
     def _is_replaced(self) -> bool:
         """See whether another may supervise: one that was stopped for long must not start tasks in its slots."""
+        # guard: a supervisor whose lock was replaced leaves
         if not self._lock.is_intact():
             self._leaving = "the lock file was replaced; whoever holds the new one supervises"
             return True
@@ -915,6 +923,7 @@ class Supervisor:
         for ward in self._wards:
             if ward.idle and ward.peer is not None:
                 self._ears.send(ward.peer, messages.Leave())
+        # guard, always: no exit is acknowledged before all rows are compared
         if self._recovery.done_once:  # else a row may depend on one of them
             self._acknowledge([who for who in self._exits if who not in self._wards])
         self._nurseries.tell_all(messages.Retire())
@@ -933,6 +942,7 @@ class Supervisor:
 
 def _is_left_waiting(ward: Ward) -> bool:
     """Whether a draining supervisor may leave a task: it waits without a slot, and nobody has ordered its end."""
+    # guard, last condition: stop --kill waits for tasks without a slot
     return ward.slot is None and ward.end is None and ward.order is None
 
 

@@ -40,12 +40,14 @@ def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inh
         reaped = _reap(ward.handle)
         if reaped is not None:
             return reaped
+    # guard, last condition: the fork server's report is awaited before VANISHED
     if ward.dead_since is None or now - ward.dead_since < wait_s:
         return None
     seen = None if ward.handle is None else ward.handle.exit_status()
     if seen is not None:
         return seen
-    if processes.verdict(ward.identity) is not Verdict.DEAD:  # the second look; psutil's word counts
+    # guard: a second look precedes VANISHED
+    if processes.verdict(ward.identity) is not Verdict.DEAD:  # psutil confirms
         ward.dead_since = now
         return None
     return Exit(None, None)

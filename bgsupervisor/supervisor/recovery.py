@@ -99,6 +99,7 @@ class Recovery:
         else:
             # Whatever host name the row has: a SQLite file has only ever been used on this one.
             who = Who(record.pid, record.start_ticks or 0)
+            # guard: running bodies are adopted
             self._adopt(self._wards.meet(self.identity_of(who)), record)
 
     def identity_of(self, who: Who) -> ProcessIdentity:
@@ -132,6 +133,7 @@ class Recovery:
         ward.to_be_suspended = record.suspend_requested_at is not None
         ward.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
         ward.suspension_unsaved = ward.suspension.lasts  # the commit may have been an earlier supervisor's last act
+        # guard: an ending that an earlier supervisor began continues
         if record.ending is not None and ward.order is None:
             self._resume_order(ward, record, record.ending)
 

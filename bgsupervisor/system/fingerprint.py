@@ -127,7 +127,7 @@ def loaded_places() -> list[str]:
     return sorted(found)
 
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _NOT_IMPORTED = {"__main__", "__mp_main__", "bgsupervisor"}
 _INSTALLED = ("site-packages", "dist-packages")
 _LIBRARY = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})

@@ -286,6 +286,7 @@ def look(identity: ProcessIdentity) -> tuple[Verdict, ProcessHandle | None]:
     handle = ProcessHandle(identity, pidfd)
     found = _compare(handle)
     if found is None:
+        # guard, never: a zombie is dead
         return (Verdict.DEAD if handle.is_dead() else Verdict.ALIVE), handle
     handle.close()
     return found, None
@@ -300,6 +301,7 @@ def verdict(identity: ProcessIdentity) -> Verdict:
     found, handle = look(identity)
     if handle is not None:
         handle.close()
+    # guard: psutil confirms a death
     if found is Verdict.DEAD and _psutil_objects(identity):
         return Verdict.UNKNOWN
     return found
@@ -311,6 +313,7 @@ def _compare(handle: ProcessHandle) -> Verdict | None:
         ticks = start_ticks(handle.identity.pid)
     except OSError:
         return Verdict.UNKNOWN
+    # guard, always: the start ticks are compared, not the PID alone
     if ticks == handle.identity.start_ticks:
         return None
     if ticks is None and not handle.is_dead():

@@ -340,6 +340,7 @@ class Child:
             descriptors.open_standard()  # no file of ours may become what the body prints to
         self._report_error(order, end)
         with contextlib.suppress(Exception):
+            # guard: a child ends what its body left before it reports
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
         coordination.close()
@@ -398,23 +399,24 @@ class Child:
         del frame
         if self._phase in ("encoding", "ending"):
             return  # the body has ended, its end is on the way
-        if self._phase == "body" and self._is_order_known():
-            order = self._link.cancel_order
+        order = self._known_order() if self._phase == "body" else None
+        # guard, always: SIGTERM is a cancel only if a cancel is known
+        if order is not None:
             self._term_came = True
             if self._link.main_inside:
                 return
-            if order is not None:
-                raise Cancelled(order.reason, order.by, order.why)
+            raise Cancelled(order.reason, order.by, order.why)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def _is_order_known(self) -> bool:
+    def _known_order(self) -> messages.Cancel | None:
         """Give the link a moment to read why SIGTERM came; by looking, for a second SIGTERM may come in between."""
         for _ in range(KNOWN_LOOKS):
-            if self._link.cancel_order is not None:
-                return True
+            order = self._link.cancel_order
+            if order is not None:
+                return order
             self._clock.sleep(KNOWN_WAIT_S / KNOWN_LOOKS)
-        return False
+        return None
 
     def _leave_sigterm_to_forks(self) -> None:
         """Give what the body forks the default SIGTERM in place of ours: multiprocessing ends its processes with it.
@@ -452,9 +454,11 @@ class Child:
         failpoints.at("child.reported")
         deadline = self._clock.monotonic() + ACK_WAIT_S
         link.push(ACK_WAIT_S)
+        # guard: a transaction left open by a body is rolled back
         if not link.acknowledged.wait(ACK_SOON_S):
             roll_back_abandoned(for_good=_others_live())
         while not link.acknowledged.wait(0.05):
+            # guard: a child without a supervisor records its end itself
             if link.disconnected.is_set() or self._clock.monotonic() >= deadline:
                 self._record(Attempt(order.id, order.attempt), end)
                 break

@@ -321,6 +321,7 @@ class Link(threading.Thread):
             return
         if channel.broken:  # what came before the break counts: only then is it known that nothing else was ordered
             with contextlib.suppress(WireError):
+                # guard: an order is read to the end before a child reports that it never began
                 for message in channel.receive_all():
                     self._take(message)
         if channel is self._channel:
@@ -338,6 +339,7 @@ class Link(threading.Thread):
             failpoints.at("child.ordered")
             self.orders.put(message)
         elif isinstance(message, messages.Leave):
+            # guard: a leaving child connects to no supervisor
             self._leaving = self.run_order is None  # a supervisor that comes now must not be told that we are idle
             self.orders.put(None)
         elif present is None or not isinstance(message, messages.Ack | messages.Cancel | messages.SlotGranted):
@@ -354,6 +356,7 @@ class Link(threading.Thread):
     def _take_slot(self, message: messages.SlotGranted) -> None:
         """Let the body go on; not for a word that was late, when it has taken the slot itself and waits anew."""
         wanted = self._wanted
+        # guard, always: a granted slot serves the present wait only
         if wanted is not None and message.number in (None, wanted.number):
             self.slot_granted.set()
             self.rouse()
@@ -449,6 +452,7 @@ class Link(threading.Thread):
 
     def _after_fork_in_child(self) -> None:
         # A process that the body forks is not this child: it must neither speak for it nor keep its connection open.
+        # guard: a process forked by a body lets go of the connection
         if self._channel is not None:
             self._channel.forget()
             self._channel = None

@@ -86,6 +86,7 @@ def _die_with_the_supervisor() -> None:
 
     Another supervisor starts a fork server of its own, and there are no children yet.
     """
+    # guard: a loading fork server dies with its supervisor
     die_with_parent(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():  # it has died before
@@ -243,7 +244,9 @@ class Nursery:
             self._own.forget(descriptor, *_pipes_of(forked.process))
             os.close(descriptor)
             if not forked.left_in_order.value and forked.who not in self._seen:
+                # guard: an exit is kept until it is acknowledged
                 self._exits[forked.who] = exited
+                # guard: an exit is written to disk before it is forgotten
                 exit_journal.write(self._record, exited)
             self._seen.discard(forked.who)
             _ = forked.process.exitcode  # only now is it reaped; join would wait for its sentinel, see above
@@ -263,6 +266,7 @@ class Nursery:
             strays = self._strays()
             if not strays:
                 break
+            # guard: strays of dead bodies are killed
             for pid in strays:
                 processes.kill_child(pid)
         self._stray_left = bool(self._strays())

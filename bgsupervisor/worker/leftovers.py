@@ -222,6 +222,7 @@ def ending_copies() -> Iterator[None]:
         raised = error
         raise
     finally:
+        # guard: a copy that a body forked does not report for the attempt
         if os.getpid() != pid:
             end_like_python(raised)
 

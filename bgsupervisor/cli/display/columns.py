@@ -139,6 +139,7 @@ class Facts:
             return None  # and one that stands still nothing
         limit = timedelta(seconds=self.silent_s)
         written_at = self.watch.written_at(record.host)
+        # guard: silence counts only while heartbeats can be written
         if written_at is not None and written_at - record.heartbeat_at <= limit:
             return None  # no child's later heartbeat could be written: the database is locked or away
         silent_for = self.now - record.heartbeat_at

@@ -30,7 +30,7 @@ _COMMAND = '  File "<string>", line 1 in <module>'
 """Where faulthandler sees `python -c`, by which multiprocessing starts a process."""
 _ENTRY = "__init__"
 """The file that faulthandler names in Python 3.13 where the interpreter calls the constructor of a class."""
-_OURS = f"{Path(__file__).parents[1]}/"
+_OURS = f"{Path(__file__).parents[2]}/"
 
 
 @dataclass(frozen=True, slots=True)
