@@ -288,7 +288,7 @@ def measure_noop(bench: Bench, tasks: int) -> None:
     bench.start()
     assert bench.process is not None
     block = max(tasks // 12, 1)
-    print(f"{'tasks':>8} {'tasks/s':>8} {'start ms':>9}   supervisor RSS/fds   nursery RSS/fds")
+    print(f"{'tasks':>8} {'tasks/s':>8} {'start ms':>9}   supervisor RSS/fds   fork server RSS/fds")
     done = 0
     while done < tasks:
         began = time.monotonic()
@@ -298,7 +298,7 @@ def measure_noop(bench: Bench, tasks: int) -> None:
             time.sleep(0.05)
         took, done = time.monotonic() - began, done + block
         alone = statistics.median(alone_ms(bench) for _ in range(9))
-        sizes = [f"{size(process):>9} {process.num_fds():>4}" for process in (bench.tree()[0], nursery_of(bench))]
+        sizes = [f"{size(process):>9} {process.num_fds():>4}" for process in (bench.tree()[0], fork_server_of(bench))]
         print(f"{done:>8} {block / took:>8.0f} {alone:>9.1f}   {'       '.join(sizes)}", flush=True)
     say(f"{tasks} no-op tasks, one process each", "see above", "memory, descriptors, start time flat")
 
@@ -312,9 +312,9 @@ def alone_ms(bench: Bench) -> float:
     return (bench.service.result(handle) - committed) * 1000
 
 
-def nursery_of(bench: Bench) -> psutil.Process:
-    """Return the nursery."""
-    (path,) = (bench.folder / ".bgsupervisor").glob("nursery-*")
+def fork_server_of(bench: Bench) -> psutil.Process:
+    """Return the fork server."""
+    (path,) = (bench.folder / ".bgsupervisor").glob("forkserver-*")
     return psutil.Process(int(path.name.split("-")[1]))
 
 
@@ -361,15 +361,15 @@ def measure_adoption(bench: Bench) -> None:
     handles = [bench.service.request("benchapp:for_ever") for _ in range(16)]
     while bench.service.counts()[Status.START] < len(handles):
         time.sleep(0.01)
-    nursery = nursery_of(bench)
+    fork_server = fork_server_of(bench)
     known = [next_supervisor(bench, len(handles)) for _ in range(15)]
-    nursery.suspend()
+    fork_server.suspend()
     deaf = [next_supervisor(bench, len(handles)) for _ in range(5)]
-    nursery.resume()
+    fork_server.resume()
     for handle in handles:
         os.kill(bench.service.get(handle).pid, signal.SIGKILL)
         bench.service.wait(handle, timeout_s=30)
-    for what, times in (("", known), (", nursery stopped", deaf)):
+    for what, times in (("", known), (", fork server stopped", deaf)):
         from_exec, from_lock = (sorted(column) for column in zip(*times, strict=True))
         since_lock = f"from its lock {ms(statistics.median(from_lock))}"
         found = f"{ms(statistics.median(from_exec))}  (max {ms(from_exec[-1])}; {since_lock})"
@@ -393,7 +393,7 @@ def next_supervisor(bench: Bench, count: int) -> tuple[float, float]:
         time.sleep(0.001)
     adopted_at = time.monotonic()
     while all(row.pid != bench.process.pid for row in bench.service.ledger.supervisors()):
-        time.sleep(0.01)  # its nursery has loaded the tasks
+        time.sleep(0.01)  # its fork server has loaded the tasks
     return adopted_at - began, adopted_at - locked_at
 
 

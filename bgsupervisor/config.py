@@ -273,10 +273,10 @@ class Config:
         "How the names of all our tables begin; two prefixes are two installations that never see each other.",
     )
     tasks: tuple[str, ...] = _option(
-        "modules", (), "The modules that hold your tasks, imported by the nursery.", example=("myapp.tasks",)
+        "modules", (), "The modules that hold your tasks, imported by the fork server.", example=("myapp.tasks",)
     )
     setup: str | None = _option(
-        "callable", None, "Called once in the nursery, before the modules are imported.", example="django:setup"
+        "callable", None, "Called once in the fork server, before the modules are imported.", example="django:setup"
     )
     child_setup: str | None = _option(
         "callable", None, "Called in each child, before the body.", example="myapp.tasks:connect"

@@ -1,8 +1,8 @@
 """Named points between two durable facts, at which tests stop a process on purpose; knows nothing else.
 
 In production `at` is a call that does nothing: one look-up of an attribute; no environment and no file is read. Tests
-put a function of their own in its place, in the supervisor, the nursery and the children alike, which waits there; then
-they kill or stop whom they like, and look at what the rows say in the end.
+put a function of their own in its place, in the supervisor, the fork server and the children alike, which waits there;
+then they kill or stop whom they like, and look at what the rows say in the end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ POINTS = {
     "supervisor.granted": "a slot given back to a waiting body is committed, the body not told",
     "supervisor.adopting": "the rows of running tasks are read, nobody is adopted yet",
     "supervisor.adopted": "all are adopted, nothing is written yet",
-    "supervisor.reloading": "a new nursery is started, the old one not retired",
-    "supervisor.reloaded": "the new nursery is let in, the old one has its orders no more",
+    "supervisor.reloading": "a new fork server is started, the old one not retired",
+    "supervisor.reloaded": "the new fork server is let in, the old one has its orders no more",
     "supervisor.leaving": "it is to leave, nobody has been told",
-    "nursery.loaded": "the application is loaded, no supervisor has been told",
-    "nursery.forked": "a child is forked, not watched and not told of",
-    "nursery.buried": "a child's exit is learnt and written down, nobody has been told",
-    "nursery.told": "the supervisor has been told of it",
-    "nursery.striking": "it is to kill a child while the database is away, the signal is not sent",
+    "forkserver.loaded": "the application is loaded, no supervisor has been told",
+    "forkserver.forked": "a child is forked, not watched and not told of",
+    "forkserver.buried": "a child's exit is learnt and written down, nobody has been told",
+    "forkserver.told": "the supervisor has been told of it",
+    "forkserver.striking": "it is to kill a child while the database is away, the signal is not sent",
     "child.born": "nothing is said yet",
     "child.dialled": "it has a connection, its hello is not written",
     "child.ordered": "the order is read, the body's thread has not got it",

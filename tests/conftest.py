@@ -197,7 +197,7 @@ class App:
             if started.process.poll() is None:
                 started.process.kill()
                 started.process.wait(LIMIT_S)
-        identities = [*self._nurseries(), *self._children()]
+        identities = [*self._fork_servers(), *self._children()]
         for identity in identities:
             _, handle = processes.look(identity)
             if handle is not None:
@@ -214,8 +214,8 @@ class App:
         own = processes.own_identity("test")
         return ProcessIdentity(own.host, own.boot_id, own.pid_ns, pid, ticks)
 
-    def _nurseries(self):
-        for path in self.state_dir.glob("nursery-*-*"):
+    def _fork_servers(self):
+        for path in self.state_dir.glob("forkserver-*-*"):
             _, pid, ticks = path.name.split("-")
             yield self._identity(int(pid), int(ticks))
 

@@ -167,11 +167,11 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
     assert max(inside) == SLOTS
 
 
-def test_an_exit_is_kept_by_a_nursery_that_waits_alone_longer_than_one_that_knows_nothing(app):
-    supervisor = app.start(NURSERY_LONELY_S="0.3", LINK_LONELY_S="0.3")
+def test_an_exit_is_kept_by_a_fork_server_that_waits_alone_longer_than_one_that_knows_nothing(app):
+    supervisor = app.start(FORK_SERVER_LONELY_S="0.3", LINK_LONELY_S="0.3")
     exiting, killed = app.request("exits"), app.request("gated", name="never")
     pids = [app.started(handle).pid for handle in (exiting, killed)]
-    [nursery] = nurseries(app)
+    [fork_server] = fork_servers(app)
     supervisor.kill()
     app.open("exits")
     os.kill(pids[1], signal.SIGKILL)
@@ -179,27 +179,27 @@ def test_an_exit_is_kept_by_a_nursery_that_waits_alone_longer_than_one_that_know
         wait_until(lambda one=pid: not psutil.pid_exists(one), "it is gone")
     left_alone_at = time.monotonic()
     wait_until(lambda: time.monotonic() - left_alone_at > 1.0, "three times as long has passed")
-    assert psutil.pid_exists(nursery)
+    assert psutil.pid_exists(fork_server)
 
     app.start()
 
     told = [(record.reason, record.exit_code, record.signal) for record in map(app.wait, (exiting, killed))]
     assert told == [("EXITED", 7, None), ("SIGNALLED", None, signal.SIGKILL)]
-    wait_until(lambda: not psutil.pid_exists(nursery), "it has told all that it knew, and leaves")
+    wait_until(lambda: not psutil.pid_exists(fork_server), "it has told all that it knew, and leaves")
 
 
-def nurseries(app):
-    return [int(path.name.split("-")[1]) for path in app.state_dir.glob("nursery-*-*")]
+def fork_servers(app):
+    return [int(path.name.split("-")[1]) for path in app.state_dir.glob("forkserver-*-*")]
 
 
-def test_idle_children_nursery_and_board_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
-    supervisor = app.start(LINK_LONELY_S="0.5", NURSERY_LONELY_S="0.5", BOARD_LONELY_S="0.5")
+def test_idle_children_fork_server_and_board_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
+    supervisor = app.start(LINK_LONELY_S="0.5", FORK_SERVER_LONELY_S="0.5", BOARD_LONELY_S="0.5")
     body = app.request("gated", name="go")
     waiter = app.request("waits", id=body.id)
     app.started(waiter)
     wait_until((app.state_dir / "board.sock").exists, "there is a board")
     supervisor.kill()
-    # Two bodies, nursery, board, and multiprocessing's resource tracker.
+    # Two bodies, fork server, board, and multiprocessing's resource tracker.
     left = wait_until(lambda: len(found := app.processes()) == 5 and found, "the idle children have left")
     left_alone_at = time.monotonic()
     wait_until(lambda: time.monotonic() - left_alone_at > 1.0, "twice as long has passed")
@@ -209,4 +209,4 @@ def test_idle_children_nursery_and_board_leave_when_no_supervisor_comes_but_not_
     app.open("go")
 
     assert [app.wait(handle).status for handle in (body, waiter)] == ["DONE", "DONE"]
-    wait_until(lambda: not app.processes(), "children, nursery and board have left")
+    wait_until(lambda: not app.processes(), "children, fork server and board have left")

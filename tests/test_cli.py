@@ -447,7 +447,7 @@ def test_run_without_a_terminal_writes_into_its_own_log(make_app):
     app.start().stop()
     assert log.stat().st_size < 100_000
     rotated = log.with_name("supervisor.log.1").stat().st_size
-    assert rotated > 10 * 1024 * 1024, "the first nursery may still write into it"
+    assert rotated > 10 * 1024 * 1024, "the first fork server may still write into it"
 
 
 def test_a_second_run_leaves_at_once_and_in_silence(make_app):

@@ -187,7 +187,7 @@ def counts() -> int:
     assert (done.returncode, done.stderr) == (0, "")
     app.start()
     assert [app.service.result(app.wait(app.service.request("appx:counts")).id) for _ in range(3)] == [1, 2, 3]
-    [record] = app.state_dir.glob("nursery-*-*")
+    [record] = app.state_dir.glob("forkserver-*-*")
     held = [str(path.readlink()) for path in Path(f"/proc/{record.name.split('-')[1]}/fd").iterdir()]
     assert not [name for name in held if "bgsupervisor.db" in name]
 

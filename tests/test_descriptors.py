@@ -269,7 +269,7 @@ def test_a_child_has_none_of_the_fork_servers_descriptors(make_app):
     app.start()
     handles = [app.service.request("appx:until", {"name": "end"}) for _ in range(3)]
     children = [app.started(handle).pid for handle in handles]
-    [record] = app.state_dir.glob("nursery-*-*")
+    [record] = app.state_dir.glob("forkserver-*-*")
     fork_server = leads_to(record.name.split("-")[1])
     assert len([name for name, _ in fork_server if name.startswith("socket:")]) >= 3
     assert len([name for name, _ in fork_server if "pidfd" in name]) >= 3

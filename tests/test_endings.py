@@ -210,12 +210,12 @@ class Endings(App):
     def open_gate(self, handle):
         (self.folder / f"gate-{handle.id}").touch()
 
-    def nursery_pid(self):
-        [path] = self.state_dir.glob("nursery-*-*")
+    def fork_server_pid(self):
+        [path] = self.state_dir.glob("forkserver-*-*")
         return int(path.name.split("-")[1])
 
-    def children(self, nursery_pid):
-        return psutil.Process(nursery_pid).children()
+    def children(self, fork_server_pid):
+        return psutil.Process(fork_server_pid).children()
 
     def row_by_hand(self, handle, **columns):
         """Write a task's row as no program of ours would."""
@@ -290,13 +290,13 @@ def make_endings(tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def abandoned(tmp_path_factory):
-    """Nursery and idle child without a supervisor, and a row that claims that the child runs a task."""
+    """Fork server and idle child without a supervisor, and a row that claims that the child runs a task."""
     with living(tmp_path_factory.mktemp("abandoned"), spares=1) as app:
         supervisor = app.start()
-        nursery = app.nursery_pid()
-        [idle] = wait_until(lambda: app.children(nursery), "the spare child is there")
+        fork_server = app.fork_server_pid()
+        [idle] = wait_until(lambda: app.children(fork_server), "the spare child is there")
         supervisor.kill()
-        yield app, nursery, idle, claimed_for(app, idle)
+        yield app, fork_server, idle, claimed_for(app, idle)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -304,7 +304,7 @@ def claimed_in_vain(tmp_path_factory):
     """A living supervisor, and a row which claims that its idle child runs a task."""
     with living(tmp_path_factory.mktemp("claimed"), spares=1) as app:
         app.start()
-        [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
+        [idle] = wait_until(lambda: app.children(app.fork_server_pid()), "the spare child is there")
         wait_until(lambda: has_dialled(idle), "the spare child has dialled")
         yield app, claimed_for(app, idle)
 
@@ -641,7 +641,7 @@ def fates_of_orphans(app):
     for what in ("exits", "killed", "daemon"):
         wait_until(lambda one=running[what].pid: is_gone(one), f"the process of the task that {what} is gone")
         app.alone[what] = app.service.get(handles[what])
-    wait_until(lambda: is_gone(app.daemon), "the nursery has killed the daemon that a dead body had left")
+    wait_until(lambda: is_gone(app.daemon), "the fork server has killed the daemon that a dead body had left")
     app.asked = app.service.cancel(handles["cancelled meanwhile"], by="jana")
     started_at = time.monotonic()
     app.start(wait=False)
@@ -690,12 +690,12 @@ def test_an_exit_that_cannot_be_written_down_is_remembered(make_endings):
     supervisor = app.start()
     handle = app.request("sleeps")
     record, _ = app.ready(handle)
-    [path] = app.state_dir.glob("nursery-*-*")
+    [path] = app.state_dir.glob("forkserver-*-*")
     path.unlink()
     path.mkdir()  # as on a full disk
     supervisor.kill()
     os.kill(record.pid, signal.SIGKILL)
-    wait_until(lambda: not psutil.pid_exists(record.pid), "the nursery has reaped it")
+    wait_until(lambda: not psutil.pid_exists(record.pid), "the fork server has reaped it")
     app.start()
     app.assert_interrupted(app.wait(handle), "SIGNALLED", signal=signal.SIGKILL, detail="SIGKILL (9)")
 
@@ -848,7 +848,7 @@ def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_tw
     done = app.wait(app.request("returns", value=2))
     handle = app.request("sleeps")
     record, _ = app.ready(handle)
-    everybody = [supervisor.process.pid, app.nursery_pid(), record.pid]
+    everybody = [supervisor.process.pid, app.fork_server_pid(), record.pid]
     for pid in everybody[:2]:
         os.kill(pid, signal.SIGSTOP)  # nobody is to see what happens next
     for pid in reversed(everybody):
@@ -866,10 +866,10 @@ def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_tw
     app.assert_done(app.wait(app.request("returns", value=3)), 3)
 
 
-# ---- the nursery dies ----
+# ---- the fork server dies ----
 
 
-def test_running_bodies_outlive_their_nursery_and_their_deaths_are_still_told_exactly(make_endings):
+def test_running_bodies_outlive_their_fork_server_and_their_deaths_are_still_told_exactly(make_endings):
     app = make_endings()
     app.start()
     bodies = {
@@ -882,8 +882,8 @@ def test_running_bodies_outlive_their_nursery_and_their_deaths_are_still_told_ex
     handles = {what: app.request(body, **data) for what, (body, data) in bodies.items()}
     running = {what: app.ready(handle)[0] for what, handle in handles.items()}
     daemon = app.ready(handles["daemon"])[1]
-    nursery = app.nursery_pid()
-    os.kill(nursery, signal.SIGKILL)
+    fork_server = app.fork_server_pid()
+    os.kill(fork_server, signal.SIGKILL)
     new = app.request("returns", value=3)
     app.assert_done(app.wait(new), 3)
     assert {app.service.get(handle).status for handle in handles.values()} == {"START"}
@@ -899,7 +899,7 @@ def test_running_bodies_outlive_their_nursery_and_their_deaths_are_still_told_ex
     app.assert_interrupted(records["killed"], "SIGNALLED", signal=signal.SIGKILL)
     app.assert_interrupted(records["daemon"], "SIGNALLED", signal=signal.SIGKILL)
     app.assert_interrupted(records["cancelled"], "CANCELLED", detail="cancelled by jana", error="Cancelled")
-    wait_until(lambda: is_gone(daemon), "the daemon is gone though its nursery was dead")
+    wait_until(lambda: is_gone(daemon), "the daemon is gone though its fork server was dead")
 
 
 def kernel_tells_exits():
@@ -912,14 +912,14 @@ def kernel_tells_exits():
     return told is not None
 
 
-def test_a_body_that_lost_nursery_and_supervisor_ends_with_what_the_kernel_still_tells(make_endings):
+def test_a_body_that_lost_fork_server_and_supervisor_ends_with_what_the_kernel_still_tells(make_endings):
     app = make_endings()
     supervisor = app.start()
     handles = [app.request("sleeps"), app.request("ends_at_the_gate", value=6)]
     killed, _ = [app.ready(handle)[0] for handle in handles]
-    nursery = app.nursery_pid()
+    fork_server = app.fork_server_pid()
     supervisor.kill()
-    os.kill(nursery, signal.SIGKILL)
+    os.kill(fork_server, signal.SIGKILL)
     app.start()
     app.open_gate(handles[1])
     app.assert_done(app.wait(handles[1]), 6)
@@ -957,7 +957,7 @@ def claimed_for(app, child):
 def test_a_task_claimed_for_a_child_that_never_heard_of_it_is_started_by_the_next_supervisor(make_endings):
     app = make_endings(spares=1)
     supervisor = app.start()
-    [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
+    [idle] = wait_until(lambda: app.children(app.fork_server_pid()), "the spare child is there")
     supervisor.kill()
     handle = claimed_for(app, idle)
     app.start(wait=False)
@@ -968,7 +968,7 @@ def test_a_task_claimed_for_a_child_that_never_heard_of_it_is_started_by_the_nex
 def test_an_order_that_had_left_before_the_supervisor_died_is_carried_out_once(make_endings):
     app = make_endings(spares=1, slots=1)
     supervisor = app.start()
-    [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
+    [idle] = wait_until(lambda: app.children(app.fork_server_pid()), "the spare child is there")
     wait_until(lambda: has_dialled(idle), "the spare child has dialled")
     os.kill(idle.pid, signal.SIGSTOP)
     handle = app.request("returns", value=4)
@@ -1000,7 +1000,7 @@ def switches(pid, thread):
 def test_a_stopped_child_that_is_killed_with_its_order_unread_leaves_it_to_another(make_endings):
     app = make_endings(spares=1, slots=1)
     app.start()
-    [idle] = wait_until(lambda: app.children(app.nursery_pid()), "the spare child is there")
+    [idle] = wait_until(lambda: app.children(app.fork_server_pid()), "the spare child is there")
     wait_until(lambda: has_dialled(idle), "the spare child has dialled")
     os.kill(idle.pid, signal.SIGSTOP)
     handle = app.request("returns")
@@ -1010,16 +1010,16 @@ def test_a_stopped_child_that_is_killed_with_its_order_unread_leaves_it_to_anoth
     app.assert_done(app.wait(handle), 1, attempt=2)
 
 
-def test_children_and_nursery_leave_when_no_supervisor_comes_and_give_back_what_they_never_began(abandoned):
-    app, nursery, idle, handle = abandoned
+def test_children_and_fork_server_leave_when_no_supervisor_comes_and_give_back_what_they_never_began(abandoned):
+    app, fork_server, idle, handle = abandoned
     record = wait_until(
         lambda: (record := app.service.get(handle)).status == "REQUEST" and record,
         "the idle child has given back what it never began",
     )
     assert (record.pid, record.slot, record.started_at, record.attempt, record.tries) == (None, None, None, 1, 0)
     wait_until(lambda: is_gone(idle.pid), "the idle child has left")
-    wait_until(lambda: is_gone(nursery), "the nursery has left")
-    assert list(app.state_dir.glob("nursery-*")) == []
+    wait_until(lambda: is_gone(fork_server), "the fork server has left")
+    assert list(app.state_dir.glob("forkserver-*")) == []
 
 
 def test_a_task_claimed_for_an_idle_child_that_never_heard_of_it_is_started_anew(claimed_in_vain):
@@ -1069,14 +1069,14 @@ def cgroup_of_this_process(small_cgroup):
 
 @pytest.fixture
 def crowded(small_cgroup, tmp_path):
-    """An application whose supervisor, nursery and children all live in the small cgroup."""
+    """An application whose supervisor, fork server and children all live in the small cgroup."""
     app = Endings(tmp_path / "crowded", spares=0)
-    home = cgroup_of_this_process(small_cgroup)
+    fork_server = cgroup_of_this_process(small_cgroup)
     (small_cgroup / "cgroup.procs").write_text(str(os.getpid()))
     try:
         app.start(wait=False)
     finally:
-        (home / "cgroup.procs").write_text(str(os.getpid()))
+        (fork_server / "cgroup.procs").write_text(str(os.getpid()))
     yield app
     app.end()
     for pid in (small_cgroup / "cgroup.procs").read_text().split():

@@ -1,4 +1,4 @@
-"""What a nursery writes down, and what is read of it by those who come later."""
+"""What a fork server writes down, and what is read of it by those who come later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LEFT = Exited(who=Who(8, 80), exit_code=3, signal=None)
 
 
 def test_what_is_written_is_read_until_it_is_forgotten(tmp_path):
-    record = tmp_path / "nursery-1-1"
+    record = tmp_path / "forkserver-1-1"
     for exited in (KILLED, LEFT):
         exit_journal.write(record, exited)
     assert exit_journal.read(record) == {KILLED.who: KILLED, LEFT.who: LEFT}
@@ -24,7 +24,7 @@ def test_what_is_written_is_read_until_it_is_forgotten(tmp_path):
 
 
 def test_a_record_that_is_gone_cut_off_or_rubbish_tells_what_can_be_read(tmp_path):
-    record = tmp_path / "nursery-1-1"
+    record = tmp_path / "forkserver-1-1"
     assert exit_journal.read(record) == {}
     exit_journal.keep(record, [])
     assert not record.exists()
@@ -35,11 +35,11 @@ def test_a_record_that_is_gone_cut_off_or_rubbish_tells_what_can_be_read(tmp_pat
 
 
 def test_where_nothing_can_be_written_nobody_stops(tmp_path):
-    exit_journal.write(tmp_path / "no-folder" / "nursery-1-1", KILLED)
+    exit_journal.write(tmp_path / "no-folder" / "forkserver-1-1", KILLED)
 
 
 def test_a_record_that_is_never_empty_does_not_grow_without_end(tmp_path):
-    record = tmp_path / "nursery-1-1"
+    record = tmp_path / "forkserver-1-1"
     exit_journal.write(record, LEFT)  # nobody acknowledges it
     for number in range(3000):
         passing = Exited(who=Who(number + 10, 1), exit_code=None, signal=9)

@@ -79,8 +79,8 @@ TASKS = """
 """
 
 
-def nursery_of(app):
-    [path] = app.state_dir.glob("nursery-*-*")
+def fork_server_of(app):
+    [path] = app.state_dir.glob("forkserver-*-*")
     return psutil.Process(int(path.name.split("-")[1]))
 
 
@@ -96,16 +96,16 @@ def running(app, *names):
     return [app.service.get(handle) for handle in handles]
 
 
-# ---- the nursery is stopped ----
+# ---- the fork server is stopped ----
 
 
-def test_a_nursery_that_stands_still_keeps_no_death_from_any_supervisor(make_app):
+def test_a_fork_server_that_stands_still_keeps_no_death_from_any_supervisor(make_app):
     app = make_app(TASKS, spares=1)
     first = app.start()
     killed, later, done, lives = running(app, "never", "never", "end", "last")
-    wait_until(lambda: len(nursery_of(app).children()) == 5, "the spare child is there")
-    nursery = nursery_of(app)
-    nursery.suspend()
+    wait_until(lambda: len(fork_server_of(app).children()) == 5, "the spare child is there")
+    fork_server = fork_server_of(app)
+    fork_server.suspend()
 
     began = time.monotonic()
     os.kill(killed.pid, signal.SIGKILL)
@@ -120,31 +120,31 @@ def test_a_nursery_that_stands_still_keeps_no_death_from_any_supervisor(make_app
     wait_until(lambda: psutil.Process(later.pid).status() == psutil.STATUS_ZOMBIE, "nobody reaps it")
     app.start()
     assert_killed(app.wait(later.id))
-    assert app.wait(app.service.request("appx:quick")).status is Status.DONE  # by a nursery that moves
+    assert app.wait(app.service.request("appx:quick")).status is Status.DONE  # by a fork server that moves
     assert app.service.get(lives.id).status is Status.START
 
-    nursery.resume()
+    fork_server.resume()
     (app.folder / "last").touch()
     assert app.wait(lives.id).status is Status.DONE
     assert_killed(app.service.get(killed.id))
-    wait_until(lambda: not nursery.is_running(), "the old nursery has left")
+    wait_until(lambda: not fork_server.is_running(), "the old fork server has left")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_a_nursery_that_stands_still_is_replaced_within_a_minute(make_app):
+def test_a_fork_server_that_stands_still_is_replaced_within_a_minute(make_app):
     app = make_app(TASKS, spares=0)
     app.start()
     [lives] = running(app, "end")
-    nursery = nursery_of(app)
-    nursery.suspend()
+    fork_server = fork_server_of(app)
+    fork_server.suspend()
     handle = app.service.request("appx:quick")
     assert app.wait(handle, limit_s=FORK_S + 30).status is Status.DONE
     assert app.service.get(lives.id).status is Status.START
-    nursery.resume()
+    fork_server.resume()
     (app.folder / "end").touch()
     assert app.wait(lives.id).status is Status.DONE
-    wait_until(lambda: not nursery.is_running(), "the old nursery has left")
+    wait_until(lambda: not fork_server.is_running(), "the old fork server has left")
 
 
 # ---- no room for a board ----
@@ -510,8 +510,8 @@ class Namespace:
         for pid in pids:
             self.tell(kill=pid, signal=number)
 
-    def nursery(self):
-        [path] = self.app.state_dir.glob("nursery-*-*")
+    def fork_server(self):
+        [path] = self.app.state_dir.glob("forkserver-*-*")
         return int(path.name.split("-")[1])
 
     def kill_all_unseen(self, *pids):
@@ -544,7 +544,7 @@ def test_a_zombie_whose_init_does_not_reap_is_dead_and_still_tells_how_it_died(m
     space = namespace(app)
     supervisor = space.supervise()
     killed, also, lives = running(app, "never", "never", "end")
-    space.kill_all_unseen(supervisor, space.nursery(), killed.pid)
+    space.kill_all_unseen(supervisor, space.fork_server(), killed.pid)
     assert [space.state(pid) for pid in (supervisor, killed.pid)] == ["Z", "Z"]
 
     space.supervise()
@@ -565,7 +565,7 @@ def test_whoever_got_the_pid_of_a_dead_child_is_neither_adopted_nor_signalled(ma
     space = namespace(app)
     supervisor = space.supervise()
     [killed] = running(app, "never")
-    space.kill_all_unseen(supervisor, space.nursery(), killed.pid)
+    space.kill_all_unseen(supervisor, space.fork_server(), killed.pid)
     wait_until(lambda: space.tell(reap=True) or space.state(killed.pid) is None, "init has reaped it")
     wait_until(lambda: space.state(killed.pid) is None, "its PID is free")
     space.tell(last_pid=killed.pid - 1)
@@ -730,7 +730,7 @@ def test_a_process_table_that_goes_away_under_a_supervisor_ends_nobody_and_comes
         os.kill(killed.pid, signal.SIGKILL)
         (app.folder / "end").touch()
         assert app.wait(done.id).status is Status.DONE
-        assert_killed(app.wait(killed.id))  # by the nursery's word
+        assert_killed(app.wait(killed.id))  # by the fork server's word
         waits = app.service.request("appx:quick")
         wait_until(lambda: time.monotonic() - began > 5.5, "all rows have been looked at again")
         assert app.service.get(lives.id).status is Status.START

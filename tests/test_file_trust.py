@@ -152,11 +152,11 @@ def take_lock_over(state):
 
 
 def write_exit(state):
-    exit_journal.write(state.nursery_path(1, 1), Exited(who=Who(2, 2), exit_code=0, signal=None))
+    exit_journal.write(state.fork_server_path(1, 1), Exited(who=Who(2, 2), exit_code=0, signal=None))
 
 
 def keep_exits(state):
-    exit_journal.keep(state.nursery_path(1, 1), [])
+    exit_journal.keep(state.fork_server_path(1, 1), [])
 
 
 def rotate_log(state):
@@ -178,8 +178,8 @@ WRITERS = {
     ".code.stamp.PID": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
     "authkey": lambda state: wait_manager.make_key(state.path),
     ".authkey.PID": lambda state: wait_manager.make_key(state.path),
-    "nursery-1-1": write_exit,
-    "nursery-1-1 kept": keep_exits,
+    "forkserver-1-1": write_exit,
+    "forkserver-1-1 kept": keep_exits,
     "logs/supervisor.log": lambda state: os.close(logs.open_for_append(state.own_log)),
     "logs/supervisor.log.1": rotate_log,
     "logs/process-1-1.log": lambda state: logs.bound(state.logs / "process-1-1.log", 16384),
@@ -204,7 +204,7 @@ def test_no_writer_follows_a_planted_link(tmp_path, name):
 
 @needs_root
 def test_exits_of_another_users_record_are_no_exits(tmp_path):
-    record = tmp_path / "nursery-1-1"
+    record = tmp_path / "forkserver-1-1"
     exit_journal.write(record, Exited(who=Who(2, 2), exit_code=0, signal=None))
     assert list(exit_journal.read(record)) == [Who(2, 2)]
 
@@ -337,7 +337,7 @@ def test_every_file_of_a_supervisor_has_its_mode_under_umask_007(make_app):
     wanted = {"wake.sock": 0o660, "logs": 0o750, "stopped": 0o640, "supervisor.lock": 0o640, "code.stamp": 0o640}
     wanted |= dict.fromkeys(["control.sock", "board.sock", "bell.sock", "authkey"], 0o600)
     assert wanted.keys() <= set(map(str, found))
-    assert any(path.name.startswith("nursery-") for path in found)
+    assert any(path.name.startswith("forkserver-") for path in found)
     for path, mode in found.items():
         assert mode == wanted.get(str(path), 0o640), path
     assert mode_of(app.state_dir) == 0o750

@@ -54,7 +54,7 @@ def test_runs_of_library_frames_become_one_line_and_the_last_frame_stays():
         ("/srv/venv/lib/python3.11/site-packages/six.py", False),
         ("/usr/lib/python3.12/json/decoder.py", False),
         ("<frozen importlib._bootstrap>", False),
-        (f"{OURS}/nursery.py", False),
+        (f"{OURS}/forkserver.py", False),
     ],
 )
 def test_frame_is_the_applications_by_where_its_file_lies(path, is_own):
@@ -133,7 +133,7 @@ def test_stack_of_faulthandler_keeps_its_first_frame():
         f'  File "{STANDARD}/threading.py", line 2 in join',
         '  File "/srv/app/tasks.py", line 3 in run',
         f'  File "{OURS}/child.py", line 4 in main',
-        f'  File "{OURS}/nursery.py", line 5 in main',
+        f'  File "{OURS}/forkserver.py", line 5 in main',
         '  File "<string>", line 1 in <module>',
         "",
         "Thread 0x2 (most recent call first):",

@@ -65,7 +65,7 @@ def test_log_f_whose_task_and_supervisor_died_ends_and_says_so(app, follow):
     assert process.stdout.readline() == "first line\n"
     record = app.started(handle)
     supervisor.kill()
-    for identity in app._nurseries():
+    for identity in app._fork_servers():
         os.kill(identity.pid, signal.SIGKILL)
     os.kill(record.pid, signal.SIGKILL)
     _, err = process.communicate(timeout=15)

@@ -175,11 +175,11 @@ def test_a_signal_ignored_at_import_is_ignored_in_a_child(make_app):
     assert (found["SIGINT"], found["SIGHUP"], found["SIGUSR1"]) == ("0", "1", "1")
 
 
-def test_handlers_set_at_import_do_not_hold_in_the_nursery(make_app):
+def test_handlers_set_at_import_do_not_hold_in_the_fork_server(make_app):
     app = signals_app(make_app, ALL)
-    (nursery,) = app._nurseries()
+    (fork_server,) = app._fork_servers()
     for number in (signal.SIGINT, signal.SIGHUP):
-        os.kill(nursery.pid, number)
+        os.kill(fork_server.pid, number)
     assert handlers_in_child(app)["SIGINT"] == "on_signal"
     assert list(app.folder.glob("came-*")) == []
 

@@ -37,7 +37,7 @@ from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.children import Order, Stage, Ward, Wards
 from bgsupervisor.supervisor.enforcement import Enforcement
 from bgsupervisor.supervisor.events import Peer, Reception
-from bgsupervisor.supervisor.forkservers import Nurseries
+from bgsupervisor.supervisor.forkservers import ForkServers
 from bgsupervisor.supervisor.loop import Supervisor
 from bgsupervisor.system import processes
 from bgsupervisor.system.files import open_dir
@@ -136,7 +136,7 @@ def test_without_an_exit_nobody_is_called_vanished_before_a_second_look():
     assert postmortem.exit_of(ward, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
-def test_the_nurserys_word_is_waited_for_before_other_evidence():
+def test_the_fork_servers_word_is_waited_for_before_other_evidence():
     process, identity = living_child()
     process.kill()
     process.wait()
@@ -145,16 +145,16 @@ def test_the_nurserys_word_is_waited_for_before_other_evidence():
     assert postmortem.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
-def test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):
+def test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):
     app = make_app(SOURCE)
     state_dir = StateDir(app.state_dir)
     state_dir.create()
     process, identity = living_child()
-    state_dir.nursery_path(identity.pid, identity.start_ticks).touch()
+    state_dir.fork_server_path(identity.pid, identity.start_ticks).touch()
     clock = SystemClock()
     ears = Reception(state_dir, clock)
     try:
-        found = Nurseries(app.service.config, state_dir, processes.own_identity("here"), ears, clock)
+        found = ForkServers(app.service.config, state_dir, processes.own_identity("here"), ears, clock)
         assert found.awaited()  # noqa: PGH005 - no mock
     finally:
         process.kill()
@@ -299,11 +299,11 @@ def supervisor_with(**parts):
 
 @pytest.mark.parametrize("done_once", [False, True])
 def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
-    home = SimpleNamespace(hello=SimpleNamespace(who=Who(1, 1), catalogue={}))
+    fork_server = SimpleNamespace(hello=SimpleNamespace(who=Who(1, 1), catalogue={}))
     asked = []
     supervisor = supervisor_with(
         clock=AttendedClock(SystemClock(), longest_s=2.0),
-        nurseries=SimpleNamespace(ours=lambda: home),
+        fork_servers=SimpleNamespace(ours=lambda: fork_server),
         recovery=SimpleNamespace(done_once=done_once, foreign_slots=set()),
         wards=Wards(None, None, SystemClock()),
         config=SimpleNamespace(slots=1, spares=0),
@@ -332,7 +332,7 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
         wards=Wards(None, None, SystemClock()),
         recovery=SimpleNamespace(done_once=done_once),
         exits={exited.who: exited},
-        nurseries=SimpleNamespace(tell_all=told.append),
+        fork_servers=SimpleNamespace(tell_all=told.append),
         boards=SimpleNamespace(leave=lambda: None),
         is_worth_a_row=lambda: False,
         store=SimpleNamespace(close=lambda: None),
@@ -384,13 +384,13 @@ def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
     assert not link.slot_granted.is_set()
 
 
-def test_who_cannot_be_held_is_signalled_by_its_nursery_once_in_each_stage():
+def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage():
     sent = []
-    home = SimpleNamespace(peer=SimpleNamespace(channel=SimpleNamespace(closed=False)))
+    fork_server = SimpleNamespace(peer=SimpleNamespace(channel=SimpleNamespace(closed=False)))
     enforcement = Enforcement(
         config=None,
         wards=[],
-        nurseries=SimpleNamespace(get=lambda _: home),
+        fork_servers=SimpleNamespace(get=lambda _: fork_server),
         ears=SimpleNamespace(send=lambda _, message: sent.append(message)),
         clock=SystemClock(),
     )
@@ -409,11 +409,11 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
 
     clock = AttendedClock(SystemClock(), longest_s=2.0)
     ward = Ward(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
-    Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=clock).enforce()
+    Enforcement(config=None, wards=Held([ward]), fork_servers=None, ears=None, clock=clock).enforce()
     assert not ward.suspension.lasts
     assert not ward.suspension_unsaved
     _, ward.handle = processes.look(ward.identity)
     with ward.handle:
-        Enforcement(config=None, wards=Held([ward]), nurseries=None, ears=None, clock=clock).enforce()
+        Enforcement(config=None, wards=Held([ward]), fork_servers=None, ears=None, clock=clock).enforce()
     assert ward.suspension.lasts
     assert ward.suspension_unsaved

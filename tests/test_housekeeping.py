@@ -378,10 +378,10 @@ def fill(path):
         file.write(b"a long story\n" * (LOG_ROTATED_BYTES // 13 + 1))
 
 
-def test_the_log_is_rotated_while_supervisor_and_nursery_write_on(app):
+def test_the_log_is_rotated_while_supervisor_and_fork_server_write_on(app):
     started = app.start()
     path = app.state_dir / "logs" / "supervisor.log"
-    wait_until(lambda: "loaded first" in path.read_text(), "the nursery has printed")
+    wait_until(lambda: "loaded first" in path.read_text(), "the fork server has printed")
     for turn in ("second", "third"):
         fill(path)
         wait_until(lambda: size(path) < LOG_ROTATED_BYTES, "the log was rotated")
@@ -391,7 +391,7 @@ def test_the_log_is_rotated_while_supervisor_and_nursery_write_on(app):
         wait_until(lambda ended=ended: ended in path.read_text(), "the supervisor writes on")
         (app.folder / "version").write_text(turn)
         assert app.cli("reload").returncode == 0
-        wait_until(lambda turn=turn: f"loaded {turn}" in path.read_text(), "the nursery writes on")
+        wait_until(lambda turn=turn: f"loaded {turn}" in path.read_text(), "the fork server writes on")
         assert b"\0" not in path.read_bytes(), "nobody writes where the end once was"
     assert sorted(one.name for one in path.parent.glob("supervisor*")) == ["supervisor.log", "supervisor.log.1"]
     assert "loaded second" in path.with_name("supervisor.log.1").read_text()

@@ -344,7 +344,7 @@ def test_nothing_stalls_while_all_were_stopped_and_the_supervisor_goes_on_first(
     with living(tmp_path) as app:
         supervisor = app.start()
         bodies = [app.begun("GetsOnUntilTheGate") for _ in range(8)]
-        pids = [*(one.pid for one in bodies), *(identity.pid for identity in app._nurseries())]
+        pids = [*(one.pid for one in bodies), *(identity.pid for identity in app._fork_servers())]
         for pid in (supervisor.process.pid, *pids):
             os.kill(pid, signal.SIGSTOP)
         time.sleep(7.0)  # as long as a machine is suspended

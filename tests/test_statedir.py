@@ -98,8 +98,8 @@ def holder(tmp_path):
 
 def test_names_are_those_of_the_documentation():
     state = StateDir(Path("/s"))
-    names = [state.lock.name, state.control.name, state.wake.name, state.logs.name, state.nursery_path(7, 99).name]
-    assert names == ["supervisor.lock", "control.sock", "wake.sock", "logs", "nursery-7-99"]
+    names = [state.lock.name, state.control.name, state.wake.name, state.logs.name, state.fork_server_path(7, 99).name]
+    assert names == ["supervisor.lock", "control.sock", "wake.sock", "logs", "forkserver-7-99"]
 
 
 @pytest.mark.usefixtures("umask")

@@ -17,10 +17,10 @@ from conftest import wait_until
 from bgsupervisor import Status
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.channel import Channel
-from bgsupervisor.ipc.messages import NurseryHello, Progress, Spawn, Who
+from bgsupervisor.ipc.messages import ForkServerHello, Progress, Spawn, Who
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.supervisor.events import Peer, Reception
-from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, Home, Nurseries
+from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, ForkServerHandle, ForkServers
 from bgsupervisor.system import processes
 
 SOURCE = """
@@ -112,14 +112,14 @@ def test_a_folder_of_logs_that_was_removed_uses_up_no_task(app):
     assert app.log_of(app.wait(handle)) == "hello\n"
 
 
-def test_draining_without_a_nursery_rests(app):
+def test_draining_without_a_fork_server_rests(app):
     supervising = app.start()
     running = app.service.request("appx:slow", {"seconds": 4})
     app.started(running)
     app.cli("stop", "--drain", "--timeout-s", "0")
-    (record,) = app.state_dir.glob("nursery-*-*")
+    (record,) = app.state_dir.glob("forkserver-*-*")
     os.kill(int(record.name.split("-")[1]), signal.SIGKILL)
-    wait_until(lambda: "the nursery died" in supervising.log, "the nursery's death is seen")
+    wait_until(lambda: "the fork server died" in supervising.log, "the fork server's death is seen")
     before = processes.tree_usage([supervising.process.pid])[supervising.process.pid].cpu_s
 
     app.wait(running)
@@ -169,7 +169,7 @@ def test_what_was_said_in_between_reaches_the_row_with_a_heartbeat(app):
     assert app.service.get(handle).progress_total == 10
 
 
-# ---- children and nurseries that hang ----
+# ---- children and fork servers that hang ----
 
 
 class LateClock(SystemClock):
@@ -182,17 +182,17 @@ class LateClock(SystemClock):
 
 
 @pytest.fixture
-def nurseries(tmp_path, make_app):
+def fork_servers(tmp_path, make_app):
     app = make_app(SOURCE)
     state_dir = StateDir(app.state_dir)
     state_dir.create()
     clock = LateClock()
     ears = Reception(state_dir, clock)
-    found = Nurseries(app.service.config, state_dir, processes.own_identity("test"), ears, clock)
+    found = ForkServers(app.service.config, state_dir, processes.own_identity("test"), ears, clock)
     ours, theirs = socket.socketpair()
     who = Who(1, 1)
-    hello = NurseryHello(version=1, who=who, catalogue={}, failures=[], warnings=[], children=[], exits=[])
-    found._homes[who] = Home(hello, Peer(Channel(ours), 1, 0.0))
+    hello = ForkServerHello(version=1, who=who, catalogue={}, failures=[], warnings=[], children=[], exits=[])
+    found._handles[who] = ForkServerHandle(hello, Peer(Channel(ours), 1, 0.0))
     found.our_who = who
     found.started = []
     found._start = lambda **options: found.started.append(options)
@@ -202,8 +202,8 @@ def nurseries(tmp_path, make_app):
     ears.close()
 
 
-def test_a_child_that_hangs_before_its_hello_is_killed_and_not_counted_any_more(nurseries):
-    found, clock, _ = nurseries
+def test_a_child_that_hangs_before_its_hello_is_killed_and_not_counted_any_more(fork_servers):
+    found, clock, _ = fork_servers
     pid = os.fork()
     if pid == 0:
         time.sleep(60)
@@ -220,8 +220,8 @@ def test_a_child_that_hangs_before_its_hello_is_killed_and_not_counted_any_more(
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-def test_a_nursery_that_does_not_fork_any_more_is_replaced(nurseries):
-    found, clock, theirs = nurseries
+def test_a_fork_server_that_does_not_fork_any_more_is_replaced(fork_servers):
+    found, clock, theirs = fork_servers
     found.spawn(3)
     assert theirs.receive() == [Spawn(3)]
     found.give_up_on_the_silent()
@@ -285,9 +285,11 @@ def test_a_process_that_the_supervisor_found_beside_it_is_none_of_its_business(a
     process = subprocess.Popen(["/bin/sh", "-c", command], cwd=app.folder, env=app.environment())
     try:
         wait_until(lambda: app.supervisor_row(process.pid), "the supervisor has loaded the tasks")
-        (record,) = app.state_dir.glob("nursery-*-*")
+        (record,) = app.state_dir.glob("forkserver-*-*")
         os.kill(int(record.name.split("-")[1]), signal.SIGKILL)
-        wait_until(lambda: len(list(app.state_dir.glob("nursery-*-*"))) >= 1 and done(app), "another nursery is there")
+        wait_until(
+            lambda: len(list(app.state_dir.glob("forkserver-*-*"))) >= 1 and done(app), "another fork server is there"
+        )
         app.cli("cancel", "1")  # some passes more
         assert processes.start_ticks(int((app.folder / "sibling").read_text())) is not None
     finally:
@@ -313,12 +315,12 @@ def test_an_ending_that_an_earlier_supervisor_began_comes_true(make_app):
     assert "jana" in record.detail
 
 
-def test_a_burst_whose_last_task_was_killed_leaves_no_nursery(app):
+def test_a_burst_whose_last_task_was_killed_leaves_no_fork_server(app):
     app.service.request("appx:dies")
 
     app.start("--burst", wait=False).process.wait(20)
 
-    wait_until(lambda: not list(app.state_dir.glob("nursery-*-*")), "the nursery has left")
+    wait_until(lambda: not list(app.state_dir.glob("forkserver-*-*")), "the fork server has left")
 
 
 def test_a_reused_child_that_is_at_its_next_task_when_its_supervisor_changes_goes_on(make_app):
@@ -356,8 +358,8 @@ def test_a_full_disk_under_the_output_is_a_sentence(app):
     assert b"Traceback" not in said.stderr
 
 
-@pytest.mark.parametrize("name", ["nursery-\u00b2-1", "nursery-99999999999999-1", "nursery-x-y"])
-def test_rubbish_among_the_records_of_nurseries_stops_nobody(app, name):
+@pytest.mark.parametrize("name", ["forkserver-\u00b2-1", "forkserver-99999999999999-1", "forkserver-x-y"])
+def test_rubbish_among_the_records_of_fork_servers_stops_nobody(app, name):
     app.state_dir.mkdir(mode=0o750)
     (app.state_dir / name).touch()
 

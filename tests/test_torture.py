@@ -55,7 +55,7 @@ def line(what, at, id, attempt=1, **facts):
 
 
 def start(at, id, attempt=1, **facts):
-    return line("start", at, id, attempt, **{"kind": "quick", "ticks": 1, "nursery": 50, **facts})
+    return line("start", at, id, attempt, **{"kind": "quick", "ticks": 1, "fork_server": 50, **facts})
 
 
 def ack(id, **facts):
@@ -159,7 +159,7 @@ SPOILED = {
     "a death without a cause": ("reasons", lambda facts: facts["entries"].pop(0)),
     "a kill that is called an exit": ("reasons", first_interruption(reason="EXITED", exit_code=0)),
     "a wrong signal": ("reasons", first_interruption(signal=15)),
-    "VANISHED with a living nursery": ("reasons", first_interruption(reason="VANISHED", signal=None)),
+    "VANISHED with a living fork server": ("reasons", first_interruption(reason="VANISHED", signal=None)),
     "a cancel that nobody asked for": ("reasons", lambda facts: facts["entries"].pop(1)),
     "a cancel of another attempt": ("reasons", cancelled_at(9.0)),
     "an error that nobody raised": ("reasons", less("raise", 4)),
@@ -216,13 +216,13 @@ def test_a_spare_may_have_been_killed_before_it_was_claimed(facts):
     assert found(facts) == {"reasons"}
 
 
-def test_nobody_need_have_seen_a_death_whose_nursery_was_dead(facts):
+def test_nobody_need_have_seen_a_death_whose_fork_server_was_dead(facts):
     first_interruption(reason="VANISHED", signal=None)(facts)
-    facts["entries"].append(Entry("kill", "nursery", 10.2, 10.2, 50, 1))
+    facts["entries"].append(Entry("kill", "fork_server", 10.2, 10.2, 50, 1))
     assert found(facts) == set()
     facts["kernel_tells"] = True  # a supervisor was there throughout
     assert found(facts) == {"reasons"}
     facts["entries"].pop()
-    facts["lines"] = [{**one, "nursery": 7} if one["what"] == "start" else one for one in facts["lines"]]
+    facts["lines"] = [{**one, "fork_server": 7} if one["what"] == "start" else one for one in facts["lines"]]
     facts["kernel_tells"], facts["reaper"] = False, 7
     assert found(facts) == set()

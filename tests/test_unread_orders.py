@@ -19,7 +19,7 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.supervisor.children import Ward
 from bgsupervisor.supervisor.events import Reception
-from bgsupervisor.supervisor.forkservers import Nurseries
+from bgsupervisor.supervisor.forkservers import ForkServers
 from bgsupervisor.system import processes
 
 SOURCE = """
@@ -91,7 +91,7 @@ def test_never_told_is_seen_by_a_later_write_as_well(connection):
 
 def spare_child(app):
     """Return the PID of the one idle child, connected."""
-    [path] = app.state_dir.glob("nursery-*-*")
+    [path] = app.state_dir.glob("forkserver-*-*")
     parent = int(path.name.split("-")[1])
     return wait_until(lambda: processes.children(parent), "the spare child is there")[0]
 
@@ -130,7 +130,7 @@ def test_never_told_of_a_child_that_has_dialled_again_is_false(connection):
     theirs.recv(65536)
     again, _ = connection()
     again.peer.channel.queued_bytes = again.peer.channel.written_bytes = 0  # nothing was sent by it
-    ward.connect(again.peer, ChildHello(version=1, who=ward.who, nursery=Who(1, 1), id=1, attempt=1, end=None))
+    ward.connect(again.peer, ChildHello(version=1, who=ward.who, fork_server=Who(1, 1), id=1, attempt=1, end=None))
     ward.peer.channel.close()
     assert not ward.never_told
 
@@ -141,11 +141,11 @@ def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_
     state_dir.create()
     ears = Reception(state_dir, SystemClock())
     own = processes.own_identity("here")
-    found = Nurseries(app.service.config, state_dir, own, ears, SystemClock())
+    found = ForkServers(app.service.config, state_dir, own, ears, SystemClock())
     assert not found.can_report_no_more(None), "nothing is known of any"
     with subprocess.Popen(["sleep", "600"]) as process:
         who = Who(process.pid, processes.start_ticks(process.pid))
-        state_dir.nursery_path(who.pid, who.start_ticks).touch()
+        state_dir.fork_server_path(who.pid, who.start_ticks).touch()
         assert not found.can_report_no_more(None)
         assert not found.can_report_no_more(who)
         process.kill()

@@ -308,15 +308,15 @@ def _has_bound(process, name):
 
 
 @pytest.mark.slow
-def test_spares_and_nursery_of_another_protocol_leave(make_app, other_protocol):
+def test_spares_and_fork_server_of_another_protocol_leave(make_app, other_protocol):
     app = make_app(TASKS, spares=2)
     old = app.start(environment=other_protocol)
-    [path] = app.state_dir.glob("nursery-*-*")
-    nursery = psutil.Process(int(path.name.split("-")[1]))
-    children = wait_until(lambda: len(found := nursery.children()) == 2 and found, "the spares are there")
+    [path] = app.state_dir.glob("forkserver-*-*")
+    fork_server = psutil.Process(int(path.name.split("-")[1]))
+    children = wait_until(lambda: len(found := fork_server.children()) == 2 and found, "the spares are there")
     old.kill()
     app.start()
-    for process in (*children, nursery):
+    for process in (*children, fork_server):
         wait_until(lambda one=process: not one.is_running(), f"PID {process.pid} has left", limit_s=30)
     assert app.wait(app.service.request("appx:quick")).status is Status.DONE
 

@@ -133,7 +133,7 @@ def cleans_up():
 def lingers():
     atexit.register(time.sleep, 600)
 """
-S, N, C = "supervisor", "nursery", "child"
+S, N, C = "supervisor", "fork_server", "child"
 SETTLE_S = 1.0
 """While one is stopped, the others have so long to come to an end without it."""
 
@@ -147,7 +147,7 @@ class Stage(App):
         self.points = folder / "points"
         self.points.mkdir()
         self.marker = {"STAGE": str(folder), "PAUSES": str(self.points)}
-        self.more = {"NURSERY_LONELY_S": "1"}
+        self.more = {"FORK_SERVER_LONELY_S": "1"}
 
     def start(self, *, wait=True):
         pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
@@ -184,8 +184,8 @@ class Stage(App):
     def said(self, what, handle):
         wait_until(lambda: any(line[:2] == [what, str(handle.id)] for line in self.oracle()), f"it has said {what}")
 
-    def nurseries(self):
-        return [int(path.name.split("-")[1]) for path in self.state_dir.glob("nursery-*-*")]
+    def fork_servers(self):
+        return [int(path.name.split("-")[1]) for path in self.state_dir.glob("forkserver-*-*")]
 
     def processes(self):
         """Return all living processes that descend from this stage's supervisors, zombies left out."""
@@ -233,7 +233,7 @@ def at_the_first_start(app, point):
 
 
 def before_its_hello(app, point):
-    """The forked child waits too: it would dial by itself, and get the task, whatever its nursery has told."""
+    """The forked child waits too: it would dial by itself, and get the task, whatever its fork server has told."""
     app.start()
     app.arm("child.born")
     app.arm(point)
@@ -386,10 +386,10 @@ WINDOWS = {
     "supervisor.reloading": Window(reloaded),
     "supervisor.reloaded": Window(reloaded),
     "supervisor.leaving": Window(told_to_leave, leaves=True),
-    "nursery.loaded": Window(at_the_first_start, has_child=False),
-    "nursery.forked": Window(before_its_hello, dies="again"),
-    "nursery.buried": Window(killed_before, lives="lost", has_child=False),
-    "nursery.told": Window(killed_before, lives="lost", has_child=False),
+    "forkserver.loaded": Window(at_the_first_start, has_child=False),
+    "forkserver.forked": Window(before_its_hello, dies="again"),
+    "forkserver.buried": Window(killed_before, lives="lost", has_child=False),
+    "forkserver.told": Window(killed_before, lives="lost", has_child=False),
     "child.born": Window(on_its_way, dies="again"),
     "child.dialled": Window(on_its_way, dies="again"),
     "child.ordered": Window(on_its_way),
@@ -413,19 +413,19 @@ WINDOWS |= {
 
 
 def whoever_is_at(app, window, name, handle):
-    """Return the PIDs of supervisor, nursery and child when the point is reached."""
+    """Return the PIDs of supervisor, fork server and child when the point is reached."""
     point, kind = name if isinstance(name, tuple) else (name, kind_of(name))
     there = app.reached(point)
     found = {S: app.supervisor.process.pid} if window.has_supervisor else {}
-    if point in ("child.reported", "nursery.told"):
+    if point in ("child.reported", "forkserver.told"):
         wait_until(lambda: app.service.get(handle).status.ended, "the end is recorded")
     if kind == C:
         found[C] = there
     elif window.has_child:
         record = app.service.get(handle)
-        idle = [one.pid for nursery in app.nurseries() for one in children(nursery)]
+        idle = [one.pid for fork_server in app.fork_servers() for one in children(fork_server)]
         [found[C]] = [record.pid] if record.status == "START" else idle
-    [found[N]] = [psutil.Process(found[C]).ppid()] if C in found else app.nurseries()
+    [found[N]] = [psutil.Process(found[C]).ppid()] if C in found else app.fork_servers()
     assert found.get(kind, there) == there
     return found
 
@@ -535,7 +535,7 @@ BRIEF = (
     ("kill", (S, C), "supervisor.unclaiming", ("ledger.freed", S)),
     ("stop", (S,), "supervisor.claiming", "supervisor.ending", "supervisor.unclaiming", "supervisor.condemned"),
     ("stop", (S,), "supervisor.granted", ("ledger.freed", S)),
-    ("stop", (N,), "nursery.forked", "nursery.buried"),
+    ("stop", (N,), "forkserver.forked", "forkserver.buried"),
     ("stop", (C,), "child.ordered", "child.over", "child.recording", ("ledger.freed", C)),
     ("stop", EVERYBODY, "child.beginning"),
 )
@@ -598,14 +598,14 @@ def test_the_farewell_of_a_replaced_supervisor_does_not_hide_the_living_one(stag
 
 
 @pytest.mark.on_both
-def test_a_kill_that_is_lost_with_its_nursery_while_the_database_is_locked_is_sent_again(stage):
+def test_a_kill_that_is_lost_with_its_fork_server_while_the_database_is_locked_is_sent_again(stage):
     stage.start()
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
     with stage.database.locked():
-        stage.arm("nursery.striking")
-        os.kill(stage.reached("nursery.striking"), signal.SIGKILL)
+        stage.arm("forkserver.striking")
+        os.kill(stage.reached("forkserver.striking"), signal.SIGKILL)
     stage.let_go()
 
     record = see_the_truth(stage, handle, "CANCELLED")
@@ -614,14 +614,14 @@ def test_a_kill_that_is_lost_with_its_nursery_while_the_database_is_locked_is_se
     see_that_nothing_is_left(stage, record)
 
 
-def test_a_kill_through_the_nursery_keeps_its_reason_though_the_supervisor_dies(stage):
+def test_a_kill_through_the_fork_server_keeps_its_reason_though_the_supervisor_dies(stage):
     stage.start()
     handle = stage.request("endless")
     stage.said("in", handle)
     stage.service.cancel(handle, by="jana")
     with stage.database.locked():
-        stage.arm("nursery.striking")
-        stage.reached("nursery.striking")
+        stage.arm("forkserver.striking")
+        stage.reached("forkserver.striking")
         stage.supervisor.kill()
         stage.let_go()
         wait_until(lambda: not psutil.pid_exists(stage.service.get(handle).pid), "it is killed")
@@ -651,20 +651,20 @@ def test_a_stop_that_is_recorded_comes_true_under_the_next_supervisor(stage):
     see_that_nothing_is_left(stage, record)
 
 
-def test_a_nursery_whose_written_word_was_taken_waits_for_nobody(stage):
+def test_a_fork_server_whose_written_word_was_taken_waits_for_nobody(stage):
     stage.start()
     handle = stage.request("endless")
     stage.said("in", handle)
-    stage.arm("nursery.buried")
+    stage.arm("forkserver.buried")
     os.kill(stage.service.get(handle).pid, signal.SIGKILL)
-    stage.reached("nursery.buried")
+    stage.reached("forkserver.buried")
     assert stage.wait(handle).reason == "SIGNALLED"
     stage.supervisor.process.send_signal(signal.SIGTERM)
     assert stage.supervisor.process.wait(LIMIT_S) == 0
 
     stage.let_go()
 
-    wait_until(lambda: not stage.nurseries(), "the nursery has left")
+    wait_until(lambda: not stage.fork_servers(), "the fork server has left")
 
 
 def is_still(pid):
@@ -739,7 +739,7 @@ def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
     see_that_nothing_is_left(stage, record)
 
 
-def test_bodies_and_nursery_change_over_from_a_supervisor_that_is_stopped_for_ever(stage):
+def test_bodies_and_fork_server_change_over_from_a_supervisor_that_is_stopped_for_ever(stage):
     stage.configure(slots=2, spares=0, grace_s=10.0, heartbeat_s=0.5)
     stage.start()
     handles = [stage.request(body) for body in ("counts", "endless")]
@@ -787,7 +787,7 @@ def test_every_point_is_in_the_code_once_and_is_tried():
     nodes = [node for tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls = [ast.literal_eval(node.args[0]) for node in nodes if ast.unparse(node.func) == "failpoints.at"]
     tried = {name[0] if isinstance(name, tuple) else name for name in WINDOWS}
-    tried |= {"nursery.striking", "supervisor.suspending"}
+    tried |= {"forkserver.striking", "supervisor.suspending"}
     assert sorted(calls) == sorted(failpoints.POINTS)
     assert tried == set(failpoints.POINTS)
 
@@ -801,8 +801,8 @@ def test_where_no_test_has_armed_it_a_point_does_nothing():
     assert failpoints.at("supervisor.claimed") is None
 
 
-def test_an_application_that_loads_longer_than_a_nursery_bears_to_be_alone_is_served(stage):
-    stage.write(f"import time\ntime.sleep(1.5)\n{BODIES}")  # the nurseries of these tests bear a second
+def test_an_application_that_loads_longer_than_a_fork_server_bears_to_be_alone_is_served(stage):
+    stage.write(f"import time\ntime.sleep(1.5)\n{BODIES}")  # the fork servers of these tests bear a second
     stage.start()
 
     assert stage.wait(stage.request("plain")).attempt == 1
@@ -931,32 +931,32 @@ def test_a_supervisor_that_is_to_leave_starts_nothing_more(stage):
     assert stage.wait(handle).attempt == 1
 
 
-def test_a_nursery_that_stood_still_waits_for_nobody_when_a_death_was_recorded_without_its_word(stage):
+def test_a_fork_server_that_stood_still_waits_for_nobody_when_a_death_was_recorded_without_its_word(stage):
     stage.start()
     handle = stage.request("endless")
     stage.said("in", handle)
-    [nursery] = stage.nurseries()
-    os.kill(nursery, signal.SIGSTOP)
+    [fork_server] = stage.fork_servers()
+    os.kill(fork_server, signal.SIGSTOP)
     os.kill(stage.service.get(handle).pid, signal.SIGKILL)
     assert stage.wait(handle).ended
     stage.supervisor.process.send_signal(signal.SIGTERM)
     assert stage.supervisor.process.wait(LIMIT_S) == 0
 
-    os.kill(nursery, signal.SIGCONT)
+    os.kill(fork_server, signal.SIGCONT)
 
-    wait_until(lambda: not stage.nurseries(), "the nursery has left")
+    wait_until(lambda: not stage.fork_servers(), "the fork server has left")
 
 
-def test_the_record_of_an_adopted_nursery_goes_when_it_was_killed(stage):
+def test_the_record_of_an_adopted_fork_server_goes_when_it_was_killed(stage):
     handle = running(stage)
-    [nursery] = stage.nurseries()
+    [fork_server] = stage.fork_servers()
     stage.supervisor.kill()
     stage.start()
-    os.kill(nursery, signal.SIGKILL)
+    os.kill(fork_server, signal.SIGKILL)
     stage.let_go()
     stage.wait(handle)
 
-    wait_until(lambda: nursery not in stage.nurseries(), "its record is gone")
+    wait_until(lambda: fork_server not in stage.fork_servers(), "its record is gone")
 
 
 def test_a_child_that_has_recorded_its_end_itself_is_an_idle_one_like_any_other(stage):

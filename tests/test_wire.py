@@ -44,9 +44,9 @@ from bgsupervisor.system import processes
 
 ME = Who(os.getpid(), 5)
 MESSAGES = [
-    ChildHello(version=1, who=ME, nursery=Who(1, 2)),
-    ChildHello(version=1, who=ME, nursery=Who(1, 2), id=7, attempt=2, end=End(reason=Reason.RAISED, detail="ž")),
-    messages.NurseryHello(
+    ChildHello(version=1, who=ME, fork_server=Who(1, 2)),
+    ChildHello(version=1, who=ME, fork_server=Who(1, 2), id=7, attempt=2, end=End(reason=Reason.RAISED, detail="ž")),
+    messages.ForkServerHello(
         version=1,
         who=ME,
         catalogue={"a:b": TaskOptions(timeout_s=5.0), "c": TaskOptions()},
@@ -358,7 +358,7 @@ def messages_of(heard):
 
 
 def hello(**more):
-    return ChildHello(**{"version": PROTOCOL_VERSION, "who": ME, "nursery": Who(1, 2)} | more)
+    return ChildHello(**{"version": PROTOCOL_VERSION, "who": ME, "fork_server": Who(1, 2)} | more)
 
 
 def says_hello(reception, channel):

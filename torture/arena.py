@@ -124,15 +124,15 @@ class Arena:
         query = "SELECT id, pid, start_ticks FROM bgsupervisor_task WHERE status = 'START'"
         return [(id, Who(pid, ticks)) for id, pid, ticks in self.database.rows(query)]
 
-    def nurseries(self) -> list[Who]:
-        """Return the nurseries that have left their identity in the state directory, living or not."""
-        names = [path.name.split("-") for path in self.state.path.glob("nursery-*-*")]
+    def fork_servers(self) -> list[Who]:
+        """Return the fork servers that have left their identity in the state directory, living or not."""
+        names = [path.name.split("-") for path in self.state.path.glob("forkserver-*-*")]
         return [Who(int(pid), int(ticks)) for _, pid, ticks in names]
 
     def spares(self) -> list[Who]:
-        """Return the children of nurseries that run nothing now."""
+        """Return the children of fork servers that run nothing now."""
         busy = {who.pid for _, who in self.running()}
-        pids = {pid for who in self.nurseries() if is_alive(who) for pid in children(who.pid)} - busy
+        pids = {pid for who in self.fork_servers() if is_alive(who) for pid in children(who.pid)} - busy
         return [Who(pid, ticks) for pid in sorted(pids) if (ticks := start_ticks(pid)) is not None]
 
     def board(self) -> Who | None:

@@ -55,8 +55,8 @@ def start_ticks(pid: int | str = "self") -> int:
 @contextlib.contextmanager
 def told(kind: str) -> Iterator[None]:
     """Tell how a body begins and ends."""
-    nursery = os.getppid()
-    say("start", kind=kind, ticks=start_ticks(), nursery=nursery)
+    fork_server = os.getppid()
+    say("start", kind=kind, ticks=start_ticks(), fork_server=fork_server)
     try:
         yield
     except BaseException as error:

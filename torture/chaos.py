@@ -40,13 +40,13 @@ class Chaos:
             self.kill_child: 10,
             self.kill_spare: 1,
             self.kill_supervisor: 2.5,
-            self.kill_nursery: 0.5,
+            self.kill_fork_server: 0.5,
             self.kill_board: 0.8,
-            self.kill_supervisor_and_nursery: 0.3,
+            self.kill_supervisor_and_fork_server: 0.3,
             self.kill_all: 0.15,
             self.stop_child: 2,
             self.stop_supervisor: 0.7,
-            self.stop_nursery: 0.5,
+            self.stop_fork_server: 0.5,
             self.stop_board: 0.4,
             self.cancel: 3,
             self.retry: 2,
@@ -88,18 +88,18 @@ class Chaos:
         """Kill a supervisor, at whatever age; also one that is about to leave."""
         self._kill_one_of("supervisor", [life.who for life in self._arena.living()])
 
-    def kill_nursery(self) -> None:
-        """Kill a nursery."""
-        self._kill_one_of("nursery", self._arena.nurseries())
+    def kill_fork_server(self) -> None:
+        """Kill a fork server."""
+        self._kill_one_of("fork_server", self._arena.fork_servers())
 
     def kill_board(self) -> None:
         """Kill the board."""
         self._kill_one_of("board", filter(None, [self._arena.board()]))
 
-    def kill_supervisor_and_nursery(self) -> None:
+    def kill_supervisor_and_fork_server(self) -> None:
         """Kill both: nobody is left who sees how children end."""
         victims = [("supervisor", life.who) for life in self._arena.living()]
-        victims += [("nursery", who) for who in self._arena.nurseries()]
+        victims += [("fork_server", who) for who in self._arena.fork_servers()]
         self._random.shuffle(victims)
         for kind, who in victims:
             self._kill(kind, who)
@@ -107,7 +107,7 @@ class Chaos:
     def kill_all(self) -> None:
         """Kill everything at once."""
         children = self._arena.running()
-        self.kill_supervisor_and_nursery()
+        self.kill_supervisor_and_fork_server()
         for id, who in children:
             self._kill("child", who, task=id)
         self.kill_board()
@@ -132,9 +132,9 @@ class Chaos:
         """Have a supervisor stand still."""
         self._stop_one_of("supervisor", [life.who for life in self._arena.living()], self._random.uniform(0.2, 3))
 
-    def stop_nursery(self) -> None:
-        """Have a nursery stand still."""
-        self._stop_one_of("nursery", self._arena.nurseries(), self._random.uniform(0.2, 2))
+    def stop_fork_server(self) -> None:
+        """Have a fork server stand still."""
+        self._stop_one_of("fork_server", self._arena.fork_servers(), self._random.uniform(0.2, 2))
 
     def stop_board(self) -> None:
         """Have the board stand still."""

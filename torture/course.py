@@ -119,7 +119,7 @@ def _send_home(arena: Arena) -> list[Who]:
             arena.send(life.who, signal.SIGTERM)
         left = arena.ours()
         if left and all(known.get(who.pid) == who.ticks or _is_tracker(who) for who in left):
-            # They may have lost their nursery; and they keep open what multiprocessing's tracker waits for.
+            # They may have lost their fork server; and they keep open what multiprocessing's tracker waits for.
             daemons += [who for who in left if known.get(who.pid) == who.ticks]
             for who in daemons:
                 arena.send(who, signal.SIGKILL)
@@ -182,7 +182,7 @@ def _left_in_files(arena: Arena) -> list[str]:
     integrity = arena.database.rows("PRAGMA integrity_check") if arena.database.is_sqlite else []
     if integrity not in ([], [("ok",)]):
         found.append(f"the database is damaged: {integrity}")
-    found += [f"PID {who.pid} was a nursery and its file is left" for who in arena.nurseries() if is_alive(who)]
+    found += [f"PID {who.pid} was a fork server and its file is left" for who in arena.fork_servers() if is_alive(who)]
     return found + [f"a traceback in the log: {text[:1500]}" for text in _tracebacks(log_of(arena))]
 
 
@@ -199,5 +199,5 @@ def _left_daemons(daemons: list[Who], known: Evidence) -> list[str]:
         f"the daemon of task {line['id']}, PID {line['pid']}, is still there"
         for line in known.lines
         if line["what"] == "daemon" and left.get(line["pid"]) == line["ticks"]
-        if not known.nursery_was_killed(Attempted(line["id"], line["attempt"]))
+        if not known.fork_server_was_killed(Attempted(line["id"], line["attempt"]))
     ]

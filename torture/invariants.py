@@ -147,14 +147,14 @@ class Evidence:
             since - LOCKED_SLACK_S <= at and at - before_s - LOCKED_SLACK_S <= until for since, until in self.away
         )
 
-    def nursery_was_killed(self, attempted: Attempted) -> bool:
-        """Whether the nursery of whoever ran an attempt was killed: then nobody may have seen how it ended."""
-        killed = {one.pid for one in self.kills.values() if one.whom == "nursery"}
+    def fork_server_was_killed(self, attempted: Attempted) -> bool:
+        """Whether the fork server of whoever ran an attempt was killed: then nobody may have seen how it ended."""
+        killed = {one.pid for one in self.kills.values() if one.whom == "fork_server"}
         start = self.line(attempted, "start")
         if start is None:
             return bool(killed)
         heirs = {self.reaper, *(life.who.pid for life in self.lives)}  # it had died before the body began
-        return start["nursery"] in killed | heirs
+        return start["fork_server"] in killed | heirs
 
 
 # 1, 10
@@ -279,7 +279,9 @@ def _explained(known: Evidence, attempted: Attempted, row: Row) -> str | None:
             facts
             in {(None, signal.SIGKILL) if kill is not None else None, (None, suicide["signal"]) if suicide else None}
         ),
-        "VANISHED": lambda: not in_vain and known.nursery_was_killed(attempted) and not _was_watched(known, attempted),
+        "VANISHED": lambda: (
+            not in_vain and known.fork_server_was_killed(attempted) and not _was_watched(known, attempted)
+        ),
     }
     if row["reason"] not in explained:
         return "nobody can have done that"

@@ -65,13 +65,13 @@ TESTS = {
     "a zombie is dead": "test_a_zombie_is_dead_and_its_exit_is_readable",
     "UNKNOWN is not DEAD": "test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
     "an exit is written to disk before it is forgotten": (
-        "test_the_row_is_true_in_the_end[nursery.buried-kill-supervisor+nursery]"
+        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork server]"
     ),
     "a second look precedes VANISHED": "test_without_an_exit_nobody_is_called_vanished_before_a_second_look",
     "the fork server's report is awaited before VANISHED": (
-        "test_the_nurserys_word_is_waited_for_before_other_evidence"
+        "test_the_fork_servers_word_is_waited_for_before_other_evidence"
     ),
-    "a dead fork server is not awaited": "test_a_nursery_that_dies_before_its_hello_is_not_waited_for_any_more",
+    "a dead fork server is not awaited": "test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more",
     "running bodies are adopted": "test_progress_log_and_heartbeat_go_on_under_the_next_supervisor",
     "an ending that an earlier supervisor began continues": (
         "test_a_stop_that_an_earlier_supervisor_had_begun_is_carried_to_its_end"

@@ -42,7 +42,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def load_apart(config: Config, *, limit_s: float) -> Answer:
-    """Load the application as a nursery would, in a new process, which has ended when this returns.
+    """Load the application as a fork server would, in a new process, which has ended when this returns.
 
     A process that does not answer within *limit_s* seconds is killed; that is one of the answer's failures.
     """

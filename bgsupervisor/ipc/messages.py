@@ -22,11 +22,11 @@ __all__ = [
     "Ended",
     "Exited",
     "ExitsSeen",
+    "ForkServerHello",
     "KillOrder",
     "Leave",
     "LoadFailure",
     "Message",
-    "NurseryHello",
     "Progress",
     "Reload",
     "Reloaded",
@@ -91,7 +91,7 @@ class LoadFailure(msgspec.Struct, frozen=True):
     Attributes:
         module: The name of the module, of the `setup` callable, or of the task whose signature cannot be used.
         error: The traceback.
-        kind: "module", "setup" or "task"; a nursery of an older version reports none.
+        kind: "module", "setup" or "task"; a fork server of an older version reports none.
     """
 
     module: str
@@ -108,14 +108,14 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     version: int
     who: Who
-    nursery: Who
+    fork_server: Who
     id: int | None = None
     attempt: int = 0
     end: End | None = None
 
 
-class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A nursery's first word: its catalogue, its living children and the exits nobody has acknowledged.
+class ForkServerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A fork server's first word: its catalogue, its living children and the exits nobody has acknowledged.
 
     Attributes:
         dangers: Warnings about data that may be lost.
@@ -134,7 +134,7 @@ class NurseryHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A nursery saw its child die. `ordered` is the reason of a kill that went through the nursery."""
+    """A fork server saw its child die. `ordered` is the reason of a kill that went through the fork server."""
 
     who: Who
     exit_code: int | None
@@ -143,7 +143,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class ExitsSeen(msgspec.Struct, frozen=True, tag=True):
-    """The supervisor has committed what these exits mean; the nursery may forget them."""
+    """The supervisor has committed what these exits mean; the fork server may forget them."""
 
     whos: list[Who]
 
@@ -168,7 +168,7 @@ class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Retire(msgspec.Struct, frozen=True, tag=True):
-    """Another nursery has taken over: leave with the last child."""
+    """Another fork server has taken over: leave with the last child."""
 
 
 class KillOrder(msgspec.Struct, frozen=True, tag=True):
@@ -307,12 +307,12 @@ class Reloaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """An idle child, or a nursery without children, is no longer needed."""
+    """An idle child, or a fork server without children, is no longer needed."""
 
 
 Message = (
     ChildHello
-    | NurseryHello
+    | ForkServerHello
     | Exited
     | ExitsSeen
     | Spawn

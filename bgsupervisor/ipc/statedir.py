@@ -42,7 +42,7 @@ class StateDir:
 
     @property
     def control(self) -> Path:
-        """Return the socket that children, nursery and command line dial."""
+        """Return the socket that children, fork server and command line dial."""
         return self.path / "control.sock"
 
     @property
@@ -57,7 +57,7 @@ class StateDir:
 
     @property
     def own_log(self) -> Path:
-        """Return the log of the supervisor and its nurseries."""
+        """Return the log of the supervisor and its fork servers."""
         return self.logs / "supervisor.log"
 
     @property
@@ -70,9 +70,9 @@ class StateDir:
         """Return the file with the stamp of the code that was last loaded."""
         return self.path / "code.stamp"
 
-    def nursery_path(self, pid: int, ticks: int) -> Path:
-        """Return the file by which a new supervisor learns of a living nursery."""
-        return self.path / f"nursery-{pid}-{ticks}"
+    def fork_server_path(self, pid: int, ticks: int) -> Path:
+        """Return the file by which a new supervisor learns of a living fork server."""
+        return self.path / f"fork server-{pid}-{ticks}"
 
     def create(self) -> None:
         """Make the folder and its logs where they are missing, 0750 whatever the umask; a setgid bit is kept.

@@ -102,7 +102,7 @@ class Ward:
     handle: ProcessHandle | None
     vouched: bool = False
     met_at: float = 0.0
-    nursery: Who | None = None
+    fork_server: Who | None = None
     peer: Peer | None = None
     attempt: Attempt | None = None
     name: str = ""
@@ -163,7 +163,7 @@ class Ward:
 
     def connect(self, peer: Peer, hello: ChildHello) -> None:
         """Take up a connection; what was sent by an earlier one is not measured by what this one has written."""
-        self.peer, self.nursery, self.ready = peer, hello.nursery, hello.id is None
+        self.peer, self.fork_server, self.ready = peer, hello.fork_server, hello.id is None
         self.run_place = None if hello.id is not None else self.run_place
 
     def begin(self, claim: Claim, run_place: int, run_end: int, now: float) -> None:

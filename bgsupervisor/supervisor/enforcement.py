@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ledger.transitions import Wish
     from bgsupervisor.supervisor.children import Ward, Wards
     from bgsupervisor.supervisor.events import Reception
-    from bgsupervisor.supervisor.forkservers import Nurseries
+    from bgsupervisor.supervisor.forkservers import ForkServers
 
 __all__ = ["Enforcement"]
 
@@ -39,9 +39,9 @@ LEAVE_SLACK_S = 5.0
 """A child whose end is recorded is killed if it is still there grace_s and this long later."""
 KILL_AGAIN_S = 2.0
 """A SIGKILL that has not brought death is sent again after grace_s, at least this long: it may have been lost with the
-nursery that was to send it."""
+fork server that was to send it."""
 KILL_WITHOUT_RECORD_S = 1.0
-"""A kill whose reason cannot be recorded goes through the nursery after this long, and comes back with the exit."""
+"""A kill whose reason cannot be recorded goes through the fork server after this long, and comes back with the exit."""
 STALL_SLACK_S = 2.0
 """A stall is told so much later: a child tells only now and then that its body gets on (`ALIVE_EVERY_S`)."""
 STALL_LOOK_S = 1.0
@@ -58,11 +58,11 @@ class Enforcement:
     """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
 
     def __init__(
-        self, config: Config, wards: Wards, nurseries: Nurseries, ears: Reception, clock: AttendedClock
+        self, config: Config, wards: Wards, fork_servers: ForkServers, ears: Reception, clock: AttendedClock
     ) -> None:
         self.config = config
         self._wards = wards
-        self._nurseries = nurseries
+        self._fork_servers = fork_servers
         self._ears = ears
         self._clock = clock
         self._limits_at = 0.0
@@ -114,7 +114,7 @@ class Enforcement:
             if ward.attempt is not None and ward.attempt.id in waiting:
                 ward.got_on_at = self._clock.monotonic()
             else:
-                stall_s = self._nurseries.options(ward.name).stall_s or 0.0
+                stall_s = self._fork_servers.options(ward.name).stall_s or 0.0
                 self.order(ward, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
 
     def put_off_stalls(self) -> None:
@@ -159,7 +159,7 @@ class Enforcement:
         """Send the signal of an order's stage; its reason is in the row."""
         order.unsent = False
         if ward.target is None:
-            self._have_sent(ward, order)  # it cannot be held now; its nursery can, and the last stage comes again
+            self._have_sent(ward, order)  # it cannot be held now; its fork server can, and the last stage comes again
             return
         try:
             if order.stage is Stage.TERM:
@@ -200,12 +200,12 @@ class Enforcement:
             return
         try:
             processes.signal_tree(ward.target, signal.SIGKILL)
-        except OSError as error:  # no descriptors left, or no process table; what it started falls to the nursery
+        except OSError as error:  # no descriptors left, or no process table; what it started falls to the fork server
             log.error("what PID %d started cannot be seen: %s; killing it alone", ward.who.pid, error)  # noqa: TRY400 - the sentence says it
             ward.target.send_signal(signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
-        """While the database is away, have nurseries send what is overdue; they report the reason with the exit."""
+        """While the database is away, have fork servers send what is overdue; they report the reason with the exit."""
         now = self._clock.monotonic()
         for ward in self._wards.running():
             order = ward.order
@@ -215,12 +215,12 @@ class Enforcement:
                 order.unsent = False
 
     def _have_sent(self, ward: Ward, order: Order) -> bool:
-        """Have its nursery send the signal of an order's stage; False if that is away."""
-        home = self._nurseries.get(ward.nursery)
-        if home is None or home.peer.channel.closed:
+        """Have its fork server send the signal of an order's stage; False if that is away."""
+        fork_server = self._fork_servers.get(ward.fork_server)
+        if fork_server is None or fork_server.peer.channel.closed:
             return False
         number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
-        self._ears.send(home.peer, messages.KillOrder(ward.who, number, order.reason))
+        self._ears.send(fork_server.peer, messages.KillOrder(ward.who, number, order.reason))
         return True
 
     def expect_to_leave(self, ward: Ward) -> None:
@@ -246,7 +246,7 @@ class Enforcement:
     def _enforce_time(self, ward: Ward, now: float) -> None:
         due_at = self._time_due_at(ward)
         if due_at is not None and ward.order is None and now >= due_at:
-            timeout_s = self._nurseries.options(ward.name).timeout_s
+            timeout_s = self._fork_servers.options(ward.name).timeout_s
             self.order(ward, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
         if ward.order is not None and now >= ward.order.next_at and not _waits_for_kill(ward.order):
             self.ask(ward, ward.order)
@@ -254,7 +254,7 @@ class Enforcement:
 
     def _time_due_at(self, ward: Ward) -> float | None:
         """Return when its timeout_s is over, monotonic; None while it has none, or while it is suspended."""
-        timeout_s = self._nurseries.options(ward.name).timeout_s
+        timeout_s = self._fork_servers.options(ward.name).timeout_s
         if timeout_s is None or ward.suspension.lasts:
             return None
         return ward.started_at + ward.suspension.total_s + timeout_s
@@ -263,7 +263,7 @@ class Enforcement:
         """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
         if ward.slot is None or ward.order is not None or ward.suspension.lasts:
             return None
-        stall_s = self._nurseries.options(ward.name).stall_s
+        stall_s = self._fork_servers.options(ward.name).stall_s
         if stall_s is None or not ward.connected:
             return None
         return ward.got_on_at + stall_s + STALL_SLACK_S
@@ -317,7 +317,7 @@ class Enforcement:
         for ward in busy:
             with contextlib.suppress(OSError):
                 logs.bound(self._wards.log_of(ward), self.config.log_max_bytes)
-        sampled = [ward for ward in running if self._nurseries.options(ward.name).memory_limit_bytes is not None]
+        sampled = [ward for ward in running if self._fork_servers.options(ward.name).memory_limit_bytes is not None]
         if now >= self._usage_at:
             self._usage_at = now + self.config.heartbeat_s
             sampled += [ward for ward in busy if ward not in sampled]
@@ -330,7 +330,7 @@ class Enforcement:
                 self._enforce_memory(ward, usage[ward.who.pid].rss_bytes)
 
     def _enforce_memory(self, ward: Ward, rss_bytes: int) -> None:
-        limit = self._nurseries.options(ward.name).memory_limit_bytes
+        limit = self._fork_servers.options(ward.name).memory_limit_bytes
         if limit is not None and rss_bytes > limit and ward.order is None:
             # No grace: it would use it to grow.
             used, allowed = compared(rss_bytes, limit)

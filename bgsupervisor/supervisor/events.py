@@ -25,8 +25,8 @@ from bgsupervisor.ipc.messages import (
     BoardHello,
     CallerHello,
     ChildHello,
+    ForkServerHello,
     Message,
-    NurseryHello,
     Who,
 )
 from bgsupervisor.ipc.sockets import bind
@@ -312,7 +312,7 @@ class Reception:
 
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""
-        if not isinstance(message, ChildHello | NurseryHello | CallerHello | BoardHello):
+        if not isinstance(message, ChildHello | ForkServerHello | CallerHello | BoardHello):
             if peer.who is None:
                 raise WireError("it did not say hello first")
             return

@@ -1,4 +1,4 @@
-"""The nurseries that a supervisor knows: it starts them, puts new code in the place of old, and retires the rest."""
+"""The fork servers that a supervisor knows: it starts them, puts new code in the place of old, and retires the rest."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from bgsupervisor.system.fingerprint import Stamp
     from bgsupervisor.system.processes import ProcessHandle
 
-__all__ = ["FIRST_HELLO_S", "Home", "Nurseries"]
+__all__ = ["FIRST_HELLO_S", "ForkServerHandle", "ForkServers"]
 
 log = logging.getLogger("bgsupervisor")
 
 FIRST_HELLO_S = 1.2
-"""After a start no dead child is called VANISHED before the living nurseries have said hello, or this long."""
+"""After a start no dead child is called VANISHED before the living fork servers have said hello, or this long."""
 SWEEP_S = 600.0
-"""For so long after a nursery's death its children may still leave processes to the supervisor."""
+"""For so long after a fork server's death its children may still leave processes to the supervisor."""
 CHILD_HELLO_S = 60.0
 """A forked child says hello within milliseconds, a spawned one when it has loaded the application."""
 FORK_S = 60.0
-"""A nursery that has orders and has forked nothing for so long hangs."""
+"""A fork server that has orders and has forked nothing for so long hangs."""
 RESTART_S = (0.1, 1.0, 5.0, 15.0)
-"""Pauses before a nursery that died is started again; the last one repeats until one has loaded the application."""
+"""Pauses before a fork server that died is started again; the last one repeats until one has loaded the application."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Home:
-    """A nursery that has said hello.
+class ForkServerHandle:
+    """A fork server that has said hello.
 
     Attributes:
         ordered: Children that it was told to fork and has not forked yet.
@@ -57,7 +57,7 @@ class Home:
         expected: Children that it has forked and that have not said hello yet, and since when.
     """
 
-    hello: messages.NurseryHello
+    hello: messages.ForkServerHello
     peer: Peer
     ordered: int = 0
     ordered_at: float = 0.0
@@ -74,7 +74,7 @@ _NO_OPTIONS = TaskOptions()
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Started:
-    """A nursery process of ours; *callers* wait for what becomes of it, *stamp* is of the code that it loads."""
+    """A fork server process of ours; *callers* wait for what becomes of it, *stamp* is of the code that it loads."""
 
     process: SpawnProcess
     who: Who
@@ -85,15 +85,15 @@ class _Started:
     stamped_at_ns: int
 
 
-class Nurseries:
-    """All nurseries of one state directory.
+class ForkServers:
+    """All fork servers of one state directory.
 
     One of them is `ours`: it starts new children. A candidate is loading, and takes its place if it loads what the
     present one has loaded.
 
     Attributes:
         our_who: The one that starts new children.
-        one_died: A nursery of ours died and may have left its children to this process.
+        one_died: A fork server of ours died and may have left its children to this process.
         rejected: What failed to load in the last candidate that was not let in.
     """
 
@@ -105,7 +105,7 @@ class Nurseries:
         self._own = own
         self._ears = ears
         self._clock = clock
-        self._homes: dict[Who, Home] = {}
+        self._handles: dict[Who, ForkServerHandle] = {}
         self._started: dict[Who, _Started] = {}
         self._candidate: _Started | None = None
         self._deaths = 0
@@ -123,35 +123,35 @@ class Nurseries:
 
     # What the supervisor asks
 
-    def ours(self) -> Home | None:
-        """Return the nursery that starts new children; None while there is none that can be spoken to."""
-        home = self._homes.get(self.our_who) if self.our_who is not None else None
-        return home if home is not None and not home.peer.channel.closed else None
+    def ours(self) -> ForkServerHandle | None:
+        """Return the fork server that starts new children; None while there is none that can be spoken to."""
+        fork_server = self._handles.get(self.our_who) if self.our_who is not None else None
+        return fork_server if fork_server is not None and not fork_server.peer.channel.closed else None
 
-    def get(self, who: Who | None) -> Home | None:
-        """Return one nursery that has said hello, or None."""
-        return None if who is None else self._homes.get(who)
+    def get(self, who: Who | None) -> ForkServerHandle | None:
+        """Return one fork server that has said hello, or None."""
+        return None if who is None else self._handles.get(who)
 
     def options(self, name: str) -> TaskOptions:
-        """Return the options of a task's class as our nursery, or else an older one, has loaded it."""
-        ours = None if self.our_who is None else self._homes.get(self.our_who)
+        """Return the options of a task's class as our fork server, or else an older one, has loaded it."""
+        ours = None if self.our_who is None else self._handles.get(self.our_who)
         if ours is not None and name in ours.hello.catalogue:
             return ours.hello.catalogue[name]
-        older = (home.hello.catalogue for home in self._homes.values())
+        older = (fork_server.hello.catalogue for fork_server in self._handles.values())
         return next((catalogue[name] for catalogue in older if name in catalogue), _NO_OPTIONS)
 
     def failures(self) -> list[messages.LoadFailure]:
-        """Return what failed to load, in our nursery and in the last that was not let in."""
-        home = self.ours()
-        return [*([] if home is None else home.hello.failures), *self.rejected]
+        """Return what failed to load, in our fork server and in the last that was not let in."""
+        fork_server = self.ours()
+        return [*([] if fork_server is None else fork_server.hello.failures), *self.rejected]
 
     def dangers(self) -> list[str]:
-        """Return what in the import of our nursery may cost data."""
-        home = self.ours()
-        return [] if home is None else home.hello.dangers
+        """Return what in the import of our fork server may cost data."""
+        fork_server = self.ours()
+        return [] if fork_server is None else fork_server.hello.dangers
 
     def awaited(self) -> bool:
-        """Whether a living nursery may still tell of deaths that nobody else has seen."""
+        """Whether a living fork server may still tell of deaths that nobody else has seen."""
         if self._clock.monotonic() >= self._awaited_until:
             return False
         # One that has died since, of which nobody told this supervisor, has nothing more to say.
@@ -167,15 +167,15 @@ class Nurseries:
         """
         if parent is not None:
             return self._is_dead(parent)
-        earlier = {who for who in (*self._records(), *self._homes) if who not in self._started}
+        earlier = {who for who in (*self._records(), *self._handles) if who not in self._started}
         return bool(earlier) and all(self._is_dead(who) for who in earlier)
 
     def die_again_and_again(self) -> bool:
-        """Whether no nursery has come up in a row of tries."""
+        """Whether no fork server has come up in a row of tries."""
         return self._deaths > len(RESTART_S)
 
     def written_exit(self, child: Who) -> Exited | None:
-        """Return what a nursery has written down of a child's exit, if one has: it may be stopped, or dead by now."""
+        """Return what a fork server has written down of a child's exit, None without; it may be dead by now."""
         for record in self._records().values():
             exited = exit_journal.read(record).get(child)
             if exited is not None:
@@ -184,9 +184,9 @@ class Nurseries:
 
     # What is heard of them
 
-    def take_hello(self, peer: Peer, hello: messages.NurseryHello) -> bool:
-        """Get to know a nursery; return whether it is ours from now on. All others are retired."""
-        self._homes[hello.who] = Home(hello, peer, ordered_at=self._clock.monotonic())
+    def take_hello(self, peer: Peer, hello: messages.ForkServerHello) -> bool:
+        """Get to know a fork server; return whether it is ours from now on. All others are retired."""
+        self._handles[hello.who] = ForkServerHandle(hello, peer, ordered_at=self._clock.monotonic())
         self._awaited.discard(hello.who)
         for warning in hello.warnings:
             log.warning("%s", warning)
@@ -209,25 +209,25 @@ class Nurseries:
 
     def take_spawned(self, peer: Peer, message: messages.Spawned) -> None:
         """Note that an ordered child is there."""
-        home = self.get(peer.who)
-        if home is not None:
-            home.ordered = max(0, home.ordered - 1)
-            home.ordered_at = home.expected[message.who] = self._clock.monotonic()
+        fork_server = self.get(peer.who)
+        if fork_server is not None:
+            fork_server.ordered = max(0, fork_server.ordered - 1)
+            fork_server.ordered_at = fork_server.expected[message.who] = self._clock.monotonic()
 
     def take_spawn_failure(self, peer: Peer, message: messages.SpawnFailed) -> None:
         """Note that ordered children will not come."""
-        home = self.get(peer.who)
-        if home is not None:
-            home.ordered = max(0, home.ordered - message.count)
-        log.error("the nursery cannot fork children (%s); trying again", message.error)
+        fork_server = self.get(peer.who)
+        if fork_server is not None:
+            fork_server.ordered = max(0, fork_server.ordered - message.count)
+        log.error("the fork server cannot fork children (%s); trying again", message.error)
 
     def met(self, child: Who) -> None:
         """Note that a child said hello, or died before it could."""
-        for home in self._homes.values():
-            home.expected.pop(child, None)
+        for fork_server in self._handles.values():
+            fork_server.expected.pop(child, None)
 
     def died(self, who: Who) -> None:
-        """Note a death; if it was our nursery, another is started after a pause, and its children are ours to reap."""
+        """Note a death. If it was our fork server, another starts after a pause, and its children are ours to reap."""
         started = self._started.pop(who, None)
         if started is None:
             return
@@ -237,15 +237,17 @@ class Nurseries:
             started.process.close()
         if started.handle is not None:
             started.handle.close()
-        self._homes.pop(who, None)
+        self._handles.pop(who, None)
         if exit_code != 0:
             self.one_died = True
             self._sweep_until = self._clock.monotonic() + SWEEP_S
         if started is self._candidate:
             self._candidate = None
-            self._answer(started, done=False, detail=f"the new nursery died with exit code {exit_code} while loading")
+            self._answer(
+                started, done=False, detail=f"the new fork server died with exit code {exit_code} while loading"
+            )
         if who == self.our_who or self.our_who is None:
-            log.error("the nursery died with exit code %s; running bodies go on", exit_code)
+            log.error("the fork server died with exit code %s; running bodies go on", exit_code)
             self.our_who = None
             self._start_at = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
             self._deaths += 1
@@ -253,16 +255,16 @@ class Nurseries:
     # What is done with them
 
     def start_if_missing(self) -> None:
-        """Start a nursery if there is none and its time has come."""
+        """Start a fork server if there is none and its time has come."""
         if self.our_who is None and self._candidate is None and self._clock.monotonic() >= self._start_at:
             self._start(force=True, callers=[])
 
     def start_due_at(self) -> float | None:
-        """Return when a missing nursery is to be started, monotonic."""
+        """Return when a missing fork server is to be started, monotonic."""
         return self._start_at if self.our_who is None and self._candidate is None else None
 
     def reload(self, *, force: bool, caller: Peer | None) -> None:
-        """Start a nursery with the code as it is now; it takes over when it has loaded. The callers are answered."""
+        """Start a fork server with the present code; it takes over when it has loaded. The callers are answered."""
         callers = [] if caller is None else [caller]
         if self._candidate is not None:  # it may have read half of the new code
             callers += self._candidate.callers
@@ -270,49 +272,49 @@ class Nurseries:
         failpoints.at("supervisor.reloading")
 
     def spawn(self, count: int) -> None:
-        """Order children of our nursery."""
-        home = self.ours()
-        if home is not None and count > 0:
-            home.ordered_at = home.ordered_at if home.ordered else self._clock.monotonic()
-            home.ordered += count
-            self._ears.send(home.peer, messages.Spawn(count))
+        """Order children of our fork server."""
+        fork_server = self.ours()
+        if fork_server is not None and count > 0:
+            fork_server.ordered_at = fork_server.ordered_at if fork_server.ordered else self._clock.monotonic()
+            fork_server.ordered += count
+            self._ears.send(fork_server.peer, messages.Spawn(count))
 
     def give_up_on_the_silent(self) -> None:
-        """Once a second: kill children that hang before their hello, replace a nursery that does not fork any more.
+        """Once a second: kill children that hang before their hello, replace a fork server that does not fork any more.
 
         Such a child has inherited a lock that a thread of the application held at the fork, and will never begin.
         """
-        now, home = self._clock.monotonic(), self.ours()
-        if home is None:
+        now, fork_server = self._clock.monotonic(), self.ours()
+        if fork_server is None:
             return
-        for who in [who for who, since in home.expected.items() if now - since > CHILD_HELLO_S]:
+        for who in [who for who, since in fork_server.expected.items() if now - since > CHILD_HELLO_S]:
             log.error("PID %d was forked %.0f s ago and does not begin; killing it", who.pid, CHILD_HELLO_S)
-            home.expected.pop(who)
+            fork_server.expected.pop(who)
             _, handle = processes.look(self._identity_of(who))
             if handle is not None:
                 with handle, contextlib.suppress(OSError):
                     processes.signal_tree(handle, signal.SIGKILL)
-        if home.ordered and now - home.ordered_at > FORK_S:
-            log.error("the nursery, PID %d, does not fork any more; starting another", home.hello.who.pid)
-            home.ordered_at = now
+        if fork_server.ordered and now - fork_server.ordered_at > FORK_S:
+            log.error("the fork server, PID %d, does not fork any more; starting another", fork_server.hello.who.pid)
+            fork_server.ordered_at = now
             self.reload(force=True, caller=None)
 
     def forget_the_dead(self) -> None:
-        """Remove the records of dead nurseries; no task must depend on what is written there."""
+        """Remove the records of dead fork servers; no task must depend on what is written there."""
         for who, record in self._records().items():
-            home = self._homes.get(who)
-            if (home is None or home.peer.channel.closed) and self._is_dead(who):
+            fork_server = self._handles.get(who)
+            if (fork_server is None or fork_server.peer.channel.closed) and self._is_dead(who):
                 with contextlib.suppress(OSError):
                     record.unlink()
 
     def tell_all(self, message: messages.Message) -> None:
-        """Send something to every nursery that can be spoken to."""
-        for home in self._homes.values():
-            if not home.peer.channel.closed:
-                self._ears.send(home.peer, message)
+        """Send something to every fork server that can be spoken to."""
+        for fork_server in self._handles.values():
+            if not fork_server.peer.channel.closed:
+                self._ears.send(fork_server.peer, message)
 
     def sweep_inherited(self, known: Iterable[int]) -> None:
-        """Kill what a dead task left when its nursery was dead too: it was reparented to this process."""
+        """Kill what a dead task left when its fork server was dead too: it was reparented to this process."""
         if self._clock.monotonic() > self._sweep_until or os.getpid() == 1:
             return  # to PID 1 all orphans of the container come, and not only what tasks have left
         known = {*known, *self._not_ours, *(who.pid for who in self._started)}
@@ -330,16 +332,16 @@ class Nurseries:
         with contextlib.suppress(OSError):
             stamped_at_ns = write_stamp(self._state_dir.stamp, stamp)
         process = multiprocessing.get_context("spawn").Process(
-            target=forkserver.main, args=(self.config,), daemon=False, name="bgsupervisor nursery"
+            target=forkserver.main, args=(self.config,), daemon=False, name="bgsupervisor fork server"
         )
         try:
             with processes.in_root_folder():
                 process.start()
         except OSError as error:  # no processes or no memory left
-            log.error("cannot start a nursery: %s", error)  # noqa: TRY400 - the sentence says it
+            log.error("cannot start a fork server: %s", error)  # noqa: TRY400 - the sentence says it
             self._start_at = self._clock.monotonic() + RESTART_S[-1]
             for caller in callers:
-                self._ears.send(caller, messages.Reloaded(False, f"cannot start a nursery: {error}"))
+                self._ears.send(caller, messages.Reloaded(False, f"cannot start a fork server: {error}"))
             return
         pid = process.pid or 0
         processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
@@ -349,7 +351,7 @@ class Nurseries:
             self._ears.watch_process(who, handle)
         self._candidate = self._started[who] = _Started(process, who, handle, force, callers, stamp, stamped_at_ns)
 
-    def _note_code(self, candidate: _Started, hello: messages.NurseryHello) -> None:
+    def _note_code(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
         """Add to the stamp what the application itself has imported from elsewhere."""
         if not candidate.stamped_at_ns:
             return
@@ -357,15 +359,15 @@ class Nurseries:
             stamp = candidate.stamp.extended(hello.places, since_ns=candidate.stamped_at_ns)
             write_stamp(self._state_dir.stamp, stamp)
 
-    def _missing(self, hello: messages.NurseryHello) -> list[messages.LoadFailure]:
-        """Return what the present nursery has loaded and this one could not."""
-        home = self.ours()
-        if home is None:
+    def _missing(self, hello: messages.ForkServerHello) -> list[messages.LoadFailure]:
+        """Return what the present fork server has loaded and this one could not."""
+        fork_server = self.ours()
+        if fork_server is None:
             return []
-        known = {failure.module for failure in home.hello.failures}
+        known = {failure.module for failure in fork_server.hello.failures}
         return [failure for failure in hello.failures if failure.module not in known]
 
-    def _let_in(self, candidate: _Started, hello: messages.NurseryHello) -> None:
+    def _let_in(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
         old = self.ours()
         self.our_who = hello.who
         if old is not None:
@@ -380,7 +382,7 @@ class Nurseries:
         self._answer(candidate, done=True, detail=detail, failures=hello.failures)
 
     def _turn_down(
-        self, candidate: _Started, peer: Peer, hello: messages.NurseryHello, missing: list[messages.LoadFailure]
+        self, candidate: _Started, peer: Peer, hello: messages.ForkServerHello, missing: list[messages.LoadFailure]
     ) -> None:
         self.rejected = missing
         names = ", ".join(failure.module for failure in missing)
@@ -388,7 +390,7 @@ class Nurseries:
         detail = f"{names} failed to load ({''.join(last)}); the code that works stays in force"
         log.error("%s", detail)
         self._ears.send(peer, messages.Leave())
-        del self._homes[hello.who]
+        del self._handles[hello.who]
         self._answer(candidate, done=False, detail=detail, failures=missing)
 
     def _answer(
@@ -400,7 +402,7 @@ class Nurseries:
 
     def _records(self) -> dict[Who, Path]:
         found = {}
-        for path in self._state_dir.path.glob("nursery-*-*"):
+        for path in self._state_dir.path.glob("forkserver-*-*"):
             _, pid, ticks = path.name.split("-", 2)
             if pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal():
                 found[Who(int(pid), int(ticks))] = path
@@ -410,7 +412,7 @@ class Nurseries:
         return processes.verdict(self._identity_of(who)) is Verdict.DEAD
 
     def _wake(self, who: Who) -> None:
-        """Have a nursery look whom it talks to: a supervisor that is stopped would never let go of it."""
+        """Have a fork server look whom it talks to: a supervisor that is stopped would never let go of it."""
         _, handle = processes.look(self._identity_of(who))
         if handle is not None:
             with handle, contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 It imports no application code, forks nothing itself, holds one database connection (on PostgreSQL another one that
 only listens) and never waits for anybody. Children are all treated as adopted: death comes from the pidfd, the exit
-from the nursery, the result from the message or the row; so it does not matter which supervisor started them.
+from the fork server, the result from the message or the row; so it does not matter which supervisor started them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.children import Stage, Wards
 from bgsupervisor.supervisor.enforcement import Enforcement
 from bgsupervisor.supervisor.events import Reception
-from bgsupervisor.supervisor.forkservers import FIRST_HELLO_S, Nurseries
+from bgsupervisor.supervisor.forkservers import FIRST_HELLO_S, ForkServers
 from bgsupervisor.supervisor.housekeeping import Housekeeping
 from bgsupervisor.supervisor.recovery import Recovery
 from bgsupervisor.supervisor.wait_manager import Boards
@@ -141,9 +141,9 @@ class Supervisor:
         self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S)
         self._ears = Reception(state_dir, clock)
         self._wards = Wards(self._ears, state_dir.logs, clock)
-        self._nurseries = Nurseries(config, state_dir, self._own, self._ears, clock)
+        self._fork_servers = ForkServers(config, state_dir, self._own, self._ears, clock)
         self._recovery = Recovery(config, self._own, self._wards, self._ears, clock)
-        self._enforcement = Enforcement(config, self._wards, self._nurseries, self._ears, clock)
+        self._enforcement = Enforcement(config, self._wards, self._fork_servers, self._ears, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
@@ -236,10 +236,10 @@ class Supervisor:
         ward = self._wards.get(peer.who)
         if isinstance(message, messages.ChildHello):
             self._take_child(peer, message)
-        elif isinstance(message, messages.NurseryHello):
-            self._take_nursery(peer, message)
+        elif isinstance(message, messages.ForkServerHello):
+            self._take_fork_server(peer, message)
         elif isinstance(message, Exited | messages.Spawned | messages.SpawnFailed):
-            self._take_of_nursery(peer, message)
+            self._take_of_fork_server(peer, message)
         elif isinstance(message, messages.Reload):
             self._reload(force=message.force, caller=peer)
         elif isinstance(message, messages.BoardHello | messages.BoardBeat | messages.Ring):
@@ -251,21 +251,21 @@ class Supervisor:
         elif ward is not None and isinstance(message, messages.Beat | messages.Progress):
             self._take_note(ward, message)
 
-    def _take_of_nursery(self, peer: Peer, message: Exited | messages.Spawned | messages.SpawnFailed) -> None:
+    def _take_of_fork_server(self, peer: Peer, message: Exited | messages.Spawned | messages.SpawnFailed) -> None:
         if isinstance(message, Exited):
             self._exits[message.who] = message
-            self._nurseries.met(message.who)
+            self._fork_servers.met(message.who)
         elif isinstance(message, messages.Spawned):
-            self._nurseries.take_spawned(peer, message)
+            self._fork_servers.take_spawned(peer, message)
             self._wards.vouch_for([message.who])
             if message.who in self._wards:
-                self._nurseries.met(message.who)  # its own hello came first, by another socket
+                self._fork_servers.met(message.who)  # its own hello came first, by another socket
         else:
-            self._nurseries.take_spawn_failure(peer, message)
+            self._fork_servers.take_spawn_failure(peer, message)
             self._spawn_at = self._clock.monotonic() + PUT_OFF_S[-1]
 
     def _take_child(self, peer: Peer, hello: messages.ChildHello) -> None:
-        self._nurseries.met(hello.who)
+        self._fork_servers.met(hello.who)
         self._wards.vouch_for([hello.who])
         ward = self._wards.meet(self._recovery.identity_of(hello.who))
         ward.connect(peer, hello)
@@ -289,10 +289,10 @@ class Supervisor:
         if hello.end is not None:
             ward.end = hello.end
 
-    def _take_nursery(self, peer: Peer, hello: messages.NurseryHello) -> None:
+    def _take_fork_server(self, peer: Peer, hello: messages.ForkServerHello) -> None:
         self._exits.update({exited.who: exited for exited in hello.exits})
         self._wards.vouch_for(hello.children)
-        if self._nurseries.take_hello(peer, hello):
+        if self._fork_servers.take_hello(peer, hello):
             self._look = True
             self._send_away_unneeded()
         self._beat_at = -math.inf
@@ -392,9 +392,9 @@ class Supervisor:
         if changed:
             log.warning("%s changed in the configuration; that takes a new start, not a reload", ", ".join(changed))
         self._config = dataclasses.replace(fresh, **fixed)
-        for part in (self._recovery, self._enforcement, self._nurseries):
+        for part in (self._recovery, self._enforcement, self._fork_servers):
             part.config = self._config
-        self._nurseries.reload(force=force, caller=caller)
+        self._fork_servers.reload(force=force, caller=caller)
 
     def _look_if_changed(self) -> None:
         """Look at the rows if another connection has committed since; our own commits do not count."""
@@ -410,9 +410,9 @@ class Supervisor:
         """Find out how the dead died; what cannot be known yet is asked again in the next pass."""
         now = self._clock.monotonic()
         for who in heard.deaths:
-            self._nurseries.died(who)
+            self._fork_servers.died(who)
             self._boards.died(who)
-            self._nurseries.met(who)
+            self._fork_servers.met(who)
             ward = self._wards.get(who)
             if ward is not None and ward.dead_since is None:
                 ward.dead_since = now
@@ -429,13 +429,15 @@ class Supervisor:
         if ward.attempt is None and ward.says is None:
             self._wards.forget(ward)
         elif ward.attempt is not None and ward.end is None and not self._never_began(ward):
-            is_alone = self._nurseries.can_report_no_more(ward.nursery)  # first: a dead one has written all it knows
-            exited = self._exits.get(ward.who) or self._nurseries.written_exit(ward.who)
+            is_alone = self._fork_servers.can_report_no_more(
+                ward.fork_server
+            )  # first: a dead one has written all it knows
+            exited = self._exits.get(ward.who) or self._fork_servers.written_exit(ward.who)
             if exited is not None:
-                self._exits[ward.who] = exited  # its nursery is to be told that it is recorded, heard or read
-            wait_s = FIRST_HELLO_S if self._nurseries.awaited() else postmortem.EXIT_WAIT_S
+                self._exits[ward.who] = exited  # its fork server is to be told that it is recorded, heard or read
+            wait_s = FIRST_HELLO_S if self._fork_servers.awaited() else postmortem.EXIT_WAIT_S
             wait_s = 0.0 if is_alone else wait_s
-            inherited = self._nurseries.one_died or is_alone
+            inherited = self._fork_servers.one_died or is_alone
             exit = postmortem.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
                 ward.end = postmortem.end_of(ward, exit, exited, self._wards.oom)
@@ -445,11 +447,11 @@ class Supervisor:
         return ward.never_told or ward.attempt in self._recovery.unbegun
 
     def _acknowledge(self, whos: list[Who]) -> None:
-        """Let nurseries forget exits that no task depends on: of idle children, and of ends that are recorded."""
+        """Let fork servers forget exits that no task depends on: of idle children, and of ends that are recorded."""
         if whos:
             for who in whos:
                 del self._exits[who]
-            self._nurseries.tell_all(messages.ExitsSeen(whos))
+            self._fork_servers.tell_all(messages.ExitsSeen(whos))
 
     # recover
 
@@ -523,8 +525,8 @@ class Supervisor:
 
     def _admit(self) -> list[tuple[Claim, Ward]]:
         """Pair due tasks with idle children and free slots, and order the children that are missing."""
-        now, home = self._clock.monotonic(), self._nurseries.ours()
-        if home is None or not self._may_admit() or now < self._put_off_until:
+        now, fork_server = self._clock.monotonic(), self._fork_servers.ours()
+        if fork_server is None or not self._may_admit() or now < self._put_off_until:
             return []
         free = self._free_slots()[len(self._returning()) :]  # those who come back go before new tasks
         due: list[Due] = []
@@ -537,7 +539,7 @@ class Supervisor:
             self._looked_at = self._clock.now()
             try:
                 due = self._ledger.due(
-                    home.hello.catalogue,
+                    fork_server.hello.catalogue,
                     limit=len(free) + 1 + len(self._put_aside),
                     unlocked=self._passing_over_until is not None,
                     at=self._looked_at,
@@ -550,7 +552,7 @@ class Supervisor:
             self._flawed = [one for one in due if one.flaw and one.id not in self._put_aside]
             due = [one for one in due if not one.flaw]
             self._look, self._backlog = bool(self._flawed), bool(due)  # what they stand before is looked for next
-        idle = [ward for ward in self._wards if ward.idle and ward.nursery == home.hello.who]
+        idle = [ward for ward in self._wards if ward.idle and ward.fork_server == fork_server.hello.who]
         self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
         started_mono = self._clock.machine_monotonic()
@@ -558,10 +560,10 @@ class Supervisor:
 
     def _look_ahead(self) -> None:
         """Do what no start has to wait for: order missing children, and see when the next task's time comes."""
-        home, missing, looked_at = self._nurseries.ours(), self._missing, self._looked_at
+        fork_server, missing, looked_at = self._fork_servers.ours(), self._missing, self._looked_at
         self._missing, self._looked_at = 0, None
-        if home is not None and missing and self._clock.monotonic() >= self._spawn_at:
-            self._nurseries.spawn(missing - home.coming)
+        if fork_server is not None and missing and self._clock.monotonic() >= self._spawn_at:
+            self._fork_servers.spawn(missing - fork_server.coming)
         if looked_at is not None:
             try:
                 self._next_due_at = self._ledger.next_due_at(after=looked_at)
@@ -572,7 +574,7 @@ class Supervisor:
     def _may_admit(self) -> bool:
         stays = self._draining is None and self._leaving is None
         # guard, last condition: nothing is admitted before all rows are compared
-        return stays and self._nurseries.ours() is not None and self._recovery.done_once
+        return stays and self._fork_servers.ours() is not None and self._recovery.done_once
 
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
@@ -723,7 +725,7 @@ class Supervisor:
         ward.become_free()
         if ward.dead_since is not None:
             if ward.who not in self._exits:
-                self._nurseries.tell_all(messages.ExitsSeen([ward.who]))  # its nursery's word is needed no more
+                self._fork_servers.tell_all(messages.ExitsSeen([ward.who]))  # its fork server's word is needed no more
             self._wards.keep_log(ward, attempt, self._config.log_max_bytes)
             self._wards.forget(ward)
         elif ward.peer is not None:
@@ -775,15 +777,15 @@ class Supervisor:
 
     def _is_worth_a_row(self) -> bool:
         """Whether to tell that this supervisor lives: once it has tasks, or after a while even if it still loads."""
-        known = self._nurseries.ours() is not None or self._catalogue is not None
+        known = self._fork_servers.ours() is not None or self._catalogue is not None
         return known or self._clock.monotonic() >= self._row_at
 
     def _own_record(self) -> SupervisorRecord:
-        home = self._nurseries.ours()
-        if home is not None:
-            self._catalogue = msgspec.json.encode(home.hello.catalogue).decode()
-        dangers = [messages.LoadFailure("", danger) for danger in self._nurseries.dangers()]
-        failures = [*dangers, *self._nurseries.failures()]
+        fork_server = self._fork_servers.ours()
+        if fork_server is not None:
+            self._catalogue = msgspec.json.encode(fork_server.hello.catalogue).decode()
+        dangers = [messages.LoadFailure("", danger) for danger in self._fork_servers.dangers()]
+        failures = [*dangers, *self._fork_servers.failures()]
         return SupervisorRecord(
             host=self._own.host,
             boot_id=self._own.boot_id,
@@ -803,7 +805,7 @@ class Supervisor:
     def _rest_s(self) -> float:
         """Return for how long nothing can become due, at most NET_S."""
         now = self._clock.monotonic()
-        moments = [self._net_at, self._enforcement.next_due_at(), self._nursery_due_at(), self._boards.due_at()]
+        moments = [self._net_at, self._enforcement.next_due_at(), self._fork_server_due_at(), self._boards.due_at()]
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
@@ -812,8 +814,8 @@ class Supervisor:
         moments += [self._write_due_at(), self._examine_due_at(now)]
         return max(0.0, min(moment for moment in moments if moment is not None) - now)
 
-    def _nursery_due_at(self) -> float | None:
-        return None if self._draining is not None else self._nurseries.start_due_at()
+    def _fork_server_due_at(self) -> float | None:
+        return None if self._draining is not None else self._fork_servers.start_due_at()
 
     def _write_due_at(self) -> float | None:
         """Return when what is decided and not written is to be written, monotonic."""
@@ -835,12 +837,12 @@ class Supervisor:
     # itself
 
     def _look_after_itself(self) -> None:
-        """Start a missing nursery; once a second see that lock, sockets and database are still ours."""
+        """Start a missing fork server; once a second see that lock, sockets and database are still ours."""
         now = self._clock.monotonic()
         if self._is_replaced():  # and starts nothing any more: the next one has its own
             return
         if self._draining is None and self._leaving is None:
-            self._nurseries.start_if_missing()
+            self._fork_servers.start_if_missing()
         self._boards.check()
         self._leave_if_done()
         if now < self._net_at:
@@ -854,11 +856,11 @@ class Supervisor:
             self._lock.touch()
         self._check_files()
         self._look_if_changed()
-        self._nurseries.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
+        self._fork_servers.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
         self._send_away_unneeded()
-        self._nurseries.give_up_on_the_silent()
+        self._fork_servers.give_up_on_the_silent()
         if self._recovery.done_once and not any(ward.dead_since is not None for ward in self._wards):
-            self._nurseries.forget_the_dead()
+            self._fork_servers.forget_the_dead()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
@@ -897,18 +899,18 @@ class Supervisor:
             self._leaving = f"{self._draining}, and nothing runs any more{waiting}"
         elif running:
             return
-        elif self._burst and self._nurseries.die_again_and_again():
-            self._leaving, self._exit_code = "the nursery dies again and again", 1
-        elif self._burst and self._nurseries.ours() is not None and not self._has_seen_work():
+        elif self._burst and self._fork_servers.die_again_and_again():
+            self._leaving, self._exit_code = "the fork server dies again and again", 1
+        elif self._burst and self._fork_servers.ours() is not None and not self._has_seen_work():
             self._leaving = "nothing is due"
 
     def _has_seen_work(self) -> bool:
         return self._look or self._backlog or self._passing_over_until is not None
 
     def _send_away_unneeded(self) -> None:
-        """Send away idle children beyond the spares, and those of other nurseries, whose exits would not be seen."""
+        """Send away idle children beyond the spares, and those of other fork servers, whose exits would not be seen."""
         idle = [ward for ward in self._wards if ward.idle]
-        ours = [ward for ward in idle if ward.nursery == self._nurseries.our_who]
+        ours = [ward for ward in idle if ward.fork_server == self._fork_servers.our_who]
         kept = set(ours if self._backlog else ours[: self._config.spares])
         for ward in idle:
             if ward not in kept and ward.peer is not None:
@@ -916,7 +918,7 @@ class Supervisor:
                 self._enforcement.expect_to_leave(ward)
 
     def _leave(self) -> None:
-        """Go without taking anybody along: bodies live on, idle children and an empty nursery are sent away."""
+        """Go without taking anybody along: bodies live on, idle children and an empty fork server are sent away."""
         failpoints.at("supervisor.leaving")
         self._notifier.stopping(f"leaving: {self._leaving}")
         log.info("leaving: %s; %d running", self._leaving, len(self._wards.running()))
@@ -926,7 +928,7 @@ class Supervisor:
         # guard, always: no exit is acknowledged before all rows are compared
         if self._recovery.done_once:  # else a row may depend on one of them
             self._acknowledge([who for who in self._exits if who not in self._wards])
-        self._nurseries.tell_all(messages.Retire())
+        self._fork_servers.tell_all(messages.Retire())
         if not self._wards.running():
             self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):

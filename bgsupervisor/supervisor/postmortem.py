@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["EXIT_WAIT_S", "end_of", "exit_of"]
 
 EXIT_WAIT_S = 0.5
-"""How long the nursery's word on a dead child is waited for before other evidence is taken."""
+"""How long the fork server's word on a dead child is waited for before other evidence is taken."""
 
 
 def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inherited: bool) -> Exit | None:
@@ -29,10 +29,10 @@ def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inh
 
     Args:
         ward: The dead child.
-        exited: What its nursery reported.
+        exited: What its fork server reported.
         now: Monotonic.
-        wait_s: How long after the death the nursery is waited for.
-        inherited: Its nursery is dead and this process may have become its parent.
+        wait_s: How long after the death the fork server is waited for.
+        inherited: Its fork server is dead and this process may have become its parent.
     """
     if exited is not None and (exited.exit_code, exited.signal) != (None, None):
         return Exit(exited.exit_code, exited.signal)
@@ -91,7 +91,7 @@ def _signal_name(number: int) -> str:
 
 
 def _reap(handle: ProcessHandle) -> Exit | None:
-    """Reap a dead child that became ours when its nursery died; None if it is not ours."""
+    """Reap a dead child that became ours when its fork server died; None if it is not ours."""
     try:
         info = os.waitid(os.P_PIDFD, handle.fileno(), os.WEXITED | os.WNOHANG)
     except ChildProcessError:

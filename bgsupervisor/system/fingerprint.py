@@ -1,4 +1,4 @@
-"""A stamp of the code that a supervisor's nursery loads: has it changed on disk since? Imports nothing of it."""
+"""A stamp of the code that a supervisor's fork server loads: has it changed on disk since? Imports nothing of it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def code_places(config: Config) -> Iterator[Path]:
 
 
 def _found(name: str, config: Config) -> list[Path]:
-    """Find a top-level package or module as the nursery will, without importing it."""
+    """Find a top-level package or module as the fork server will, without importing it."""
     spec = PathFinder.find_spec(name, [str(config.base_dir), *config.python_path])
     if spec is None:
         try:

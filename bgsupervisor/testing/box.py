@@ -365,7 +365,7 @@ class TaskBox:
         return self._ledger().due(tasks.definitions(), limit=limit)
 
     def _load_missing(self) -> None:
-        """Import the configured task modules when a waiting task is not loaded, as a nursery has done."""
+        """Import the configured task modules when a waiting task is not loaded, as a fork server has done."""
         waiting = {record.name for record in self._ledger().find(statuses=[Status.REQUEST])}
         if waiting <= set(tasks.definitions()):
             return

@@ -71,7 +71,7 @@ ACK_SOON_S = 0.05
 """An acknowledgement takes some milliseconds; without one the body itself may have left the database locked."""
 HELD_LOOK_S = 0.0005
 HELD_WAIT_S = 5.0
-"""A nursery watches a new child within a millisecond; one that has not after so long is stopped or dead."""
+"""A fork server watches a new child within a millisecond; one that has not after so long is stopped or dead."""
 GIVE_BACK_S = 3600.0
 """So long an idle child that is to leave comes back to a database that is away, for the claim that may stand there."""
 RECORD_RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -100,19 +100,19 @@ KNOWN_WAIT_S = 0.2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Birth:
-    """What a nursery hands to a child; picklable, for the spawn method.
+    """What a fork server hands to a child; picklable, for the spawn method.
 
     Attributes:
         not_its_own: The fork server's descriptors, which a child that was forked closes.
         handlers: What the application has set for signals at its import; empty for a child that loads it itself.
         load: The application must be loaded by the child itself (spawn).
-        held: Shared with the nursery, which sets it once it watches the child; before that the child does nothing.
-        left_in_order: Shared with the nursery; set when the child leaves with nothing unrecorded, so that nobody
+        held: Shared with the fork server, which sets it once it watches the child; before that the child does nothing.
+        left_in_order: Shared with the fork server; set when the child leaves with nothing unrecorded, so that nobody
             needs to be told of its exit.
     """
 
     config: Config
-    nursery: Who
+    fork_server: Who
     not_its_own: descriptors.Own
     handlers: Mapping[int, Any]
     load: bool
@@ -125,7 +125,7 @@ def main(birth: Birth) -> NoReturn:
     with contextlib.suppress(KeyboardInterrupt):
         _become_child(birth)
         set_title(IDLE)
-        logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)  # the nursery's terminal may be closed
+        logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)  # the fork server's terminal may be closed
         if birth.load:
             # Only a spawned child loads by itself.
             from bgsupervisor.worker.application import import_what_children_need, load_application  # noqa: PLC0415
@@ -259,7 +259,7 @@ class Child:
         self._log_path = logs.process_log(self._logs, self._identity.pid, self._identity.start_ticks)
         who = Who(self._identity.pid, self._identity.start_ticks)
         heartbeat_s = birth.config.heartbeat_s
-        self._link = Link(birth.config.state_dir, who, birth.nursery, heartbeat_s=heartbeat_s, clock=clock)
+        self._link = Link(birth.config.state_dir, who, birth.fork_server, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
         self._term_came = self._is_unrecorded = False
         self._surroundings: leftovers.Surroundings | None = None
@@ -276,7 +276,7 @@ class Child:
             with contextlib.suppress(OSError):  # the folder of an old release is gone
                 self._surroundings = leftovers.Surroundings.now()
         failpoints.at("child.born")
-        self._await_nursery()
+        self._await_fork_server()
         with contextlib.suppress(OSError):
             self._answering.get_ready()
         self._link.questions = self._answering
@@ -301,8 +301,8 @@ class Child:
             self._link.become_idle()
         self._variables.run(self._leave, last)
 
-    def _await_nursery(self) -> None:
-        """Be heard of by nobody before the nursery watches this process: if it cannot, it ends it."""
+    def _await_fork_server(self) -> None:
+        """Be heard of by nobody before the fork server watches this process: if it cannot, it ends it."""
         deadline = self._clock.monotonic() + HELD_WAIT_S
         while not self._held.value:
             if self._clock.monotonic() >= deadline:  # it died meanwhile

@@ -102,10 +102,10 @@ class Link(threading.Thread):
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
 
-    def __init__(self, state_dir: Path, who: Who, nursery: Who, *, heartbeat_s: float, clock: Clock) -> None:
+    def __init__(self, state_dir: Path, who: Who, fork_server: Who, *, heartbeat_s: float, clock: Clock) -> None:
         super().__init__(name="bgsupervisor link", daemon=True)
         self._heartbeat_s = heartbeat_s
-        self._nursery = nursery
+        self._fork_server = fork_server
         self._who = who
         self._clock = clock
         self._folder = state_dir
@@ -385,7 +385,7 @@ class Link(threading.Thread):
         return messages.ChildHello(
             version=messages.PROTOCOL_VERSION,
             who=self._who,
-            nursery=self._nursery,
+            fork_server=self._fork_server,
             id=None if order is None else order.id,
             attempt=0 if order is None else order.attempt,
             end=self.end_report,

@@ -1,4 +1,4 @@
-"""The nursery: loads the application once, forks children on order, and learns how each one died.
+"""The fork server: loads the application once, forks children on order, and learns how each one died.
 
 It is the parent of all children, so it alone sees exit codes and signals; it keeps them until a supervisor has
 acknowledged them. It has no threads and no database connection of ours, and it outlives the supervisor. Knows no table.
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.statuses import Reason
 
-__all__ = ["Nursery", "main", "strays_of_this_process"]
+__all__ = ["ForkServer", "main", "strays_of_this_process"]
 
 log = logging.getLogger("bgsupervisor")
 
 LONELY_S = 10.0
-"""A nursery without children leaves when no supervisor has come for this long: the next one starts its own."""
+"""A fork server without children leaves when no supervisor has come for this long: the next one starts its own."""
 EXITS_KEPT_S = 86_400.0
 """But it keeps exits that nobody has acknowledged for a day, so that a late supervisor still learns the truth."""
 STRAY_ROUNDS = 20
@@ -57,7 +57,7 @@ STRAY_LOOK_S = 1.0
 
 
 def main(config: Config) -> NoReturn:
-    """Live as a nursery; never returns."""
+    """Live as a fork server; never returns."""
     try:
         _die_with_the_supervisor()
         os.setsid()
@@ -65,8 +65,8 @@ def main(config: Config) -> NoReturn:
         set_child_subreaper()
         leftovers.open_standard_streams()
         inherited.leave_unheeded()
-        Nursery(config, SystemClock()).live()
-    except BaseException as error:  # noqa: BLE001 - whatever it was, the next nursery is started when this one is gone
+        ForkServer(config, SystemClock()).live()
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the next fork server is started when this one is gone
         print("the fork server crashed:", *sanitize.trace_lines(error), sep="\n", file=sys.stderr, flush=True)  # noqa: T201 - into the log
     finally:
         os._exit(1)  # multiprocessing's own exit would join all children, deaf but with the connection open
@@ -93,7 +93,7 @@ def _die_with_the_supervisor() -> None:
         os._exit(1)
 
 
-class Nursery:
+class ForkServer:
     """One loop: hear orders, fork, watch children die, report."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
@@ -102,7 +102,7 @@ class Nursery:
         self._identity = processes.own_identity(processes.host_id(config.host))
         self._who = Who(self._identity.pid, self._identity.start_ticks)
         self._state_dir = StateDir(config.state_dir)
-        self._record = self._state_dir.nursery_path(self._who.pid, self._who.start_ticks)
+        self._record = self._state_dir.fork_server_path(self._who.pid, self._who.start_ticks)
         self._channel: Channel | None = None
         self._dialled: int | None = None
         self._children: dict[int, _Forked] = {}
@@ -129,8 +129,8 @@ class Nursery:
         import_what_children_need()
         self._application_pids = set(processes.descendants(self._who.pid))
         leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
-        self._redial = Redial(clock)  # only now: loading may take longer than a nursery bears to be alone
-        failpoints.at("nursery.loaded")
+        self._redial = Redial(clock)  # only now: loading may take longer than a fork server bears to be alone
+        failpoints.at("forkserver.loaded")
 
     def live(self) -> NoReturn:
         """Serve until there is nothing left to serve; never returns."""
@@ -173,7 +173,7 @@ class Nursery:
         self._poll.register(self._channel, select.POLLIN)
         self._redial.connected()
         self._channel.send(
-            messages.NurseryHello(
+            messages.ForkServerHello(
                 version=messages.PROTOCOL_VERSION,
                 who=self._who,
                 catalogue=self._loaded.catalogue(),
@@ -253,10 +253,10 @@ class Nursery:
             with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
                 forked.process.close()  # without it every later start gets slower
             self._stray_left = True
-            failpoints.at("nursery.buried")
+            failpoints.at("forkserver.buried")
             if self._channel is not None:
                 self._channel.send(exited)
-                failpoints.at("nursery.told")
+                failpoints.at("forkserver.told")
 
     def _sweep_strays(self) -> None:
         """Kill what a dead task left: it was reparented to us, and we did not fork it."""
@@ -302,7 +302,7 @@ class Nursery:
         held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
         birth = child.Birth(
             config=self._config,
-            nursery=self._who,
+            fork_server=self._who,
             not_its_own=descriptors.Own() if spawns else self._own,
             handlers={} if spawns else self._loaded.handlers,
             load=spawns,
@@ -311,7 +311,7 @@ class Nursery:
         )
         process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
         process.start()
-        failpoints.at("nursery.forked")
+        failpoints.at("forkserver.forked")
         with contextlib.ExitStack() as undo:
             undo.callback(_undo_start, process)
             pidfd = os.pidfd_open(process.pid)
@@ -331,7 +331,7 @@ class Nursery:
         for descriptor, forked in self._children.items():
             if forked.who == order.who:
                 forked.ordered = order.reason
-                failpoints.at("nursery.striking")
+                failpoints.at("forkserver.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,

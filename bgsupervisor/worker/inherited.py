@@ -38,7 +38,7 @@ def _there(*names: str) -> tuple[signal.Signals, ...]:
 
 _USES = {
     "SIGTERM": "by which a task is asked to end",
-    "SIGCHLD": "by which the nursery hears of dead children",
+    "SIGCHLD": "by which the fork server hears of dead children",
     "SIGURG": "by which a task is asked for its stack",
 }
 OURS = {number: _USES[number.name] for number in _there(*_USES)}
@@ -46,7 +46,7 @@ OURS = {number: _USES[number.name] for number in _there(*_USES)}
 RESET = _there("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2")
 """Signals that have their default effect in a child unless the application has set them."""
 UNHEEDED = _there("SIGINT", "SIGHUP")
-"""Signals that do nothing to a nursery, whatever the application wants of them in a child."""
+"""Signals that do nothing to a fork server, whatever the application wants of them in a child."""
 
 
 class Dispositions(NamedTuple):
@@ -68,13 +68,13 @@ class Dispositions(NamedTuple):
 
 
 def leave_unheeded() -> None:
-    """Make SIGINT and SIGHUP do nothing to a nursery; by a handler, so that a SIG_IGN of the application is seen."""
+    """Make SIGINT and SIGHUP do nothing here; by a handler, so that a SIG_IGN of the application is seen."""
     for number in UNHEEDED:
         signal.signal(number, _do_nothing)
 
 
 def take_back_signals(application: Mapping[int, Any]) -> None:
-    """Set back in a nursery what the application has set for its children; a handler in C stays."""
+    """Set back in a fork server what the application has set for its children; a handler in C stays."""
     for number in (*UNHEEDED, signal.SIGTERM):
         if application.get(number) is not None:
             signal.signal(number, _do_nothing if number in UNHEEDED else signal.SIG_DFL)

@@ -163,9 +163,7 @@ class Demo:
         if left:
             raise DemoFailed(f"these were still there {LEAVE_S:g} s after the supervisor was told to leave: {left}")
         say()
-        say(
-            f"Supervisor, nursery and all {len(self.index) + 3} children have left, as their PIDs and start times tell."
-        )
+        say(f"Supervisor, fork server and all {len(self.index) + 3} children have left, as PIDs and start times tell.")
         self._tell_what_to_try(broken)
 
     def _start(self) -> None:

@@ -35,11 +35,11 @@ def identities(pids: Iterable[int]) -> Iterator[ProcessIdentity]:
 
 
 def known_processes(service: Service) -> Iterator[ProcessIdentity]:
-    """Yield all processes that the database and the state directory know of: supervisor, nurseries, children."""
+    """Yield all processes that the database and the state directory know of: supervisor, fork servers, children."""
     for row in (*service.ledger.supervisors(), *service.list(limit=None)):
         if row.pid is not None:
             yield identity(row)
-    for path in service.config.state_dir.glob("nursery-*-*"):
+    for path in service.config.state_dir.glob("forkserver-*-*"):
         _, pid, ticks = path.name.split("-")
         here = processes.own_identity(processes.host_id(None))
         yield dataclasses.replace(here, pid=int(pid), start_ticks=int(ticks))

@@ -32,7 +32,7 @@ LOAD_LIMIT_S = 120.0
 def check(session: Session, *, full: bool, as_json: bool) -> None:
     """Show the configuration, load the modules.
 
-    Each value is followed by where it came from. The modules are loaded in a process of its own, as the nursery
+    Each value is followed by where it came from. The modules are loaded in a process of its own, as the fork server
     would. Leaves with 1 if one fails or may cost data, or none is named.
     """
     config = session.config()

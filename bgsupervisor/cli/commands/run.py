@@ -83,14 +83,14 @@ def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None
         code = tell_error(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the nursery and its children
+    except Exception as error:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the fork server and its children
         click.echo("\n".join([f"bgsupervisor: it crashed with {type(error).__name__}:", *trace_lines(error)]), err=True)
         code = 1
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    """Leave without multiprocessing's own exit, which would join the nursery, that is meant to live on."""
+    """Leave without multiprocessing's own exit, which would join the fork server, that is meant to live on."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -246,7 +246,7 @@ def _own_log(path: Path) -> Iterator[None]:
     """Send stdout and stderr to *path*; errors that end it reach the old stderr too."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    old_stderr = os.dup(2)  # not inherited: nursery and children must not keep cron's pipe open
+    old_stderr = os.dup(2)  # not inherited: fork server and children must not keep cron's pipe open
     _redirect(path)
     _log_to(logging.StreamHandler(sys.stderr))
     try:

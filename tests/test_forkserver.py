@@ -1,4 +1,4 @@
-"""A nursery in bad company: applications that take its signals and children, shortages, supervisors that refuse."""
+"""A fork server in bad company: applications that take its signals and children, shortages, supervisors that refuse."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising nee
 
 TASKS = """
 import errno, os, pathlib, resource, signal, threading, time
-from bgsupervisor.worker import forkserver as nursery
+from bgsupervisor.worker import forkserver as fork server
 from bgsupervisor import task
 
 @task
@@ -56,8 +56,8 @@ def shortage():
 """
 
 
-def nursery_pid(app):
-    [path] = app.state_dir.glob("nursery-*-*")
+def fork_server_pid(app):
+    [path] = app.state_dir.glob("forkserver-*-*")
     return int(path.name.split("-")[1])
 
 
@@ -78,13 +78,13 @@ class Answering:
     def accept(self):
         return self._listener.accept()[0]
 
-    def meet_nursery(self):
-        """Return the connection of the nursery, after its hello."""
+    def meet_fork_server(self):
+        """Return the connection of the fork server, after its hello."""
         while True:
             peer = Channel(self.accept())
             self._peers.append(peer)
             [hello] = wait_until(peer.receive, "whoever dials says hello")
-            if isinstance(hello, messages.NurseryHello):
+            if isinstance(hello, messages.ForkServerHello):
                 return peer
 
     def close(self):
@@ -101,7 +101,7 @@ def kill_a_body(app):
 # ---- what an application does to it ----
 
 
-def test_a_nursery_that_fails_says_why_and_leaves_though_bodies_run(make_app):
+def test_a_fork_server_that_fails_says_why_and_leaves_though_bodies_run(make_app):
     app = make_app(
         TASKS
         + """
@@ -109,23 +109,23 @@ def fail(self):
     if once("fail"):
         raise LookupError("a bug of ours")
 
-nursery.Nursery._sweep_strays = fail
+forkserver.ForkServer._sweep_strays = fail
 """
     )
     app.start()
     handle = app.service.request("appx:until", {"name": "end"})
     app.started(handle)
-    first = psutil.Process(nursery_pid(app))
+    first = psutil.Process(fork_server_pid(app))
     (app.folder / "fail").touch()
     app.wait(app.service.request("appx:quick"))
-    wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, "the nursery has left")
-    wait_until(lambda: "the nursery died with exit code 1" in log_of(app), "its death is told")
+    wait_until(lambda: not first.is_running() or first.status() == psutil.STATUS_ZOMBIE, "the fork server has left")
+    wait_until(lambda: "the fork server died with exit code 1" in log_of(app), "its death is told")
     assert "LookupError: a bug of ours" in log_of(app)
     (app.folder / "end").touch()
     assert app.wait(handle).status is Status.DONE
 
 
-def test_an_application_that_ignores_sigchld_keeps_no_death_from_the_nursery(make_app):
+def test_an_application_that_ignores_sigchld_keeps_no_death_from_the_fork_server(make_app):
     app = make_app(TASKS + "signal.signal(signal.SIGCHLD, signal.SIG_IGN)\nsignal.set_wakeup_fd(-1)\n")
     app.start()
     assert app.wait(app.service.request("appx:quick")).status is Status.DONE
@@ -140,7 +140,7 @@ def test_an_application_that_leaves_sigchld_alone_is_not_warned(make_app):
     assert "SIGCHLD" not in log_of(app)
 
 
-def test_a_nursery_whose_children_another_reaps_lives_on(make_app):
+def test_a_fork_server_whose_children_another_reaps_lives_on(make_app):
     app = make_app(
         TASKS
         + """
@@ -158,7 +158,7 @@ threading.Thread(target=reap, daemon=True).start()
     for _ in range(3):
         assert kill_a_body(app).status is Status.INTERRUPTED
     assert app.wait(app.service.request("appx:quick")).status is Status.DONE
-    assert "the nursery died" not in log_of(app)
+    assert "the fork server died" not in log_of(app)
 
 
 # ---- strays ----
@@ -251,15 +251,15 @@ os.dup = dup_or_not
     supervisor.kill()
     (app.folder / "shortage").touch()
     with contextlib.closing(Answering(app.state_dir)) as answering:
-        peer = answering.meet_nursery()
+        peer = answering.meet_fork_server()
         for _ in range(2):
             peer.send(messages.KillOrder(Who(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
-        [exited] = wait_until(peer.receive, "the nursery tells of the exit")
+        [exited] = wait_until(peer.receive, "the fork server tells of the exit")
     assert (exited.who.pid, exited.signal, exited.ordered) == (record.pid, signal.SIGKILL, Reason.CANCELLED)
     assert f"cannot send signal 9 to PID {record.pid}: [Errno 24] Too many open files" in log_of(app)
 
 
-def test_the_nursery_may_open_all_files_that_it_can_and_a_body_what_it_could_before(make_app):
+def test_the_fork_server_may_open_all_files_that_it_can_and_a_body_what_it_could_before(make_app):
     app = make_app(TASKS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
@@ -268,7 +268,7 @@ def test_the_nursery_may_open_all_files_that_it_can_and_a_body_what_it_could_bef
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert hard > 512
-    assert resource.prlimit(nursery_pid(app), resource.RLIMIT_NOFILE) == (hard, hard)
+    assert resource.prlimit(fork_server_pid(app), resource.RLIMIT_NOFILE) == (hard, hard)
     handle = app.service.request("appx:descriptor_limit")
     app.wait(handle)
     assert app.service.result(handle) == [512, hard]
@@ -311,10 +311,10 @@ def test_who_is_refused_waits_ever_longer_until_a_connection_is_of_use():
     assert redial.wait_s() == 0
 
 
-def test_nursery_and_child_do_not_storm_a_supervisor_that_refuses_them(make_app):
+def test_fork_server_and_child_do_not_storm_a_supervisor_that_refuses_them(make_app):
     app = make_app(TASKS, spares=1)
     supervisor = app.start()
-    wait_until(lambda: processes.children(nursery_pid(app)), "the spare child is there")
+    wait_until(lambda: processes.children(fork_server_pid(app)), "the spare child is there")
     supervisor.kill()
     times = []
     with contextlib.closing(Answering(app.state_dir)) as answering:
