@@ -18,7 +18,7 @@ from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc.messages import Who
 from bgsupervisor.ledger.transitions import Attempt
-from bgsupervisor.supervisor.children import Wards
+from bgsupervisor.supervisor.children import Children
 from bgsupervisor.supervisor.enforcement import Enforcement
 from bgsupervisor.system import processes, stacks
 
@@ -152,45 +152,45 @@ class Steady(SystemClock):
         return self.moment
 
 
-def wards_of(tmp_path):
+def children_of(tmp_path):
     machine = Steady()
-    return machine, Wards(type("Ears", (), {"watch_process": lambda *_: None})(), tmp_path, machine)
+    return machine, Children(type("Ears", (), {"watch_process": lambda *_: None})(), tmp_path, machine)
 
 
 def test_is_stranger_with_any_proof_of_a_child_returns_false(tmp_path, stranger):
-    machine, wards = wards_of(tmp_path)
+    machine, children = children_of(tmp_path)
     identity = processes.identity_of(stranger.pid, "here")
-    ward = wards.meet(identity)
-    assert not wards.is_stranger(ward)
+    child = children.meet(identity)
+    assert not children.is_stranger(child)
     machine.moment += 11
-    assert wards.is_stranger(ward)
+    assert children.is_stranger(child)
     os.kill(stranger.pid, signal.SIGSTOP)
     wait_until(lambda: processes.is_stopped(stranger.pid), "it is stopped")
-    assert not wards.is_stranger(ward), "a stopped child cannot dial"
-    wards.log_of(ward).touch()
-    wards.recognise(ward)
-    assert ward.vouched
+    assert not children.is_stranger(child), "a stopped child cannot dial"
+    children.log_of(child).touch()
+    children.recognise(child)
+    assert child.vouched
     named = Who(stranger.pid, 1)
-    wards.vouch_for([named])
-    assert wards.meet(
+    children.vouch_for([named])
+    assert children.meet(
         processes.ProcessIdentity("here", identity.boot_id, identity.pid_ns, named.pid, named.start_ticks)
     ).vouched
-    ward.handle.close()
+    child.handle.close()
 
 
 def test_limits_of_a_process_that_only_a_row_names_are_never_due(tmp_path, stranger):
-    _, wards = wards_of(tmp_path)
-    ward = wards.meet(processes.identity_of(stranger.pid, "here"))
-    ward.attempt = Attempt(1, 1)
+    _, children = children_of(tmp_path)
+    child = children.meet(processes.identity_of(stranger.pid, "here"))
+    child.attempt = Attempt(1, 1)
     options = SimpleNamespace(timeout_s=0.1, stall_s=None, memory_limit_bytes=1)
     clock = AttendedClock(SystemClock(), longest_s=2.0)
-    enforcement = Enforcement(None, wards, SimpleNamespace(options=lambda _: options), None, clock)
+    enforcement = Enforcement(None, children, SimpleNamespace(options=lambda _: options), None, clock)
     assert enforcement.next_due_at() is None, "else the supervisor would not rest"
     enforcement.enforce()
-    assert ward.order is None
-    ward.vouched = True
+    assert child.order is None
+    child.vouched = True
     assert enforcement.next_due_at() is not None
-    ward.handle.close()
+    child.handle.close()
 
 
 @needs_root
@@ -200,30 +200,30 @@ def test_is_stranger_of_a_process_of_another_user_returns_true_though_it_is_stop
     identity = processes.identity_of(answering.pid, "here")
 
     def judged():
-        machine, wards = wards_of(tmp_path)
-        ward = wards.meet(identity)
+        machine, children = children_of(tmp_path)
+        child = children.meet(identity)
         machine.moment += 11
-        return wards.is_stranger(ward)
+        return children.is_stranger(child)
 
     assert as_nobody(judged) == "True", "its state is hidden, and so it would hold a slot for ever"
 
 
 def test_is_stranger_of_a_process_that_can_show_its_stack_returns_false(tmp_path, answering):
-    machine, wards = wards_of(tmp_path)
-    ward = wards.meet(processes.identity_of(answering.pid, "here"))
+    machine, children = children_of(tmp_path)
+    child = children.meet(processes.identity_of(answering.pid, "here"))
     machine.moment += 11
-    assert not wards.is_stranger(ward)
-    ward.handle.close()
+    assert not children.is_stranger(child)
+    child.handle.close()
 
 
 def test_a_log_that_is_a_link_proves_no_child(tmp_path, stranger):
-    _, wards = wards_of(tmp_path)
-    ward = wards.meet(processes.identity_of(stranger.pid, "here"))
+    _, children = children_of(tmp_path)
+    child = children.meet(processes.identity_of(stranger.pid, "here"))
     (tmp_path / "elsewhere").touch()
-    wards.log_of(ward).symlink_to(tmp_path / "elsewhere")
-    wards.recognise(ward)
-    assert not ward.vouched
-    ward.handle.close()
+    children.log_of(child).symlink_to(tmp_path / "elsewhere")
+    children.recognise(child)
+    assert not child.vouched
+    child.handle.close()
 
 
 @needs_root

@@ -34,7 +34,7 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
-from bgsupervisor.supervisor.children import Order, Stage, Ward, Wards
+from bgsupervisor.supervisor.children import ChildHandle, Children, Order, Stage
 from bgsupervisor.supervisor.enforcement import Enforcement
 from bgsupervisor.supervisor.events import Peer, Reception
 from bgsupervisor.supervisor.forkservers import ForkServers
@@ -127,22 +127,22 @@ def living_child():
 def test_without_an_exit_nobody_is_called_vanished_before_a_second_look():
     process, identity = living_child()
     try:
-        ward = Ward(identity, None, dead_since=10.0)
-        assert postmortem.exit_of(ward, None, now=20.0, wait_s=0.5, inherited=False) is None
-        assert ward.dead_since == 20.0
+        child = ChildHandle(identity, None, dead_since=10.0)
+        assert postmortem.exit_of(child, None, now=20.0, wait_s=0.5, inherited=False) is None
+        assert child.dead_since == 20.0
     finally:
         process.kill()
         process.wait()
-    assert postmortem.exit_of(ward, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
+    assert postmortem.exit_of(child, None, now=20.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
 def test_the_fork_servers_word_is_waited_for_before_other_evidence():
     process, identity = living_child()
     process.kill()
     process.wait()
-    ward = Ward(identity, None, dead_since=10.0)
-    assert postmortem.exit_of(ward, None, now=10.4, wait_s=0.5, inherited=False) is None
-    assert postmortem.exit_of(ward, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
+    child = ChildHandle(identity, None, dead_since=10.0)
+    assert postmortem.exit_of(child, None, now=10.4, wait_s=0.5, inherited=False) is None
+    assert postmortem.exit_of(child, None, now=10.6, wait_s=0.5, inherited=False) == Exit(None, None)
 
 
 def test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more(make_app):
@@ -165,8 +165,8 @@ def test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more(mak
 
 def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "look", lambda _: (Verdict.UNKNOWN, None))
-    wards = Wards(None, tmp_path, SystemClock())
-    assert wards.meet(processes.own_identity("here")).dead_since is None
+    children = Children(None, tmp_path, SystemClock())
+    assert children.meet(processes.own_identity("here")).dead_since is None
 
 
 def test_all_that_a_dead_child_has_written_is_read(tmp_path):
@@ -305,7 +305,7 @@ def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
         clock=AttendedClock(SystemClock(), longest_s=2.0),
         fork_servers=SimpleNamespace(ours=lambda: fork_server),
         recovery=SimpleNamespace(done_once=done_once, foreign_slots=set()),
-        wards=Wards(None, None, SystemClock()),
+        children=Children(None, None, SystemClock()),
         config=SimpleNamespace(slots=1, spares=0),
         ledger=SimpleNamespace(due=lambda *_, **named: asked.append(named["limit"]) or []),
         draining=None,
@@ -329,7 +329,7 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
     supervisor = supervisor_with(
         notifier=SimpleNamespace(stopping=lambda _: None),
         leaving="it was told to",
-        wards=Wards(None, None, SystemClock()),
+        children=Children(None, None, SystemClock()),
         recovery=SimpleNamespace(done_once=done_once),
         exits={exited.who: exited},
         fork_servers=SimpleNamespace(tell_all=told.append),
@@ -346,11 +346,11 @@ def test_an_end_that_was_superseded_is_acknowledged():
     sent = []
     supervisor = supervisor_with(ears=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
     peer = SimpleNamespace(who=None)
-    ward = Ward(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
-    supervisor._take_end(ward, Ended(7, 1, End(result="1")))
-    assert (ward.end, sent) == (None, [(peer, Ack(7, 1))])
-    supervisor._take_end(ward, Ended(7, 2, End(result="2")))
-    assert (ward.end, len(sent)) == (End(result="2"), 1), "that of its own attempt is, once it is recorded"
+    child = ChildHandle(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
+    supervisor._take_end(child, Ended(7, 1, End(result="1")))
+    assert (child.end, sent) == (None, [(peer, Ack(7, 1))])
+    supervisor._take_end(child, Ended(7, 2, End(result="2")))
+    assert (child.end, len(sent)) == (End(result="2"), 1), "that of its own attempt is, once it is recorded"
 
 
 def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
@@ -389,17 +389,17 @@ def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage()
     fork_server = SimpleNamespace(peer=SimpleNamespace(channel=SimpleNamespace(closed=False)))
     enforcement = Enforcement(
         config=None,
-        wards=[],
+        children=[],
         fork_servers=SimpleNamespace(get=lambda _: fork_server),
         ears=SimpleNamespace(send=lambda _, message: sent.append(message)),
         clock=SystemClock(),
     )
-    ward = Ward(processes.own_identity("test"), None)
+    child = ChildHandle(processes.own_identity("test"), None)
     for stage, number in ((Stage.TERM, signal.SIGTERM), (Stage.KILL, signal.SIGKILL)):
         order = Order(Reason.CANCELLED, "cancelled", None, 0.0, stage=stage, unsent=True)
-        enforcement.carry_out(ward, order)
+        enforcement.carry_out(child, order)
         assert not order.unsent, "else it is written again in every pass"
-        assert sent.pop() == KillOrder(ward.who, number, Reason.CANCELLED)
+        assert sent.pop() == KillOrder(child.who, number, Reason.CANCELLED)
 
 
 def test_who_cannot_be_held_is_not_said_to_stand_still():
@@ -408,12 +408,12 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
             return []
 
     clock = AttendedClock(SystemClock(), longest_s=2.0)
-    ward = Ward(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
-    Enforcement(config=None, wards=Held([ward]), fork_servers=None, ears=None, clock=clock).enforce()
-    assert not ward.suspension.lasts
-    assert not ward.suspension_unsaved
-    _, ward.handle = processes.look(ward.identity)
-    with ward.handle:
-        Enforcement(config=None, wards=Held([ward]), fork_servers=None, ears=None, clock=clock).enforce()
-    assert ward.suspension.lasts
-    assert ward.suspension_unsaved
+    child = ChildHandle(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
+    Enforcement(config=None, children=Held([child]), fork_servers=None, ears=None, clock=clock).enforce()
+    assert not child.suspension.lasts
+    assert not child.suspension_unsaved
+    _, child.handle = processes.look(child.identity)
+    with child.handle:
+        Enforcement(config=None, children=Held([child]), fork_servers=None, ears=None, clock=clock).enforce()
+    assert child.suspension.lasts
+    assert child.suspension_unsaved

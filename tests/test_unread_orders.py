@@ -17,7 +17,7 @@ from bgsupervisor.ipc.channel import Channel
 from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, Run, Who
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
-from bgsupervisor.supervisor.children import Ward
+from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.events import Reception
 from bgsupervisor.supervisor.forkservers import ForkServers
 from bgsupervisor.system import processes
@@ -43,12 +43,12 @@ def connection():
     def make():
         ours, theirs = socket.socketpair()
         ends.extend((ours, theirs))
-        ward = Ward(processes.own_identity("here"), None)
-        ward.peer = type("Peer", (), {"channel": Channel(ours)})()
-        ward.attempt = Attempt(1, 1)
-        ward.run_place = ward.peer.channel.send(ORDER)
-        ward.run_end = ward.peer.channel.queued_bytes
-        return ward, theirs
+        child = ChildHandle(processes.own_identity("here"), None)
+        child.peer = type("Peer", (), {"channel": Channel(ours)})()
+        child.attempt = Attempt(1, 1)
+        child.run_place = child.peer.channel.send(ORDER)
+        child.run_end = child.peer.channel.queued_bytes
+        return child, theirs
 
     yield make
     for end in ends:
@@ -57,36 +57,36 @@ def connection():
 
 def test_never_told_of_an_order_that_was_not_read_whole_is_true(connection):
     for read_bytes in (0, 3):
-        ward, theirs = connection()
+        child, theirs = connection()
         theirs.recv(read_bytes)
         theirs.close()
-        ward.peer.channel.receive_all()
-        assert ward.never_told, f"{read_bytes} bytes were read"
+        child.peer.channel.receive_all()
+        assert child.never_told, f"{read_bytes} bytes were read"
 
 
 def test_never_told_of_an_order_that_was_read_is_false(connection):
-    ward, theirs = connection()
+    child, theirs = connection()
     theirs.recv(65536)
     theirs.close()
-    ward.peer.channel.receive_all()
-    assert not ward.never_told
+    child.peer.channel.receive_all()
+    assert not child.never_told
 
 
 def test_never_told_with_something_else_unread_is_false(connection):
-    ward, theirs = connection()
+    child, theirs = connection()
     theirs.recv(65536)
-    ward.peer.channel.send(Cancel(id=1, attempt=1, reason="CANCELLED", why="cancelled", by=None))
+    child.peer.channel.send(Cancel(id=1, attempt=1, reason="CANCELLED", why="cancelled", by=None))
     theirs.close()
-    ward.peer.channel.receive_all()
-    assert not ward.never_told
+    child.peer.channel.receive_all()
+    assert not child.never_told
 
 
 def test_never_told_is_seen_by_a_later_write_as_well(connection):
-    ward, theirs = connection()
+    child, theirs = connection()
     theirs.close()
-    ward.peer.channel.send(Beat(1, 1))  # the kernel reports the reset once, to whichever call comes first
-    ward.peer.channel.receive_all()
-    assert ward.peer.channel.reset
+    child.peer.channel.send(Beat(1, 1))  # the kernel reports the reset once, to whichever call comes first
+    child.peer.channel.receive_all()
+    assert child.peer.channel.reset
 
 
 def spare_child(app):
@@ -126,13 +126,13 @@ def has_dialled(pid):
 
 
 def test_never_told_of_a_child_that_has_dialled_again_is_false(connection):
-    ward, theirs = connection()
+    child, theirs = connection()
     theirs.recv(65536)
     again, _ = connection()
     again.peer.channel.queued_bytes = again.peer.channel.written_bytes = 0  # nothing was sent by it
-    ward.connect(again.peer, ChildHello(version=1, who=ward.who, fork_server=Who(1, 1), id=1, attempt=1, end=None))
-    ward.peer.channel.close()
-    assert not ward.never_told
+    child.connect(again.peer, ChildHello(version=1, who=child.who, fork_server=Who(1, 1), id=1, attempt=1, end=None))
+    child.peer.channel.close()
+    assert not child.never_told
 
 
 def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_app):

@@ -22,7 +22,7 @@ from bgsupervisor.cli import development
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.messages import Run, Who
-from bgsupervisor.supervisor.children import Ward
+from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.loop import BEAT_EVERY_S, Supervisor
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
@@ -190,12 +190,12 @@ def test_a_task_that_is_found_after_stop_kill_was_heard_is_ended_too():
     ordered, running = [], []
     supervisor = object.__new__(Supervisor)
     supervisor._look = False
-    supervisor._wards = SimpleNamespace(running=lambda: running)
+    supervisor._children = SimpleNamespace(running=lambda: running)
     supervisor._enforcement = SimpleNamespace(
-        stalled=list, enforce=lambda: None, order=lambda ward, reason, _: ordered.append((ward, reason))
+        stalled=list, enforce=lambda: None, order=lambda child, reason, _: ordered.append((child, reason))
     )
     supervisor._stop("kill", "stopped by jana")
-    found = Ward(processes.own_identity("here"), None)
+    found = ChildHandle(processes.own_identity("here"), None)
     running.append(found)
     supervisor._enforce()
     assert ordered == [(found, "STOPPED")]

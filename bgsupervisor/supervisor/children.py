@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bgsupervisor.system.processes import ProcessHandle
     from bgsupervisor.system.stacks import Question
 
-__all__ = ["Order", "Stage", "Ward", "Wards"]
+__all__ = ["ChildHandle", "Children", "Order", "Stage"]
 
 
 STRANGER_S = 10.0
@@ -71,7 +71,7 @@ class Order:
 
 
 @dataclasses.dataclass(eq=False, slots=True)
-class Ward:
+class ChildHandle:
     """A child as the supervisor sees it.
 
     Attributes:
@@ -190,49 +190,49 @@ class Ward:
             self.question = None
 
 
-class Wards:
+class Children:
     """All children that are known, by PID and start ticks."""
 
     def __init__(self, ears: Reception, logs_folder: Path, clock: Clock) -> None:
         self._ears = ears
         self._logs = logs_folder
         self._clock = clock
-        self._all: dict[Who, Ward] = {}
+        self._all: dict[Who, ChildHandle] = {}
         self._named: set[Who] = set()
         self.oom = OomWatch()
 
-    def __iter__(self) -> Iterator[Ward]:
+    def __iter__(self) -> Iterator[ChildHandle]:
         return iter(list(self._all.values()))
 
     def __contains__(self, who: Who) -> bool:
         return who in self._all
 
-    def get(self, who: Who | None) -> Ward | None:
+    def get(self, who: Who | None) -> ChildHandle | None:
         """Return one child, or None."""
         return None if who is None else self._all.get(who)
 
-    def running(self) -> list[Ward]:
+    def running(self) -> list[ChildHandle]:
         """Return those that have an attempt, ended but unrecorded ones included."""
-        return [ward for ward in self._all.values() if ward.attempt is not None]
+        return [child for child in self._all.values() if child.attempt is not None]
 
-    def by_attempt(self) -> dict[Attempt, Ward]:
+    def by_attempt(self) -> dict[Attempt, ChildHandle]:
         """Return those that have an attempt, by it."""
-        return {ward.attempt: ward for ward in self._all.values() if ward.attempt is not None}
+        return {child.attempt: child for child in self._all.values() if child.attempt is not None}
 
     def taken_slots(self) -> set[int]:
         """Return the slots that stay taken when the ends that are known are recorded."""
-        return {ward.slot for ward in self.running() if ward.slot is not None and ward.end is None}
+        return {child.slot for child in self.running() if child.slot is not None and child.end is None}
 
-    def meet(self, identity: ProcessIdentity) -> Ward:
+    def meet(self, identity: ProcessIdentity) -> ChildHandle:
         """Take charge of a process; one that is not to be found is taken for dead since now."""
         who = Who(identity.pid, identity.start_ticks)
         known = self._all.get(who)
         if known is not None:
             return known
-        ward = Ward(identity, None, vouched=who in self._named, met_at=self._clock.monotonic())
-        self._all[who] = ward
-        self.look_again(ward)
-        return ward
+        child = ChildHandle(identity, None, vouched=who in self._named, met_at=self._clock.monotonic())
+        self._all[who] = child
+        self.look_again(child)
+        return child
 
     def vouch_for(self, whos: Iterable[Who]) -> None:
         """Note that processes are children of ours: they dialled, or a fork server of ours names them."""
@@ -241,22 +241,22 @@ class Wards:
             if who in self._all:
                 self._all[who].vouched = True
 
-    def recognise(self, ward: Ward) -> None:
+    def recognise(self, child: ChildHandle) -> None:
         """Vouch for a process that a row names if a fork server named it, it dialled, or its log is among ours."""
-        ward.vouched = ward.vouched or ward.who in self._named or logs.is_own(self.log_of(ward))
+        child.vouched = child.vouched or child.who in self._named or logs.is_own(self.log_of(child))
 
-    def is_stranger(self, ward: Ward) -> bool:
+    def is_stranger(self, child: ChildHandle) -> bool:
         """Whether a living process that a row names is surely no child of ours.
 
         A child dials a new supervisor within a second, unless it is stopped or its link hangs; then it still has the
         memory in which it shows its stack. *Attended* seconds count, for the children may have been stopped as well.
         """
-        if ward.vouched or ward.handle is None or ward.dead_since is not None:
+        if child.vouched or child.handle is None or child.dead_since is not None:
             return False
-        pid = ward.who.pid
+        pid = child.who.pid
         if pid == os.getpid():
             return True
-        if self._clock.monotonic() - ward.met_at < STRANGER_S:
+        if self._clock.monotonic() - child.met_at < STRANGER_S:
             return False
         try:
             if processes.owner_uid(pid) != os.geteuid():  # it may hide its state, and hold a slot with that
@@ -265,38 +265,38 @@ class Wards:
         except OSError:
             return False  # not to be seen: nothing is known of it
 
-    def look_again(self, ward: Ward) -> None:
+    def look_again(self, child: ChildHandle) -> None:
         """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
-        verdict, ward.handle = processes.look(ward.identity)
+        verdict, child.handle = processes.look(child.identity)
         # guard, is Verdict.DEAD -> is not Verdict.ALIVE: UNKNOWN is not DEAD
         if verdict is Verdict.DEAD:
-            ward.dead_since = self._clock.monotonic()
-        elif ward.handle is not None:
-            self._ears.watch_process(ward.who, ward.handle)
-            ward.oom = self.oom.counters_of(ward.identity.pid)
+            child.dead_since = self._clock.monotonic()
+        elif child.handle is not None:
+            self._ears.watch_process(child.who, child.handle)
+            child.oom = self.oom.counters_of(child.identity.pid)
 
-    def forget(self, ward: Ward) -> None:
+    def forget(self, child: ChildHandle) -> None:
         """Let go of a dead child; its empty log goes with it."""
-        ward.forget_question()
-        self._named.discard(ward.who)
-        self._ears.unwatch_process(ward.who)
-        if ward.handle is not None:
-            ward.handle.close()
-        if ward.peer is not None:
-            self._ears.let_go(ward.peer)
-        self._all.pop(ward.who, None)
+        child.forget_question()
+        self._named.discard(child.who)
+        self._ears.unwatch_process(child.who)
+        if child.handle is not None:
+            child.handle.close()
+        if child.peer is not None:
+            self._ears.let_go(child.peer)
+        self._all.pop(child.who, None)
         with contextlib.suppress(OSError):
-            if self.log_of(ward).stat().st_size == 0:
-                self.log_of(ward).unlink()
+            if self.log_of(child).stat().st_size == 0:
+                self.log_of(child).unlink()
 
-    def log_of(self, ward: Ward) -> Path:
+    def log_of(self, child: ChildHandle) -> Path:
         """Return the log that a child writes while it runs."""
-        return logs.process_log(self._logs, ward.who.pid, ward.who.start_ticks)
+        return logs.process_log(self._logs, child.who.pid, child.who.start_ticks)
 
-    def keep_log(self, ward: Ward, attempt: Attempt, limit_bytes: int) -> None:
+    def keep_log(self, child: ChildHandle, attempt: Attempt, limit_bytes: int) -> None:
         """Name the log of a dead child after its task; a living child does so itself."""
         with contextlib.suppress(OSError):
-            path = self.log_of(ward)
+            path = self.log_of(child)
             logs.bound(path, limit_bytes)
             if path.stat().st_size:
                 path.rename(logs.task_log(self._logs, attempt.id, attempt.attempt))

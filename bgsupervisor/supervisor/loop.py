@@ -33,7 +33,7 @@ from bgsupervisor.ledger.waits import DUE
 from bgsupervisor.sanitize import escaped, quoted
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
-from bgsupervisor.supervisor.children import Stage, Wards
+from bgsupervisor.supervisor.children import Children, Stage
 from bgsupervisor.supervisor.enforcement import Enforcement
 from bgsupervisor.supervisor.events import Reception
 from bgsupervisor.supervisor.forkservers import FIRST_HELLO_S, ForkServers
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ipc.messages import End
     from bgsupervisor.ipc.statedir import StateDir
     from bgsupervisor.ledger.transitions import Due, Outcome, Suspension
-    from bgsupervisor.supervisor.children import Ward
+    from bgsupervisor.supervisor.children import ChildHandle
     from bgsupervisor.supervisor.events import Heard, Peer
     from bgsupervisor.system.sd_notify import Notifier
 
@@ -140,10 +140,10 @@ class Supervisor:
         self._ledger = Ledger(self._store)
         self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S)
         self._ears = Reception(state_dir, clock)
-        self._wards = Wards(self._ears, state_dir.logs, clock)
+        self._children = Children(self._ears, state_dir.logs, clock)
         self._fork_servers = ForkServers(config, state_dir, self._own, self._ears, clock)
-        self._recovery = Recovery(config, self._own, self._wards, self._ears, clock)
-        self._enforcement = Enforcement(config, self._wards, self._fork_servers, self._ears, clock)
+        self._recovery = Recovery(config, self._own, self._children, self._ears, clock)
+        self._enforcement = Enforcement(config, self._children, self._fork_servers, self._ears, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
         self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
         self._exits: dict[Who, Exited] = {}
@@ -233,7 +233,7 @@ class Supervisor:
             self._look_if_changed()
 
     def _take(self, peer: Peer, message: messages.Message) -> None:
-        ward = self._wards.get(peer.who)
+        child = self._children.get(peer.who)
         if isinstance(message, messages.ChildHello):
             self._take_child(peer, message)
         elif isinstance(message, messages.ForkServerHello):
@@ -244,12 +244,12 @@ class Supervisor:
             self._reload(force=message.force, caller=peer)
         elif isinstance(message, messages.BoardHello | messages.BoardBeat | messages.Ring):
             self._boards.take(peer, message)
-        elif ward is not None and isinstance(message, messages.Waiting | messages.Resumed | messages.WantSlot):
-            self._take_waiting(ward, message)
-        elif ward is not None and isinstance(message, messages.Ended):
-            self._take_end(ward, message)
-        elif ward is not None and isinstance(message, messages.Beat | messages.Progress):
-            self._take_note(ward, message)
+        elif child is not None and isinstance(message, messages.Waiting | messages.Resumed | messages.WantSlot):
+            self._take_waiting(child, message)
+        elif child is not None and isinstance(message, messages.Ended):
+            self._take_end(child, message)
+        elif child is not None and isinstance(message, messages.Beat | messages.Progress):
+            self._take_note(child, message)
 
     def _take_of_fork_server(self, peer: Peer, message: Exited | messages.Spawned | messages.SpawnFailed) -> None:
         if isinstance(message, Exited):
@@ -257,8 +257,8 @@ class Supervisor:
             self._fork_servers.met(message.who)
         elif isinstance(message, messages.Spawned):
             self._fork_servers.take_spawned(peer, message)
-            self._wards.vouch_for([message.who])
-            if message.who in self._wards:
+            self._children.vouch_for([message.who])
+            if message.who in self._children:
                 self._fork_servers.met(message.who)  # its own hello came first, by another socket
         else:
             self._fork_servers.take_spawn_failure(peer, message)
@@ -266,72 +266,74 @@ class Supervisor:
 
     def _take_child(self, peer: Peer, hello: messages.ChildHello) -> None:
         self._fork_servers.met(hello.who)
-        self._wards.vouch_for([hello.who])
-        ward = self._wards.meet(self._recovery.identity_of(hello.who))
-        ward.connect(peer, hello)
+        self._children.vouch_for([hello.who])
+        child = self._children.meet(self._recovery.identity_of(hello.who))
+        child.connect(peer, hello)
         if hello.end is None:
-            ward.leave_by = None
-        ward.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
+            child.leave_by = None
+        child.got_on_at = self._clock.monotonic()  # what it said before may not have been heard
         if hello.id is None:
             # It has read its last connection to the end: what was claimed for it, and is not in its hands, never began.
-            ward.says = None
-            if ward.end is not None:
-                ward.become_free()  # it has recorded its end itself, else it would not be idle
-            elif ward.attempt is not None:
-                self._recovery.unbegun.add(ward.attempt)
+            child.says = None
+            if child.end is not None:
+                child.become_free()  # it has recorded its end itself, else it would not be idle
+            elif child.attempt is not None:
+                self._recovery.unbegun.add(child.attempt)
             return
         said = Attempt(hello.id, hello.attempt)
-        if ward.attempt != said:
-            ward.says = said
+        if child.attempt != said:
+            child.says = said
             self._recover_at = 0.0
-        elif ward.order is not None:
-            self._enforcement.ask(ward, ward.order)  # it may not have heard it before it dialled
+        elif child.order is not None:
+            self._enforcement.ask(child, child.order)  # it may not have heard it before it dialled
         if hello.end is not None:
-            ward.end = hello.end
+            child.end = hello.end
 
     def _take_fork_server(self, peer: Peer, hello: messages.ForkServerHello) -> None:
         self._exits.update({exited.who: exited for exited in hello.exits})
-        self._wards.vouch_for(hello.children)
+        self._children.vouch_for(hello.children)
         if self._fork_servers.take_hello(peer, hello):
             self._look = True
             self._send_away_unneeded()
         self._beat_at = -math.inf
 
-    def _take_end(self, ward: Ward, message: messages.Ended) -> None:
+    def _take_end(self, child: ChildHandle, message: messages.Ended) -> None:
         attempt = Attempt(message.id, message.attempt)
-        if attempt in (ward.attempt, ward.says):
-            ward.end = message.end
-            if attempt != ward.attempt:
+        if attempt in (child.attempt, child.says):
+            child.end = message.end
+            if attempt != child.attempt:
                 self._recover_at = 0.0  # only the rows can tell what it is to us
             # guard: the acknowledgement follows the commit
             return
         # guard: a superseded end is acknowledged
-        if ward.peer is not None:
-            self._ears.send(ward.peer, messages.Ack(attempt.id, attempt.attempt))
+        if child.peer is not None:
+            self._ears.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
 
-    def _take_waiting(self, ward: Ward, message: messages.Waiting | messages.Resumed | messages.WantSlot) -> None:
+    def _take_waiting(
+        self, child: ChildHandle, message: messages.Waiting | messages.Resumed | messages.WantSlot
+    ) -> None:
         """Note that a body waits without a slot, goes on with one, or would go on."""
-        if Attempt(message.id, message.attempt) not in (ward.attempt, ward.says):
+        if Attempt(message.id, message.attempt) not in (child.attempt, child.says):
             return
-        ward.run_place = None  # it has been told: it speaks of it
-        ward.wants_slot = message.number if isinstance(message, messages.WantSlot) else None
-        ward.got_on_at = self._clock.monotonic()
+        child.run_place = None  # it has been told: it speaks of it
+        child.wants_slot = message.number if isinstance(message, messages.WantSlot) else None
+        child.got_on_at = self._clock.monotonic()
         if isinstance(message, messages.Waiting):
-            ward.slot = ward.slot if message.slot_kept else None
+            child.slot = child.slot if message.slot_kept else None
             self._boards.want()
         elif isinstance(message, messages.Resumed):
-            ward.slot = message.slot
+            child.slot = message.slot
 
-    def _take_note(self, ward: Ward, message: messages.Beat | messages.Progress) -> None:
-        if ward.attempt != Attempt(message.id, message.attempt):
+    def _take_note(self, child: ChildHandle, message: messages.Beat | messages.Progress) -> None:
+        if child.attempt != Attempt(message.id, message.attempt):
             return
-        ward.run_place = None  # it has been told: it speaks of it
-        ward.note.heartbeat_at = self._clock.now()
+        child.run_place = None  # it has been told: it speaks of it
+        child.note.heartbeat_at = self._clock.now()
         if isinstance(message, messages.Progress):
-            ward.got_on_at = self._clock.monotonic()
-            ward.note.progress_done = message.done
-            ward.note.progress_total = message.total
-            ward.note.message = message.message
+            child.got_on_at = self._clock.monotonic()
+            child.note.progress_done = message.done
+            child.note.progress_total = message.total
+            child.note.message = message.message
 
     def _take_signal(self, number: int) -> None:
         if number == signal.SIGTERM:
@@ -341,18 +343,18 @@ class Supervisor:
         elif number == signal.SIGINT:
             self._draining = self._draining or "Ctrl-C was pressed"
             self._interrupts += 1
-            self._take_interrupt(self._wards.running())
+            self._take_interrupt(self._children.running())
 
-    def _take_interrupt(self, running: list[Ward]) -> None:
+    def _take_interrupt(self, running: list[ChildHandle]) -> None:
         """Ctrl-C: once, admit nothing more and wait for what runs; twice, end it; three times, kill it."""
         if self._interrupts == 1 and running:
-            names = ", ".join(f"{ward.attempt.id} ({ward.name})" for ward in running if ward.attempt is not None)
+            names = ", ".join(f"{child.attempt.id} ({child.name})" for child in running if child.attempt is not None)
             log.warning("still running: %s; leaving when they have ended. Ctrl-C again ends them", names)
         elif self._interrupts > 1:
             stage = Stage.TERM if self._interrupts == 2 else Stage.KILL  # noqa: PLR2004 - the second Ctrl-C
-            for ward in running:
+            for child in running:
                 why = "the supervisor was told to stop and kill (Ctrl-C)"
-                self._enforcement.order(ward, Reason.STOPPED, why, stage=stage)
+                self._enforcement.order(child, Reason.STOPPED, why, stage=stage)
 
     def _stop(self, mode: str, why: str) -> None:
         """Leave now and let bodies live ("leave"), or admit nothing more, and wait for them or end them."""
@@ -361,9 +363,9 @@ class Supervisor:
             return
         self._draining = why
         self._killing = why if mode == "kill" else None
-        running = self._wards.running()
+        running = self._children.running()
         log.info("%s: admitting nothing more, %d running", why, len(running))
-        suspended = [str(ward.attempt.id) for ward in running if ward.attempt is not None and ward.suspension.lasts]
+        suspended = [str(child.attempt.id) for child in running if child.attempt is not None and child.suspension.lasts]
         if suspended and mode == "drain":
             log.warning("waiting for suspended tasks until they are resumed or cancelled: %s", ", ".join(suspended))
 
@@ -413,38 +415,38 @@ class Supervisor:
             self._fork_servers.died(who)
             self._boards.died(who)
             self._fork_servers.met(who)
-            ward = self._wards.get(who)
-            if ward is not None and ward.dead_since is None:
-                ward.dead_since = now
-        for ward in self._wards:
-            if ward.dead_since is not None:
-                self._examine(ward, now)
+            child = self._children.get(who)
+            if child is not None and child.dead_since is None:
+                child.dead_since = now
+        for child in self._children:
+            if child.dead_since is not None:
+                self._examine(child, now)
         if self._recovery.done_once:
-            self._acknowledge([who for who in self._exits if who not in self._wards])
+            self._acknowledge([who for who in self._exits if who not in self._children])
 
-    def _examine(self, ward: Ward, now: float) -> None:
-        if ward.peer is not None and not ward.peer.channel.closed:
-            for message in self._ears.last_words(ward.peer):
-                self._take(ward.peer, message)
-        if ward.attempt is None and ward.says is None:
-            self._wards.forget(ward)
-        elif ward.attempt is not None and ward.end is None and not self._never_began(ward):
+    def _examine(self, child: ChildHandle, now: float) -> None:
+        if child.peer is not None and not child.peer.channel.closed:
+            for message in self._ears.last_words(child.peer):
+                self._take(child.peer, message)
+        if child.attempt is None and child.says is None:
+            self._children.forget(child)
+        elif child.attempt is not None and child.end is None and not self._never_began(child):
             is_alone = self._fork_servers.can_report_no_more(
-                ward.fork_server
+                child.fork_server
             )  # first: a dead one has written all it knows
-            exited = self._exits.get(ward.who) or self._fork_servers.written_exit(ward.who)
+            exited = self._exits.get(child.who) or self._fork_servers.written_exit(child.who)
             if exited is not None:
-                self._exits[ward.who] = exited  # its fork server is to be told that it is recorded, heard or read
+                self._exits[child.who] = exited  # its fork server is to be told that it is recorded, heard or read
             wait_s = FIRST_HELLO_S if self._fork_servers.awaited() else postmortem.EXIT_WAIT_S
             wait_s = 0.0 if is_alone else wait_s
             inherited = self._fork_servers.one_died or is_alone
-            exit = postmortem.exit_of(ward, exited, now=now, wait_s=wait_s, inherited=inherited)
+            exit = postmortem.exit_of(child, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
-                ward.end = postmortem.end_of(ward, exit, exited, self._wards.oom)
+                child.end = postmortem.end_of(child, exit, exited, self._children.oom)
 
-    def _never_began(self, ward: Ward) -> bool:
+    def _never_began(self, child: ChildHandle) -> bool:
         """Whether it is known that its claim is to be given back, however its process has ended since."""
-        return ward.never_told or ward.attempt in self._recovery.unbegun
+        return child.never_told or child.attempt in self._recovery.unbegun
 
     def _acknowledge(self, whos: list[Who]) -> None:
         """Let fork servers forget exits that no task depends on: of idle children, and of ends that are recorded."""
@@ -473,7 +475,7 @@ class Supervisor:
             self._recover_at = now + PUT_OFF_S[0]
         else:
             self._recover_at = now + RECOVER_EVERY_S
-            if any(ward.slot is None for ward in self._wards.running()):
+            if any(child.slot is None for child in self._children.running()):
                 self._boards.expect()
             self._look = True  # what could not be read when it was asked for is asked for again
 
@@ -505,7 +507,7 @@ class Supervisor:
         stalled = self._enforcement.stalled()
         if stalled:
             try:
-                ids = [ward.attempt.id for ward in stalled if ward.attempt is not None]
+                ids = [child.attempt.id for child in stalled if child.attempt is not None]
                 waiting = {row["task_id"] for row in self._ledger.waits.rows(ids)}
                 if self._put_offs or self._store.write_problem(wait_s=BUSY_TIMEOUT_S):
                     waiting |= set(ids)  # for the database, maybe: `reach` and locks are written there
@@ -515,15 +517,15 @@ class Supervisor:
             else:
                 self._enforcement.end_stalled(stalled, waiting)
         if self._killing is not None:  # in each pass: some may have been adopted only now
-            for ward in self._wards.running():
-                if ward.end is None and ward.order is None:
+            for child in self._children.running():
+                if child.end is None and child.order is None:
                     why = f"the supervisor was told to stop and kill ({self._killing})"
-                    self._enforcement.order(ward, Reason.STOPPED, why)
+                    self._enforcement.order(child, Reason.STOPPED, why)
         self._enforcement.enforce()
 
     # admit
 
-    def _admit(self) -> list[tuple[Claim, Ward]]:
+    def _admit(self) -> list[tuple[Claim, ChildHandle]]:
         """Pair due tasks with idle children and free slots, and order the children that are missing."""
         now, fork_server = self._clock.monotonic(), self._fork_servers.ours()
         if fork_server is None or not self._may_admit() or now < self._put_off_until:
@@ -552,11 +554,11 @@ class Supervisor:
             self._flawed = [one for one in due if one.flaw and one.id not in self._put_aside]
             due = [one for one in due if not one.flaw]
             self._look, self._backlog = bool(self._flawed), bool(due)  # what they stand before is looked for next
-        idle = [ward for ward in self._wards if ward.idle and ward.fork_server == fork_server.hello.who]
+        idle = [child for child in self._children if child.idle and child.fork_server == fork_server.hello.who]
         self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
         started_mono = self._clock.machine_monotonic()
-        return [(Claim(task, ward.identity, slot, started_mono), ward) for task, ward, slot in pairs]
+        return [(Claim(task, child.identity, slot, started_mono), child) for task, child, slot in pairs]
 
     def _look_ahead(self) -> None:
         """Do what no start has to wait for: order missing children, and see when the next task's time comes."""
@@ -578,18 +580,18 @@ class Supervisor:
 
     def _free_slots(self) -> list[int]:
         """Return the slots that are free once this pass has been written, at most as many as may still run."""
-        taken = self._wards.taken_slots() | self._recovery.foreign_slots
+        taken = self._children.taken_slots() | self._recovery.foreign_slots
         may_start = self._config.slots - len(taken)
         return [slot for slot in range(self._config.slots) if slot not in taken][: max(0, may_start)]
 
-    def _returning(self) -> list[Ward]:
-        """Return the wards that have waited and want a slot again, in the order in which they began."""
-        wanting = [ward for ward in self._wards.running() if ward.wants_slot is not None and ward.end is None]
-        return sorted(wanting, key=lambda ward: ward.started_at)
+    def _returning(self) -> list[ChildHandle]:
+        """Return the children that have waited and want a slot again, in the order in which they began."""
+        wanting = [child for child in self._children.running() if child.wants_slot is not None and child.end is None]
+        return sorted(wanting, key=lambda child: child.started_at)
 
     # write
 
-    def _write(self, claims: list[tuple[Claim, Ward]]) -> None:
+    def _write(self, claims: list[tuple[Claim, ChildHandle]]) -> None:
         """Write all that this pass has decided, in one commit, then let it take effect."""
         now = self._clock.monotonic()
         if now < self._put_off_until:
@@ -619,11 +621,13 @@ class Supervisor:
             self._passing_over_until = self._clock.monotonic() + PASSED_OVER_S
         if claims:
             failpoints.at("supervisor.claimed")
-        for claim, ward in claims:
-            self._start(claim, ward, claimed=claim in outcome.claimed)
-        started = [ward for claim, ward in claims if claim in outcome.claimed]
-        for ward, counters in zip(started, self._wards.oom.counters(ward.who.pid for ward in started), strict=True):
-            ward.oom = counters
+        for claim, child in claims:
+            self._start(claim, child, claimed=claim in outcome.claimed)
+        started = [child for claim, child in claims if claim in outcome.claimed]
+        for child, counters in zip(
+            started, self._children.oom.counters(child.who.pid for child in started), strict=True
+        ):
+            child.oom = counters
 
     def _compose(self, claims: list[Claim], now: float) -> Batch:
         batch = Batch(
@@ -632,29 +636,29 @@ class Supervisor:
             unclaims=set(self._recovery.unbegun),
             flawed=self._flawed,
         )
-        for attempt, ward in self._wards.by_attempt().items():
-            if ward.end is not None:
-                batch.ends[attempt] = ward.end
-            elif ward.never_told:
+        for attempt, child in self._children.by_attempt().items():
+            if child.end is not None:
+                batch.ends[attempt] = child.end
+            elif child.never_told:
                 batch.unclaims.add(attempt)
-            elif ward.order is not None and ward.order.unsent:
-                # guard, -> self._enforcement.carry_out(ward, ward.order): the reason is committed before the signal
-                batch.endings[attempt] = Ending(attempt, ward.order.reason, ward.order.detail())
-            if ward.suspension_unsaved and ward.end is None:
-                batch.suspensions[attempt] = ward.suspension
-        for ward, slot in zip(self._returning(), self._free_slots(), strict=False):
-            if ward.attempt is not None and ward.dead_since is None and ward.wants_slot is not None:
-                batch.returns[ward.attempt] = Return(ward.wants_slot, slot)
+            elif child.order is not None and child.order.unsent:
+                # guard, -> self._enforcement.carry_out(child, child.order): the reason is committed before the signal
+                batch.endings[attempt] = Ending(attempt, child.order.reason, child.order.detail())
+            if child.suspension_unsaved and child.end is None:
+                batch.suspensions[attempt] = child.suspension
+        for child, slot in zip(self._returning(), self._free_slots(), strict=False):
+            if child.attempt is not None and child.dead_since is None and child.wants_slot is not None:
+                batch.returns[child.attempt] = Return(child.wants_slot, slot)
         if now >= self._beat_at + self._beat_every_s() and self._is_worth_a_row():
             batch.supervisor = self._own_record()  # with all heartbeats: they are compared with it
         if batch or now >= self._notes_at:
-            noted = {attempt: ward.note for attempt, ward in self._wards.by_attempt().items() if ward.end is None}
+            noted = {attempt: child.note for attempt, child in self._children.by_attempt().items() if child.end is None}
             batch.notes = {attempt: note for attempt, note in noted.items() if note}
         return batch
 
     def _take_effect(self, batch: Batch, outcome: Outcome) -> None:
         """Do what had to wait for the commit: acknowledge, free, send signals."""
-        by_attempt = self._wards.by_attempt()
+        by_attempt = self._children.by_attempt()
         _pause_after(batch)
         if batch.ends:
             with contextlib.suppress(OSError):
@@ -672,11 +676,11 @@ class Supervisor:
         for due in batch.flawed:
             self._set_aside(due, struck=due.id in outcome.struck)
         for attempt in batch.endings:
-            ward = by_attempt[attempt]
-            if ward.order is not None and attempt in outcome.endings:
-                self._enforcement.carry_out(ward, ward.order)
-            elif ward.order is not None:
-                ward.order.unsent = False
+            child = by_attempt[attempt]
+            if child.order is not None and attempt in outcome.endings:
+                self._enforcement.carry_out(child, child.order)
+            elif child.order is not None:
+                child.order.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
         for attempt, suspension in batch.suspensions.items():
             self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
@@ -695,60 +699,60 @@ class Supervisor:
                 self._put_aside.clear()
             self._put_aside.add(due.id)
 
-    def _take_suspension(self, ward: Ward, suspension: Suspension, *, recorded: bool) -> None:
+    def _take_suspension(self, child: ChildHandle, suspension: Suspension, *, recorded: bool) -> None:
         """Have a child stand still whose row says that it does."""
-        ward.suspension_unsaved = False
+        child.suspension_unsaved = False
         if recorded and suspension.lasts:
             failpoints.at("supervisor.suspending")
             if self._is_replaced():
                 return  # the next one has read the row, and somebody may have resumed it since
-            self._enforcement.suspend(ward)
+            self._enforcement.suspend(child)
             self._beat_at = -math.inf  # the next write tells whether it was stopped with the database locked
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
-    def _give_slot(self, ward: Ward, attempt: Attempt, back: Return, *, granted: bool) -> None:
+    def _give_slot(self, child: ChildHandle, attempt: Attempt, back: Return, *, granted: bool) -> None:
         """Let a body go on that has waited."""
-        ward.wants_slot = None
-        ward.got_on_at = self._clock.monotonic()
-        if granted and ward.peer is not None:
-            ward.slot = back.slot
-            self._ears.send(ward.peer, messages.SlotGranted(attempt.id, attempt.attempt, back.number))
+        child.wants_slot = None
+        child.got_on_at = self._clock.monotonic()
+        if granted and child.peer is not None:
+            child.slot = back.slot
+            self._ears.send(child.peer, messages.SlotGranted(attempt.id, attempt.attempt, back.number))
         elif not granted:
             self._recover_at = 0.0  # our picture of the slots is wrong; the child asks again
 
-    def _conclude(self, ward: Ward | None, attempt: Attempt, end: End, *, recorded: bool) -> None:
+    def _conclude(self, child: ChildHandle | None, attempt: Attempt, end: End, *, recorded: bool) -> None:
         if recorded:
-            _log_end(attempt, ward.name if ward is not None else self._recovery.names.get(attempt, ""), end)
-        if ward is None:
+            _log_end(attempt, child.name if child is not None else self._recovery.names.get(attempt, ""), end)
+        if child is None:
             return
-        ward.become_free()
-        if ward.dead_since is not None:
-            if ward.who not in self._exits:
-                self._fork_servers.tell_all(messages.ExitsSeen([ward.who]))  # its fork server's word is needed no more
-            self._wards.keep_log(ward, attempt, self._config.log_max_bytes)
-            self._wards.forget(ward)
-        elif ward.peer is not None:
-            self._ears.send(ward.peer, messages.Ack(attempt.id, attempt.attempt))
-            self._enforcement.expect_to_leave(ward)
+        child.become_free()
+        if child.dead_since is not None:
+            if child.who not in self._exits:
+                self._fork_servers.tell_all(messages.ExitsSeen([child.who]))  # its fork server's word is needed no more
+            self._children.keep_log(child, attempt, self._config.log_max_bytes)
+            self._children.forget(child)
+        elif child.peer is not None:
+            self._ears.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
+            self._enforcement.expect_to_leave(child)
             failpoints.at("supervisor.acknowledged")
 
-    def _start(self, claim: Claim, ward: Ward, *, claimed: bool) -> None:
+    def _start(self, claim: Claim, child: ChildHandle, *, claimed: bool) -> None:
         if not claimed:
             self._look = True
             if self._passing_over_until is None:
                 self._recover_at = 0.0  # our picture of the slots may be wrong
             return
-        assert ward.peer is not None  # noqa: S101 - an idle ward has one
+        assert child.peer is not None  # noqa: S101 - an idle child has one
         self._recovery.unordered.discard(claim.attempt)
-        if ward.handle is not None and ward.handle.is_dead():  # since the claim was composed: nothing has begun
+        if child.handle is not None and child.handle.is_dead():  # since the claim was composed: nothing has begun
             self._recovery.unbegun.add(claim.attempt)
             return
         due, attempt = claim.due, claim.attempt
-        run_place = self._ears.send(ward.peer, claim.order())
-        ward.begin(claim, run_place, ward.peer.channel.queued_bytes, self._clock.monotonic())
+        run_place = self._ears.send(child.peer, claim.order())
+        child.begin(claim, run_place, child.peer.channel.queued_bytes, self._clock.monotonic())
         failpoints.at("supervisor.ordered")
-        log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, ward.who.pid)
+        log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.who.pid)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:
         """The database is locked, full or away: nothing is lost, the next pass composes the same and more."""
@@ -772,7 +776,7 @@ class Supervisor:
             log.error("%s; bodies go on, trying again", error)
 
     def _beat_every_s(self) -> float:
-        is_compared = any(ward.slot is not None for ward in self._wards.running())
+        is_compared = any(child.slot is not None for child in self._children.running())
         return min(BEAT_EVERY_S, self._config.heartbeat_s) if is_compared else BEAT_EVERY_S
 
     def _is_worth_a_row(self) -> bool:
@@ -822,16 +826,16 @@ class Supervisor:
         if self._recovery.ends or self._recovery.unbegun or (self._look and self._may_admit()):
             return self._put_off_until
         moments = []
-        for ward in self._wards.running():
-            is_ordered = ward.order is not None and ward.order.unsent
-            if ward.end is not None or ward.never_told or is_ordered or ward.suspension_unsaved:
+        for child in self._children.running():
+            is_ordered = child.order is not None and child.order.unsent
+            if child.end is not None or child.never_told or is_ordered or child.suspension_unsaved:
                 return self._put_off_until
-            if ward.note.tells_progress:  # signs of life and usage go with whatever is written next
+            if child.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))
         return min(moments, default=None)
 
     def _examine_due_at(self, now: float) -> float | None:
-        waiting = any(ward.dead_since is not None and ward.end is None for ward in self._wards)
+        waiting = any(child.dead_since is not None and child.end is None for child in self._children)
         return now + EXAMINE_EVERY_S if waiting else None
 
     # itself
@@ -856,10 +860,10 @@ class Supervisor:
             self._lock.touch()
         self._check_files()
         self._look_if_changed()
-        self._fork_servers.sweep_inherited({ward.who.pid for ward in self._wards} | self._boards.pids)
+        self._fork_servers.sweep_inherited({child.who.pid for child in self._children} | self._boards.pids)
         self._send_away_unneeded()
         self._fork_servers.give_up_on_the_silent()
-        if self._recovery.done_once and not any(ward.dead_since is not None for ward in self._wards):
+        if self._recovery.done_once and not any(child.dead_since is not None for child in self._children):
             self._fork_servers.forget_the_dead()
         self._ears.tidy()
         self._housekeeping.keep(self._config.keep_days)
@@ -893,8 +897,8 @@ class Supervisor:
     def _leave_if_done(self) -> None:
         if self._leaving is not None:
             return
-        running = self._wards.running()
-        if self._draining is not None and all(_is_left_waiting(ward) for ward in running):
+        running = self._children.running()
+        if self._draining is not None and all(_is_left_waiting(child) for child in running):
             waiting = f"; {len(running)} wait for tasks that the next supervisor starts" if running else ""
             self._leaving = f"{self._draining}, and nothing runs any more{waiting}"
         elif running:
@@ -909,27 +913,27 @@ class Supervisor:
 
     def _send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of other fork servers, whose exits would not be seen."""
-        idle = [ward for ward in self._wards if ward.idle]
-        ours = [ward for ward in idle if ward.fork_server == self._fork_servers.our_who]
+        idle = [child for child in self._children if child.idle]
+        ours = [child for child in idle if child.fork_server == self._fork_servers.our_who]
         kept = set(ours if self._backlog else ours[: self._config.spares])
-        for ward in idle:
-            if ward not in kept and ward.peer is not None:
-                self._ears.send(ward.peer, messages.Leave())
-                self._enforcement.expect_to_leave(ward)
+        for child in idle:
+            if child not in kept and child.peer is not None:
+                self._ears.send(child.peer, messages.Leave())
+                self._enforcement.expect_to_leave(child)
 
     def _leave(self) -> None:
         """Go without taking anybody along: bodies live on, idle children and an empty fork server are sent away."""
         failpoints.at("supervisor.leaving")
         self._notifier.stopping(f"leaving: {self._leaving}")
-        log.info("leaving: %s; %d running", self._leaving, len(self._wards.running()))
-        for ward in self._wards:
-            if ward.idle and ward.peer is not None:
-                self._ears.send(ward.peer, messages.Leave())
+        log.info("leaving: %s; %d running", self._leaving, len(self._children.running()))
+        for child in self._children:
+            if child.idle and child.peer is not None:
+                self._ears.send(child.peer, messages.Leave())
         # guard, always: no exit is acknowledged before all rows are compared
         if self._recovery.done_once:  # else a row may depend on one of them
-            self._acknowledge([who for who in self._exits if who not in self._wards])
+            self._acknowledge([who for who in self._exits if who not in self._children])
         self._fork_servers.tell_all(messages.Retire())
-        if not self._wards.running():
+        if not self._children.running():
             self._boards.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
             if self._is_worth_a_row() and self._lock.is_intact():  # else the row is the next one's
@@ -942,10 +946,10 @@ class Supervisor:
                 stream.flush()
 
 
-def _is_left_waiting(ward: Ward) -> bool:
+def _is_left_waiting(child: ChildHandle) -> bool:
     """Whether a draining supervisor may leave a task: it waits without a slot, and nobody has ordered its end."""
     # guard, last condition: stop --kill waits for tasks without a slot
-    return ward.slot is None and ward.end is None and ward.order is None
+    return child.slot is None and child.end is None and child.order is None
 
 
 def _log_end(attempt: Attempt, name: str, end: End) -> None:

@@ -14,7 +14,7 @@ from bgsupervisor.system.processes import Exit, Verdict
 
 if TYPE_CHECKING:
     from bgsupervisor.ipc.messages import Exited
-    from bgsupervisor.supervisor.children import Ward
+    from bgsupervisor.supervisor.children import ChildHandle
     from bgsupervisor.system.oom import OomWatch
     from bgsupervisor.system.processes import ProcessHandle
 
@@ -24,11 +24,11 @@ EXIT_WAIT_S = 0.5
 """How long the fork server's word on a dead child is waited for before other evidence is taken."""
 
 
-def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inherited: bool) -> Exit | None:
+def exit_of(child: ChildHandle, exited: Exited | None, *, now: float, wait_s: float, inherited: bool) -> Exit | None:
     """Return how a dead child's process ended, (None, None) where nobody saw; None while better evidence may come.
 
     Args:
-        ward: The dead child.
+        child: The dead child.
         exited: What its fork server reported.
         now: Monotonic.
         wait_s: How long after the death the fork server is waited for.
@@ -36,27 +36,27 @@ def exit_of(ward: Ward, exited: Exited | None, *, now: float, wait_s: float, inh
     """
     if exited is not None and (exited.exit_code, exited.signal) != (None, None):
         return Exit(exited.exit_code, exited.signal)
-    if inherited and ward.handle is not None:
-        reaped = _reap(ward.handle)
+    if inherited and child.handle is not None:
+        reaped = _reap(child.handle)
         if reaped is not None:
             return reaped
     # guard, last condition: the fork server's report is awaited before VANISHED
-    if ward.dead_since is None or now - ward.dead_since < wait_s:
+    if child.dead_since is None or now - child.dead_since < wait_s:
         return None
-    seen = None if ward.handle is None else ward.handle.exit_status()
+    seen = None if child.handle is None else child.handle.exit_status()
     if seen is not None:
         return seen
     # guard: a second look precedes VANISHED
-    if processes.verdict(ward.identity) is not Verdict.DEAD:  # psutil confirms
-        ward.dead_since = now
+    if processes.verdict(child.identity) is not Verdict.DEAD:  # psutil confirms
+        child.dead_since = now
         return None
     return Exit(None, None)
 
 
-def end_of(ward: Ward, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
+def end_of(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
     """Return what is recorded of a child that died before it reported."""
     facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
-    order = ward.order
+    order = child.order
     ordered = exited.ordered if exited is not None else None
     if ordered is None and order is not None and order.stage >= Stage.TERM and not order.unsent:
         ordered = order.reason
@@ -64,11 +64,11 @@ def end_of(ward: Ward, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
         detail = order.detail() if order is not None else "ended by its supervisor, which could not record it before"
         return End(reason=ordered, detail=detail, **facts)
     if exit.signal is not None:
-        evidence = _oom_evidence(ward, exit, oom)
+        evidence = _oom_evidence(child, exit, oom)
         if evidence is not None:
             return End(reason=Reason.OUT_OF_MEMORY, detail=evidence, **facts)
         detail = f"killed by {_signal_name(exit.signal)}, which bgsupervisor did not send"
-        if ward.suspension.lasts:
+        if child.suspension.lasts:
             detail += ", while it was suspended"
         return End(reason=Reason.SIGNALLED, detail=detail, **facts)
     if exit.exit_code is not None:
@@ -77,10 +77,10 @@ def end_of(ward: Ward, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
     return End(reason=Reason.VANISHED, detail="its process is gone and nobody could see how it ended")
 
 
-def _oom_evidence(ward: Ward, exit: Exit, oom: OomWatch) -> str | None:
-    if exit.signal != signal.SIGKILL or ward.oom is None:
+def _oom_evidence(child: ChildHandle, exit: Exit, oom: OomWatch) -> str | None:
+    if exit.signal != signal.SIGKILL or child.oom is None:
         return None
-    return oom.evidence(ward.identity.pid, ward.oom)
+    return oom.evidence(child.identity.pid, child.oom)
 
 
 def _signal_name(number: int) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
     from bgsupervisor.database.store import TaskRecord
-    from bgsupervisor.supervisor.children import Ward, Wards
+    from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import Reception
     from bgsupervisor.system.processes import ProcessIdentity
 
@@ -44,11 +44,11 @@ class Recovery:
     """
 
     def __init__(
-        self, config: Config, own: ProcessIdentity, wards: Wards, ears: Reception, clock: AttendedClock
+        self, config: Config, own: ProcessIdentity, children: Children, ears: Reception, clock: AttendedClock
     ) -> None:
         self.config = config
         self._own = own
-        self._wards = wards
+        self._children = children
         self._ears = ears
         self._clock = clock
         self.ends: dict[Attempt, End] = {}
@@ -66,12 +66,12 @@ class Recovery:
         self._pass_over(record for record in records if "attempt" in record.unreadable)
         rows = {Attempt(one.id, one.attempt): one for one in records if "attempt" not in one.unreadable}
         self.names = {attempt: record.name for attempt, record in rows.items()}
-        for ward in self._wards:
-            self._drop_ended(ward, rows.keys())  # first: a reused child may be at its next attempt already
+        for child in self._children:
+            self._drop_ended(child, rows.keys())  # first: a reused child may be at its next attempt already
         for record in rows.values():
             self._compare_row(record)
-        for ward in self._wards:
-            self._compare_ward(ward, rows.keys())
+        for child in self._children:
+            self._compare_child(child, rows.keys())
         self.done_once = True
 
     def _pass_over(self, records: Iterable[TaskRecord]) -> None:
@@ -100,69 +100,69 @@ class Recovery:
             # Whatever host name the row has: a SQLite file has only ever been used on this one.
             who = Who(record.pid, record.start_ticks or 0)
             # guard: running bodies are adopted
-            self._adopt(self._wards.meet(self.identity_of(who)), record)
+            self._adopt(self._children.meet(self.identity_of(who)), record)
 
     def identity_of(self, who: Who) -> ProcessIdentity:
         """Return who a process of this host, boot and PID namespace is."""
         return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)
 
-    def _adopt(self, ward: Ward, record: TaskRecord) -> None:
+    def _adopt(self, child: ChildHandle, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)
-        if ward.handle is None and ward.dead_since is None:
-            self._wards.look_again(ward)
-        self._wards.recognise(ward)
-        if self._wards.is_stranger(ward):
-            detail = f"its row names PID {ward.who.pid}, which bgsupervisor did not start; it was written by hand"
+        if child.handle is None and child.dead_since is None:
+            self._children.look_again(child)
+        self._children.recognise(child)
+        if self._children.is_stranger(child):
+            detail = f"its row names PID {child.who.pid}, which bgsupervisor did not start; it was written by hand"
             self.ends[attempt] = End(reason=Reason.VANISHED, detail=detail)
             return
-        if ward.attempt == attempt:
-            ward.slot = record.slot  # it may have given it to others, or taken one again
-        if ward.attempt is not None or (ward.says is not None and ward.says != attempt):
+        if child.attempt == attempt:
+            child.slot = record.slot  # it may have given it to others, or taken one again
+        if child.attempt is not None or (child.says is not None and child.says != attempt):
             return  # known, or its last end is on the way: the next look will tell
-        if ward.says is None and ward.idle:
+        if child.says is None and child.idle:
             self.unbegun.add(attempt)
-        if ward.says is not None or not ward.idle:
+        if child.says is not None or not child.idle:
             log.info(
                 "task %d (%s), attempt %d, is run by PID %d; looking after it",
                 *attempt_of(attempt, record),
-                ward.who.pid,
+                child.who.pid,
             )
-        ward.attempt, ward.name, ward.slot = attempt, record.name, record.slot
-        ward.started_at = self._clock.attended(record.started_mono or self._clock.machine_monotonic())
-        ward.says = ward.leave_by = None
-        ward.to_be_suspended = record.suspend_requested_at is not None
-        ward.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
-        ward.suspension_unsaved = ward.suspension.lasts  # the commit may have been an earlier supervisor's last act
+        child.attempt, child.name, child.slot = attempt, record.name, record.slot
+        child.started_at = self._clock.attended(record.started_mono or self._clock.machine_monotonic())
+        child.says = child.leave_by = None
+        child.to_be_suspended = record.suspend_requested_at is not None
+        child.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
+        child.suspension_unsaved = child.suspension.lasts  # the commit may have been an earlier supervisor's last act
         # guard: an ending that an earlier supervisor began continues
-        if record.ending is not None and ward.order is None:
-            self._resume_order(ward, record, record.ending)
+        if record.ending is not None and child.order is None:
+            self._resume_order(child, record, record.ending)
 
-    def _resume_order(self, ward: Ward, record: TaskRecord, ending: Reason) -> None:
+    def _resume_order(self, child: ChildHandle, record: TaskRecord, ending: Reason) -> None:
         """Go on ending what an earlier supervisor was ending: its reason stands in the row, so it must come true."""
         why = (record.detail or str(ending)).partition("; ")[0]
         # The signal that was recorded may not have been sent: after another grace it is, and only then a stronger one.
         next_at = self._clock.monotonic() + self.config.grace_s
-        ward.order = Order(ending, why, record.cancel_requested_by, next_at)
+        child.order = Order(ending, why, record.cancel_requested_by, next_at)
 
-    def _drop_ended(self, ward: Ward, running: Collection[Attempt]) -> None:
-        if ward.attempt is not None and ward.attempt not in running and ward.end is None:
-            says = ward.says
-            ward.become_free()  # the child has recorded its end itself
-            ward.says = says
+    def _drop_ended(self, child: ChildHandle, running: Collection[Attempt]) -> None:
+        if child.attempt is not None and child.attempt not in running and child.end is None:
+            says = child.says
+            child.become_free()  # the child has recorded its end itself
+            child.says = says
 
-    def _compare_ward(self, ward: Ward, running: Collection[Attempt]) -> None:
-        if ward.says is None or ward.says in running:
+    def _compare_child(self, child: ChildHandle, running: Collection[Attempt]) -> None:
+        if child.says is None or child.says in running:
             return
-        if ward.end is not None and ward.peer is not None:
-            self._ears.send(ward.peer, messages.Ack(ward.says.id, ward.says.attempt))  # recorded or superseded
-        if ward.end is not None or ward.dead_since is not None:
-            ward.become_free()
+        if child.end is not None and child.peer is not None:
+            self._ears.send(child.peer, messages.Ack(child.says.id, child.says.attempt))  # recorded or superseded
+        if child.end is not None or child.dead_since is not None:
+            child.become_free()
         else:
             log.warning(
                 "PID %d runs task %d, attempt %d, but the row says otherwise",
-                ward.who.pid,
-                ward.says.id,
-                ward.says.attempt,
+                child.who.pid,
+                child.says.id,
+                child.says.attempt,
             )
 
     def _judge_by_lease(self, record: TaskRecord) -> None:
