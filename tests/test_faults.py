@@ -30,7 +30,7 @@ from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import FORK_S
 from bgsupervisor.supervisor.recovery import Recovery
 from bgsupervisor.supervisor.wait_manager import Boards
@@ -154,9 +154,11 @@ def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path
     folder = StateDir(tmp_path / "state")
     folder.create()
     clock = SetClock()
-    ears = Reception(folder, clock)
+    sources = EventSources(folder, clock)
     own = processes.own_identity("here")
-    boards = Boards(folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
+    boards = Boards(
+        folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
+    )
     tries = []
 
     def start(self):
@@ -175,7 +177,7 @@ def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path
     boards.check()
     boards.check()
     assert len(tries) == 2
-    ears.close()
+    sources.close()
 
 
 def test_boards_that_die_at_once_are_started_ever_more_seldom(tmp_path):
@@ -183,17 +185,19 @@ def test_boards_that_die_at_once_are_started_ever_more_seldom(tmp_path):
     folder.create()
     (folder.path / "authkey").mkdir()  # no board can live with it
     clock = SetClock()
-    ears = Reception(folder, clock)
+    sources = EventSources(folder, clock)
     own = processes.own_identity("here")
-    boards = Boards(folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), ears, clock)
+    boards = Boards(
+        folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
+    )
     began, deaths = time.monotonic(), 0
     boards.want()
     while time.monotonic() - began < 2.0:
-        for who in ears.hear(ears.rest(0.1)).deaths:
+        for who in sources.hear(sources.rest(0.1)).deaths:
             boards.died(who)
             deaths += 1
         boards.check()
-    ears.close()
+    sources.close()
     assert 1 <= deaths <= 3
 
 

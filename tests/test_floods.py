@@ -16,7 +16,7 @@ from bgsupervisor.ledger.waits import EVERYBODY
 from bgsupervisor.statuses import Status
 from bgsupervisor.supervisor.events import RINGS_AT_ONCE as PASSES_AT_ONCE
 from bgsupervisor.supervisor.events import RINGS_PER_S as PASSES_PER_S
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.worker import wait_manager
 from bgsupervisor.worker.wait_manager import KEY_CHARS, RINGS_AT_ONCE, RINGS_PER_S, Bells
 
@@ -128,23 +128,23 @@ def test_a_datagram_that_is_no_ring_ends_no_thread_and_rings_nothing(caretaker, 
 def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):
     folder, clock = StateDir(tmp_path / "state"), Steady()
     folder.create()
-    ears = Reception(folder, clock)
+    sources = EventSources(folder, clock)
     passes = 0
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         for _ in range(1000):
             sender.sendto(b"*\ntask:5\n*", str(folder.wake))
-            heard = ears.hear(ears.rest(0.0))
+            heard = sources.hear(sources.rest(0.0))
             passes += heard.rung
             assert len(heard.keys) <= 2
             if not heard.rung:
                 break
         assert PASSES_AT_ONCE <= passes <= PASSES_AT_ONCE + 1
         clock.moment += 1 / PASSES_PER_S
-        assert ears.hear(ears.rest(0.0)).rung, "what came meanwhile is not lost"
-        ears.bind()
+        assert sources.hear(sources.rest(0.0)).rung, "what came meanwhile is not lost"
+        sources.bind()
         sender.sendto(b"*", str(folder.wake))
-        assert ears.hear(ears.rest(0.0)).rung, "a socket that is bound anew is heard"
-    ears.close()
+        assert sources.hear(sources.rest(0.0)).rung, "a socket that is bound anew is heard"
+    sources.close()
 
 
 SOURCE = """

@@ -36,7 +36,7 @@ from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.children import ChildHandle, Children, Order, Stage
 from bgsupervisor.supervisor.enforcement import Enforcement
-from bgsupervisor.supervisor.events import Peer, Reception
+from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import ForkServers
 from bgsupervisor.supervisor.loop import Supervisor
 from bgsupervisor.system import processes
@@ -152,15 +152,15 @@ def test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more(mak
     process, identity = living_child()
     state_dir.fork_server_path(identity.pid, identity.start_ticks).touch()
     clock = SystemClock()
-    ears = Reception(state_dir, clock)
+    sources = EventSources(state_dir, clock)
     try:
-        found = ForkServers(app.service.config, state_dir, processes.own_identity("here"), ears, clock)
+        found = ForkServers(app.service.config, state_dir, processes.own_identity("here"), sources, clock)
         assert found.awaited()  # noqa: PGH005 - no mock
     finally:
         process.kill()
         process.wait()
     assert not found.awaited()
-    ears.close()
+    sources.close()
 
 
 def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
@@ -172,15 +172,15 @@ def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_pa
 def test_all_that_a_dead_child_has_written_is_read(tmp_path):
     state_dir = StateDir(tmp_path / "state")
     state_dir.create()
-    ears = Reception(state_dir, SystemClock())
+    sources = EventSources(state_dir, SystemClock())
     ours, theirs = socket.socketpair()
     child = Channel(theirs)
     said = Ended(1, 1, End(result='"' + "x" * 50_000 + '"'))
     child.send(said)
     assert not child.unsent_bytes
     child.close()
-    assert ears.last_words(Peer(Channel(ours), os.getpid(), 0.0)) == [said]
-    ears.close()
+    assert sources.last_words(Peer(Channel(ours), os.getpid(), 0.0)) == [said]
+    sources.close()
 
 
 # ---- commits come first ----
@@ -336,7 +336,7 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
         boards=SimpleNamespace(leave=lambda: None),
         is_worth_a_row=lambda: False,
         store=SimpleNamespace(close=lambda: None),
-        ears=SimpleNamespace(close=lambda: None),
+        sources=SimpleNamespace(close=lambda: None),
     )
     supervisor._leave()
     assert told == [*([ExitsSeen([exited.who])] if done_once else []), Retire()], "a row may depend on it"
@@ -344,7 +344,7 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
 
 def test_an_end_that_was_superseded_is_acknowledged():
     sent = []
-    supervisor = supervisor_with(ears=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
+    supervisor = supervisor_with(sources=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
     peer = SimpleNamespace(who=None)
     child = ChildHandle(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
     supervisor._take_end(child, Ended(7, 1, End(result="1")))
@@ -391,7 +391,7 @@ def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage()
         config=None,
         children=[],
         fork_servers=SimpleNamespace(get=lambda _: fork_server),
-        ears=SimpleNamespace(send=lambda _, message: sent.append(message)),
+        sources=SimpleNamespace(send=lambda _, message: sent.append(message)),
         clock=SystemClock(),
     )
     child = ChildHandle(processes.own_identity("test"), None)
@@ -409,11 +409,11 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
 
     clock = AttendedClock(SystemClock(), longest_s=2.0)
     child = ChildHandle(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
-    Enforcement(config=None, children=Held([child]), fork_servers=None, ears=None, clock=clock).enforce()
+    Enforcement(config=None, children=Held([child]), fork_servers=None, sources=None, clock=clock).enforce()
     assert not child.suspension.lasts
     assert not child.suspension_unsaved
     _, child.handle = processes.look(child.identity)
     with child.handle:
-        Enforcement(config=None, children=Held([child]), fork_servers=None, ears=None, clock=clock).enforce()
+        Enforcement(config=None, children=Held([child]), fork_servers=None, sources=None, clock=clock).enforce()
     assert child.suspension.lasts
     assert child.suspension_unsaved

@@ -19,7 +19,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.channel import Channel
 from bgsupervisor.ipc.messages import ForkServerHello, Progress, Spawn, Who
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.supervisor.events import Peer, Reception
+from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, ForkServerHandle, ForkServers
 from bgsupervisor.system import processes
 
@@ -187,8 +187,8 @@ def fork_servers(tmp_path, make_app):
     state_dir = StateDir(app.state_dir)
     state_dir.create()
     clock = LateClock()
-    ears = Reception(state_dir, clock)
-    found = ForkServers(app.service.config, state_dir, processes.own_identity("test"), ears, clock)
+    sources = EventSources(state_dir, clock)
+    found = ForkServers(app.service.config, state_dir, processes.own_identity("test"), sources, clock)
     ours, theirs = socket.socketpair()
     who = Who(1, 1)
     hello = ForkServerHello(version=1, who=who, catalogue={}, failures=[], warnings=[], children=[], exits=[])
@@ -199,7 +199,7 @@ def fork_servers(tmp_path, make_app):
     yield found, clock, Channel(theirs)
     theirs.close()
     ours.close()
-    ears.close()
+    sources.close()
 
 
 def test_a_child_that_hangs_before_its_hello_is_killed_and_not_counted_any_more(fork_servers):

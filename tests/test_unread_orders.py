@@ -18,7 +18,7 @@ from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, Run, Who
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.supervisor.children import ChildHandle
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import ForkServers
 from bgsupervisor.system import processes
 
@@ -139,9 +139,9 @@ def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_
     app = make_app(SOURCE)
     state_dir = StateDir(app.state_dir)
     state_dir.create()
-    ears = Reception(state_dir, SystemClock())
+    sources = EventSources(state_dir, SystemClock())
     own = processes.own_identity("here")
-    found = ForkServers(app.service.config, state_dir, own, ears, SystemClock())
+    found = ForkServers(app.service.config, state_dir, own, sources, SystemClock())
     assert not found.can_report_no_more(None), "nothing is known of any"
     with subprocess.Popen(["sleep", "600"]) as process:
         who = Who(process.pid, processes.start_ticks(process.pid))
@@ -152,4 +152,4 @@ def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_
     assert found.can_report_no_more(None)
     assert found.can_report_no_more(who)
     assert not found.can_report_no_more(Who(own.pid, own.start_ticks))
-    ears.close()
+    sources.close()

@@ -21,7 +21,7 @@ from conftest import LIMIT_S, App, pausing_path, wait_until
 from bgsupervisor import Status, failpoints
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.wait_manager import Boards
 from bgsupervisor.system import processes
 
@@ -762,13 +762,13 @@ def test_bodies_and_fork_server_change_over_from_a_supervisor_that_is_stopped_fo
 def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
     state_dir, clock = StateDir(tmp_path / "state"), SystemClock()
     state_dir.create()
-    ears = Reception(state_dir, clock)
+    sources = EventSources(state_dir, clock)
     own = processes.own_identity("test")
 
     def identity_of(who):
         return dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks)
 
-    boards = Boards(state_dir, identity_of, ears, clock)
+    boards = Boards(state_dir, identity_of, sources, clock)
     boards.want()
     boards.check()
 
@@ -776,7 +776,7 @@ def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
 
     [pid] = boards.pids
     assert os.waitpid(pid, 0) == (pid, signal.SIGKILL)
-    ears.close()
+    sources.close()
 
 
 # ---- the list of points ----

@@ -39,7 +39,7 @@ from bgsupervisor.ipc.messages import (
 from bgsupervisor.ipc.sockets import connect
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.system import processes
 
 ME = Who(os.getpid(), 5)
@@ -318,7 +318,7 @@ def state_dir(tmp_path):
 
 @pytest.fixture
 def reception(state_dir):
-    reception = Reception(state_dir, SystemClock())
+    reception = EventSources(state_dir, SystemClock())
     yield reception
     reception.close()
 
@@ -513,7 +513,7 @@ def test_a_death_is_heard_once(reception):
 
 
 def test_signals_end_the_rest_and_are_heard_until_the_reception_is_closed(state_dir):
-    reception = Reception(state_dir, SystemClock())
+    reception = EventSources(state_dir, SystemClock())
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     try:
         reception.listen_to_signals(tuple(before))
@@ -544,7 +544,7 @@ def test_a_socket_whose_name_is_gone_is_noticed_and_bound_again(reception, state
 
 
 def test_who_takes_the_names_over_is_noticed(reception, state_dir):
-    successor = Reception(state_dir, SystemClock())
+    successor = EventSources(state_dir, SystemClock())
     assert not reception.sockets_stand()
     assert successor.sockets_stand()
     successor.close()
@@ -555,7 +555,7 @@ def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
         return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
     before = held()
-    reception = Reception(state_dir, SystemClock())
+    reception = EventSources(state_dir, SystemClock())
     path = tmp_path / "db-wal"
     path.touch()
     reception.watch_file(path)
@@ -576,7 +576,7 @@ def test_another_user_who_may_dial_is_not_heard(caplog):
     with open_folder() as folder:
         state_dir = StateDir(folder / "state")
         state_dir.create()
-        reception = Reception(state_dir, SystemClock())
+        reception = EventSources(state_dir, SystemClock())
         for path, mode in [(state_dir.path, 0o755), (state_dir.control, 0o666)]:
             path.chmod(mode)
         with caplog.at_level(logging.WARNING, "bgsupervisor"):

@@ -39,8 +39,8 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
     """Return the circle that keeps *start* from ever going on, or None if it can still go on.
 
     Args:
-        start: The task that is about to wait; its needs are among *needs*.
-        needs: For each task that waits, or has not started and must come after others, all that it needs. A task that
+        start: The task that is about to wait; its edges are among *edges*.
+        edges: For each task that waits, or has not started and must come after others, all that it needs. A task that
             is not named runs or has ended, and so can bring about whatever is expected of it.
 
     Returns:

@@ -196,7 +196,7 @@ class Claim:
         """The attempt that the claim begins."""
         return Attempt(self.due.id, self.due.attempt + 1)
 
-    def order(self) -> Run:
+    def assignment(self) -> Run:
         """Return the order by which the child begins it."""
         due = self.due
         return Run(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ipc.messages import ChildHello, End
     from bgsupervisor.ledger.transitions import Claim
     from bgsupervisor.statuses import Reason
-    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.supervisor.events import EventSources, Peer
     from bgsupervisor.system.oom import Counters
     from bgsupervisor.system.processes import ProcessHandle
     from bgsupervisor.system.stacks import Question
@@ -193,8 +193,8 @@ class ChildHandle:
 class Children:
     """All children that are known, by PID and start ticks."""
 
-    def __init__(self, ears: Reception, logs_folder: Path, clock: Clock) -> None:
-        self._ears = ears
+    def __init__(self, sources: EventSources, logs_folder: Path, clock: Clock) -> None:
+        self._sources = sources
         self._logs = logs_folder
         self._clock = clock
         self._all: dict[Who, ChildHandle] = {}
@@ -272,18 +272,18 @@ class Children:
         if verdict is Verdict.DEAD:
             child.dead_since = self._clock.monotonic()
         elif child.handle is not None:
-            self._ears.watch_process(child.who, child.handle)
+            self._sources.watch_process(child.who, child.handle)
             child.oom = self.oom.counters_of(child.identity.pid)
 
     def forget(self, child: ChildHandle) -> None:
         """Let go of a dead child; its empty log goes with it."""
         child.forget_question()
         self._named.discard(child.who)
-        self._ears.unwatch_process(child.who)
+        self._sources.unwatch_process(child.who)
         if child.handle is not None:
             child.handle.close()
         if child.peer is not None:
-            self._ears.let_go(child.peer)
+            self._sources.let_go(child.peer)
         self._all.pop(child.who, None)
         with contextlib.suppress(OSError):
             if self.log_of(child).stat().st_size == 0:

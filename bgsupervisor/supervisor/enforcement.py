@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.ledger.transitions import Wish
     from bgsupervisor.supervisor.children import ChildHandle, Children
-    from bgsupervisor.supervisor.events import Reception
+    from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.supervisor.forkservers import ForkServers
 
 __all__ = ["Enforcement"]
@@ -58,12 +58,12 @@ class Enforcement:
     """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
 
     def __init__(
-        self, config: Config, children: Children, fork_servers: ForkServers, ears: Reception, clock: AttendedClock
+        self, config: Config, children: Children, fork_servers: ForkServers, sources: EventSources, clock: AttendedClock
     ) -> None:
         self.config = config
         self._children = children
         self._fork_servers = fork_servers
-        self._ears = ears
+        self._sources = sources
         self._clock = clock
         self._limits_at = 0.0
         self._usage_at = 0.0
@@ -222,7 +222,7 @@ class Enforcement:
         if fork_server is None or fork_server.peer.channel.closed:
             return False
         number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
-        self._ears.send(fork_server.peer, messages.KillOrder(child.who, number, order.reason))
+        self._sources.send(fork_server.peer, messages.KillOrder(child.who, number, order.reason))
         return True
 
     def expect_to_leave(self, child: ChildHandle) -> None:
@@ -234,7 +234,7 @@ class Enforcement:
         if child.attempt is not None and child.peer is not None and child.connected:
             id, attempt = child.attempt.id, child.attempt.attempt
             cancel = messages.Cancel(id=id, attempt=attempt, reason=order.reason, why=order.why, by=order.by)
-            self._ears.send(child.peer, cancel)
+            self._sources.send(child.peer, cancel)
 
     def _endable(self) -> list[ChildHandle]:
         """Return the children that limits and orders still apply to.

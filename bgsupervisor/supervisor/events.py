@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ipc.statedir import StateDir
     from bgsupervisor.system.processes import ProcessHandle
 
-__all__ = ["Heard", "Peer", "Reception"]
+__all__ = ["EventSources", "Events", "Peer"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -73,13 +73,13 @@ class Peer:
 
 
 @dataclasses.dataclass(slots=True)
-class Heard:
+class Events:
     """What came in since the last pass."""
 
     messages: list[tuple[Peer, Message]] = dataclasses.field(default_factory=list)
     deaths: list[Who] = dataclasses.field(default_factory=list)
     signals: list[int] = dataclasses.field(default_factory=list)
-    rung: bool = False
+    woken: bool = False
     keys: list[str] = dataclasses.field(default_factory=list)
     database_touched: bool = False
     someone_left: bool = False
@@ -87,7 +87,7 @@ class Heard:
     @property
     def matters(self) -> bool:
         """Whether there is more than signs of life in it; a write to the database file is none until it is seen."""
-        if self.deaths or self.signals or self.rung or self.someone_left:
+        if self.deaths or self.signals or self.woken or self.someone_left:
             return True
         return not all(isinstance(message, Beat | BoardBeat) for _, message in self.messages)
 
@@ -105,7 +105,7 @@ class Watch(Protocol):
         """Give the descriptor back."""
 
 
-class Reception:
+class EventSources:
     """The sockets of the state directory and everything else that can wake the supervisor."""
 
     def __init__(self, state_dir: StateDir, clock: Clock) -> None:
@@ -127,7 +127,7 @@ class Reception:
         for end in (self._signals, self._signal_write):
             end.setblocking(False)
         self._listens_to_signals = False
-        self._selector.register(self._signals, selectors.EVENT_READ, self._hear_signals)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
         self.bind()
 
     def bind(self) -> None:
@@ -142,7 +142,7 @@ class Reception:
         self._deaf, self._rings_again_at = False, None
         self._control, self._wake = control, wake
         self._selector.register(self._control, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake_up)
         self._inodes = {path: path.stat().st_ino for path in (self._state_dir.control, self._state_dir.wake)}
 
     def sockets_stand(self) -> bool:
@@ -178,13 +178,13 @@ class Reception:
             return
         with contextlib.suppress(OSError):
             self._watch = make()
-            self._selector.register(self._watch.fileno(), selectors.EVENT_READ, self._hear_write)
+            self._selector.register(self._watch.fileno(), selectors.EVENT_READ, self._on_database_write)
 
     def watch_process(self, who: Who, handle: ProcessHandle) -> None:
         """Hear of the death of the process that *handle* holds."""
         if who not in self._handles:
             self._handles[who] = handle
-            self._selector.register(handle, selectors.EVENT_READ, lambda heard, _mask: self._hear_death(heard, who))
+            self._selector.register(handle, selectors.EVENT_READ, lambda events, _mask: self._on_death(events, who))
 
     def unwatch_process(self, who: Who) -> None:
         """Hear nothing more of that process; its handle stays the caller's."""
@@ -193,12 +193,12 @@ class Reception:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(handle)
 
-    def rest(self, timeout_s: float) -> list[tuple[Callable[[Heard, int], None], int]]:
+    def rest(self, timeout_s: float) -> list[tuple[Callable[[Events, int], None], int]]:
         """Block until something is to be heard, at most *timeout_s*."""
         if self._rings_again_at is not None and self._wake is not None:
             left_s = self._rings_again_at - self._clock.monotonic()
             if left_s <= 0:
-                self._selector.register(self._wake, selectors.EVENT_READ, self._hear_ring)
+                self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake_up)
                 self._rings_again_at = None
             else:
                 timeout_s = min(timeout_s, left_s)
@@ -206,12 +206,12 @@ class Reception:
         ready = self._selector.select(timeout_s) or self._selector.select(0)
         return [(key.data, mask) for key, mask in ready]
 
-    def hear(self, ready: list[tuple[Callable[[Heard, int], None], int]]) -> Heard:
+    def hear(self, ready: list[tuple[Callable[[Events, int], None], int]]) -> Events:
         """Take in what `rest` found."""
-        heard = Heard()
+        events = Events()
         for take, mask in ready:
-            take(heard, mask)
-        return heard
+            take(events, mask)
+        return events
 
     def send(self, peer: Peer, message: Message) -> int:
         """Send without blocking; what the peer does not read now is written when it does."""
@@ -258,7 +258,7 @@ class Reception:
         if key is not None and key.events != events:
             self._selector.modify(descriptor, events, key.data)
 
-    def _accept(self, heard: Heard, mask: int) -> None:
+    def _accept(self, events: Events, mask: int) -> None:
         del mask
         assert self._control is not None  # noqa: S101 - registered only while it is bound
         for _ in range(ACCEPTS_PER_PASS):
@@ -282,23 +282,23 @@ class Reception:
             self._selector.register(
                 channel.fileno(),
                 selectors.EVENT_READ,
-                lambda heard, mask, peer=peer: self._hear_peer(heard, mask, peer),
+                lambda events, mask, peer=peer: self._on_readable(events, mask, peer),
             )
             # Its hello may be there already, and its death may be heard in this same pass: the word comes first.
-            self._hear_peer(heard, selectors.EVENT_READ, peer)
+            self._on_readable(events, selectors.EVENT_READ, peer)
 
-    def _hear_peer(self, heard: Heard, mask: int, peer: Peer) -> None:
+    def _on_readable(self, events: Events, mask: int, peer: Peer) -> None:
         del mask
         peer.channel.flush()
         try:
             for message in peer.channel.receive():
                 self._check(peer, message)
-                heard.messages.append((peer, message))
+                events.messages.append((peer, message))
         except WireError as error:
             self._tell_refusal(peer.pid, str(error))
             peer.channel.closed = True
         if peer.channel.closed:
-            heard.someone_left = True
+            events.someone_left = True
             self.let_go(peer)
         else:
             self._want(peer)
@@ -322,42 +322,42 @@ class Reception:
             raise WireError(f"it says that it is PID {message.who.pid}")
         peer.who = message.who
 
-    def _hear_death(self, heard: Heard, who: Who) -> None:
+    def _on_death(self, events: Events, who: Who) -> None:
         self.unwatch_process(who)
-        heard.deaths.append(who)
+        events.deaths.append(who)
 
-    def _hear_ring(self, heard: Heard, mask: int) -> None:
+    def _on_wake_up(self, events: Events, mask: int) -> None:
         del mask
         assert self._wake is not None  # noqa: S101 - registered only while it is bound
         found: dict[str, None] = {}
         with contextlib.suppress(OSError):
             for _ in range(RINGS_PER_PASS):
                 keys = self._wake.recv(RING_BYTES).decode("utf-8", "replace")
-                heard.rung = True
+                events.woken = True
                 if len(found) < KEYS_PER_PASS:
                     found |= dict.fromkeys(key for key in keys.split("\n") if key)
-        heard.keys += found
+        events.keys += found
         now = self._clock.monotonic()
-        if heard.rung and not self._ring_rate.allows(now):  # the rest waits in the socket, and fills it
+        if events.woken and not self._ring_rate.allows(now):  # the rest waits in the socket, and fills it
             self._selector.unregister(self._wake)
             self._rings_again_at = now + 1 / RINGS_PER_S
 
-    def _hear_write(self, heard: Heard, mask: int) -> None:
+    def _on_database_write(self, events: Events, mask: int) -> None:
         del mask
         if self._watch is None:
             return
         descriptor = self._watch.fileno()
         try:
-            heard.database_touched = self._watch.drain()
+            events.database_touched = self._watch.drain()
         except OSError:  # the server has hung up; `watch` is asked for another
             self._selector.unregister(descriptor)
             self._watch.close()
             self._watch = None
 
-    def _hear_signals(self, heard: Heard, mask: int) -> None:
+    def _on_signals(self, events: Events, mask: int) -> None:
         del mask
         with contextlib.suppress(OSError):
-            heard.signals += self._signals.recv(4096)
+            events.signals += self._signals.recv(4096)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

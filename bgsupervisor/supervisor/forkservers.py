@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.ipc.messages import Exited
     from bgsupervisor.ipc.statedir import StateDir
-    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.supervisor.events import EventSources, Peer
     from bgsupervisor.system.fingerprint import Stamp
     from bgsupervisor.system.processes import ProcessHandle
 
@@ -98,12 +98,12 @@ class ForkServers:
     """
 
     def __init__(
-        self, config: Config, state_dir: StateDir, own: ProcessIdentity, ears: Reception, clock: Clock
+        self, config: Config, state_dir: StateDir, own: ProcessIdentity, sources: EventSources, clock: Clock
     ) -> None:
         self.config = config
         self._state_dir = state_dir
         self._own = own
-        self._ears = ears
+        self._sources = sources
         self._clock = clock
         self._handles: dict[Who, ForkServerHandle] = {}
         self._started: dict[Who, _Started] = {}
@@ -196,7 +196,7 @@ class ForkServers:
             return True
         candidate = self._candidate
         if candidate is None or candidate.who != hello.who:
-            self._ears.send(peer, messages.Retire())
+            self._sources.send(peer, messages.Retire())
             return False
         self._candidate = None
         self._note_code(candidate, hello)
@@ -277,7 +277,7 @@ class ForkServers:
         if fork_server is not None and count > 0:
             fork_server.ordered_at = fork_server.ordered_at if fork_server.ordered else self._clock.monotonic()
             fork_server.ordered += count
-            self._ears.send(fork_server.peer, messages.Spawn(count))
+            self._sources.send(fork_server.peer, messages.Spawn(count))
 
     def give_up_on_the_silent(self) -> None:
         """Once a second: kill children that hang before their hello, replace a fork server that does not fork any more.
@@ -311,7 +311,7 @@ class ForkServers:
         """Send something to every fork server that can be spoken to."""
         for fork_server in self._handles.values():
             if not fork_server.peer.channel.closed:
-                self._ears.send(fork_server.peer, message)
+                self._sources.send(fork_server.peer, message)
 
     def sweep_inherited(self, known: Iterable[int]) -> None:
         """Kill what a dead task left when its fork server was dead too: it was reparented to this process."""
@@ -341,14 +341,14 @@ class ForkServers:
             log.error("cannot start a fork server: %s", error)  # noqa: TRY400 - the sentence says it
             self._start_at = self._clock.monotonic() + RESTART_S[-1]
             for caller in callers:
-                self._ears.send(caller, messages.Reloaded(False, f"cannot start a fork server: {error}"))
+                self._sources.send(caller, messages.Reloaded(False, f"cannot start a fork server: {error}"))
             return
         pid = process.pid or 0
         processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
         who = Who(pid, processes.start_ticks(pid) or -1)
         _, handle = processes.look(self._identity_of(who))
         if handle is not None:
-            self._ears.watch_process(who, handle)
+            self._sources.watch_process(who, handle)
         self._candidate = self._started[who] = _Started(process, who, handle, force, callers, stamp, stamped_at_ns)
 
     def _note_code(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
@@ -372,7 +372,7 @@ class ForkServers:
         self.our_who = hello.who
         if old is not None:
             failpoints.at("supervisor.reloaded")
-            self._ears.send(old.peer, messages.Retire())
+            self._sources.send(old.peer, messages.Retire())
         self._deaths = 0
         self.rejected = []
         failed = f"; failed to load: {', '.join(one.module for one in hello.failures)}" if hello.failures else ""
@@ -389,7 +389,7 @@ class ForkServers:
         last = missing[0].error.strip().splitlines()[-1:]
         detail = f"{names} failed to load ({''.join(last)}); the code that works stays in force"
         log.error("%s", detail)
-        self._ears.send(peer, messages.Leave())
+        self._sources.send(peer, messages.Leave())
         del self._handles[hello.who]
         self._answer(candidate, done=False, detail=detail, failures=missing)
 
@@ -398,7 +398,7 @@ class ForkServers:
     ) -> None:
         for caller in started.callers:
             if not caller.channel.closed:
-                self._ears.send(caller, messages.Reloaded(done, detail, list(failures)))
+                self._sources.send(caller, messages.Reloaded(done, detail, list(failures)))
 
     def _records(self) -> dict[Who, Path]:
         found = {}

@@ -35,7 +35,7 @@ from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.children import Children, Stage
 from bgsupervisor.supervisor.enforcement import Enforcement
-from bgsupervisor.supervisor.events import Reception
+from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import FIRST_HELLO_S, ForkServers
 from bgsupervisor.supervisor.housekeeping import Housekeeping
 from bgsupervisor.supervisor.recovery import Recovery
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ipc.statedir import StateDir
     from bgsupervisor.ledger.transitions import Due, Outcome, Suspension
     from bgsupervisor.supervisor.children import ChildHandle
-    from bgsupervisor.supervisor.events import Heard, Peer
+    from bgsupervisor.supervisor.events import Events, Peer
     from bgsupervisor.system.sd_notify import Notifier
 
 __all__ = ["Supervisor"]
@@ -139,13 +139,13 @@ class Supervisor:
         self._database_inode = self._store.inode()
         self._ledger = Ledger(self._store)
         self._clock = clock = AttendedClock(self._store.clock, longest_s=STOPPED_S)
-        self._ears = Reception(state_dir, clock)
-        self._children = Children(self._ears, state_dir.logs, clock)
-        self._fork_servers = ForkServers(config, state_dir, self._own, self._ears, clock)
-        self._recovery = Recovery(config, self._own, self._children, self._ears, clock)
-        self._enforcement = Enforcement(config, self._children, self._fork_servers, self._ears, clock)
+        self._sources = EventSources(state_dir, clock)
+        self._children = Children(self._sources, state_dir.logs, clock)
+        self._fork_servers = ForkServers(config, state_dir, self._own, self._sources, clock)
+        self._recovery = Recovery(config, self._own, self._children, self._sources, clock)
+        self._enforcement = Enforcement(config, self._children, self._fork_servers, self._sources, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
-        self._boards = Boards(state_dir, self._recovery.identity_of, self._ears, clock)
+        self._boards = Boards(state_dir, self._recovery.identity_of, self._sources, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._unattended_since: datetime | None = self._started_at - timedelta(
@@ -179,7 +179,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until told to leave; return the exit code. The caller leaves by os._exit."""
-        self._ears.listen_to_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
+        self._sources.listen_to_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
         status = f"supervising {masked(self._config.database)} with {self._config.slots} slots, PID {os.getpid()}"
         log.info("%s", status)
         self._notifier.ready(status)
@@ -191,8 +191,8 @@ class Supervisor:
 
     def tick(self) -> None:
         """One pass."""
-        heard = self._hear()
-        self._reap(heard)
+        events = self._hear()
+        self._reap(events)
         self._recover()
         self._enforce()
         claims = self._admit()
@@ -202,31 +202,31 @@ class Supervisor:
 
     # hear
 
-    def _hear(self) -> Heard:
+    def _hear(self) -> Events:
         """Rest until something happens or is due, and take it in; signs of life alone are no reason for a pass."""
         until = self._clock.monotonic() + self._rest_s()
         while True:
             moment = min([until, *self._touched_looks_at[:1]])
             self._clock.attend(counted_s=NET_S)  # a database that does not answer may have made the pass long
-            ready = self._ears.rest(max(0.0, moment - self._clock.monotonic()))
+            ready = self._sources.rest(max(0.0, moment - self._clock.monotonic()))
             if self._clock.attend(counted_s=0.0):
                 self._beat_at = -math.inf  # its row says for how long it was silent
-            heard = self._ears.hear(ready)
-            self._take_in(heard)
-            if heard.matters or self._look or self._clock.monotonic() >= until:
-                return heard
+            events = self._sources.hear(ready)
+            self._take_in(events)
+            if events.matters or self._look or self._clock.monotonic() >= until:
+                return events
 
-    def _take_in(self, heard: Heard) -> None:
-        for peer, message in heard.messages:
+    def _take_in(self, events: Events) -> None:
+        for peer, message in events.messages:
             self._take(peer, message)
-        for number in heard.signals:
+        for number in events.signals:
             self._take_signal(number)
-        if heard.rung:
+        if events.woken:
             self._look = True
-            self._boards.ring(heard.keys)
+            self._boards.ring(events.keys)
             self._heed_stop_mark()
         now = self._clock.monotonic()
-        if heard.database_touched:
+        if events.database_touched:
             self._touched_looks_at = [now, *(now + later_s for later_s in TOUCHED_LOOKS_S)]
         if self._touched_looks_at and now >= self._touched_looks_at[0]:
             del self._touched_looks_at[0]
@@ -307,7 +307,7 @@ class Supervisor:
             return
         # guard: a superseded end is acknowledged
         if child.peer is not None:
-            self._ears.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
+            self._sources.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
 
     def _take_waiting(
         self, child: ChildHandle, message: messages.Waiting | messages.Resumed | messages.WantSlot
@@ -387,7 +387,7 @@ class Supervisor:
         except (ConfigError, AccessError) as error:
             log.error("not reloaded: %s", error)  # noqa: TRY400 - the sentence says it
             if caller is not None:
-                self._ears.send(caller, messages.Reloaded(False, str(error)))
+                self._sources.send(caller, messages.Reloaded(False, str(error)))
             return
         fixed = {key: getattr(self._config, key) for key in ("database", "table_prefix", "state_dir", "host")}
         changed = [key for key, value in fixed.items() if getattr(fresh, key) != value]
@@ -408,10 +408,10 @@ class Supervisor:
 
     # reap
 
-    def _reap(self, heard: Heard) -> None:
+    def _reap(self, events: Events) -> None:
         """Find out how the dead died; what cannot be known yet is asked again in the next pass."""
         now = self._clock.monotonic()
-        for who in heard.deaths:
+        for who in events.deaths:
             self._fork_servers.died(who)
             self._boards.died(who)
             self._fork_servers.met(who)
@@ -426,7 +426,7 @@ class Supervisor:
 
     def _examine(self, child: ChildHandle, now: float) -> None:
         if child.peer is not None and not child.peer.channel.closed:
-            for message in self._ears.last_words(child.peer):
+            for message in self._sources.last_words(child.peer):
                 self._take(child.peer, message)
         if child.attempt is None and child.says is None:
             self._children.forget(child)
@@ -717,7 +717,7 @@ class Supervisor:
         child.got_on_at = self._clock.monotonic()
         if granted and child.peer is not None:
             child.slot = back.slot
-            self._ears.send(child.peer, messages.SlotGranted(attempt.id, attempt.attempt, back.number))
+            self._sources.send(child.peer, messages.SlotGranted(attempt.id, attempt.attempt, back.number))
         elif not granted:
             self._recover_at = 0.0  # our picture of the slots is wrong; the child asks again
 
@@ -733,7 +733,7 @@ class Supervisor:
             self._children.keep_log(child, attempt, self._config.log_max_bytes)
             self._children.forget(child)
         elif child.peer is not None:
-            self._ears.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
+            self._sources.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
             self._enforcement.expect_to_leave(child)
             failpoints.at("supervisor.acknowledged")
 
@@ -749,7 +749,7 @@ class Supervisor:
             self._recovery.unbegun.add(claim.attempt)
             return
         due, attempt = claim.due, claim.attempt
-        run_place = self._ears.send(child.peer, claim.order())
+        run_place = self._sources.send(child.peer, claim.order())
         child.begin(claim, run_place, child.peer.channel.queued_bytes, self._clock.monotonic())
         failpoints.at("supervisor.ordered")
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.who.pid)
@@ -865,7 +865,7 @@ class Supervisor:
         self._fork_servers.give_up_on_the_silent()
         if self._recovery.done_once and not any(child.dead_since is not None for child in self._children):
             self._fork_servers.forget_the_dead()
-        self._ears.tidy()
+        self._sources.tidy()
         self._housekeeping.keep(self._config.keep_days)
 
     def _is_replaced(self) -> bool:
@@ -882,17 +882,17 @@ class Supervisor:
                 "the database file was replaced under a living supervisor; the next one opens the new file. "
                 "Stop before a restore, and remove the old -wal and -shm files"
             )
-        elif not self._ears.sockets_stand():
+        elif not self._sources.sockets_stand():
             log.warning("control.sock or wake.sock is gone; binding it again")
             try:
-                self._ears.bind()
+                self._sources.bind()
             except OSError as error:
                 log.error("cannot bind it: %s; trying again", error)  # noqa: TRY400 - the sentence says it
         wal = self._store.wal_path()
         if wal is not None:
-            self._ears.watch_file(wal)
+            self._sources.watch_file(wal)
         else:
-            self._ears.watch(self._store.listener)
+            self._sources.watch(self._store.listener)
 
     def _leave_if_done(self) -> None:
         if self._leaving is not None:
@@ -918,7 +918,7 @@ class Supervisor:
         kept = set(ours if self._backlog else ours[: self._config.spares])
         for child in idle:
             if child not in kept and child.peer is not None:
-                self._ears.send(child.peer, messages.Leave())
+                self._sources.send(child.peer, messages.Leave())
                 self._enforcement.expect_to_leave(child)
 
     def _leave(self) -> None:
@@ -928,7 +928,7 @@ class Supervisor:
         log.info("leaving: %s; %d running", self._leaving, len(self._children.running()))
         for child in self._children:
             if child.idle and child.peer is not None:
-                self._ears.send(child.peer, messages.Leave())
+                self._sources.send(child.peer, messages.Leave())
         # guard, always: no exit is acknowledged before all rows are compared
         if self._recovery.done_once:  # else a row may depend on one of them
             self._acknowledge([who for who in self._exits if who not in self._children])
@@ -940,7 +940,7 @@ class Supervisor:
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())
                 self._ledger.apply(Batch(supervisor=gone))
             self._store.close()
-        self._ears.close()
+        self._sources.close()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

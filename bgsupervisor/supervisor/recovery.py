@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.supervisor.children import ChildHandle, Children
-    from bgsupervisor.supervisor.events import Reception
+    from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.system.processes import ProcessIdentity
 
 __all__ = ["Recovery"]
@@ -44,12 +44,12 @@ class Recovery:
     """
 
     def __init__(
-        self, config: Config, own: ProcessIdentity, children: Children, ears: Reception, clock: AttendedClock
+        self, config: Config, own: ProcessIdentity, children: Children, sources: EventSources, clock: AttendedClock
     ) -> None:
         self.config = config
         self._own = own
         self._children = children
-        self._ears = ears
+        self._sources = sources
         self._clock = clock
         self.ends: dict[Attempt, End] = {}
         self.unbegun: set[Attempt] = set()
@@ -154,7 +154,7 @@ class Recovery:
         if child.says is None or child.says in running:
             return
         if child.end is not None and child.peer is not None:
-            self._ears.send(child.peer, messages.Ack(child.says.id, child.says.attempt))  # recorded or superseded
+            self._sources.send(child.peer, messages.Ack(child.says.id, child.says.attempt))  # recorded or superseded
         if child.end is not None or child.dead_since is not None:
             child.become_free()
         else:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.ipc.statedir import StateDir
-    from bgsupervisor.supervisor.events import Peer, Reception
+    from bgsupervisor.supervisor.events import EventSources, Peer
     from bgsupervisor.system.processes import ProcessHandle, ProcessIdentity
 
 __all__ = ["Boards"]
@@ -42,11 +42,11 @@ class Boards:
     """At most one board; rings are sent to it and never waited for."""
 
     def __init__(
-        self, state_dir: StateDir, identity_of: Callable[[Who], ProcessIdentity], ears: Reception, clock: Clock
+        self, state_dir: StateDir, identity_of: Callable[[Who], ProcessIdentity], sources: EventSources, clock: Clock
     ) -> None:
         self._folder = state_dir.path
         self._identity_of = identity_of
-        self._ears = ears
+        self._sources = sources
         self._clock = clock
         self._process: SpawnProcess | None = None
         self._who: Who | None = None
@@ -74,7 +74,7 @@ class Boards:
     def ring(self, keys: Sequence[str]) -> None:
         """Ring bells; whoever waits looks at the rows."""
         if keys and self._peer is not None and not self._peer.channel.closed:
-            self._ears.send(self._peer, messages.Ring(list(keys)))
+            self._sources.send(self._peer, messages.Ring(list(keys)))
 
     def take(self, peer: Peer, message: messages.BoardHello | messages.BoardBeat | messages.Ring) -> None:
         """Take in what a board says, or pass on what a child rings."""
@@ -88,14 +88,14 @@ class Boards:
     def take_hello(self, peer: Peer, hello: messages.BoardHello) -> None:
         """Get to know a board: the one that was started, or one that an earlier supervisor has left."""
         if self._who not in (None, hello.who):
-            self._ears.send(peer, messages.Leave())
+            self._sources.send(peer, messages.Leave())
             return
         if self._who is None:
             verdict, self._handle = processes.look(self._identity_of(hello.who))
             if verdict is not Verdict.ALIVE or self._handle is None:
                 return
             self._who = hello.who
-            self._ears.watch_process(hello.who, self._handle)
+            self._sources.watch_process(hello.who, self._handle)
         self._peer = peer
         self._deaths = 0
         self._wanted = True
@@ -142,7 +142,7 @@ class Boards:
     def leave(self) -> None:
         """Send the board away; nobody waits any more."""
         if self._peer is not None and not self._peer.channel.closed:
-            self._ears.send(self._peer, messages.Leave())
+            self._sources.send(self._peer, messages.Leave())
         elif self._handle is not None:  # it has not said hello yet, and would wait LONELY_S for the next supervisor
             with contextlib.suppress(OSError):
                 self._handle.send_signal(signal.SIGKILL)
@@ -164,4 +164,4 @@ class Boards:
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
         _, self._handle = processes.look(self._identity_of(self._who))
         if self._handle is not None:
-            self._ears.watch_process(self._who, self._handle)
+            self._sources.watch_process(self._who, self._handle)
