@@ -411,11 +411,11 @@ def measure_unrung(bench: Bench) -> None:
         times.append(bench.service.result(handle) - committed)
         time.sleep(0.1)
     found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
-    say("commit without a ring -> first line of the body", found, "1.5 s")
+    say("commit without a wake-up -> first line of the body", found, "1.5 s")
 
 
-def start_with_board(bench: Bench) -> None:
-    """Start the supervisor and have one body wait for another, so that the board is there."""
+def start_with_wait_manager(bench: Bench) -> None:
+    """Start the supervisor and have one body wait for another, so that the wait manager is there."""
     bench.start()
     bench.service.wait(
         bench.service.request("benchapp:wait_for_end", {"id": bench.service.request("benchapp:sleep_one").id}),
@@ -425,7 +425,7 @@ def start_with_board(bench: Bench) -> None:
 
 def measure_part(bench: Bench) -> None:
     """From the call of reach() to the next line of a body that has waited for it, its slot taken back; one by one."""
-    start_with_board(bench)
+    start_with_wait_manager(bench)
     reacher = bench.service.request("benchapp:reach_parts", {"count": 201})
     waiter = bench.service.request("benchapp:await_parts", {"id": reacher.id, "count": 201})
     for handle in (reacher, waiter):
@@ -439,7 +439,7 @@ def measure_part(bench: Bench) -> None:
 
 def measure_handover(bench: Bench) -> None:
     """From the last line under a lock to the first line of the next holder, another child, which has waited for it."""
-    start_with_board(bench)
+    start_with_wait_manager(bench)
     handles = [bench.service.request("benchapp:take_turns", {"count": 100}) for _ in range(2)]
     turns = []
     for number, handle in enumerate(handles):
@@ -460,7 +460,7 @@ def measure_waiters(bench: Bench) -> None:
     bench.service.request_many("benchapp:wait_for_end", [{"id": awaited.id}] * WAITERS)
     while len(bench.service.ledger.waits.rows()) < WAITERS:
         time.sleep(0.1)
-    time.sleep(3)  # the board is there, and all have found it
+    time.sleep(3)  # the wait manager is there, and all have found it
     tree = bench.tree()
     before = {process.pid: sum(process.cpu_times()[:2]) for process in tree}
     began = time.monotonic()
@@ -473,7 +473,7 @@ def measure_waiters(bench: Bench) -> None:
 
 def measure_deadlock(bench: Bench) -> None:
     """Bodies wait in a row; the time of the wait that would close the circle, until it raises Deadlock."""
-    start_with_board(bench)
+    start_with_wait_manager(bench)
     times = []
     for _ in range(5):
         closing = last = bench.service.request("benchapp:close_circle").id

@@ -45,7 +45,7 @@ POINTS = {
     "child.unclaiming": "it is to leave and to give back what it never began",
     "child.slot_given": "it waits, its slot is given back and committed, the supervisor not told",
     "child.locked": "a lock is taken and committed, the body not told",
-    "child.unlocked": "a lock is given back and committed, nobody has been rung",
+    "child.unlocked": "a lock is given back and committed, nobody has been notified",
     "ledger.ended": "within the transaction of an end: the status is written, the holds are not free",
     "ledger.freed": "within the transaction of an end: the holds are free, nothing is committed",
 }

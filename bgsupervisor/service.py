@@ -66,7 +66,7 @@ KEY_BYTES_ON_SERVER = 2600
 """They stand in indexes, name and unique key in one; of a row of an index PostgreSQL takes 2,704 bytes."""
 LIMIT_MAX = 2**31 - 1
 """A larger limit of a list is no other limit."""
-RING_KEYS = 100
+NOTIFY_KEYS = 100
 """A ring names at most so many tasks; waiters for the others look by themselves within seconds."""
 REACH_MODULES = 5000
 """After so many modules the question whether a supervisor could load a class is given up, in its favour."""
@@ -97,7 +97,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Backing:
-    """What a Service works with; the bell that it rings is the one of the configuration's state directory."""
+    """What a Service works with; the wake-up that it notifies is the one of the configuration's state directory."""
 
     config: Config
     ledger: Ledger
@@ -339,7 +339,7 @@ class Service:
         backing = self._backing
         if connection is None:
             yield backing.ledger
-            backing.ledger.store.database.after_commit(self._ring)
+            backing.ledger.store.database.after_commit(self._notify)
             return
         if backing.lend is not None:
             yield backing.lend(connection)
@@ -348,7 +348,7 @@ class Service:
 
         if self._lending is None:
             self._lending = Lending(self._store, self._config.table_prefix, self._clock)
-        with self._lending.on(connection, self._ring) as ledger:
+        with self._lending.on(connection, self._notify) as ledger:
             yield ledger
 
     # Asking
@@ -476,7 +476,7 @@ class Service:
         """
         keys: list[str] = []
         record = self._ledger.cancel(_id(task), by=_checked_text("by", by or None), keys=keys)
-        self._store.database.after_commit(functools.partial(self._ring, keys))
+        self._store.database.after_commit(functools.partial(self._notify, keys))
         return record
 
     def suspend(self, task: Handle | int, *, by: str | None = None) -> TaskRecord:
@@ -494,7 +494,7 @@ class Service:
             NotSuspendable: It does not run, or is to end.
         """
         record = self._ledger.suspend(_id(task), by=_checked_text("by", by or None))
-        self._store.database.after_commit(self._ring)
+        self._store.database.after_commit(self._notify)
         return record
 
     def resume(self, task: Handle | int) -> TaskRecord:
@@ -504,7 +504,7 @@ class Service:
             UnknownTask: There is no such task.
         """
         record = self._ledger.resume(_id(task))
-        self._store.database.after_commit(self._ring)
+        self._store.database.after_commit(self._notify)
         return record
 
     def retry(self, task: Handle | int) -> TaskRecord:
@@ -516,7 +516,7 @@ class Service:
             AlreadyLive: A live task holds its unique key.
         """
         record = self._ledger.retry(_id(task))
-        self._store.database.after_commit(self._ring)
+        self._store.database.after_commit(self._notify)
         return record
 
     def close(self) -> None:
@@ -732,8 +732,8 @@ class Service:
                 "ever" if seen is None else seen.isoformat(timespec="seconds"),
             )
 
-    def _ring(self, keys: Sequence[str] = ()) -> None:
-        send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:RING_KEYS]).encode())
+    def _notify(self, keys: Sequence[str] = ()) -> None:
+        send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:NOTIFY_KEYS]).encode())
 
 
 def _after(after: Sequence[Handle | int] | Handle | int | None) -> tuple[int, ...]:

@@ -393,15 +393,15 @@ def store(store_url):
 
 
 @pytest.fixture
-def bell(tmp_path):
-    """The socket that a supervisor would hear; answers how often it was rung."""
+def wake_ups(tmp_path):
+    """The socket that a supervisor would hear; answers how often it was notified."""
     folder = StateDir(tmp_path / ".bgsupervisor")
     folder.create()
     directory = open_dir(folder.path)
     heard = bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
     os.close(directory)
 
-    def rings():
+    def notifies():
         count = 0
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -409,5 +409,5 @@ def bell(tmp_path):
                 count += 1
         return count
 
-    yield rings
+    yield notifies
     heard.close()

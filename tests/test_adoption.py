@@ -192,14 +192,14 @@ def fork_servers(app):
     return [int(path.name.split("-")[1]) for path in app.state_dir.glob("forkserver-*-*")]
 
 
-def test_idle_children_fork_server_and_board_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
-    supervisor = app.start(LINK_LONELY_S="0.5", FORK_SERVER_LONELY_S="0.5", BOARD_LONELY_S="0.5")
+def test_idle_children_fork_server_and_wait_manager_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
+    supervisor = app.start(LINK_LONELY_S="0.5", FORK_SERVER_LONELY_S="0.5", WAIT_MANAGER_LONELY_S="0.5")
     body = app.request("gated", name="go")
     waiter = app.request("waits", id=body.id)
     app.started(waiter)
-    wait_until((app.state_dir / "board.sock").exists, "there is a board")
+    wait_until((app.state_dir / "manager.sock").exists, "there is a wait manager")
     supervisor.kill()
-    # Two bodies, fork server, board, and multiprocessing's resource tracker.
+    # Two bodies, fork server, wait manager, and multiprocessing's resource tracker.
     left = wait_until(lambda: len(found := app.processes()) == 5 and found, "the idle children have left")
     left_alone_at = time.monotonic()
     wait_until(lambda: time.monotonic() - left_alone_at > 1.0, "twice as long has passed")
@@ -209,4 +209,4 @@ def test_idle_children_fork_server_and_board_leave_when_no_supervisor_comes_but_
     app.open("go")
 
     assert [app.wait(handle).status for handle in (body, waiter)] == ["DONE", "DONE"]
-    wait_until(lambda: not app.processes(), "children, fork server and board have left")
+    wait_until(lambda: not app.processes(), "children, fork server and wait manager have left")

@@ -418,23 +418,25 @@ def test_a_refused_request_alone_leaves_no_transaction_open(service, application
 
 
 @pytest.fixture
-def bell(bell, url, tmp_path, monkeypatch):
+def wake_ups(wake_ups, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return bell
+    return wake_ups
 
 
 @kinds("peewee", "django")
-def test_the_supervisor_is_rung_after_the_commit_and_not_before_and_for_a_rollback_never(service, application, bell):
+def test_the_supervisor_is_notified_after_the_commit_and_not_before_and_for_a_rollback_never(
+    service, application, wake_ups
+):
     with application.transaction():
         with application.savepoint():
             service.request(Work, connection=application.connection)
-        assert bell() == 0
-    assert bell() == 1
+        assert wake_ups() == 0
+    assert wake_ups() == 1
     with rolled_back(application.transaction()):
         service.request(Work, connection=application.connection)
-    assert bell() == 0
+    assert wake_ups() == 0
     service.request(Work, connection=application.connection)
-    assert bell() == 1
+    assert wake_ups() == 1
 
 
 @kinds(*ON_POSTGRES, on=["postgres"])
@@ -930,7 +932,7 @@ def shared(url, tmp_path, monkeypatch):
 
 @only_postgres
 @pytest.mark.parametrize("options", [{}, {"prefer_psycopg3": True}, {"isolation_level": "SERIALIZABLE"}])
-def test_a_service_on_a_peewee_database_of_postgresql_joins_its_transaction(url, service, bell, options):
+def test_a_service_on_a_peewee_database_of_postgresql_joins_its_transaction(url, service, wake_ups, options):
     database = peewee_postgres(url, **options)
     mine = Service(database)
     with rolled_back(database.atomic()):
@@ -939,8 +941,8 @@ def test_a_service_on_a_peewee_database_of_postgresql_joins_its_transaction(url,
         handle = mine.request(Work, unique="k")
         assert mine.request(Work, unique="k").id == handle.id
         assert seen(service) == (0, 0)
-        assert bell() == 0
-    assert bell() == 2
+        assert wake_ups() == 0
+    assert wake_ups() == 2
     assert seen(service) == (0, 1)
     assert mine.cancel(handle).status is Status.INTERRUPTED
     assert mine.status(handle) is Status.INTERRUPTED

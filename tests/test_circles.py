@@ -76,9 +76,9 @@ def test_the_circle_that_is_named_is_one(graph):
 
 
 @given(NEEDS, st.integers(min_value=2, max_value=5))
-def test_a_ring_is_found_whatever_else_is_waited_for(graph, length):
-    ring = {task: [*graph.get(task, []), any_of((task + 1) % length)] for task in range(length)}
-    assert circle(0, needs_of({**graph, **ring})) is not None
+def test_a_wake_up_is_found_whatever_else_is_waited_for(graph, length):
+    notify = {task: [*graph.get(task, []), any_of((task + 1) % length)] for task in range(length)}
+    assert circle(0, needs_of({**graph, **notify})) is not None
 
 
 def test_a_permit_that_one_free_holder_may_give_back_is_no_circle():

@@ -290,7 +290,7 @@ def test_run_imports_nothing_from_the_working_folder(outer, command):
         try:
             assert service.wait(second, timeout_s=30).status == "DONE"
             assert service.result(first) == str(folder)
-            wait_until((folder / ".bgsupervisor" / "board.sock").exists, "there is a wait manager")
+            wait_until((folder / ".bgsupervisor" / "manager.sock").exists, "there is a wait manager")
             assert sorted(path.name for path in working.iterdir()) == [
                 "bgsupervisor.py", "mine.py", "msgspec.py", "multiprocessing.py"
             ]  # fmt: skip

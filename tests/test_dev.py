@@ -199,7 +199,7 @@ def test_dev_at_ctrl_c_ends_all_tasks_and_leaves_no_process(make_app, develop):
     dev.says(r"^1 Starter \| begun$")
     dev.says(r"^2 Waiter \| waits$")
     wait_until(lambda: app.service.get(waiter).slot is None, "the second task waits")
-    wait_until((app.state_dir / "board.sock").exists, "the wait manager is there")
+    wait_until((app.state_dir / "manager.sock").exists, "the wait manager is there")
 
     code = dev.end()
 

@@ -33,7 +33,7 @@ from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import FORK_S
 from bgsupervisor.supervisor.recovery import Recovery
-from bgsupervisor.supervisor.wait_manager import Boards
+from bgsupervisor.supervisor.wait_manager import WaitManager
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
 
@@ -147,16 +147,16 @@ def test_a_fork_server_that_stands_still_is_replaced_within_a_minute(make_app):
     wait_until(lambda: not fork_server.is_running(), "the old fork server has left")
 
 
-# ---- no room for a board ----
+# ---- no room for a wait manager ----
 
 
-def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path, monkeypatch, caplog):
+def test_a_wait_manager_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path, monkeypatch, caplog):
     folder = StateDir(tmp_path / "state")
     folder.create()
     clock = SetClock()
     sources = EventSources(folder, clock)
     own = processes.own_identity("here")
-    boards = Boards(
+    wait_manager = WaitManager(
         folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
     )
     tries = []
@@ -166,37 +166,37 @@ def test_a_board_that_cannot_be_started_is_tried_again_and_harms_nobody(tmp_path
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(SpawnProcess, "start", start)
-    assert boards.due_at() is None
+    assert wait_manager.due_at() is None
     for _ in range(3):
-        boards.want()
-        boards.check()
+        wait_manager.want()
+        wait_manager.check()
     assert len(tries) == 1
-    assert "cannot start the board: [Errno 11] Resource temporarily unavailable" in caplog.text
-    assert 0.5 < boards.due_at() - clock.monotonic() <= 1.0
+    assert "cannot start the wait manager: [Errno 11] Resource temporarily unavailable" in caplog.text
+    assert 0.5 < wait_manager.due_at() - clock.monotonic() <= 1.0
     clock.mono_s = 2.0
-    boards.check()
-    boards.check()
+    wait_manager.check()
+    wait_manager.check()
     assert len(tries) == 2
     sources.close()
 
 
-def test_boards_that_die_at_once_are_started_ever_more_seldom(tmp_path):
+def test_wait_managers_that_die_at_once_are_started_ever_more_seldom(tmp_path):
     folder = StateDir(tmp_path / "state")
     folder.create()
-    (folder.path / "authkey").mkdir()  # no board can live with it
+    (folder.path / "authkey").mkdir()  # no wait manager can live with it
     clock = SetClock()
     sources = EventSources(folder, clock)
     own = processes.own_identity("here")
-    boards = Boards(
+    wait_manager = WaitManager(
         folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
     )
     began, deaths = time.monotonic(), 0
-    boards.want()
+    wait_manager.want()
     while time.monotonic() - began < 2.0:
         for who in sources.hear(sources.rest(0.1)).deaths:
-            boards.died(who)
+            wait_manager.died(who)
             deaths += 1
-        boards.check()
+        wait_manager.check()
     sources.close()
     assert 1 <= deaths <= 3
 

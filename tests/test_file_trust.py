@@ -34,7 +34,7 @@ from bgsupervisor.system import logs
 from bgsupervisor.system.files import NotOwnFile, open_dir, open_own, open_own_dir
 from bgsupervisor.system.fingerprint import Stamp, write_stamp
 from bgsupervisor.worker import wait_manager
-from bgsupervisor.worker.coordination import Bell
+from bgsupervisor.worker.coordination import WakeUps
 
 __all__ = ["their_python"]
 
@@ -329,13 +329,13 @@ def test_every_file_of_a_supervisor_has_its_mode_under_umask_007(make_app):
     sleeping = app.started(app.service.request("appx:sleeps"))
     app.service.request("appx:waits", {"id": sleeping.id})
     app.wait(app.service.request("appx:hello"))
-    wait_until((app.state_dir / "board.sock").exists, "there is a wait manager")
+    wait_until((app.state_dir / "manager.sock").exists, "there is a wait manager")
     assert app.cli("stop").returncode == 0
 
     found = {path.relative_to(app.state_dir): mode_of(path) for path in app.state_dir.rglob("*")}
 
     wanted = {"wake.sock": 0o660, "logs": 0o750, "stopped": 0o640, "supervisor.lock": 0o640, "code.stamp": 0o640}
-    wanted |= dict.fromkeys(["control.sock", "board.sock", "bell.sock", "authkey"], 0o600)
+    wanted |= dict.fromkeys(["control.sock", "manager.sock", "notify.sock", "authkey"], 0o600)
     assert wanted.keys() <= set(map(str, found))
     assert any(path.name.startswith("forkserver-") for path in found)
     for path, mode in found.items():
@@ -360,7 +360,7 @@ class RunsCode:
 folder = Path(sys.argv[1])
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 sock.settimeout(5)
-sock.connect(str(folder / "board.sock"))
+sock.connect(str(folder / "manager.sock"))
 sock.setblocking(True)
 made = connection.Connection(sock.detach())
 try:
@@ -380,27 +380,27 @@ def root_manager(folder):
     code = "import sys, pathlib; from bgsupervisor.worker import wait_manager as m; m.main(pathlib.Path(sys.argv[1]))"
     process = subprocess.Popen([sys.executable, "-c", code, folder])
     try:
-        wait_until((folder / "board.sock").exists, "it listens")
+        wait_until((folder / "manager.sock").exists, "it listens")
         yield folder
     finally:
         process.kill()
         process.wait(10)
 
 
-def test_a_bell_of_the_same_user_is_answered(root_manager):
-    bell = Bell(root_manager)
+def test_a_wake_up_of_the_same_user_is_answered(root_manager):
+    wake_ups = WakeUps(root_manager)
 
-    assert bell.seen(["task:1"]) == [0]
-    bell.drop()
+    assert wake_ups.seen(["task:1"]) == [0]
+    wake_ups.drop()
 
 
 @needs_root
-def test_board_key_and_socket_open_to_all_run_nobodys_pickle(root_manager, their_python):
+def test_wait_manager_key_and_socket_open_to_all_run_nobodys_pickle(root_manager, their_python):
     python, environment = their_python
     ran = root_manager.parent / "ran"
     root_manager.chmod(0o777)
     (root_manager / "authkey").chmod(0o666)
-    (root_manager / "board.sock").chmod(0o777)
+    (root_manager / "manager.sock").chmod(0o777)
 
     told = ask_as(WEB, [python, "-c", DIAL, root_manager, ran], environment=environment)
     control = subprocess.run(
@@ -423,7 +423,7 @@ class RunsCode:
 
 os.umask(0)
 folder = Path(sys.argv[1])
-listener = connection.Listener(str(folder / "board.sock"))
+listener = connection.Listener(str(folder / "manager.sock"))
 (folder / "authkey").write_bytes(b"k" * 32)
 print("listening", flush=True)
 while True:
@@ -441,7 +441,7 @@ while True:
 @needs_root
 @pytest.mark.parametrize("key", ["its own", "of the owner"])
 @pytest.mark.parametrize("state", ["its own", "of the owner"])
-def test_bell_dials_no_board_of_another_user(folder, key, state, their_python):
+def test_wake_up_dials_no_wait_manager_of_another_user(folder, key, state, their_python):
     python, environment = their_python
     folder.chmod(0o777)
     ran = folder.parent / "ran"
@@ -456,7 +456,7 @@ def test_bell_dials_no_board_of_another_user(folder, key, state, their_python):
             else:
                 folder.chmod(0o755)
 
-            assert Bell(folder).seen(["task:1"]) is None
+            assert WakeUps(folder).seen(["task:1"]) is None
             assert not ran.exists()
         finally:
             serving.kill()
@@ -465,19 +465,19 @@ def test_bell_dials_no_board_of_another_user(folder, key, state, their_python):
 @needs_root
 def test_own_listener_closes_the_connection_of_another_user(folder, their_python):
     python, environment = their_python
-    listener = wait_manager.OwnListener(folder / "board.sock", 16)
-    assert mode_of(folder / "board.sock") == 0o600
-    (folder / "board.sock").chmod(0o777)
+    listener = wait_manager.OwnListener(folder / "manager.sock", 16)
+    assert mode_of(folder / "manager.sock") == 0o600
+    (folder / "manager.sock").chmod(0o777)
 
     dial = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect(sys.argv[1]); "
         "print('dialled', flush=True); print(s.recv(1))"
     )
-    command = [python, "-c", dial, folder / "board.sock"]
+    command = [python, "-c", dial, folder / "manager.sock"]
     with as_user(WEB, command, environment=environment, stdout=subprocess.PIPE) as stranger:
         assert stranger.stdout.readline() == b"dialled\n"
         with socket.socket(socket.AF_UNIX) as own:
-            own.connect(str(folder / "board.sock"))
+            own.connect(str(folder / "manager.sock"))
             own.sendall(b"\0\0\0\1x")
 
             with listener.accept() as accepted:
@@ -497,7 +497,7 @@ def test_own_listener_is_closed_to_others_before_it_listens(tmp_path, monkeypatc
 
     monkeypatch.setattr(socket.socket, "listen", note_and_listen)
 
-    wait_manager.OwnListener(tmp_path / "board.sock", 16).close()
+    wait_manager.OwnListener(tmp_path / "manager.sock", 16).close()
 
     assert modes == [0o600]
 
@@ -653,8 +653,8 @@ def dial(name, kind):
 state = folder / ".bgsupervisor"
 acts = [lambda: open(folder / "bgsupervisor.db", "rb"), lambda: open(folder / "bgsupervisor.db", "r+b")]
 acts += [lambda: (folder / "new").touch(), lambda: os.listdir(state), lambda: (state / "stopped").touch()]
-acts += [lambda name=name: dial(name, socket.SOCK_STREAM) for name in ("control.sock", "board.sock")]
-acts += [lambda name=name: dial(name, socket.SOCK_DGRAM) for name in ("wake.sock", "bell.sock")]
+acts += [lambda name=name: dial(name, socket.SOCK_STREAM) for name in ("control.sock", "manager.sock")]
+acts += [lambda name=name: dial(name, socket.SOCK_DGRAM) for name in ("wake.sock", "notify.sock")]
 acts += [lambda: open(state / "authkey"), lambda: open(state / "logs" / "supervisor.log")]
 print(*[tried(act) for act in acts])
 """
@@ -672,7 +672,7 @@ def test_another_user_of_the_machine_can_do_nothing(make_app, their_python):
             app.start()
             sleeping = app.started(app.service.request("appx:sleeps"))
             app.service.request("appx:waits", {"id": sleeping.id})
-            wait_until((app.state_dir / "board.sock").exists, "there is a wait manager")
+            wait_until((app.state_dir / "manager.sock").exists, "there is a wait manager")
 
             told = ask_as(WEB, [python, "-c", STRANGER, app.folder], environment=environment, groups=())
 

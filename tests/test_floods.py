@@ -14,11 +14,11 @@ from bgsupervisor.clock import Rate, SystemClock
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.waits import EVERYBODY
 from bgsupervisor.statuses import Status
-from bgsupervisor.supervisor.events import RINGS_AT_ONCE as PASSES_AT_ONCE
-from bgsupervisor.supervisor.events import RINGS_PER_S as PASSES_PER_S
+from bgsupervisor.supervisor.events import WAKE_UPS_AT_ONCE as PASSES_AT_ONCE
+from bgsupervisor.supervisor.events import WAKE_UPS_PER_S as PASSES_PER_S
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.worker import wait_manager
-from bgsupervisor.worker.wait_manager import KEY_CHARS, RINGS_AT_ONCE, RINGS_PER_S, Bells
+from bgsupervisor.worker.wait_manager import KEY_CHARS, WAKE_UPS_AT_ONCE, WAKE_UPS_PER_S, NotifyCounts
 
 
 class Steady(SystemClock):
@@ -37,35 +37,35 @@ def test_rate_allows_what_was_saved_up_and_then_so_many_a_second():
     assert sum(rate.allows(100.0) for _ in range(9)) == 3
 
 
-def test_rings_of_one_key_beyond_the_rate_are_put_off_and_not_lost():
+def test_wake_ups_of_one_key_beyond_the_rate_are_put_off_and_not_lost():
     clock = Steady()
-    bells = Bells(clock)
+    counts = NotifyCounts(clock)
     for _ in range(1000):
-        bells.ring(["task:5"])
-    assert bells.seen(["task:5"]) == [RINGS_AT_ONCE]
-    bells.ring(["task:6"])
-    assert bells.seen(["task:6"]) == [1], "another key has its own rate"
+        counts.notify(["task:5"])
+    assert counts.seen(["task:5"]) == [WAKE_UPS_AT_ONCE]
+    counts.notify(["task:6"])
+    assert counts.seen(["task:6"]) == [1], "another key has its own rate"
     for _ in range(10):
-        bells.catch_up()
-    assert bells.seen(["task:5"]) == [RINGS_AT_ONCE + 1]
-    bells.ring(["task:5"])
-    clock.moment += 1 / RINGS_PER_S
-    bells.catch_up()
-    assert bells.seen(["task:5"])[0] >= RINGS_AT_ONCE + 2
+        counts.catch_up()
+    assert counts.seen(["task:5"]) == [WAKE_UPS_AT_ONCE + 1]
+    counts.notify(["task:5"])
+    clock.moment += 1 / WAKE_UPS_PER_S
+    counts.catch_up()
+    assert counts.seen(["task:5"])[0] >= WAKE_UPS_AT_ONCE + 2
     clock.moment += 10
-    bells.ring(["task:5"])
-    before = bells.seen(["task:5"])
-    bells.catch_up()
-    assert bells.seen(["task:5"]) == before
+    counts.notify(["task:5"])
+    before = counts.seen(["task:5"])
+    counts.catch_up()
+    assert counts.seen(["task:5"]) == before
 
 
 def test_a_flood_wakes_waiters_a_few_times_a_second():
-    bells, woken, over = Bells(), [0] * 20, threading.Event()
+    counts, woken, over = NotifyCounts(), [0] * 20, threading.Event()
 
     def waits(number):
-        seen = bells.seen([EVERYBODY])
+        seen = counts.seen([EVERYBODY])
         while not over.is_set():
-            seen = bells.wait_beyond(f"{number}", [EVERYBODY], seen, 0.2)
+            seen = counts.wait_beyond(f"{number}", [EVERYBODY], seen, 0.2)
             woken[number] += 1
 
     threads = [threading.Thread(target=waits, args=(number,)) for number in range(len(woken))]
@@ -73,32 +73,32 @@ def test_a_flood_wakes_waiters_a_few_times_a_second():
         thread.start()
     began = time.monotonic()
     while time.monotonic() - began < 1.0:
-        bells.ring([EVERYBODY])
-        bells.catch_up()
+        counts.notify([EVERYBODY])
+        counts.catch_up()
         time.sleep(0.001)
     lasted_s = time.monotonic() - began
     over.set()
     for thread in threads:
         thread.join()
-    assert max(woken) <= RINGS_AT_ONCE + 2 * RINGS_PER_S * lasted_s + 10 * lasted_s
+    assert max(woken) <= WAKE_UPS_AT_ONCE + 2 * WAKE_UPS_PER_S * lasted_s + 10 * lasted_s
 
 
 @pytest.fixture
 def caretaker(tmp_path, monkeypatch):
-    """The thread of a wait manager, with bells of its own, and a way to write to its socket."""
-    monkeypatch.setattr(wait_manager, "_bells", Bells())
+    """The thread of a wait manager, with wake-ups of its own, and a way to write to its socket."""
+    monkeypatch.setattr(wait_manager, "_notify_counts", NotifyCounts())
     folder = StateDir(tmp_path / "state")
     folder.create()
     made = wait_manager._Caretaker(folder.path)
     sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def say(datagram):
-        sender.sendto(datagram, str(folder.path / "bell.sock"))
-        made._take_rings()
+        sender.sendto(datagram, str(folder.path / "notify.sock"))
+        made._take_notifies()
 
     yield say
     sender.close()
-    made._rings.close()
+    made._notifies.close()
 
 
 HOSTILE = [
@@ -118,11 +118,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("datagram", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_datagram_that_is_no_ring_ends_no_thread_and_rings_nothing(caretaker, datagram):
+def test_a_datagram_that_is_no_wake_up_ends_no_thread_and_wake_ups_nothing(caretaker, datagram):
     caretaker(datagram)
     caretaker(b'["task:5"]')
-    assert wait_manager._bells.seen(["task:5"]) == [1]
-    assert all(len(key) <= KEY_CHARS for key in [*wait_manager._bells._counts, *wait_manager._bells._left])
+    assert wait_manager._notify_counts.seen(["task:5"]) == [1]
+    assert all(
+        len(key) <= KEY_CHARS for key in [*wait_manager._notify_counts._counts, *wait_manager._notify_counts._left]
+    )
 
 
 def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):
@@ -134,16 +136,16 @@ def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):
         for _ in range(1000):
             sender.sendto(b"*\ntask:5\n*", str(folder.wake))
             heard = sources.hear(sources.rest(0.0))
-            passes += heard.rung
+            passes += heard.notified
             assert len(heard.keys) <= 2
-            if not heard.rung:
+            if not heard.notified:
                 break
         assert PASSES_AT_ONCE <= passes <= PASSES_AT_ONCE + 1
         clock.moment += 1 / PASSES_PER_S
-        assert sources.hear(sources.rest(0.0)).rung, "what came meanwhile is not lost"
+        assert sources.hear(sources.rest(0.0)).notified, "what came meanwhile is not lost"
         sources.bind()
         sender.sendto(b"*", str(folder.wake))
-        assert sources.hear(sources.rest(0.0)).rung, "a socket that is bound anew is heard"
+        assert sources.hear(sources.rest(0.0)).notified, "a socket that is bound anew is heard"
     sources.close()
 
 
@@ -165,13 +167,13 @@ def test_a_flood_of_both_sockets_leaves_both_at_work(make_app, monkeypatch):
     supervisor = app.start()
     last = app.service.request("appx:part_of", delay_s=3600)
     waiting = [app.service.request("appx:waits", {"on": last.id}) for _ in range(4)]
-    bell = app.state_dir / "bell.sock"
-    wait_until(lambda: bell.exists() and app.service.ledger.waiting_count() == 4, "all wait")
+    wake_ups = app.state_dir / "notify.sock"
+    wait_until(lambda: wake_ups.exists() and app.service.ledger.waiting_count() == 4, "all wait")
     monkeypatch.chdir(app.state_dir)  # the name of a socket is short
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.settimeout(0)
         for number in range(2000):
-            for name, said in (("bell.sock", HOSTILE[number % len(HOSTILE)]), ("wake.sock", b"*")):
+            for name, said in (("notify.sock", HOSTILE[number % len(HOSTILE)]), ("wake.sock", b"*")):
                 try:
                     sender.sendto(said, name)
                 except BlockingIOError:

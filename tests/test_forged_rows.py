@@ -234,7 +234,7 @@ def test_root_asks_no_process_for_its_stack_that_only_a_row_names(make_app, answ
         app.service.stack(handle)
 
 
-def test_a_question_writes_into_no_file_that_a_process_claims_as_its_bell(tmp_path):
+def test_a_question_writes_into_no_file_that_a_process_claims_as_its_wake_up(tmp_path):
     target = tmp_path / "precious"
     target.write_text("as it was")
     code = f"""

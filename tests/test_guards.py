@@ -333,7 +333,7 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
         recovery=SimpleNamespace(done_once=done_once),
         exits={exited.who: exited},
         fork_servers=SimpleNamespace(tell_all=told.append),
-        boards=SimpleNamespace(leave=lambda: None),
+        wait_manager=SimpleNamespace(leave=lambda: None),
         is_worth_a_row=lambda: False,
         store=SimpleNamespace(close=lambda: None),
         sources=SimpleNamespace(close=lambda: None),

@@ -502,11 +502,11 @@ def test_a_request_written_by_hand_starts_at_its_commit_and_not_by_a_look_each_s
 
 def test_what_wakes_is_a_request_a_cancel_and_a_retry_and_nothing_that_a_supervisor_writes(ledger):
     with ledger.store.connected():
-        bell = ledger.store.listener()
+        wake_ups = ledger.store.listener()
 
     def rang():
-        ready, _, _ = select.select([bell], [], [], 0.3)
-        return bool(ready) and bell.drain()
+        ready, _, _ = select.select([wake_ups], [], [], 0.3)
+        return bool(ready) and wake_ups.drain()
 
     attempt = running(ledger)
     assert rang()
@@ -527,7 +527,7 @@ def test_what_wakes_is_a_request_a_cancel_and_a_retry_and_nothing_that_a_supervi
         ledger.request(Request(name="a:b", data="{}"))
         raise LookupError
     assert not rang()
-    bell.close()
+    wake_ups.close()
 
 
 def test_a_body_outlives_its_supervisor_and_the_next_one_records_its_end(make_app, postgres_url):

@@ -35,7 +35,7 @@ def child_whose_database(*, inode, keep_days, back_after_days):
     child._is_unrecorded = False
     child._clock = SimpleNamespace(monotonic=lambda: time.days * DAY_S)
     child._config = SimpleNamespace(keep_days=keep_days)
-    child._link = SimpleNamespace(acknowledged=SimpleNamespace(wait=wait), ring=lambda _: None)
+    child._link = SimpleNamespace(acknowledged=SimpleNamespace(wait=wait), notify=lambda _: None)
     child._ledger = lambda: SimpleNamespace(end=end, store=store)
     return child, time
 

@@ -38,7 +38,7 @@ SENDS_SIGNALS = {
     "supervisor.enforcement": "orders, after their reason is committed",
     "worker.forkserver": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
     "supervisor.forkservers": "strays that a dead fork server left to the supervisor",
-    "supervisor.wait_manager": "a board that does not answer",
+    "supervisor.wait_manager": "a wait manager that does not answer",
     "system.stacks": "a question for a stack, by a signal that who has no handler for it ignores",
     "worker.child": "itself, when SIGTERM is to do what it does to any process",
     "supervisor.portable": "children of its own, which it has not reaped, and what psutil sees below them",

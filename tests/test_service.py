@@ -720,27 +720,27 @@ def rolled_back(database):
         raise ZeroDivisionError
 
 
-def test_a_rollback_of_the_caller_leaves_no_row_and_rings_nothing(shared, bell):
+def test_a_rollback_of_the_caller_leaves_no_row_and_wake_ups_nothing(shared, wake_ups):
     service = Service(shared)
     service.counts()
     with rolled_back(shared):
         service.request(Other)
     assert service.list() == []
-    assert bell() == 0
+    assert wake_ups() == 0
 
 
-def test_the_supervisor_is_woken_after_the_commit_of_the_caller_and_not_before(shared, bell):
+def test_the_supervisor_is_woken_after_the_commit_of_the_caller_and_not_before(shared, wake_ups):
     service = Service(shared)
     with shared.atomic():
         handle = service.request(Other)
         with shared.atomic():
             service.cancel(handle)
-        assert bell() == 0
-    assert bell() == 2
+        assert wake_ups() == 0
+    assert wake_ups() == 2
     assert service.status(handle) is Status.INTERRUPTED
     service.retry(handle)
     service.request_many(Other, [None, None])
-    assert bell() == 2
+    assert wake_ups() == 2
 
 
 def test_an_inner_transaction_that_rolls_back_takes_only_its_own_requests(shared):

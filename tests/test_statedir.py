@@ -370,22 +370,22 @@ def test_a_stream_in_a_deep_folder_can_be_dialled_by_path_and_by_descriptor(deep
     os.close(fd)
 
 
-def test_a_bell_rings_near_and_deep(tmp_path, deep):
+def test_a_wake_up_wake_ups_near_and_deep(tmp_path, deep):
     for folder in (tmp_path, deep):
         fd = open_dir(folder)
-        with bind(fd, "wake.sock", socket.SOCK_DGRAM, 0o660) as bell:
+        with bind(fd, "wake.sock", socket.SOCK_DGRAM, 0o660) as wake_ups:
             assert send_datagram(folder / "wake.sock")
             assert send_datagram(folder / "wake.sock", b"why")
-            assert [bell.recv(10), bell.recv(10)] == [b"", b"why"]
+            assert [wake_ups.recv(10), wake_ups.recv(10)] == [b"", b"why"]
         os.close(fd)
 
 
 @pytest.mark.usefixtures("umask")
 def test_a_bound_socket_has_its_mode_is_non_blocking_and_not_inherited(folder_fd, tmp_path):
-    with bind(folder_fd, "wake.sock", socket.SOCK_DGRAM, 0o660) as bell:
+    with bind(folder_fd, "wake.sock", socket.SOCK_DGRAM, 0o660) as wake_ups:
         assert stat.S_IMODE((tmp_path / "wake.sock").stat().st_mode) == 0o660
-        assert not bell.get_inheritable()
-        assert bell.gettimeout() == 0
+        assert not wake_ups.get_inheritable()
+        assert wake_ups.gettimeout() == 0
     with (
         bind(folder_fd, "control.sock", socket.SOCK_STREAM, 0o600),
         connect(tmp_path, "control.sock", socket.SOCK_STREAM) as dialled,
@@ -439,30 +439,30 @@ def test_to_dial_a_full_queue_does_not_block(folder_fd, monkeypatch):
         connect(folder_fd, "control.sock", socket.SOCK_STREAM)
 
 
-def test_a_bell_that_nobody_hears_is_false_and_no_error(folder_fd, tmp_path, deep):
+def test_a_wake_up_that_nobody_hears_is_false_and_no_error(folder_fd, tmp_path, deep):
     bind(folder_fd, "wake.sock", socket.SOCK_DGRAM, 0o660).close()
     (tmp_path / "file").touch()
     for path in ("wake.sock", "file", "absent", "absent/wake.sock", deep / "absent", deep / "absent" / "absent"):
         assert not send_datagram(tmp_path / path), path
 
 
-def test_a_bell_with_a_full_queue_is_false_and_does_not_block(folder_fd, tmp_path):
+def test_a_wake_up_with_a_full_queue_is_false_and_does_not_block(folder_fd, tmp_path):
     limit = int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text()) + 2
     with bind(folder_fd, "wake.sock", socket.SOCK_DGRAM, 0o660):
-        rung = [send_datagram(tmp_path / "wake.sock") for _ in range(limit)]
-    assert rung[0]
-    assert not rung[-1]
+        notified = [send_datagram(tmp_path / "wake.sock") for _ in range(limit)]
+    assert notified[0]
+    assert not notified[-1]
 
 
 @needs_root
-def test_a_bell_that_this_user_may_not_ring_is_false(shared):
+def test_a_wake_up_that_this_user_may_not_wake_up_is_false(shared):
     fd = open_dir(shared)
     with bind(fd, "wake.sock", socket.SOCK_DGRAM, 0o660):
         assert as_nobody(lambda: send_datagram(shared / "wake.sock")) == "False"
     os.close(fd)
 
 
-def test_a_system_without_unix_sockets_rings_nothing(tmp_path, monkeypatch):
+def test_a_system_without_unix_sockets_wake_ups_nothing(tmp_path, monkeypatch):
     monkeypatch.delattr(socket, "AF_UNIX")
     assert not send_datagram(tmp_path / "wake.sock")
 

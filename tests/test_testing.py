@@ -653,19 +653,19 @@ def test_whatever_a_service_is_made_with_it_writes_to_the_database_of_the_test(b
     database.close()
 
 
-def test_no_real_supervisor_is_rung(bgsupervisor, tmp_path):
+def test_no_real_supervisor_is_notified(bgsupervisor, tmp_path):
     config = tmp_path / "bgsupervisor.toml"
     config.write_text('state_dir = "state"\n')
     (tmp_path / "state").mkdir()
     directory = files.open_dir(tmp_path / "state")
-    bell = sockets.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
+    wake_ups = sockets.bind(directory, "wake.sock", socket.SOCK_DGRAM, 0o600)
     assert sockets.send_datagram(tmp_path / "state" / "wake.sock", b"!")
-    assert bell.recv(10) == b"!"
+    assert wake_ups.recv(10) == b"!"
     one = Service(config=config)
     one.cancel(one.request(note))
     with pytest.raises(BlockingIOError):
-        bell.recv(10)
-    bell.close()
+        wake_ups.recv(10)
+    wake_ups.close()
     os.close(directory)
 
 

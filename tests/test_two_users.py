@@ -166,7 +166,7 @@ def test_a_web_user_outside_the_state_directory_is_served_through_the_database_a
 
     id, status, pickup_s = app.requested()
 
-    print(f"picked up without a ring after {pickup_s * 1000:.1f} ms")
+    print(f"picked up without a wake-up after {pickup_s * 1000:.1f} ms")
     assert status == "DONE"
     assert pickup_s < 1.5
     listed = app.ask(WEB, "ps")
@@ -189,13 +189,13 @@ def test_a_web_user_outside_the_state_directory_is_served_through_the_database_a
     assert "stopped by" not in app.ask(WEB, "ps").stderr
 
 
-def test_a_commit_without_a_ring_is_seen_soon_after_the_disk_has_it(app):
+def test_a_commit_without_a_wake_up_is_seen_soon_after_the_disk_has_it(app):
     app.start()
     app.state_dir.chmod(0o700)
 
     pickups = sorted(app.requested()[2] for _ in range(5))
 
-    print("without a ring:", ", ".join(f"{one * 1000:.1f} ms" for one in pickups))
+    print("without a wake-up:", ", ".join(f"{one * 1000:.1f} ms" for one in pickups))
     assert pickups[-1] < 1.5
     assert pickups[2] < 0.4  # once a second would be 0.5
 

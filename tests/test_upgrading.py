@@ -278,29 +278,29 @@ def test_who_speaks_another_protocol_is_told_of_once(adopted):
     assert app.service.counts()[Status.START] == len(running)
 
 
-def test_who_waits_and_a_board_of_another_protocol_go_on_without_a_storm(make_app, other_protocol):
+def test_who_waits_and_a_wait_manager_of_another_protocol_go_on_without_a_storm(make_app, other_protocol):
     app = make_app(TASKS, slots=2, spares=0)
     old = app.start(environment=other_protocol)
     reached = app.service.request("appx:reaches", {"name": "end"})
     waiter = app.service.request("appx:waits", {"id": reached.id})
     app.started(waiter)
     wait_until(lambda: app.service.get(waiter).slot is None, "the waiter has given its slot")
-    wait_until((app.state_dir / "board.sock").exists, "the board is there")
-    [board] = [one for one in psutil.Process(old.process.pid).children() if _has_bound(one, "board.sock")]
+    wait_until((app.state_dir / "manager.sock").exists, "the wait manager is there")
+    [wait_manager] = [one for one in psutil.Process(old.process.pid).children() if _has_bound(one, "manager.sock")]
     old.kill()
     app.start()
     other = app.service.request("appx:until", {"name": "last"})
     assert app.started(other).slot == 1
-    used, began = sum(board.cpu_times()[:2]), time.monotonic()
+    used, began = sum(wait_manager.cpu_times()[:2]), time.monotonic()
     wait_until(lambda: time.monotonic() - began > 1.5, "it has dialled some times")
-    assert sum(board.cpu_times()[:2]) - used < 0.3, "it does not dial in a storm"
+    assert sum(wait_manager.cpu_times()[:2]) - used < 0.3, "it does not dial in a storm"
     (app.folder / "end").touch()
     assert app.wait(reached).status is Status.DONE
     assert app.wait(waiter).status is Status.DONE
     assert app.service.result(waiter) == 5
     (app.folder / "last").touch()
     assert app.wait(other).status is Status.DONE
-    board.kill()  # it would leave after a minute
+    wait_manager.kill()  # it would leave after a minute
 
 
 def _has_bound(process, name):

@@ -329,19 +329,19 @@ class Waiting(App):
     def kill(self, handle, number=signal.SIGKILL):
         os.kill(self.service.get(handle).pid, number)
 
-    def board(self):
-        """Return the board's PID: the child of the supervisor, or of whoever inherited it, which serves board.sock."""
+    def wait_manager(self):
+        """Return the wait manager's PID: the child of the supervisor, or of whoever inherited it, which serves manager.sock."""
 
         def look():
             for process in psutil.process_iter(["pid", "cmdline"]):
                 with contextlib.suppress(psutil.Error):
                     if "wait manager" in " ".join(process.info["cmdline"] or ()) and any(
-                        "board.sock" in str(one.laddr) and self.is_mine(process.pid) for one in unix_sockets(process)
+                        "manager.sock" in str(one.laddr) and self.is_mine(process.pid) for one in unix_sockets(process)
                     ):
                         return process.pid
             return None
 
-        return wait_until(look, "there is a board")
+        return wait_until(look, "there is a wait manager")
 
     def is_mine(self, pid):
         with contextlib.suppress(OSError):
@@ -385,7 +385,7 @@ def shared(tmp_path_factory):
     with living(tmp_path_factory.mktemp("waiting"), slots=12) as app:
         app.start()
         app.result_of(app.request("waits", ids=[app.request("ends_after", pause_s=0.5).id]))
-        app.board()
+        app.wait_manager()
         yield app
         app.nothing_is_left()
 
@@ -1112,19 +1112,19 @@ def test_beyond_max_waiting_a_waiter_keeps_its_slot(make_waiting):
     assert "cannot be written" not in app.supervisors[0].log
 
 
-# ---- board and supervisor die ----
+# ---- wait manager and supervisor die ----
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_board_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, number):
+def test_a_wait_manager_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, number):
     app = make_waiting(slots=6)
     app.start()
     other = app.request("reaches", gates=["go"], value=1)
     waiters = [app.request("waits", ids=[other.id], part="loaded") for _ in range(3)]
     for waiter in waiters:
         app.waiting(waiter)
-    board = app.board()
-    os.kill(board, number)
+    wait_manager = app.wait_manager()
+    os.kill(wait_manager, number)
     late = app.request("waits", ids=[other.id], part="loaded")
     app.waiting(late)
     app.open_gate("go")
@@ -1132,10 +1132,10 @@ def test_a_board_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, 
         assert app.result_of(waiter) == 1
     reached = app.said("reached", other)["at"]
     assert max(app.said("out", waiter)["at"] for waiter in [*waiters, late]) - reached < 2.0
-    wait_until(lambda: not psutil.pid_exists(board), "the old board is gone")
+    wait_until(lambda: not psutil.pid_exists(wait_manager), "the old wait manager is gone")
     again = app.request("waits", ids=[other.id])
     app.waiting(again)
-    assert app.board() != board
+    assert app.wait_manager() != wait_manager
     app.end_of(other)
     app.result_of(again)
     app.nothing_is_left()

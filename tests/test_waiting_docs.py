@@ -210,26 +210,26 @@ def test_an_async_body_waits_too(make):
     assert app.service.result(handle) == "jana"
 
 
-@pytest.mark.parametrize("whom", ["supervisor", "board"])
-def test_without_supervisor_or_board_a_waiter_goes_on_within_a_second(make, whom):
+@pytest.mark.parametrize("whom", ["supervisor", "wait_manager"])
+def test_without_supervisor_or_wait_manager_a_waiter_goes_on_within_a_second(make, whom):
     app = make()
     mail = app.service.request("mailing:send_mail", {"to": "jana"})
     waiter = app.service.request("appx:wait_for", {"id": mail.id})
     supervisor = psutil.Process(app.supervisors[0].process.pid)
     wait_until(lambda: app.service.ledger.waits.rows([waiter.id]), "the waiter waits")
-    board = wait_until(lambda: _board(app, supervisor), "the board is there")
-    (board if whom == "board" else supervisor).kill()
+    wait_manager = wait_until(lambda: _wait_manager(app, supervisor), "the wait manager is there")
+    (wait_manager if whom == "wait_manager" else supervisor).kill()
 
     sent = wait_until(lambda: (one := app.service.get(mail)).ended and one, "the mail is sent", LIMIT_S)
     record = app.wait(waiter)
 
     assert record.status == "DONE"
     # A child without supervisor records its own end, after at most 5 s.
-    limit_s = 2 if whom == "board" else 8
+    limit_s = 2 if whom == "wait_manager" else 8
     assert (record.ended_at - sent.ended_at).total_seconds() < limit_s
 
 
-def _board(app, supervisor):
+def _wait_manager(app, supervisor):
     return next((child for child in supervisor.children() if "wait manager" in " ".join(child.cmdline())), None)
 
 

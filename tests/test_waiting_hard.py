@@ -266,13 +266,13 @@ def test_a_wait_that_the_loop_gives_up_ends_at_once_beside_others(app, request):
     app.wait(other)
 
 
-def test_waits_that_are_given_up_leave_no_threads_at_the_board(make):
+def test_waits_that_are_given_up_leave_no_threads_at_the_wait_manager(make):
     app = make(slots=4)
     other = app.request("ends_at", gate_name="go")
     app.result_of(app.request("gives_up_again_and_again", on_id=other.id, rounds=1))
-    board = psutil.Process(app.board())
+    wait_manager = psutil.Process(app.wait_manager())
     app.result_of(app.request("gives_up_again_and_again", on_id=other.id, rounds=12), 60.0)
-    wait_until(lambda: board.num_threads() < 12, "the board's threads have ended", 5.0)
+    wait_until(lambda: wait_manager.num_threads() < 12, "the wait manager's threads have ended", 5.0)
     app.open_gate("go")
     app.wait(other)
 
@@ -295,7 +295,7 @@ def test_a_part_that_a_fork_of_the_body_reaches_wakes_the_waiter(make):
     app = make(slots=4)
     holder = app.request("ends_at", gate_name="go")
     app.waiting(waiter := app.request("waits", on_id=holder.id), slotless=False)
-    app.board()
+    app.wait_manager()
     reacher = app.request("reaches_in_a_fork", part="p", options={"delay_s": 1.0})
     reached_at, gone_on_at = app.result_of(app.request("waits", on_id=reacher.id, part="p"))
     assert gone_on_at - reached_at < 2.0
@@ -346,7 +346,7 @@ def test_a_sibling_that_dies_before_it_comes_breaks_the_barrier(app, how):
     app.wait(Handle(ids[2]))
 
 
-# ---- the supervisor, the board, the database are away ----
+# ---- the supervisor, the wait manager, the database are away ----
 
 
 def test_a_stopped_supervisor_costs_a_waiter_a_second_at_most(make):
@@ -355,7 +355,7 @@ def test_a_stopped_supervisor_costs_a_waiter_a_second_at_most(make):
     waiters = [app.request("waits", on_id=other.id, part="p") for _ in range(2)]
     for one in waiters:
         app.waiting(one)
-    app.board()
+    app.wait_manager()
     app.stand_still(app.alive)
     try:
         app.open_gate("go")
@@ -370,17 +370,20 @@ def test_a_stopped_supervisor_costs_a_waiter_a_second_at_most(make):
     app.wait(other)
 
 
-def test_the_next_supervisor_has_a_board_for_those_who_wait_already(make):
+def test_the_next_supervisor_has_a_wait_manager_for_those_who_wait_already(make):
     app = make(slots=4)
     other = app.request("ends_at", gate_name="go", value=1)
     waiter = app.request("waits", on_id=other.id)
     app.waiting(waiter)
-    board = psutil.Process(app.board())
+    wait_manager = psutil.Process(app.wait_manager())
     app.alive.kill()
-    board.kill()
-    wait_until(lambda: not board.is_running() or board.status() == psutil.STATUS_ZOMBIE, "the board is dead")
+    wait_manager.kill()
+    wait_until(
+        lambda: not wait_manager.is_running() or wait_manager.status() == psutil.STATUS_ZOMBIE,
+        "the wait manager is dead",
+    )
     app.start()
-    assert app.board() != board.pid
+    assert app.wait_manager() != wait_manager.pid
     app.open_gate("go")
     assert app.result_of(waiter)[0] == 1
 

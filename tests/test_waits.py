@@ -528,7 +528,7 @@ def test_an_end_that_is_rolled_back_frees_nothing(rows, other):
     assert other.left() == before
 
 
-def test_an_end_rings_for_all_that_it_changes(rows):
+def test_an_end_wake_ups_for_all_that_it_changes(rows):
     id, other, next_one = rows.running(), rows.running(), rows.running()
     dependent = rows.planned(id)
     rows.acquire(id, "held")

@@ -22,7 +22,7 @@ from bgsupervisor import Status, failpoints
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.supervisor.events import EventSources
-from bgsupervisor.supervisor.wait_manager import Boards
+from bgsupervisor.supervisor.wait_manager import WaitManager
 from bgsupervisor.system import processes
 
 BODIES = """
@@ -759,7 +759,7 @@ def test_bodies_and_fork_server_change_over_from_a_supervisor_that_is_stopped_fo
     see_that_nothing_is_left(stage, record)
 
 
-def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
+def test_a_wait_manager_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
     state_dir, clock = StateDir(tmp_path / "state"), SystemClock()
     state_dir.create()
     sources = EventSources(state_dir, clock)
@@ -768,13 +768,13 @@ def test_a_board_that_has_not_said_hello_goes_with_its_supervisor(tmp_path):
     def identity_of(who):
         return dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks)
 
-    boards = Boards(state_dir, identity_of, sources, clock)
-    boards.want()
-    boards.check()
+    wait_manager = WaitManager(state_dir, identity_of, sources, clock)
+    wait_manager.want()
+    wait_manager.check()
 
-    boards.leave()
+    wait_manager.leave()
 
-    [pid] = boards.pids
+    [pid] = wait_manager.pids
     assert os.waitpid(pid, 0) == (pid, signal.SIGKILL)
     sources.close()
 

@@ -69,9 +69,9 @@ MESSAGES = [
     Ack(1, 2),
     messages.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, why="cancelled by jana", by="jana"),
     messages.CallerHello(version=1, who=ME),
-    messages.BoardHello(version=1, who=ME),
-    messages.BoardBeat(),
-    messages.Ring(["task:5", "lock:smtp"]),
+    messages.WaitManagerHello(version=1, who=ME),
+    messages.WaitManagerBeat(),
+    messages.Notify(["task:5", "lock:smtp"]),
     messages.Waiting(1, 2),
     messages.Resumed(1, 2, 15),
     messages.WantSlot(1, 2, 3),
@@ -476,14 +476,14 @@ def test_hundreds_dial_at_once_and_all_are_heard(reception, dial):
     assert all(isinstance(message, ChildHello) for message in messages_of(heard))
 
 
-def test_a_ring_is_heard_once_however_often_it_rang(reception, state_dir):
-    bell = connect(state_dir.path, "wake.sock", socket.SOCK_DGRAM)
-    assert not hear(reception).rung
+def test_a_wake_up_is_heard_once_however_often_it_rang(reception, state_dir):
+    wake_ups = connect(state_dir.path, "wake.sock", socket.SOCK_DGRAM)
+    assert not hear(reception).notified
     for _ in range(5):
-        bell.send(b"")
-    assert hear(reception, 5).rung
-    assert not hear(reception).rung
-    bell.close()
+        wake_ups.send(b"")
+    assert hear(reception, 5).notified
+    assert not hear(reception).notified
+    wake_ups.close()
 
 
 def test_a_write_to_the_watched_file_is_heard(reception, tmp_path):

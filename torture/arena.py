@@ -135,10 +135,10 @@ class Arena:
         pids = {pid for who in self.fork_servers() if is_alive(who) for pid in children(who.pid)} - busy
         return [Who(pid, ticks) for pid in sorted(pids) if (ticks := start_ticks(pid)) is not None]
 
-    def board(self) -> Who | None:
-        """Return who listens on the board's socket."""
+    def wait_manager(self) -> Who | None:
+        """Return who listens on the wait manager's socket."""
         try:
-            with connect(self.state.path, "board.sock", socket.SOCK_STREAM) as sock:
+            with connect(self.state.path, "manager.sock", socket.SOCK_STREAM) as sock:
                 pid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         except OSError:
             return None

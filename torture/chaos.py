@@ -1,6 +1,6 @@
 """What is done to the processes and files of the application, at random, all from one seed; each deed is noted first.
 
-Whom it hits it knows by PID and start ticks, from rows, from the state directory or from the board's socket.
+Whom it hits it knows by PID and start ticks, from rows, from the state directory or from the wait manager's socket.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Chaos:
             self.kill_spare: 1,
             self.kill_supervisor: 2.5,
             self.kill_fork_server: 0.5,
-            self.kill_board: 0.8,
+            self.kill_wait_manager: 0.8,
             self.kill_supervisor_and_fork_server: 0.3,
             self.kill_all: 0.15,
             self.stop_child: 2,
             self.stop_supervisor: 0.7,
             self.stop_fork_server: 0.5,
-            self.stop_board: 0.4,
+            self.stop_wait_manager: 0.4,
             self.cancel: 3,
             self.retry: 2,
             self.reload: 0.8,
@@ -92,9 +92,9 @@ class Chaos:
         """Kill a fork server."""
         self._kill_one_of("fork_server", self._arena.fork_servers())
 
-    def kill_board(self) -> None:
-        """Kill the board."""
-        self._kill_one_of("board", filter(None, [self._arena.board()]))
+    def kill_wait_manager(self) -> None:
+        """Kill the wait manager."""
+        self._kill_one_of("wait_manager", filter(None, [self._arena.wait_manager()]))
 
     def kill_supervisor_and_fork_server(self) -> None:
         """Kill both: nobody is left who sees how children end."""
@@ -110,7 +110,7 @@ class Chaos:
         self.kill_supervisor_and_fork_server()
         for id, who in children:
             self._kill("child", who, task=id)
-        self.kill_board()
+        self.kill_wait_manager()
 
     def _kill_one_of(self, kind: str, victims: Iterable[Who]) -> None:
         known = list(victims)
@@ -136,9 +136,9 @@ class Chaos:
         """Have a fork server stand still."""
         self._stop_one_of("fork_server", self._arena.fork_servers(), self._random.uniform(0.2, 2))
 
-    def stop_board(self) -> None:
-        """Have the board stand still."""
-        self._stop_one_of("board", filter(None, [self._arena.board()]), self._random.uniform(0.2, 3))
+    def stop_wait_manager(self) -> None:
+        """Have the wait manager stand still."""
+        self._stop_one_of("wait_manager", filter(None, [self._arena.wait_manager()]), self._random.uniform(0.2, 3))
 
     def _stop_one_of(self, kind: str, victims: Iterable[Who], seconds: float) -> None:
         known = list(victims)

@@ -13,8 +13,6 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Ack",
     "Beat",
-    "BoardBeat",
-    "BoardHello",
     "CallerHello",
     "Cancel",
     "ChildHello",
@@ -27,18 +25,20 @@ __all__ = [
     "Leave",
     "LoadFailure",
     "Message",
+    "Notify",
     "Progress",
     "Reload",
     "Reloaded",
     "Resumed",
     "Retire",
-    "Ring",
     "Run",
     "SlotGranted",
     "Spawn",
     "SpawnFailed",
     "Spawned",
     "TaskOptions",
+    "WaitManagerBeat",
+    "WaitManagerHello",
     "Waiting",
     "WantSlot",
     "Who",
@@ -236,18 +236,18 @@ class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     by: str | None = None
 
 
-class BoardHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A board's first word."""
+class WaitManagerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """A wait manager's first word."""
 
     version: int
     who: Who
 
 
-class BoardBeat(msgspec.Struct, frozen=True, tag=True):
-    """A board's sign of life."""
+class WaitManagerBeat(msgspec.Struct, frozen=True, tag=True):
+    """A wait manager's sign of life."""
 
 
-class Ring(msgspec.Struct, frozen=True, tag=True):
+class Notify(msgspec.Struct, frozen=True, tag=True):
     """Something has happened to what these keys name; whoever waits for it looks at the rows."""
 
     keys: list[str]
@@ -326,9 +326,9 @@ Message = (
     | Ended
     | Ack
     | Cancel
-    | BoardHello
-    | BoardBeat
-    | Ring
+    | WaitManagerHello
+    | WaitManagerBeat
+    | Notify
     | Waiting
     | Resumed
     | WantSlot

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["bind", "check_peer", "connect", "leave_board", "ring_board", "send_datagram"]
+__all__ = ["abandon_wait", "bind", "check_peer", "connect", "notify_waiters", "send_datagram"]
 
 _CREDENTIALS = struct.Struct("3i")
 """PID, user and group of a peer."""
 LISTEN_BACKLOG = 1024
 """More than all children of the largest configuration, so that none is refused when all connect at once."""
-BELL_SOCKET = "bell.sock"
-BELLS_AT_ONCE = 50
+NOTIFY_SOCKET_NAME = "notify.sock"
+KEYS_AT_ONCE = 50
 """Keys in one datagram; they stay far below the limit of a socket."""
 SHORT_ADDRESS_BYTES = 100
 """Longer addresses go through the directory descriptor; systems allow 104 to 108 bytes."""
@@ -103,29 +103,32 @@ def check_peer(connection: socket.socket) -> None:
 def send_datagram(path: Path, payload: bytes = b"") -> bool:
     """Send *payload* to the datagram socket *path*; True where somebody listens. Never blocks, never raises.
 
-    False also where the listener's queue is full (it has been rung already), where this user may not ring, and on
-    systems without Unix sockets: a bell may get lost, so nobody may rely on it alone.
+    False also where the listener's queue is full (it has been notified already), where this user may not ring, and on
+    systems without Unix sockets: a wake-up may get lost, so nobody may rely on it alone.
     """
     if not hasattr(socket, "AF_UNIX"):
         return False
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as bell, _reachable(path.parent, path.name) as address:
-            bell.settimeout(0)
-            bell.sendto(payload, address)
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as wake_ups,
+            _reachable(path.parent, path.name) as address,
+        ):
+            wake_ups.settimeout(0)
+            wake_ups.sendto(payload, address)
     except OSError:
         return False
     return True
 
 
-def ring_board(folder: Path, keys: Sequence[str]) -> bool:
-    """Ring bells at the board of a state directory; False where none listens. Never blocks, never raises."""
-    some = [keys[first : first + BELLS_AT_ONCE] for first in range(0, len(keys), BELLS_AT_ONCE)]
-    return all(send_datagram(folder / BELL_SOCKET, json.dumps(list(these)).encode()) for these in some)
+def notify_waiters(folder: Path, keys: Sequence[str]) -> bool:
+    """Ring wake-ups at the wait manager of a state directory; False where none listens. Never blocks, never raises."""
+    some = [keys[first : first + KEYS_AT_ONCE] for first in range(0, len(keys), KEYS_AT_ONCE)]
+    return all(send_datagram(folder / NOTIFY_SOCKET_NAME, json.dumps(list(these)).encode()) for these in some)
 
 
-def leave_board(folder: Path, wait: str) -> bool:
-    """Have a wait at the board end that nobody waits for any more; as `ring_board`."""
-    return send_datagram(folder / BELL_SOCKET, json.dumps(wait).encode())
+def abandon_wait(folder: Path, wait: str) -> bool:
+    """Have a wait at the wait manager end that nobody waits for any more; as `notify_waiters`."""
+    return send_datagram(folder / NOTIFY_SOCKET_NAME, json.dumps(wait).encode())
 
 
 def _address(dir_fd: int, name: str) -> str:

@@ -47,7 +47,7 @@ class StateDir:
 
     @property
     def wake(self) -> Path:
-        """Return the datagram socket that is rung after a commit."""
+        """Return the datagram socket that is notified after a commit."""
         return self.path / "wake.sock"
 
     @property

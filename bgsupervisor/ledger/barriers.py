@@ -20,7 +20,7 @@ PASSED = "passed"
 
 
 def barrier_key(scope: str, name: str) -> str:
-    """Return the key that rings when a barrier is passed or broken."""
+    """Return the key that notifies when a barrier is passed or broken."""
     return f"barrier:{scope}:{name}"
 
 

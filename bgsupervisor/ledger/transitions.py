@@ -1,7 +1,7 @@
 """The only writer of rows: requests, transitions, progress. Knows no signals and nothing a PID means.
 
 Every transition stands in TRANSITIONS and is one compare-and-set on (id, attempt, status). A row count of 0 means
-that somebody else decided; it is reported to the caller and never overwrites. Effects outside the database (bells,
+that somebody else decided; it is reported to the caller and never overwrites. Effects outside the database (wake-ups,
 signals, acknowledgements) are the caller's, after the commit.
 """
 

@@ -1,7 +1,7 @@
 """The rows of waiting: parts, holds, waits, dependencies. The ledger's second half; writes no status.
 
 Every method is one transaction, or part of the ledger's: what a dead task held is freed in the very transaction that
-records its end. Keys that are returned are to be rung after the commit (see `board`).
+records its end. Keys that are returned are to be notified after the commit (see `wait_manager`).
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ HANDED_SLOTS = 2
 
 
 def task_key(id: int) -> str:
-    """Return the key that rings when a task reaches a part or ends."""
+    """Return the key that notifies when a task reaches a part or ends."""
     return f"task:{id}"
 
 
 def turn_key(id: int) -> str:
-    """Return the key that rings when a task has been given a permit that it waited for."""
+    """Return the key that notifies when a task has been given a permit that it waited for."""
     return f"turn:{id}"
 
 

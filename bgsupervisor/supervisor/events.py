@@ -1,4 +1,4 @@
-"""Whom the supervisor hears: connections, deaths, bells and signals, in one selector. Decides nothing.
+"""Whom the supervisor hears: connections, deaths, wake-ups and signals, in one selector. Decides nothing.
 
 Nobody is ever waited for: sockets do not block, a peer that does not read is only marked, and every pass takes a
 bounded amount from each.
@@ -21,12 +21,12 @@ from bgsupervisor.ipc.channel import Channel
 from bgsupervisor.ipc.messages import (
     PROTOCOL_VERSION,
     Beat,
-    BoardBeat,
-    BoardHello,
     CallerHello,
     ChildHello,
     ForkServerHello,
     Message,
+    WaitManagerBeat,
+    WaitManagerHello,
     Who,
 )
 from bgsupervisor.ipc.sockets import bind
@@ -51,15 +51,15 @@ WAKE_MODE = 0o660
 HELLO_S = 10.0
 """Who dials and does not say hello for so long is let go."""
 ACCEPTS_PER_PASS = 256
-RINGS_PER_PASS = 1000
+WAKE_UPS_PER_PASS = 1000
 REFUSALS_KEPT = 1000
 """So many refused connections are remembered: whoever is refused dials again and again, and is told of once."""
-RINGS_AT_ONCE = 50
-RINGS_PER_S = 20.0
-"""After RINGS_AT_ONCE passes for rings there are at most so many a second: each looks at the rows."""
+WAKE_UPS_AT_ONCE = 50
+WAKE_UPS_PER_S = 20.0
+"""After WAKE_UPS_AT_ONCE passes for notifies there are at most so many a second: each looks at the rows."""
 KEYS_PER_PASS = 10_000
-RING_BYTES = 4096
-"""A ring may name the bells that it is for, one a line; what does not fit is found by looking."""
+NOTIFY_BYTES = 4096
+"""A ring may name the wake-ups that it is for, one a line; what does not fit is found by looking."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -89,7 +89,7 @@ class Events:
         """Whether there is more than signs of life in it; a write to the database file is none until it is seen."""
         if self.deaths or self.signals or self.woken or self.someone_left:
             return True
-        return not all(isinstance(message, Beat | BoardBeat) for _, message in self.messages)
+        return not all(isinstance(message, Beat | WaitManagerBeat) for _, message in self.messages)
 
 
 class Watch(Protocol):
@@ -121,8 +121,8 @@ class EventSources:
         self._control: socket.socket | None = None
         self._wake: socket.socket | None = None
         self._inodes: dict[Path, int] = {}
-        self._ring_rate = Rate(RINGS_AT_ONCE, RINGS_PER_S, clock.monotonic())
-        self._rings_again_at: float | None = None
+        self._notify_rate = Rate(WAKE_UPS_AT_ONCE, WAKE_UPS_PER_S, clock.monotonic())
+        self._notifies_again_at: float | None = None
         self._signals, self._signal_write = socket.socketpair()
         for end in (self._signals, self._signal_write):
             end.setblocking(False)
@@ -139,7 +139,7 @@ class EventSources:
                 with contextlib.suppress(KeyError):
                     self._selector.unregister(old)
                 old.close()
-        self._deaf, self._rings_again_at = False, None
+        self._deaf, self._notifies_again_at = False, None
         self._control, self._wake = control, wake
         self._selector.register(self._control, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake_up)
@@ -195,11 +195,11 @@ class EventSources:
 
     def rest(self, timeout_s: float) -> list[tuple[Callable[[Events, int], None], int]]:
         """Block until something is to be heard, at most *timeout_s*."""
-        if self._rings_again_at is not None and self._wake is not None:
-            left_s = self._rings_again_at - self._clock.monotonic()
+        if self._notifies_again_at is not None and self._wake is not None:
+            left_s = self._notifies_again_at - self._clock.monotonic()
             if left_s <= 0:
                 self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake_up)
-                self._rings_again_at = None
+                self._notifies_again_at = None
             else:
                 timeout_s = min(timeout_s, left_s)
         # Who was stopped and goes on past its time comes back empty-handed, though there may be much to hear.
@@ -312,7 +312,7 @@ class EventSources:
 
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""
-        if not isinstance(message, ChildHello | ForkServerHello | CallerHello | BoardHello):
+        if not isinstance(message, ChildHello | ForkServerHello | CallerHello | WaitManagerHello):
             if peer.who is None:
                 raise WireError("it did not say hello first")
             return
@@ -331,16 +331,16 @@ class EventSources:
         assert self._wake is not None  # noqa: S101 - registered only while it is bound
         found: dict[str, None] = {}
         with contextlib.suppress(OSError):
-            for _ in range(RINGS_PER_PASS):
-                keys = self._wake.recv(RING_BYTES).decode("utf-8", "replace")
+            for _ in range(WAKE_UPS_PER_PASS):
+                keys = self._wake.recv(NOTIFY_BYTES).decode("utf-8", "replace")
                 events.woken = True
                 if len(found) < KEYS_PER_PASS:
                     found |= dict.fromkeys(key for key in keys.split("\n") if key)
         events.keys += found
         now = self._clock.monotonic()
-        if events.woken and not self._ring_rate.allows(now):  # the rest waits in the socket, and fills it
+        if events.woken and not self._notify_rate.allows(now):  # the rest waits in the socket, and fills it
             self._selector.unregister(self._wake)
-            self._rings_again_at = now + 1 / RINGS_PER_S
+            self._notifies_again_at = now + 1 / WAKE_UPS_PER_S
 
     def _on_database_write(self, events: Events, mask: int) -> None:
         del mask

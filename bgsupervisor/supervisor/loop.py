@@ -39,7 +39,7 @@ from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import FIRST_HELLO_S, ForkServers
 from bgsupervisor.supervisor.housekeeping import Housekeeping
 from bgsupervisor.supervisor.recovery import Recovery
-from bgsupervisor.supervisor.wait_manager import Boards
+from bgsupervisor.supervisor.wait_manager import WaitManager
 from bgsupervisor.system import processes
 from bgsupervisor.system.syscalls import set_child_subreaper
 from bgsupervisor.system.titles import set_title
@@ -66,7 +66,7 @@ BUSY_TIMEOUT_S = 0.1
 STOPPED_S = 2.0
 """Passes are at most a second apart; a supervisor that has not turned for so long was stopped."""
 NET_S = 1.0
-"""Without a bell the loop looks at least so often: at the database's version, its own files and its clocks."""
+"""Without a wake-up the loop looks at least so often: at the database's version, its own files and its clocks."""
 TOUCHED_LOOKS_S = (0.002, 0.01, 0.05, 0.2)
 """After a write to the -wal file its commit becomes visible so much later, when the disk has it."""
 RECOVER_EVERY_S = 5.0
@@ -145,7 +145,7 @@ class Supervisor:
         self._recovery = Recovery(config, self._own, self._children, self._sources, clock)
         self._enforcement = Enforcement(config, self._children, self._fork_servers, self._sources, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
-        self._boards = Boards(state_dir, self._recovery.identity_of, self._sources, clock)
+        self._wait_manager = WaitManager(state_dir, self._recovery.identity_of, self._sources, clock)
         self._exits: dict[Who, Exited] = {}
         self._started_at = clock.now()
         self._unattended_since: datetime | None = self._started_at - timedelta(
@@ -223,7 +223,7 @@ class Supervisor:
             self._take_signal(number)
         if events.woken:
             self._look = True
-            self._boards.ring(events.keys)
+            self._wait_manager.notify(events.keys)
             self._heed_stop_mark()
         now = self._clock.monotonic()
         if events.database_touched:
@@ -242,8 +242,8 @@ class Supervisor:
             self._take_of_fork_server(peer, message)
         elif isinstance(message, messages.Reload):
             self._reload(force=message.force, caller=peer)
-        elif isinstance(message, messages.BoardHello | messages.BoardBeat | messages.Ring):
-            self._boards.take(peer, message)
+        elif isinstance(message, messages.WaitManagerHello | messages.WaitManagerBeat | messages.Notify):
+            self._wait_manager.take(peer, message)
         elif child is not None and isinstance(message, messages.Waiting | messages.Resumed | messages.WantSlot):
             self._take_waiting(child, message)
         elif child is not None and isinstance(message, messages.Ended):
@@ -320,7 +320,7 @@ class Supervisor:
         child.got_on_at = self._clock.monotonic()
         if isinstance(message, messages.Waiting):
             child.slot = child.slot if message.slot_kept else None
-            self._boards.want()
+            self._wait_manager.want()
         elif isinstance(message, messages.Resumed):
             child.slot = message.slot
 
@@ -413,7 +413,7 @@ class Supervisor:
         now = self._clock.monotonic()
         for who in events.deaths:
             self._fork_servers.died(who)
-            self._boards.died(who)
+            self._wait_manager.died(who)
             self._fork_servers.met(who)
             child = self._children.get(who)
             if child is not None and child.dead_since is None:
@@ -476,7 +476,7 @@ class Supervisor:
         else:
             self._recover_at = now + RECOVER_EVERY_S
             if any(child.slot is None for child in self._children.running()):
-                self._boards.expect()
+                self._wait_manager.expect()
             self._look = True  # what could not be read when it was asked for is asked for again
 
     def _tell_of_unattended_ends(self) -> None:
@@ -688,7 +688,7 @@ class Supervisor:
             self._give_slot(by_attempt[attempt], attempt, back, granted=attempt in outcome.returned)
         for attempt in batch.notes:
             by_attempt[attempt].note = Note()
-        self._boards.ring(outcome.keys)
+        self._wait_manager.notify(outcome.keys)
         self._look = self._look or DUE in outcome.keys
 
     def _set_aside(self, due: Due, *, struck: bool) -> None:
@@ -809,7 +809,12 @@ class Supervisor:
     def _rest_s(self) -> float:
         """Return for how long nothing can become due, at most NET_S."""
         now = self._clock.monotonic()
-        moments = [self._net_at, self._enforcement.next_due_at(), self._fork_server_due_at(), self._boards.due_at()]
+        moments = [
+            self._net_at,
+            self._enforcement.next_due_at(),
+            self._fork_server_due_at(),
+            self._wait_manager.due_at(),
+        ]
         if self._next_due_at is not None and self._may_admit():
             next_due_at = now + (self._next_due_at - self._clock.now()).total_seconds()
             moments.append(max(next_due_at, self._put_off_until))
@@ -847,7 +852,7 @@ class Supervisor:
             return
         if self._draining is None and self._leaving is None:
             self._fork_servers.start_if_missing()
-        self._boards.check()
+        self._wait_manager.check()
         self._leave_if_done()
         if now < self._net_at:
             return
@@ -860,7 +865,7 @@ class Supervisor:
             self._lock.touch()
         self._check_files()
         self._look_if_changed()
-        self._fork_servers.sweep_inherited({child.who.pid for child in self._children} | self._boards.pids)
+        self._fork_servers.sweep_inherited({child.who.pid for child in self._children} | self._wait_manager.pids)
         self._send_away_unneeded()
         self._fork_servers.give_up_on_the_silent()
         if self._recovery.done_once and not any(child.dead_since is not None for child in self._children):
@@ -934,7 +939,7 @@ class Supervisor:
             self._acknowledge([who for who in self._exits if who not in self._children])
         self._fork_servers.tell_all(messages.Retire())
         if not self._children.running():
-            self._boards.leave()
+            self._wait_manager.leave()
         with contextlib.suppress(BgSupervisorError, OSError):
             if self._is_worth_a_row() and self._lock.is_intact():  # else the row is the next one's
                 gone = dataclasses.replace(self._own_record(), left_at=self._clock.now())

@@ -218,8 +218,8 @@ class Runner:
             if child.code == self._code != self._known:
                 self._known, self._catalogue = self._code, message.catalogue
                 self._note_loaded(message)
-        elif isinstance(message, messages.Ring):
-            self._ring(message.keys)
+        elif isinstance(message, messages.Notify):
+            self._notify(message.keys)
         elif isinstance(message, messages.Ended):
             child.over = True
         elif isinstance(message, messages.Waiting):
@@ -232,12 +232,12 @@ class Runner:
                 child.note.progress_done, child.note.progress_total = message.done, message.total
                 child.note.message = message.message
 
-    def _ring(self, keys: Iterable[str]) -> None:
+    def _notify(self, keys: Iterable[str]) -> None:
         """Wake all bodies that wait, whatever their keys: there are few of them here."""
         some = list(keys)
         for child in self._children if some else ():
             if child.runs:
-                child.say(messages.Ring(some))
+                child.say(messages.Notify(some))
 
     def _bury(self) -> None:
         """Take leave of dead children, and record how they ended if they have not done it themselves."""
@@ -256,7 +256,7 @@ class Runner:
         if record is not None and (record.status, record.attempt) == ("START", attempt.attempt):
             keys: list[str] = []
             self._ledger.end(attempt, _end_of_dead(child), keys)
-            self._ring(keys)
+            self._notify(keys)
         path = logs.task_log(self._logs, attempt.id, attempt.attempt)
         with contextlib.suppress(OSError):
             if path.stat().st_size == 0:
@@ -289,7 +289,7 @@ class Runner:
                 detail = "its process is gone and nobody could see how it ended"
                 keys: list[str] = []
                 self._ledger.end(attempt, End(reason=Reason.VANISHED, detail=detail), keys)
-                self._ring(keys)
+                self._notify(keys)
 
     # enforce
 

@@ -1,4 +1,4 @@
-"""The board as its supervisor sees it: started when a task first waits, replaced when it dies or hangs."""
+"""The wait manager as its supervisor sees it: started when a task first waits, replaced when it dies or hangs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from bgsupervisor.supervisor.events import EventSources, Peer
     from bgsupervisor.system.processes import ProcessHandle, ProcessIdentity
 
-__all__ = ["Boards"]
+__all__ = ["WaitManager"]
 
 log = logging.getLogger("bgsupervisor")
 
 SILENT_S = 0.7
-"""A board that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
+"""A wait manager that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
 RETRY_S = 1.0
-"""A board that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
+"""A wait manager that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
 RESTART_S = (0.0, 1.0, 5.0, 15.0)
-"""Pauses before a board that died is started again; the last one repeats until one has said hello."""
+"""Pauses before a wait manager that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
-"""So long a new board may take to start on a busy machine."""
+"""So long a new wait manager may take to start on a busy machine."""
 
 
-class Boards:
-    """At most one board; rings are sent to it and never waited for."""
+class WaitManager:
+    """At most one wait manager; notifies are sent to it and never waited for."""
 
     def __init__(
         self, state_dir: StateDir, identity_of: Callable[[Who], ProcessIdentity], sources: EventSources, clock: Clock
@@ -58,35 +58,35 @@ class Boards:
 
     @property
     def pids(self) -> set[int]:
-        """The board's PID, as one of this process's children."""
+        """The wait manager's PID, as one of this process's children."""
         return set() if self._who is None else {self._who.pid}
 
     def want(self) -> None:
-        """Have a board from the next `check` on: a task waits."""
+        """Have a wait manager from the next `check` on: a task waits."""
         if self._who is None and not self._wanted:
             self._wanted, self._deadline = True, self._clock.monotonic()
 
     def expect(self) -> None:
-        """Have a board before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
+        """Have a wait manager before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
         if not self._wanted:
             self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
 
-    def ring(self, keys: Sequence[str]) -> None:
-        """Ring bells; whoever waits looks at the rows."""
+    def notify(self, keys: Sequence[str]) -> None:
+        """Ring wake-ups; whoever waits looks at the rows."""
         if keys and self._peer is not None and not self._peer.channel.closed:
-            self._sources.send(self._peer, messages.Ring(list(keys)))
+            self._sources.send(self._peer, messages.Notify(list(keys)))
 
-    def take(self, peer: Peer, message: messages.BoardHello | messages.BoardBeat | messages.Ring) -> None:
-        """Take in what a board says, or pass on what a child rings."""
-        if isinstance(message, messages.BoardHello):
+    def take(self, peer: Peer, message: messages.WaitManagerHello | messages.WaitManagerBeat | messages.Notify) -> None:
+        """Take in what a wait manager says, or pass on what a child notifies."""
+        if isinstance(message, messages.WaitManagerHello):
             self.take_hello(peer, message)
-        elif isinstance(message, messages.Ring):
-            self.ring(message.keys)
+        elif isinstance(message, messages.Notify):
+            self.notify(message.keys)
         elif peer is self._peer:
             self.take_beat()
 
-    def take_hello(self, peer: Peer, hello: messages.BoardHello) -> None:
-        """Get to know a board: the one that was started, or one that an earlier supervisor has left."""
+    def take_hello(self, peer: Peer, hello: messages.WaitManagerHello) -> None:
+        """Get to know a wait manager: the one that was started, or one that an earlier supervisor has left."""
         if self._who not in (None, hello.who):
             self._sources.send(peer, messages.Leave())
             return
@@ -100,10 +100,10 @@ class Boards:
         self._deaths = 0
         self._wanted = True
         self.take_beat()
-        self.ring([EVERYBODY])
+        self.notify([EVERYBODY])
 
     def take_beat(self) -> None:
-        """Note that the board lives."""
+        """Note that the wait manager lives."""
         self._deadline = self._clock.monotonic() + SILENT_S
 
     def died(self, who: Who) -> None:
@@ -117,7 +117,7 @@ class Boards:
         if self._handle is not None:
             self._handle.close()
         self._process = self._who = self._handle = self._peer = None
-        log.warning("the board died; waiters look by themselves until the next one is there")
+        log.warning("the wait manager died; waiters look by themselves until the next one is there")
         self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
         self._deaths += 1
 
@@ -126,7 +126,7 @@ class Boards:
         return self._deadline if self._wanted else None
 
     def check(self) -> None:
-        """Kill a board that does not beat; start one that is missing."""
+        """Kill a wait manager that does not beat; start one that is missing."""
         if not self._wanted or self._clock.monotonic() < self._deadline:
             return
         if self._who is None:
@@ -135,12 +135,12 @@ class Boards:
         if self._handle is None:
             self._deadline = self._clock.monotonic() + FIRST_HELLO_S
             return
-        log.warning("the board, PID %d, does not answer; replacing it", self._who.pid)
+        log.warning("the wait manager, PID %d, does not answer; replacing it", self._who.pid)
         self._handle.send_signal(signal.SIGKILL)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
 
     def leave(self) -> None:
-        """Send the board away; nobody waits any more."""
+        """Send the wait manager away; nobody waits any more."""
         if self._peer is not None and not self._peer.channel.closed:
             self._sources.send(self._peer, messages.Leave())
         elif self._handle is not None:  # it has not said hello yet, and would wait LONELY_S for the next supervisor
@@ -149,13 +149,13 @@ class Boards:
 
     def _start(self) -> None:
         self._process = multiprocessing.get_context("spawn").Process(
-            target=wait_manager.main, args=(self._folder,), daemon=False, name="bgsupervisor board"
+            target=wait_manager.main, args=(self._folder,), daemon=False, name="bgsupervisor wait manager"
         )
         try:
             with processes.in_root_folder():
                 self._process.start()
         except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
-            log.error("cannot start the board: %s; trying again", error)  # noqa: TRY400 - the sentence says it
+            log.error("cannot start the wait manager: %s; trying again", error)  # noqa: TRY400 - the sentence says it
             self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
             return
         pid = self._process.pid or 0

@@ -1,11 +1,11 @@
 """The Python stacks of a running process: how it gets ready to show them, and how others ask; knows no tables.
 
 Who asks sends SIGURG. Python's faulthandler answers at once from C, whatever holds the interpreter's lock, with the
-stack of the thread that got the signal: the main one. Then who asks rings a bell, a pipe: a thread of the process's
-own wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody may read
-the stack of a thread that moves: it can end the process. The bell is rung too where nothing answers the signal: the
-body may have taken that for itself. The answers go into a piece of memory without a name in the file system; who
-asked reads it through the process table.
+stack of the thread that got the signal: the main one. Then who asks notifies a wake-up, a pipe: a thread of the
+process's own wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody
+may read the stack of a thread that moves: it can end the process. The wake-up is notified too where nothing answers the
+signal: the body may have taken that for itself. The answers go into a piece of memory without a name in the file
+system; who asked reads it through the process table.
 
 SIGURG, because what has no handler for it ignores it: no mistake can end a process, not even one that has become
 another program by exec a moment ago. And no Python library is known to use it; SIGUSR1, SIGWINCH and SIGQUIT are used.
@@ -63,8 +63,8 @@ class Answering:
     """What a process needs to answer questions for its stack."""
 
     def __init__(self) -> None:
-        self._bell: tuple[int, int] | None = None
-        self._bell_inode = 0
+        self._wake_ups: tuple[int, int] | None = None
+        self._notify_inode = 0
         self.memory: int | None = None
 
     def get_ready(self) -> None:
@@ -73,27 +73,27 @@ class Answering:
         Raises:
             OSError: The system gives no such memory; then the process shows no stack.
         """
-        if self.fileno() is None or self.memory is None or _bell_of(f"/proc/self/fd/{self.memory}") is None:
+        if self.fileno() is None or self.memory is None or _wake_ups_of(f"/proc/self/fd/{self.memory}") is None:
             read, write = (_above_standard(end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-            self._bell, self._bell_inode = (read, write), os.fstat(read).st_ino
-            self.memory = _above_standard(os.memfd_create(f"{NAME}.{write}.{self._bell_inode}"))
+            self._wake_ups, self._notify_inode = (read, write), os.fstat(read).st_ino
+            self.memory = _above_standard(os.memfd_create(f"{NAME}.{write}.{self._notify_inode}"))
             fcntl.fcntl(self.memory, fcntl.F_SETFL, os.O_APPEND)
         faulthandler.unregister(SIGNAL)  # else it takes itself for registered, though another has set the signal since
         faulthandler.register(SIGNAL, file=self.memory, all_threads=False, chain=False)
 
     def fileno(self) -> int | None:
         """Return what becomes readable when somebody asks; None if the body has closed it."""
-        if self._bell is not None and _inode(self._bell[0]) == self._bell_inode:
-            return self._bell[0]
+        if self._wake_ups is not None and _inode(self._wake_ups[0]) == self._notify_inode:
+            return self._wake_ups[0]
         return None
 
     def answer(self) -> None:
         """Write the stacks of all threads if somebody has asked. The caller has the interpreter's lock: they stand."""
-        bell, memory = self.fileno(), self.memory
+        wake_ups, memory = self.fileno(), self.memory
         with contextlib.suppress(OSError):
-            if bell is None or memory is None or _bell_of(f"/proc/self/fd/{memory}") is None:
+            if wake_ups is None or memory is None or _wake_ups_of(f"/proc/self/fd/{memory}") is None:
                 return
-            for who in os.read(bell, 4096).split():
+            for who in os.read(wake_ups, 4096).split():
                 os.write(memory, BEGIN + who + b"\n")
                 faulthandler.dump_traceback(memory, all_threads=True)
                 os.write(memory, END + who + b"\n")
@@ -105,7 +105,7 @@ class Question:
     def __init__(self, pid: int, memory: int) -> None:
         self._pid = pid
         self._memory = memory
-        self._rung = False
+        self._notified = False
         self._who = secrets.token_hex(8).encode()
         self._start = self._size = os.fstat(memory).st_size
         self._grown_at = 0.0
@@ -154,12 +154,12 @@ class Question:
             self._looked_at = now
         # Not sooner: two answers at once would be mixed.
         is_time = now - self._looked_at >= SILENT_S if size == self._start else now - self._grown_at >= SETTLED_S
-        if not self._rung and is_time:
-            self._rung, self._grown_at = True, now
-            _ring(self._pid, self._memory, self._who)
+        if not self._notified and is_time:
+            self._notified, self._grown_at = True, now
+            _notify(self._pid, self._memory, self._who)
         said = self._said()
         is_nobody_coming = BEGIN + self._who not in said and now - self._grown_at >= QUIET_S
-        return (self.text() or None) if self._rung and (END + self._who in said or is_nobody_coming) else None
+        return (self.text() or None) if self._notified and (END + self._who in said or is_nobody_coming) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
@@ -220,9 +220,9 @@ def _open_memory(pid: int) -> int | None:
     """Open the memory of another process, None if it has none. Raises OSError if this user may not look."""
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in itertools.islice(entries, DESCRIPTORS_MAX):
-            if _bell_of(entry.path) is not None:
+            if _wake_ups_of(entry.path) is not None:
                 found = os.open(entry.path, os.O_RDWR | os.O_CLOEXEC)
-                if _bell_of(f"/proc/self/fd/{found}") is None:  # the body has closed it, and opened something else
+                if _wake_ups_of(f"/proc/self/fd/{found}") is None:  # the body has closed it, and opened something else
                     os.close(found)
                     return None
                 if os.fstat(found).st_size > MEMORY_MAX_BYTES:
@@ -231,21 +231,21 @@ def _open_memory(pid: int) -> int | None:
     return None
 
 
-def _ring(pid: int, memory: int, who: bytes) -> None:
-    """Ring the bell that the memory's name tells of; nothing if something else is there by now."""
-    descriptor, inode = _bell_of(f"/proc/self/fd/{memory}") or (-1, 0)
+def _notify(pid: int, memory: int, who: bytes) -> None:
+    """Ring the wake-up that the memory's name tells of; nothing if something else is there by now."""
+    descriptor, inode = _wake_ups_of(f"/proc/self/fd/{memory}") or (-1, 0)
     with contextlib.suppress(OSError):
-        bell = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        wake_ups = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             # Not a file that the process itself may only read: its memory's name is its own choice.
-            if _inode(bell) == inode and stat.S_ISFIFO(os.fstat(bell).st_mode):
-                os.write(bell, who + b"\n")
+            if _inode(wake_ups) == inode and stat.S_ISFIFO(os.fstat(wake_ups).st_mode):
+                os.write(wake_ups, who + b"\n")
         finally:
-            os.close(bell)
+            os.close(wake_ups)
 
 
-def _bell_of(path: str) -> tuple[int, int] | None:
-    """Return descriptor and inode of the bell that a memory is named after; None where *path* is no such memory."""
+def _wake_ups_of(path: str) -> tuple[int, int] | None:
+    """Return descriptor and inode of the wake-up that a memory is named after; None where *path* is no such memory."""
     try:
         found = re.fullmatch(rf"/memfd:{NAME}\.(\d+)\.(\d+) \(deleted\)", str(Path(path).readlink()))
     except FileNotFoundError:

@@ -490,7 +490,7 @@ class Child:
                     ledger.store.close()
             else:
                 failpoints.at("child.recorded")
-                self._link.ring(keys)
+                self._link.notify(keys)
                 return
             if self._link.acknowledged.wait(pause):
                 return
@@ -539,7 +539,7 @@ class Child:
                 if ledger.store.inode() == 0 or self._clock.monotonic() >= until:  # 0: the file is gone
                     break
             self._clock.sleep(pause)
-        self._link.ring(keys)
+        self._link.notify(keys)
 
     # Leaving
 

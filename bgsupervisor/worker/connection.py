@@ -21,7 +21,7 @@ from bgsupervisor.errors import WireError
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import REDIAL_S, UNRESPONSIVE_BYTES, Channel, Redial
 from bgsupervisor.ipc.messages import Run, Who
-from bgsupervisor.ipc.sockets import connect, ring_board
+from bgsupervisor.ipc.sockets import connect, notify_waiters
 from bgsupervisor.system.files import inode_of, is_another
 
 if sys.platform != "win32":  # a body on Windows loads this module too
@@ -61,8 +61,8 @@ class Line(Protocol):
     def say_from_body(self, message: messages.Message) -> None:
         """See `Link.say_from_body`."""
 
-    def ring(self, keys: Sequence[str]) -> None:
-        """See `Link.ring`."""
+    def notify(self, keys: Sequence[str]) -> None:
+        """See `Link.notify`."""
 
     def rouse(self) -> None:
         """See `Link.rouse`."""
@@ -186,10 +186,10 @@ class Link(threading.Thread):
         finally:
             self.main_inside = False
 
-    def ring(self, keys: Sequence[str]) -> None:
-        """Ring bells: at the board itself; where none listens, through the supervisor. A ring may be lost."""
-        if keys and not ring_board(self._folder, keys):
-            self.say_from_body(messages.Ring(list(keys)))
+    def notify(self, keys: Sequence[str]) -> None:
+        """Ring wake-ups: at the wait manager itself; where none listens, through the supervisor. A ring may be lost."""
+        if keys and not notify_waiters(self._folder, keys):
+            self.say_from_body(messages.Notify(list(keys)))
 
     def drop(self) -> None:
         """Close the connection; the child is leaving."""

@@ -1,4 +1,4 @@
-"""Parts, waiting, locks and barriers, as a body calls them: rows tell the truth, the board's bell spares the polling.
+"""Parts, waiting, locks and barriers, as a body calls them: rows tell the truth, the wait manager's wake-up spares the polling.
 
 Called in the child, in the body's thread. While a body waits its slot is given to others; it takes one again before it
 goes on.
@@ -29,13 +29,13 @@ from bgsupervisor.errors import (
     WaitTimeout,
 )
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.sockets import leave_board
+from bgsupervisor.ipc.sockets import abandon_wait
 from bgsupervisor.ledger.barriers import PASSED, barrier_key
 from bgsupervisor.ledger.transitions import ID_MAX
 from bgsupervisor.ledger.waitgraph import parent_scope
 from bgsupervisor.ledger.waits import EVERYBODY, Held, Queued, Waiter, Waiting, task_key, turn_key
 from bgsupervisor.system.files import open_own_dir
-from bgsupervisor.worker.wait_manager import CALL_S, BoardManager, read_key
+from bgsupervisor.worker.wait_manager import CALL_S, NotifyManager, read_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,20 +48,20 @@ if TYPE_CHECKING:
     from bgsupervisor.ledger.waits import Found, Waits
     from bgsupervisor.worker.connection import Line
 
-__all__ = ["Bell", "Coordination"]
+__all__ = ["Coordination", "WakeUps"]
 
 log = logging.getLogger("bgsupervisor")
 
 T = TypeVar("T")
 
 LOOK_S = 1.0
-"""Without a board, or without a supervisor that rings it, the rows are looked at so often."""
+"""Without a wait manager, or without a supervisor that notifies it, the rows are looked at so often."""
 LOOK_SHARE = 20
 """But not before so many times as long as a look took: hundreds may look, and each has to connect to a server."""
 FIRST_LOOKS_S = (0.1, 0.2, 0.4)
-"""Pauses between the first looks without a board: the first waiter has it started."""
+"""Pauses between the first looks without a wait manager: the first waiter has it started."""
 LONG_S = 30.0
-"""With both the bell wakes a waiter; this is the net below it."""
+"""With both the wake-up wakes a waiter; this is the net below it."""
 SLOT_LOOK_S = 0.2
 """Without a supervisor a returning waiter tries so often to take a slot itself."""
 GRANT_S = (1.0, 1.0, 2.0, 5.0)
@@ -73,8 +73,8 @@ AWAY_S = 600.0
 """For so long a body waits for a database that is locked, full or away before its call fails."""
 
 
-class Bell:
-    """A client of the board that never hangs longer than CALL_S, whatever the board does. For one thread at a time."""
+class WakeUps:
+    """A client of the wait manager that never hangs longer than CALL_S, whatever the wait manager does. For one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,7 +85,7 @@ class Bell:
         self.pid = os.getpid()
 
     def seen(self, keys: Sequence[str]) -> list[int] | None:
-        """Return the counts of *keys*; None if there is no board that answers."""
+        """Return the counts of *keys*; None if there is no wait manager that answers."""
         try:
             if self._proxy is None:
                 self._connect()
@@ -95,13 +95,13 @@ class Bell:
             return None
 
     def wait_beyond(self, keys: Sequence[str], seen: list[int], timeout_s: float, wake_fd: int) -> list[int] | None:
-        """Wait for a ring, for *wake_fd* to become readable, or *timeout_s*; return the counts, None if unknown."""
+        """Wait for a wake-up, for *wake_fd* to become readable, or *timeout_s*; return the counts, None if unknown."""
         wait = f"{self._name}.{next(self._calls)}"
         try:
             wire_end = self._proxy._tls.connection  # noqa: SLF001 - a proxy's own call could not be woken
             wire_end.send((self._proxy._id, "wait_beyond", (wait, list(keys), seen, timeout_s), {}))  # noqa: SLF001
             ready = connections.wait([wire_end, wake_fd], timeout_s + CALL_S)
-            if wire_end not in ready and leave_board(self._folder, wait):  # else its thread there would wait on
+            if wire_end not in ready and abandon_wait(self._folder, wait):  # else its thread there would wait on
                 ready = connections.wait([wire_end], CALL_S)
             if wire_end in ready:
                 kind, counts = wire_end.recv()
@@ -126,11 +126,11 @@ class Bell:
 
     def _connect(self) -> None:
         self._directory = open_own_dir(self._folder)
-        address = f"/proc/self/fd/{self._directory}/board.sock"
-        manager = BoardManager(address=address, authkey=read_key(self._directory), serializer="bounded")
+        address = f"/proc/self/fd/{self._directory}/manager.sock"
+        manager = NotifyManager(address=address, authkey=read_key(self._directory), serializer="bounded")
         manager.connect()
-        proxy: Any = manager.bells()  # type: ignore[attr-defined]
-        proxy._close.cancel()  # noqa: SLF001 - the bells live as long as the board: nothing to give back, nor to wait for
+        proxy: Any = manager.counts()  # type: ignore[attr-defined]
+        proxy._close.cancel()  # noqa: SLF001 - the wake-ups live as long as the wait manager: nothing to give back, nor to wait for
         self._proxy = proxy
 
 
@@ -155,7 +155,7 @@ class Coordination:
         *,
         is_given_up: Callable[[], bool] = lambda: False,
         waits_alone: Callable[[], bool] = lambda: True,
-        make_bell: Callable[[Path], Bell] = Bell,
+        make_wake_ups: Callable[[Path], WakeUps] = WakeUps,
     ) -> None:
         self._id, self._attempt, self._parent_id = order.id, order.attempt, order.parent_id
         self._link = link
@@ -165,9 +165,9 @@ class Coordination:
         self._clock = clock
         self._is_given_up = is_given_up
         self._waits_alone = waits_alone
-        self._make_bell = make_bell
+        self._make_wake_ups = make_wake_ups
         self._numbers = itertools.count()
-        self._bell: Bell | None = None
+        self._wake_ups: WakeUps | None = None
         self._slot_turn = threading.Lock()
         self._has_slot = True
         self._pending = 0
@@ -181,7 +181,7 @@ class Coordination:
         self._check_cancel()
         name, slots = _checked(part, "part"), self._config.slots
         if self._patiently(lambda: self._waits.reach(self._id, self._attempt, name, text, slots=slots)):
-            self._link.ring([task_key(self._id)])
+            self._link.notify([task_key(self._id)])
 
     def wait_for(
         self, ids: Sequence[int], part: str | None, *, timeout_s: float | None, return_interrupted: bool
@@ -258,7 +258,7 @@ class Coordination:
             lambda: self._waits.release(self._id, self._attempt, name, slots=slots), though_cancelled=True
         )
         failpoints.at("child.unlocked")
-        self._link.ring(keys)
+        self._link.notify(keys)
 
     def barrier(self, name: str, parties: int, *, scope: str | None, timeout_s: float | None) -> None:
         """Wait until *parties* have arrived."""
@@ -272,7 +272,7 @@ class Coordination:
         self._check_cancel()
         barriers = self._waits.barriers
         generation, keys = self._patiently(lambda: barriers.arrive(self._id, self._attempt, area, name, parties))
-        self._link.ring(keys)
+        self._link.notify(keys)
         place = (self._id, area, name, generation)
         outcome = self._await_barrier(place, timeout_s)
         self._patiently(lambda: barriers.leave(*place), though_cancelled=True)
@@ -310,8 +310,8 @@ class Coordination:
     def close(self) -> None:
         """Close what was opened for waiting."""
         self._closed = True
-        if self._bell is not None:
-            self._bell.drop()
+        if self._wake_ups is not None:
+            self._wake_ups.drop()
         if self._made is not None:
             with contextlib.suppress(Exception):
                 self._made.store.close()
@@ -389,37 +389,39 @@ class Coordination:
 
         def leave() -> int | None:
             alone = self._pending == 1
-            slot, rung = self._waits.give_up(waiter, lock, slots=slots if alone else None)
-            keys.extend(rung)
+            slot, notified = self._waits.give_up(waiter, lock, slots=slots if alone else None)
+            keys.extend(notified)
             return slot
 
         with self._slot_turn:
             self._note_slot(self._patiently(leave, though_cancelled=True))
             self._pending -= not want_slot
-        self._link.ring(keys)
+        self._link.notify(keys)
         if want_slot:
             self._regain_slot(waiter, None)
 
     def _until(self, look: Callable[[], T | None], keys: list[str], timeout_s: float | None, what: str) -> T:
-        """Look until there is something: after each ring, and now and then without one."""
+        """Look until there is something: after each wake-up, and now and then without one."""
         lasting = threading.current_thread() is threading.main_thread()
-        bell = self._bell if lasting and self._bell is not None and self._bell.pid == os.getpid() else None
-        bell = bell or self._make_bell(self._config.state_dir)
+        wake_ups = (
+            self._wake_ups if lasting and self._wake_ups is not None and self._wake_ups.pid == os.getpid() else None
+        )
+        wake_ups = wake_ups or self._make_wake_ups(self._config.state_dir)
         try:
             with self._link.waking() as wake:
                 deadline = None if timeout_s is None else self._clock.monotonic() + timeout_s
-                found = self._until_rung(bell, wake, look, [*dict.fromkeys(keys), EVERYBODY], deadline)
+                found = self._until_notified(wake_ups, wake, look, [*dict.fromkeys(keys), EVERYBODY], deadline)
         finally:
             if lasting:
-                self._bell = bell
+                self._wake_ups = wake_ups
             else:
-                bell.drop()
+                wake_ups.drop()
         if found is None:
             raise _waited_in_vain(what, timeout_s)
         return found
 
-    def _until_rung(
-        self, bell: Bell, wake: int, look: Callable[[], T | None], keys: list[str], deadline: float | None
+    def _until_notified(
+        self, wake_ups: WakeUps, wake: int, look: Callable[[], T | None], keys: list[str], deadline: float | None
     ) -> T | None:
         """Return what *look* finds in the end, None if that is not before *deadline*."""
         seen: list[int] | None = None
@@ -430,7 +432,7 @@ class Coordination:
             if self._is_given_up():
                 raise _GivenUp
             if seen is None:
-                seen = bell.seen(keys)
+                seen = wake_ups.seen(keys)
             began = self._clock.monotonic()
             found = look()
             if found is not None:
@@ -442,9 +444,9 @@ class Coordination:
             if seen is None:
                 self._link.rest(wake, min(left, max(next(rests_s), min(rested_s, LONG_S))))
             else:
-                rung_by_nobody = self._link.disconnected.is_set()
-                pause_s = max(LOOK_S, min(rested_s, LONG_S)) if rung_by_nobody else LONG_S
-                seen = bell.wait_beyond(keys, seen, min(left, pause_s), wake)
+                notified_by_nobody = self._link.disconnected.is_set()
+                pause_s = max(LOOK_S, min(rested_s, LONG_S)) if notified_by_nobody else LONG_S
+                seen = wake_ups.wait_beyond(keys, seen, min(left, pause_s), wake)
 
     def _regain_slot(self, waiter: Waiter, slot: int | None) -> None:
         """End a wait, with a slot again unless the body still waits for something else.

@@ -39,7 +39,7 @@ from bgsupervisor.worker.child import (
     loaded_definition,
     run_exit_callbacks,
 )
-from bgsupervisor.worker.coordination import AWAY_S, Bell, Coordination
+from bgsupervisor.worker.coordination import AWAY_S, Coordination, WakeUps
 from bgsupervisor.worker.outcome import end_of
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def main(config: Config, pipe: Connection) -> NoReturn:
 class PipeLine(threading.Thread):
     """The connection of a child to its parent, and the thread that listens to it; see `link.Line`.
 
-    No supervisor hands out slots and no wait manager rings: a waiter takes its slot by the rows, and the parent passes
-    on what a child rings. A child whose parent has gone ends its body as if that had been stopped.
+    No supervisor hands out slots and no wait manager notifies: a waiter takes its slot by the rows, and the parent
+    passes on what a child notifies. A child whose parent has gone ends its body as if that had been stopped.
 
     Attributes:
         orders: The order to run; None means to leave.
@@ -141,10 +141,10 @@ class PipeLine(threading.Thread):
         finally:
             self.inside = False
 
-    def ring(self, keys: Sequence[str]) -> None:
+    def notify(self, keys: Sequence[str]) -> None:
         """Ask the parent to wake the waiters of all children."""
         if keys:
-            self.say_from_body(messages.Ring(list(keys)))
+            self.say_from_body(messages.Notify(list(keys)))
 
     def rouse(self) -> None:
         """Wake the waiters of this child."""
@@ -186,7 +186,7 @@ class PipeLine(threading.Thread):
         elif isinstance(message, messages.Cancel):
             self.cancel_order = message
             self.rouse()
-        elif isinstance(message, messages.Ring):
+        elif isinstance(message, messages.Notify):
             self.rouse()
         elif isinstance(message, messages.Leave):
             self.orders.put(None)
@@ -201,7 +201,7 @@ class PipeLine(threading.Thread):
         os._exit(1)
 
 
-class _NoBell(Bell):
+class _NoWakeUps(WakeUps):
     """The wait manager that is not there: a waiter looks at the rows, when it is roused and each second."""
 
     def seen(self, keys: Sequence[str]) -> list[int] | None:
@@ -235,7 +235,7 @@ class _Performance:
             self._clock,
             is_given_up=tasks.is_given_up,
             waits_alone=tasks.waits_alone,
-            make_bell=_NoBell,
+            make_wake_ups=_NoWakeUps,
         )
         context = AttemptContext(order, line, coordination, self._config, self._clock)
         try:
@@ -312,7 +312,7 @@ class _Performance:
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             self._clock.sleep(pause)
-        self._line.ring(keys)
+        self._line.notify(keys)
         self._line.say(messages.Ended(attempt.id, attempt.attempt, End(reason=end.reason)))
 
     def _ledger(self, patience_s: float = 0.0) -> Ledger:

@@ -1,9 +1,9 @@
-"""The board: a multiprocessing.Manager with bells, so that waiters need not poll. Holds no truth.
+"""The wait manager: a multiprocessing.Manager with wake-ups, so that waiters need not poll. Holds no truth.
 
-A bell has a key ("task:5", "lock:smtp") and a count of its rings. A waiter asks for the counts, looks at the rows, and
-waits until a count has grown beyond what it saw; so no ring between the look and the wait is lost. Rings come as
-datagrams from children, and from the supervisor over the control socket. The board may die or hang at any time: the
-supervisor ends and replaces it, and waiters look at the rows themselves meanwhile.
+A wake-up has a key ("task:5", "lock:smtp") and a count of its notifies. A waiter asks for the counts, looks at the
+rows, and waits until a count has grown beyond what it saw; so no wake-up between the look and the wait is lost. Rings
+come as datagrams from children, and from the supervisor over the control socket. The wait manager may die or hang at
+any time: the supervisor ends and replaces it, and waiters look at the rows themselves meanwhile.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bgsupervisor.errors import WireError
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import REDIAL_S, Channel, Redial
 from bgsupervisor.ipc.messages import Who
-from bgsupervisor.ipc.sockets import BELL_SOCKET, bind, check_peer, connect
+from bgsupervisor.ipc.sockets import NOTIFY_SOCKET_NAME, bind, check_peer, connect
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.waits import EVERYBODY
 from bgsupervisor.system import processes
@@ -40,34 +40,34 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
 
-__all__ = ["BEAT_S", "Bells", "BoardManager", "OwnListener", "bounded_client", "main", "make_key", "read_key"]
+__all__ = ["BEAT_S", "NotifyCounts", "NotifyManager", "OwnListener", "bounded_client", "main", "make_key", "read_key"]
 
 log = logging.getLogger("bgsupervisor")
 
 BEAT_S = 0.25
-"""The board tells the supervisor so often that it lives."""
+"""The wait manager tells the supervisor so often that it lives."""
 LONELY_S = 60.0
 """It leaves when no supervisor has been there and nobody has waited for so long."""
 CALL_S = 0.5
 """A call that should be answered at once is given up after this long."""
 KEY_FILE = "authkey"
 KEY_BYTES = 32
-KEY_MODE = BELL_MODE = BOARD_MODE = 0o600
-RING_BYTES = 256 * 1024
-RINGS_PER_TURN = 1000
+KEY_MODE = NOTIFY_MODE = MANAGER_MODE = 0o600
+NOTIFY_BYTES = 256 * 1024
+NOTIFIES_PER_TURN = 1000
 LEFT_MAX = 1000
 """So many waits that were left before they were heard of are remembered."""
 KEY_CHARS = 8000
 """A longer key is not heard: its waiters look by themselves."""
-RINGS_AT_ONCE = 10
-RINGS_PER_S = 4.0
-"""After RINGS_AT_ONCE rings of one key its waiters are woken at most at this rate: hundreds may listen to the same."""
+WAKE_UPS_AT_ONCE = 10
+WAKE_UPS_PER_S = 4.0
+"""After WAKE_UPS_AT_ONCE notifies of one key its waiters are woken at most at this rate: hundreds may listen to the same."""
 KEYS_MAX = 100_000
-"""Beyond so many bells all counts are forgotten but one: every waiter then looks once for nothing."""
+"""Beyond so many wake-ups all counts are forgotten but one: every waiter then looks once for nothing."""
 
 
-class Bells:
-    """Counts of rings, and who waits for them. Every method may be called from any thread."""
+class NotifyCounts:
+    """Counts of notifies, and who waits for them. Every method may be called from any thread."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
@@ -86,32 +86,32 @@ class Bells:
         """How many wait."""
         return len(self._waits)
 
-    def ring(self, keys: Sequence[str]) -> None:
-        """Wake the waiters of *keys*; for a key that is rung again and again, a little later (`catch_up`)."""
+    def notify(self, keys: Sequence[str]) -> None:
+        """Wake the waiters of *keys*; for a key that is notified again and again, a little later (`catch_up`)."""
         with self._lock:
             now = self._clock.monotonic()
             if len(self._rates) > KEYS_MAX:
                 self._rates.clear()
             due = []
             for key in dict.fromkeys(keys):
-                if self._rates.setdefault(key, Rate(RINGS_AT_ONCE, RINGS_PER_S, now)).allows(now):
+                if self._rates.setdefault(key, Rate(WAKE_UPS_AT_ONCE, WAKE_UPS_PER_S, now)).allows(now):
                     due.append(key)
                 elif len(self._put_off) < KEYS_MAX:
                     self._put_off[key] = None
-            self._ring(due)
+            self._notify(due)
 
     def catch_up(self) -> None:
-        """Ring what was put off, at most RINGS_PER_S times a second; called more often than that."""
+        """Ring what was put off, at most WAKE_UPS_PER_S times a second; called more often than that."""
         if not self._put_off:
             return
         with self._lock:
             now = self._clock.monotonic()
             if now >= self._put_off_until:
-                self._put_off_until = now + 1 / RINGS_PER_S
+                self._put_off_until = now + 1 / WAKE_UPS_PER_S
                 keys, self._put_off = list(self._put_off), {}
-                self._ring(keys)
+                self._notify(keys)
 
-    def _ring(self, keys: Sequence[str]) -> None:
+    def _notify(self, keys: Sequence[str]) -> None:
         if keys:
             forgotten = len(self._counts) > KEYS_MAX
             if forgotten:
@@ -124,28 +124,28 @@ class Bells:
                     event.set()
 
     def seen(self, keys: Sequence[str]) -> list[int]:
-        """Return how often each of *keys* has been rung."""
+        """Return how often each of *keys* has been notified."""
         with self._lock:
             return self._now(keys)
 
     def wait_beyond(self, wait: str, keys: Sequence[str], seen: list[int], timeout_s: float) -> list[int]:
-        """Block until one of *keys* has been rung since *seen*, at most *timeout_s*; return the counts of then.
+        """Block until one of *keys* has been notified since *seen*, at most *timeout_s*; return the counts of then.
 
         *wait* names this call, for `leave`.
         """
-        rung = threading.Event()
+        notified = threading.Event()
         with self._lock:
             if wait in self._left or self._now(keys) != seen:
                 self._left.pop(wait, None)
                 return self._now(keys)
-            self._waits[wait] = rung
+            self._waits[wait] = notified
             for key in keys:
-                self._waiting.setdefault(key, set()).add(rung)
-        rung.wait(timeout_s)
+                self._waiting.setdefault(key, set()).add(notified)
+        notified.wait(timeout_s)
         with self._lock:
             del self._waits[wait]
             for key in set(keys):
-                self._waiting[key].discard(rung)
+                self._waiting[key].discard(notified)
                 if not self._waiting[key]:
                     del self._waiting[key]
             return self._now(keys)
@@ -164,14 +164,14 @@ class Bells:
         return [self._base + self._counts.get(key, 0) for key in keys]
 
 
-_bells = Bells()
+_notify_counts = NotifyCounts()
 
 
 def bounded_client(address: str, authkey: bytes | None = None) -> connection.Connection:
-    """Connect as multiprocessing.connection.Client does, but give up after CALL_S: a board may be stopped.
+    """Connect as multiprocessing.connection.Client does, but give up after CALL_S: a wait manager may be stopped.
 
     Raises:
-        OSError, EOFError, multiprocessing.AuthenticationError: There is no board that answers, or it is another
+        OSError, EOFError, multiprocessing.AuthenticationError: There is no wait manager that answers, or it is another
             user's, whose pickles would be run here.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -209,7 +209,7 @@ class OwnListener:
         self.address = str(address)
         dir_fd = open_own_dir(address.parent)
         try:
-            self._socket = bind(dir_fd, address.name, socket.SOCK_STREAM, BOARD_MODE)
+            self._socket = bind(dir_fd, address.name, socket.SOCK_STREAM, MANAGER_MODE)
         finally:
             os.close(dir_fd)
         self._socket.setblocking(True)
@@ -239,18 +239,18 @@ class OwnListener:
 managers.listener_client["bounded"] = (OwnListener, bounded_client)  # type: ignore[attr-defined]
 
 
-class BoardManager(managers.SyncManager):
-    """The manager that serves the bells of one state directory."""
+class NotifyManager(managers.SyncManager):
+    """The manager that serves the wake-ups of one state directory."""
 
 
-BoardManager.register("bells", callable=lambda: _bells, exposed=("seen", "wait_beyond"))
+NotifyManager.register("counts", callable=lambda: _notify_counts, exposed=("seen", "wait_beyond"))
 
 
 def read_key(dir_fd: int) -> bytes:
     """Return the key that a client must know, from the open state directory.
 
     Raises:
-        OSError: There is no board yet, the key is another user's or not whole, or this user may not wait here.
+        OSError: There is no wait manager yet, the key is another user's or not whole, or this user may not wait here.
     """
     key = read_own(KEY_FILE, KEY_MODE, dir_fd=dir_fd)
     if len(key) != KEY_BYTES:  # an empty one, of a full disk, would let all in
@@ -259,14 +259,14 @@ def read_key(dir_fd: int) -> bytes:
 
 
 def main(folder: Path) -> NoReturn:
-    """Live as the board of a state directory; never returns."""
+    """Live as the wait manager of a state directory; never returns."""
     os.setsid()
     set_title("wait manager")
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     key = make_key(folder)
-    address = Path(f"/proc/self/fd/{open_own_dir(folder)}/board.sock")
-    server = BoardManager(address=address, authkey=key, serializer="bounded").get_server()  # type: ignore[arg-type]
+    address = Path(f"/proc/self/fd/{open_own_dir(folder)}/manager.sock")
+    server = NotifyManager(address=address, authkey=key, serializer="bounded").get_server()  # type: ignore[arg-type]
     threading.Thread(target=_Caretaker(folder).run, daemon=True).start()
     with contextlib.suppress(BaseException):
         server.serve_forever()
@@ -285,7 +285,7 @@ def make_key(folder: Path) -> bytes:
 
 
 class _Caretaker:
-    """The thread that talks with the supervisor: takes rings, tells that the board lives."""
+    """The thread that talks with the supervisor: takes notifies, tells that the wait manager lives."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = StateDir(folder)
@@ -296,22 +296,22 @@ class _Caretaker:
         self._used_at = self._clock.monotonic()
         self._beat_at = -BEAT_S
         dir_fd = open_own_dir(folder)
-        self._rings = bind(dir_fd, BELL_SOCKET, socket.SOCK_DGRAM, BELL_MODE)
+        self._notifies = bind(dir_fd, NOTIFY_SOCKET_NAME, socket.SOCK_DGRAM, NOTIFY_MODE)
         os.close(dir_fd)
 
     def run(self) -> None:
-        """Serve until the board leaves."""
+        """Serve until the wait manager leaves."""
         try:
             while self._clock.monotonic() - self._used_at <= LONELY_S:
                 if self._channel is None:
                     self._dial()
                 self._serve(self._channel)
-                if self._channel is not None or _bells.waiting:
+                if self._channel is not None or _notify_counts.waiting:
                     self._used_at = self._clock.monotonic()
         except BaseException:
             log.exception("the wait manager ends: its thread for the supervisor has failed")
         finally:
-            os._exit(0)  # without this thread no ring would be heard, and nothing would end the process
+            os._exit(0)  # without this thread no wake-up would be heard, and nothing would end the process
 
     def _dial(self) -> None:
         if self._redial.wait_s() > 0:
@@ -322,45 +322,45 @@ class _Caretaker:
             self._redial.connected()
             pid = os.getpid()
             who = Who(pid, processes.start_ticks(pid) or 0)
-            self._channel.send(messages.BoardHello(version=messages.PROTOCOL_VERSION, who=who))
+            self._channel.send(messages.WaitManagerHello(version=messages.PROTOCOL_VERSION, who=who))
 
     def _serve(self, channel: Channel | None) -> None:
         poll = select.poll()
-        poll.register(self._rings, select.POLLIN)
+        poll.register(self._notifies, select.POLLIN)
         if channel is not None:
             poll.register(channel, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll((REDIAL_S if channel is None else BEAT_S) * 1000)}
-        if self._rings.fileno() in ready:
-            self._take_rings()
-        _bells.catch_up()
+        if self._notifies.fileno() in ready:
+            self._take_notifies()
+        _notify_counts.catch_up()
         if channel is not None:
             self._exchange(channel, heard=channel.fileno() in ready)
 
-    def _take_rings(self) -> None:
+    def _take_notifies(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            for _ in range(RINGS_PER_TURN):
-                datagram = self._rings.recv(RING_BYTES)
+            for _ in range(NOTIFIES_PER_TURN):
+                datagram = self._notifies.recv(NOTIFY_BYTES)
                 with contextlib.suppress(ValueError, TypeError, RecursionError):  # the sender is no child of ours
                     said = json.loads(datagram)
                     if isinstance(said, str):
-                        _bells.leave(said[:KEY_CHARS])
+                        _notify_counts.leave(said[:KEY_CHARS])
                     elif isinstance(said, list):
-                        _bells.ring([key for key in said if isinstance(key, str) and len(key) <= KEY_CHARS])
+                        _notify_counts.notify([key for key in said if isinstance(key, str) and len(key) <= KEY_CHARS])
 
     def _exchange(self, channel: Channel, *, heard: bool) -> None:
         with contextlib.suppress(WireError):
             for message in channel.receive() if heard else []:
                 self._redial.heard()
-                if isinstance(message, messages.Ring):
-                    _bells.ring(message.keys)
+                if isinstance(message, messages.Notify):
+                    _notify_counts.notify(message.keys)
                 elif isinstance(message, messages.Leave):
                     os._exit(0)
         now = self._clock.monotonic()
         if now - self._beat_at >= BEAT_S and not channel.unsent_bytes:
             self._beat_at = now
-            channel.send(messages.BoardBeat())
-        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor rings nobody
+            channel.send(messages.WaitManagerBeat())
+        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor notifies nobody
             channel.close()
             self._channel = None
             self._redial.lost()
-            _bells.ring([EVERYBODY])
+            _notify_counts.notify([EVERYBODY])
