@@ -29,7 +29,7 @@ test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron'
 	$(BIN)/python -m pytest -n "$(JOBS)" -m "not slow and not browser and not cron"
 
 # What is about processes, rows and commands, and not about SQLite's file.
-ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings faults guards health housekeeping linux \
+ON_POSTGRES := adoption bad_bodies cycles cli cli_listing deploy doctor endings faults guards health housekeeping linux \
 	logs fork server oom stacks stalls stopping supervisor suspending upgrading waiting waiting_hard why windows
 
 test-postgres: $(STAMP)  ## run the end-to-end tests with all rows in PostgreSQL, which comes with the tools; a quarter of an hour

@@ -86,7 +86,7 @@ def wait_for_end(id: int):
     current().wait_for(id)
 
 @task
-def close_circle() -> float:
+def close_cycle() -> float:
     while not os.path.exists(f"last-{current().id}"):
         time.sleep(0.005)
     with open(f"last-{current().id}") as file:
@@ -102,7 +102,7 @@ WAITED_S = 0.05
 """Only waits of at least so long count: their waiter has given its slot away and sleeps."""
 WAITERS = 200
 ROW = 15
-"""So many wait in a row before the circle of one more is closed."""
+"""So many wait in a row before the cycle of one more is closed."""
 
 
 class Bench:
@@ -472,11 +472,11 @@ def measure_waiters(bench: Bench) -> None:
 
 
 def measure_deadlock(bench: Bench) -> None:
-    """Bodies wait in a row; the time of the wait that would close the circle, until it raises Deadlock."""
+    """Bodies wait in a row; the time of the wait that would close the cycle, until it raises Deadlock."""
     start_with_wait_manager(bench)
     times = []
     for _ in range(5):
-        closing = last = bench.service.request("benchapp:close_circle").id
+        closing = last = bench.service.request("benchapp:close_cycle").id
         for _ in range(ROW):
             last = bench.service.request("benchapp:wait_for_end", {"id": last}).id
         while len(bench.service.ledger.waits.rows()) < ROW:
@@ -487,7 +487,7 @@ def measure_deadlock(bench: Bench) -> None:
         times.append(bench.service.result(closing))
         bench.service.wait(last, timeout_s=30)
     found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
-    say(f"closing wait of a circle of {ROW + 1} -> Deadlock", found, "50 ms")
+    say(f"closing wait of a cycle of {ROW + 1} -> Deadlock", found, "50 ms")
 
 
 FIGURES: dict[str, Any] = {

@@ -25,7 +25,7 @@
     ├── WaitTimeout            a wait reached its limit
     │   (a wait inside a body raises it too)
     ├── PartNotReached         the awaited task ended without reaching the part, or without DONE
-    ├── Deadlock               the wait would have closed a circle
+    ├── Deadlock               the wait would have closed a cycle
     ├── LockHeld               this attempt holds the lock already
     ├── BarrierBroken          another party died at the barrier
     ├── NotInTask              the call makes sense only inside a running body
@@ -303,15 +303,15 @@ class PartNotReached(BgSupervisorError):
 
 
 class Deadlock(BgSupervisorError):
-    """The wait would have closed a circle of tasks that wait for each other; it was not begun.
+    """The wait would have closed a cycle of tasks that wait for each other; it was not begun.
 
     Attributes:
-        circle: (task, what it waits for), each waiting for the next and the last for the first.
+        cycle: (task, what it waits for), each waiting for the next and the last for the first.
     """
 
-    def __init__(self, circle: list[tuple[int, str]]) -> None:
-        super().__init__("deadlock: " + "; ".join(f"task {id} waits for {what}" for id, what in circle))
-        self.circle = circle
+    def __init__(self, cycle: list[tuple[int, str]]) -> None:
+        super().__init__("deadlock: " + "; ".join(f"task {id} waits for {what}" for id, what in cycle))
+        self.cycle = cycle
 
 
 class LockHeld(BgSupervisorError):

@@ -43,7 +43,7 @@ class Reason(StrEnum):
     STOPPED = "STOPPED"
     """The supervisor was told to stop and kill."""
     DEADLOCKED = "DEADLOCKED"
-    """Its wait would have closed a circle, which is named."""
+    """Its wait would have closed a cycle, which is named."""
     HOST_REBOOTED = "HOST_REBOOTED"
     """The machine started anew while it ran."""
     HOST_LOST = "HOST_LOST"

@@ -138,7 +138,7 @@ class Context:
 
         Raises:
             PartNotReached: The other has ended without reaching it, or was interrupted where its end was awaited.
-            Deadlock: This wait would have closed a circle.
+            Deadlock: This wait would have closed a cycle.
             WaitTimeout, UnknownTask, Cancelled.
             NotInTask: No supervisor runs this body.
         """

@@ -133,8 +133,8 @@ def text_kept(path):
 
 def in_a_cycle(path):
     file = text_kept(path)
-    circle = [file]
-    circle.append(circle)
+    cycle = [file]
+    cycle.append(cycle)
 
 def zipped(path):
     archive = zipfile.ZipFile(path, "w")

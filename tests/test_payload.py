@@ -409,9 +409,9 @@ def test_the_deepest_allowed_nesting_comes_back():
 
 
 def test_data_that_refers_to_itself_is_refused():
-    circle = {}
-    circle["a"] = [circle]
-    error = refusal(encode, circle)
+    cycle = {}
+    cycle["a"] = [cycle]
+    error = refusal(encode, cycle)
     assert error.field == "$.a"
     assert "refers to itself" in str(error)
 

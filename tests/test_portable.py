@@ -100,7 +100,7 @@ class Async(Task):
     async def run(self, id: int) -> object:
         return await self.wait_for_async(id, timeout_s=60)
 
-class Circle(Task):
+class Cycle(Task):
     def run(self, id: int) -> None:
         self.wait_for(id)
 """
@@ -237,11 +237,11 @@ def test_dev_elsewhere_has_tasks_wait_for_parts_ends_locks_and_barriers(make_app
     assert app.service.ledger.waits.rows() == []
 
 
-def test_dev_elsewhere_tells_a_circle(make_app, develop, elsewhere):
+def test_dev_elsewhere_tells_a_cycle(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     develop(app, elsewhere)
-    first = app.service.request("appx:Circle", {"id": 2})
-    second = app.service.request("appx:Circle", {"id": 1})
+    first = app.service.request("appx:Cycle", {"id": 2})
+    second = app.service.request("appx:Cycle", {"id": 1})
 
     records = ended(app, first, second)
 

@@ -76,7 +76,7 @@ def waits(ids: list[int], part: str | None = None, timeout_s: float | None = Non
         say("told")
         return ["WaitTimeout", str(error)]
     except Deadlock as error:
-        return ["Deadlock", error.circle]
+        return ["Deadlock", error.cycle]
     except Cancelled:
         say("cancelled")
         raise
@@ -140,7 +140,7 @@ def crosses(first: str, second: str, other_gate: str, mine: str, caught: bool) -
         except Deadlock as error:
             if not caught:
                 raise
-            return error.circle
+            return error.cycle
 
 @task
 def meets(name: str, parties: int, rounds: int = 1, scope: str | None = None, timeout_s: float | None = None) -> object:
@@ -180,7 +180,7 @@ def works(pause_s: float = 0.05) -> str:
     return "worked"
 
 @task
-def waits_in_a_circle(go: str, kind: str, what: object, mine: str | None = None) -> object:
+def waits_in_a_cycle(go: str, kind: str, what: object, mine: str | None = None) -> object:
     if mine:
         with current().lock(mine):
             Path(f"gate-{current().id}-has").touch()
@@ -199,7 +199,7 @@ def waits_for_itself(caught: bool) -> object:
     except Deadlock as error:
         if not caught:
             raise
-        return error.circle
+        return error.cycle
 
 @task
 def plays_ping_pong(go: str, other: int | None, rounds: int, first: bool) -> int:
@@ -577,7 +577,7 @@ def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
     assert app.service.get(other).attempt >= 1
 
 
-def test_two_that_throw_a_ball_to_and_fro_are_never_taken_for_a_circle(app, request):
+def test_two_that_throw_a_ball_to_and_fro_are_never_taken_for_a_cycle(app, request):
     name = unique(request)
     first = app.request("plays_ping_pong", go=name, other=None, rounds=25, first=True)
     second = app.request("plays_ping_pong", go=name, other=first.id, rounds=25, first=False)
@@ -703,15 +703,15 @@ def test_a_lock_that_was_waited_for_in_vain_leaves_no_row_and_the_next_has_its_t
     app.result_of(second)
 
 
-def test_two_locks_taken_crosswise_are_a_circle_that_is_named(app, request):
+def test_two_locks_taken_crosswise_are_a_cycle_that_is_named(app, request):
     name = unique(request)
     a, b = f"{name}-a", f"{name}-b"
     one = app.request("crosses", first=a, second=b, other_gate=f"{name}-2", mine=f"{name}-1", caught=True)
     two = app.request("crosses", first=b, second=a, other_gate=f"{name}-1", mine=f"{name}-2", caught=True)
     results = {one.id: app.result_of(one), two.id: app.result_of(two)}
-    circle = next(result for result in results.values() if result != "both")
+    cycle = next(result for result in results.values() if result != "both")
     assert "both" in results.values()
-    assert {tuple(step) for step in circle} == {
+    assert {tuple(step) for step in cycle} == {
         (one.id, f'lock "{b}", held by task {two.id}'),
         (two.id, f'lock "{a}", held by task {one.id}'),
     }
@@ -799,14 +799,14 @@ def test_a_task_that_waits_for_itself_is_told(app):
     assert app.result_of(caught) == [[caught.id, f"the end of task {caught.id}"]]
 
 
-def test_a_circle_of_part_lock_and_dependency_is_named(app, request):
+def test_a_cycle_of_part_lock_and_dependency_is_named(app, request):
     name = unique(request)
     lock = f"{name}-lock"
     # 1 holds the lock and waits for a part of 2; 2 waits for the end of 3; 3 comes after 4; 4 waits for the lock.
-    fourth = app.request("waits_in_a_circle", go=f"{name}-4", kind="lock", what=lock)
+    fourth = app.request("waits_in_a_cycle", go=f"{name}-4", kind="lock", what=lock)
     third = app.request("works", options={"after": [fourth]})
-    second = app.request("waits_in_a_circle", go=f"{name}-2", kind="end", what=third.id)
-    first = app.request("waits_in_a_circle", go=f"{name}-1", kind="part", what=second.id, mine=lock)
+    second = app.request("waits_in_a_cycle", go=f"{name}-2", kind="end", what=third.id)
+    first = app.request("waits_in_a_cycle", go=f"{name}-1", kind="part", what=second.id, mine=lock)
     wait_until((app.folder / f"gate-{first.id}-has").exists, "the first has the lock")
     for number, handle in ((2, second), (1, first)):
         app.open_gate(f"{name}-{number}")

@@ -165,7 +165,7 @@ def test_who_dies_at_the_barrier_breaks_it_for_the_others(make):
     assert f"task {first.id} was interrupted (SIGNALLED)" in detail
 
 
-def test_a_circle_is_named_and_its_closing_task_ends_deadlocked(make):
+def test_a_cycle_is_named_and_its_closing_task_ends_deadlocked(make):
     app = make()
     handles = app.service.request_many("appx:wait_for", [{"id": 2}, {"id": 1}])
     assert [one.id for one in handles] == [1, 2]
@@ -262,4 +262,4 @@ def test_the_figures_of_the_page_are_the_codes():
     assert f"1 to {coordination.NAME_CHARS} characters" in text
     assert f"`max_waiting` ({next(one.default for one in OPTIONS if one.name == 'max_waiting')})" in text
     assert coordination.LOOK_S == 1.0
-    assert hasattr(Deadlock([(1, "x")]), "circle")
+    assert hasattr(Deadlock([(1, "x")]), "cycle")

@@ -231,7 +231,7 @@ def test_a_body_with_several_waits_has_no_slot_until_the_last_is_over(make):
     app.nothing_is_left()
 
 
-def test_a_body_that_goes_on_beside_its_wait_is_in_no_circle(app):
+def test_a_body_that_goes_on_beside_its_wait_is_in_no_cycle(app):
     awaited = app.request("waits", on_id=1, options={"delay_s": 3600})
     later = {"delay_s": 1.0}  # the task that it waits for must have been requested by then
     both = app.request("waits_and_reaches", on_id=(waiter_id := awaited.id + 2), pause_s=0.6, options=later)
@@ -419,7 +419,7 @@ def test_bodies_wait_for_a_database_that_is_locked(make):
     assert app.result_of(waiter) == "had"
 
 
-def test_waiters_that_keep_every_slot_are_a_circle_that_is_named(make):
+def test_waiters_that_keep_every_slot_are_a_cycle_that_is_named(make):
     app = make(slots=2, max_waiting=0)
     planned = app.request("ends_at", gate_name="go", options={"delay_s": 1.0})
     waiters = [app.request("waits", on_id=planned.id) for _ in range(2)]

@@ -235,24 +235,24 @@ def test_a_slot_that_is_taken_is_granted_to_nobody_and_spoils_no_other_row(rows)
 # ---- deadlocks ----
 
 
-def test_a_wait_that_would_close_a_circle_leaves_all_as_it_was(rows):
+def test_a_wait_that_would_close_a_cycle_leaves_all_as_it_was(rows):
     first, second = rows.running(), rows.running()
     rows.wait(first, Waiting("part", second, "loaded"))
     with pytest.raises(Deadlock) as raised:
         rows.wait(second, Waiting("end", first))
-    assert raised.value.circle == [(second, f"the end of task {first}"), (first, f'part "loaded" of task {second}')]
+    assert raised.value.cycle == [(second, f"the end of task {first}"), (first, f'part "loaded" of task {second}')]
     assert [row["task_id"] for row in rows.waits.rows()] == [first]
     assert rows.slot(second) == 1
 
 
-def test_a_part_that_is_reached_makes_no_circle_though_its_waiter_has_not_woken(rows):
+def test_a_part_that_is_reached_makes_no_cycle_though_its_waiter_has_not_woken(rows):
     first, second = rows.running(), rows.running()
     rows.wait(first, Waiting("part", second, "loaded"))
     rows.reach(second)
     rows.wait(second, Waiting("end", first))
 
 
-def test_a_lock_that_was_released_makes_no_circle_though_its_waiter_has_not_woken(rows):
+def test_a_lock_that_was_released_makes_no_cycle_though_its_waiter_has_not_woken(rows):
     first, second = rows.running(), rows.running()
     rows.acquire(second)
     rows.acquire(first)
@@ -260,7 +260,7 @@ def test_a_lock_that_was_released_makes_no_circle_though_its_waiter_has_not_woke
     rows.wait(second, Waiting("end", first))
 
 
-def test_a_permit_that_a_third_may_give_back_makes_no_circle(rows):
+def test_a_permit_that_a_third_may_give_back_makes_no_cycle(rows):
     first, second, third = rows.running(), rows.running(), rows.running()
     rows.acquire(first, permits=2)
     rows.acquire(second, permits=2)
@@ -270,7 +270,7 @@ def test_a_permit_that_a_third_may_give_back_makes_no_circle(rows):
         rows.wait(second, Waiting("end", third))
 
 
-def test_a_lock_that_would_close_a_circle_is_not_queued_for(rows):
+def test_a_lock_that_would_close_a_cycle_is_not_queued_for(rows):
     first, second = rows.running(), rows.running()
     rows.acquire(first, "a")
     rows.acquire(second, "b")
@@ -280,18 +280,18 @@ def test_a_lock_that_would_close_a_circle_is_not_queued_for(rows):
     assert [row["task_id"] for row in rows.waits.rows()] == [first]
 
 
-def test_a_dependent_that_has_not_started_is_part_of_a_circle(rows):
+def test_a_dependent_that_has_not_started_is_part_of_a_cycle(rows):
     first = rows.running()
     dependent = rows.planned(first)
     with pytest.raises(Deadlock) as raised:
         rows.wait(first, Waiting("end", dependent))
-    assert raised.value.circle == [
+    assert raised.value.cycle == [
         (first, f"the end of task {dependent}"),
         (dependent, f"the end of task {first}"),
     ]
 
 
-def test_who_waits_for_a_slot_or_at_a_barrier_is_in_no_circle(rows):
+def test_who_waits_for_a_slot_or_at_a_barrier_is_in_no_cycle(rows):
     first, second = rows.running(), rows.running()
     rows.wait(first, Waiting("barrier", target="b"))
     rows.wait(second, Waiting("end", first))
@@ -310,7 +310,7 @@ def test_who_stands_behind_another_in_a_queue_waits_for_it_too(rows):
     assert f'lock "l", behind task {alone}' in str(raised.value)
 
 
-def test_a_body_of_which_more_goes_on_is_in_no_circle(rows):
+def test_a_body_of_which_more_goes_on_is_in_no_cycle(rows):
     """Another coroutine of it may reach the part."""
     first, second = rows.running(), rows.running()
     rows.wait(first, Waiting("part", second, "loaded"), whole=False, number=1)
@@ -321,7 +321,7 @@ def test_a_body_of_which_more_goes_on_is_in_no_circle(rows):
     assert [row["target"] for row in rows.waits.rows([first])] == ["other"]
 
 
-def test_waiters_that_keep_all_slots_from_what_they_wait_for_are_a_circle(rows):
+def test_waiters_that_keep_all_slots_from_what_they_wait_for_are_a_cycle(rows):
     planned = rows.planned()
     waiters = [rows.running() for _ in range(SLOTS)]
     for id in waiters[:-1]:
@@ -712,7 +712,7 @@ def test_a_planned_sibling_that_is_cancelled_is_missed_as_well(rows):
     assert rows.waits.barriers.outcome(first, scope, "b", 0) == told
 
 
-def test_a_death_that_closes_a_circle_at_a_barrier_breaks_it(rows):
+def test_a_death_that_closes_a_cycle_at_a_barrier_breaks_it(rows):
     """The parent waits for all children to end, whatever their end: nobody requests another party."""
     parent = rows.running()
     scope = parent_scope(parent)

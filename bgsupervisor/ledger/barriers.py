@@ -11,7 +11,7 @@ from bgsupervisor.ledger.waitgraph import parent_of, parent_scope
 
 if TYPE_CHECKING:
     from bgsupervisor.database.store import Store
-    from bgsupervisor.ledger.waitgraph import Needs
+    from bgsupervisor.ledger.waitgraph import WaitGraph
 
 __all__ = ["PASSED", "Barriers", "barrier_key"]
 
@@ -27,9 +27,9 @@ def barrier_key(scope: str, name: str) -> str:
 class Barriers:
     """The barriers of one installation. Made by `Waits`, which shares its store."""
 
-    def __init__(self, store: Store, needs: Needs) -> None:
+    def __init__(self, store: Store, edges: WaitGraph) -> None:
         self._store = store
-        self._needs = needs
+        self.edges = edges
         self._task, self._party = store.tables.Task, store.tables.Party
 
     def arrive(self, id: int, attempt: int, scope: str, name: str, parties: int) -> tuple[int, list[str]]:
@@ -88,7 +88,7 @@ class Barriers:
             there.setdefault((row["scope"], row["name"]), []).append(row)
         how = "ended without coming" if reason is None else f"was interrupted ({reason}) before it came"
         for rows in there.values():
-            if self._is_hopeless(rows[0]) or any(self._needs.circle(row["task_id"]) for row in rows):
+            if self._is_hopeless(rows[0]) or any(self.edges.cycle(row["task_id"]) for row in rows):
                 self._break(rows[0], f"task {id} {how}, and not enough others can come", keys)
 
     # Within
@@ -118,7 +118,7 @@ class Barriers:
 
     def _is_hopeless(self, row: dict[str, Any]) -> bool:
         """Whether not enough can come any more; of a barrier with a scope of its own that is not known."""
-        return parent_of(row["scope"]) is not None and not self._needs.coming(row).can_come(())
+        return parent_of(row["scope"]) is not None and not self.edges.coming(row).can_come(())
 
 
 def _sound(query: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - a Peewee query

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-__all__ = ["Need", "circle"]
+__all__ = ["WaitEdge", "cycle"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Need:
+class WaitEdge:
     """One thing that a task waits for: some of *sources* must bring it about.
 
     Attributes:
@@ -35,8 +35,8 @@ class Need:
         return sum(source not in stuck for source in self.sources) >= self.needed
 
 
-def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, str]] | None:
-    """Return the circle that keeps *start* from ever going on, or None if it can still go on.
+def cycle(start: int, edges: Mapping[int, Iterable[WaitEdge]]) -> list[tuple[int, str]] | None:
+    """Return the cycle that keeps *start* from ever going on, or None if it can still go on.
 
     Args:
         start: The task that is about to wait; its edges are among *edges*.
@@ -44,9 +44,9 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
             is not named runs or has ended, and so can bring about whatever is expected of it.
 
     Returns:
-        (task, what it waits for) from the first task of the circle round to the last, which waits for the first.
+        (task, what it waits for) from the first task of the cycle round to the last, which waits for the first.
     """
-    stuck = _stuck(needs)
+    stuck = _stuck(edges)
     if start not in stuck:
         return None
     path: list[tuple[int, str]] = []
@@ -54,20 +54,20 @@ def circle(start: int, needs: Mapping[int, Iterable[Need]]) -> list[tuple[int, s
     task = start
     while task not in places:
         places[task] = len(path)
-        need = next(need for need in needs[task] if not need.can_come(stuck))
-        path.append((task, need.what))
-        behind = [source for source in need.sources if source in stuck]
+        edge = next(edge for edge in edges[task] if not edge.can_come(stuck))
+        path.append((task, edge.what))
+        behind = [source for source in edge.sources if source in stuck]
         if not behind:
             return path[-1:]  # too few can bring it about: a barrier that no other task can come to
         task = min(behind)
     return path[places[task] :]
 
 
-def _stuck(needs: Mapping[int, Iterable[Need]]) -> set[int]:
+def _stuck(edges: Mapping[int, Iterable[WaitEdge]]) -> set[int]:
     """Return the tasks that can never go on: take away whoever can, until nobody else can."""
-    stuck = set(needs)
+    stuck = set(edges)
     while True:
-        free = {task for task in stuck if all(need.can_come(stuck) for need in needs[task])}
+        free = {task for task in stuck if all(edge.can_come(stuck) for edge in edges[task])}
         if not free:
             return stuck
         stuck -= free

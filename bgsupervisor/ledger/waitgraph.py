@@ -1,4 +1,4 @@
-"""Who waits for whom, as the rows have it: what `circles` is asked about. Reads only, in a transaction of others."""
+"""Who waits for whom, as the rows have it: what `cycles` is asked about. Reads only, in a transaction of others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
-from bgsupervisor.ledger.cycles import Need, circle
+from bgsupervisor.ledger.cycles import WaitEdge, cycle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from bgsupervisor.database.store import Store
 
-__all__ = ["Needs", "parent_of", "parent_scope"]
+__all__ = ["WaitGraph", "parent_of", "parent_scope"]
 
 _IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
 _IS_START = peewee.SQL("\"status\" = 'START'")
@@ -27,24 +27,24 @@ COMING_MAX = 10_000
 _PARENT = re.compile(r"parent (\d{1,18})", re.ASCII)
 
 
-class Needs:
-    """Finds the circle that a wait would close. Made by `Waits`, which shares its store."""
+class WaitGraph:
+    """Finds the cycle that a wait would close. Made by `Waits`, which shares its store."""
 
     def __init__(self, store: Store) -> None:
         tables = store.tables
         self._task, self._part, self._hold = tables.Task, tables.Part, tables.Hold
         self._wait, self._dependency, self._party = tables.Wait, tables.Dependency, tables.Party
 
-    def circle(self, id: int, slot_holders: Sequence[int] = ()) -> list[tuple[int, str]] | None:
-        """Return the circle that keeps a task from going on; *slot_holders* have all the slots, if those are taken."""
-        needs: dict[int, list[Need]] = {}
+    def cycle(self, id: int, slot_holders: Sequence[int] = ()) -> list[tuple[int, str]] | None:
+        """Return the cycle that keeps a task from going on; *slot_holders* have all the slots, if those are taken."""
+        edges: dict[int, list[WaitEdge]] = {}
         todo = {id}
         while todo:
-            found = self._needs_of(todo, slot_holders)
-            needs |= {one: found.pop(one, []) for one in todo} | found
-            sources = {source for found in needs.values() for need in found for source in need.sources}
-            todo = sources - needs.keys()
-        return circle(id, {id: found for id, found in needs.items() if found})
+            found = self._edges_of(todo, slot_holders)
+            edges |= {one: found.pop(one, []) for one in todo} | found
+            sources = {source for found in edges.values() for edge in found for source in edge.sources}
+            todo = sources - edges.keys()
+        return cycle(id, {id: found for id, found in edges.items() if found})
 
     def who_has_slots(self, slots: int) -> list[int]:
         """Return who has the slots if all are taken, else nobody: then one is free."""
@@ -52,7 +52,7 @@ class Needs:
         holders = [id for (id,) in task.select(task.id).where(_IS_START & task.slot.is_null(False)).tuples()]
         return holders if len(holders) >= slots else []
 
-    def coming(self, row: dict[str, Any]) -> Need:
+    def coming(self, row: dict[str, Any]) -> WaitEdge:
         """Return who can still come to a barrier of siblings: those of them that live, and whoever requests more."""
         task, party = self._task, self._party
         here = (party.scope == row["scope"]) & (party.name == row["name"]) & party.outcome.is_null()
@@ -63,28 +63,28 @@ class Needs:
         sources = [id for (id,) in live.tuples() if id not in arrived and id != parent_id]
         if live.where(task.id == parent_id).exists():
             sources += [parent_id or 0] * missing  # it may request as many as are missing
-        return Need(f'barrier "{row["name"]}", where {missing} more must come', sources, missing)
+        return WaitEdge(f'barrier "{row["name"]}", where {missing} more must come', sources, missing)
 
     # Within
 
-    def _needs_of(self, ids: set[int], slot_holders: Sequence[int]) -> dict[int, list[Need]]:
+    def _edges_of(self, ids: set[int], slot_holders: Sequence[int]) -> dict[int, list[WaitEdge]]:
         """Return what tasks need; of the others in the queues that they stand in as well."""
-        dependency, needs = self._dependency, dict[int, list[Need]]()
+        dependency, edges = self._dependency, dict[int, list[WaitEdge]]()
         for row in [row for some in _chunks(ids) for row in self._waits_of(some)]:
             if row["kind"] == "lock":
                 for id, found in self._queue(row["target"]).items():
-                    needs[id] = found
+                    edges[id] = found
             else:
-                needs.setdefault(row["task_id"], []).extend(self._needs_by(row, slot_holders))
+                edges.setdefault(row["task_id"], []).extend(self._edges_by(row, slot_holders))
         for some in _chunks(ids):
             query = dependency.select(dependency.task_id, dependency.on_id).where(dependency.task_id.in_(some))
             for id, on_id in query.tuples():
                 if id is not None and on_id is not None:  # else the row was written by hand, and means nothing
-                    needs.setdefault(id, []).append(Need(f"the end of task {on_id}", (on_id,)))
+                    edges.setdefault(id, []).append(WaitEdge(f"the end of task {on_id}", (on_id,)))
             planned = self._task.select(self._task.id).where(_IS_REQUEST & self._task.id.in_(some))
             for (id,) in planned.tuples() if slot_holders else ():
-                needs.setdefault(id, []).append(_slot_need(slot_holders))
-        return needs
+                edges.setdefault(id, []).append(_slot_edge(slot_holders))
+        return edges
 
     def _waits_of(self, ids: list[int]) -> list[dict[str, Any]]:
         """Return the rows of bodies that wait as a whole, but for parts that are there: their waiter only sleeps."""
@@ -94,18 +94,18 @@ class Needs:
         rows = wait.select().where(wait.task_id.in_(ids) & wait.whole & still).dicts()
         return [row for row in rows if row["kind"] not in ("part", "end") or row["target_id"] is not None]
 
-    def _needs_by(self, row: dict[str, Any], slot_holders: Sequence[int]) -> list[Need]:
+    def _edges_by(self, row: dict[str, Any], slot_holders: Sequence[int]) -> list[WaitEdge]:
         if row["kind"] == "end":
-            return [Need(f"the end of task {row['target_id']}", (row["target_id"],))]
+            return [WaitEdge(f"the end of task {row['target_id']}", (row["target_id"],))]
         if row["kind"] == "part":
-            return [Need(f'part "{row["target"]}" of task {row["target_id"]}', (row["target_id"],))]
+            return [WaitEdge(f'part "{row["target"]}" of task {row["target_id"]}', (row["target_id"],))]
         if row["kind"] == "slot" and slot_holders:
-            return [_slot_need(slot_holders)]
+            return [_slot_edge(slot_holders)]
         if row["kind"] == "barrier":
-            return self._needs_at_barrier(row)
+            return self._edges_at_barrier(row)
         return []  # it comes by itself
 
-    def _needs_at_barrier(self, row: dict[str, Any]) -> list[Need]:
+    def _edges_at_barrier(self, row: dict[str, Any]) -> list[WaitEdge]:
         party = self._party
         mine = (party.task_id == row["task_id"]) & (party.name == row["target"]) & party.outcome.is_null()
         places = [row for row in party.select().where(mine).dicts() if row["parties"] is not None]
@@ -113,25 +113,25 @@ class Needs:
             return []  # it has opened, or who may come to it is not known
         return [self.coming(places[0])]
 
-    def _queue(self, name: str) -> dict[int, list[Need]]:
+    def _queue(self, name: str) -> dict[int, list[WaitEdge]]:
         """Return what those need who wait for a lock: enough of its holders, and whoever stands before them."""
         hold, wait = self._hold, self._wait
         taken = hold.select(hold.task_id).where((hold.name == name) & hold.task_id.is_null(False))
         holders = sorted(id for (id,) in taken.tuples() if id is not None)
         queue = wait.select(wait.task_id, wait.permits, wait.whole).where((wait.kind == "lock") & (wait.target == name))
-        needs: dict[int, list[Need]] = {}
+        edges: dict[int, list[WaitEdge]] = {}
         before: int | None = None
         for id, permits, whole in list(queue.order_by(wait.id).tuples()):
             if id is None:
                 continue
-            found = needs[id] = []
+            found = edges[id] = []
             missing = len(holders) - (permits or 1) + 1
             if whole and missing > 0:
-                found.append(Need(f'lock "{name}", held by {_tasks(holders)}', holders, missing))
+                found.append(WaitEdge(f'lock "{name}", held by {_tasks(holders)}', holders, missing))
             if whole and before is not None:
-                found.append(Need(f'lock "{name}", behind task {before}', (before,)))
+                found.append(WaitEdge(f'lock "{name}", behind task {before}', (before,)))
             before = id
-        return needs
+        return edges
 
 
 def parent_scope(id: int) -> str:
@@ -145,8 +145,8 @@ def parent_of(scope: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _slot_need(slot_holders: Sequence[int]) -> Need:
-    return Need("a slot, all of which are held by tasks that wait", slot_holders)
+def _slot_edge(slot_holders: Sequence[int]) -> WaitEdge:
+    return WaitEdge("a slot, all of which are held by tasks that wait", slot_holders)
 
 
 def _tasks(ids: Iterable[int]) -> str:

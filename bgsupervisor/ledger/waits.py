@@ -15,7 +15,7 @@ import peewee
 from bgsupervisor.database.store import read_reason, read_status
 from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
 from bgsupervisor.ledger.barriers import Barriers
-from bgsupervisor.ledger.waitgraph import Needs
+from bgsupervisor.ledger.waitgraph import WaitGraph
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Waiter:
 
     Attributes:
         number: Which wait of this attempt it is; its rows have it.
-        whole: Nothing of the body goes on beside it. Only then can the body be part of a circle.
+        whole: Nothing of the body goes on beside it. Only then can the body be part of a cycle.
     """
 
     id: int
@@ -137,8 +137,8 @@ class Waits:
         tables = store.tables
         self._task, self._part, self._hold = tables.Task, tables.Part, tables.Hold
         self._wait, self._dependency = tables.Wait, tables.Dependency
-        self._needs = Needs(store)
-        self.barriers = Barriers(store, self._needs)
+        self.edges = WaitGraph(store)
+        self.barriers = Barriers(store, self.edges)
 
     # Parts and ends
 
@@ -195,7 +195,7 @@ class Waits:
         A slot is kept if *max_waiting* others wait without one.
 
         Raises:
-            Deadlock: This wait would close a circle; nothing is recorded.
+            Deadlock: This wait would close a cycle; nothing is recorded.
             NotInTask: The attempt has ended.
         """
         with self._store.writing():
@@ -275,7 +275,7 @@ class Waits:
 
         Raises:
             LockHeld: It holds a permit of this lock already, or waits for one.
-            Deadlock: Waiting would close a circle.
+            Deadlock: Waiting would close a cycle.
             NotInTask: The attempt has ended.
         """
         hold, queue = self._hold, self._queue(name)
@@ -400,7 +400,7 @@ class Waits:
             self._wait.insert_many(rows[first : first + ROWS_AT_ONCE]).execute()
         given = self._give_slot(waiter.id, waiter.attempt, max_waiting)
         if waiter.whole:
-            found = self._needs.circle(waiter.id, () if given else self._needs.who_has_slots(slots))
+            found = self.edges.cycle(waiter.id, () if given else self.edges.who_has_slots(slots))
             if found is not None:
                 raise Deadlock(found)
         return given

@@ -100,7 +100,7 @@ class _Sight:
 
     # Not started
 
-    def not_started(self, needs: list[waiting.Need]) -> Iterator[Because]:
+    def not_started(self, needs: list[waiting.WaitReason]) -> Iterator[Because]:
         """Yield why it has not started."""
         if self.record.unreadable:
             columns = ", ".join(self.record.unreadable)
@@ -160,7 +160,7 @@ class _Sight:
 
     # Started, and not going on
 
-    def not_going_on(self, needs: list[waiting.Need]) -> Iterator[Because]:
+    def not_going_on(self, needs: list[waiting.WaitReason]) -> Iterator[Because]:
         """Yield what keeps a running body; nothing if it just runs."""
         record = self.record
         for need in needs:
@@ -204,7 +204,7 @@ class _Sight:
         known = {"runtime_s": runtime_s, "fraction": record.fraction, "heartbeat_at": to_json(record.heartbeat_at)}
         return Because("running", words, known)
 
-    def _need(self, need: waiting.Need) -> Because:
+    def _need(self, need: waiting.WaitReason) -> Because:
         known: dict[str, Any] = {"since": to_json(need.since)}
         age_words = need.age(now=self.facts.now)
         waits = f"it has waited {age_words} {'at' if need.kind == 'barrier' else 'for'} {need.what()}"
@@ -227,7 +227,7 @@ class _Sight:
         taken = f": {self.busy} of {slots} are taken" if slots else ""
         return Because("slot", f"it has what it waited for, and has waited {age_words} for a slot{taken}", known)
 
-    def _barrier(self, need: waiting.Need, known: dict[str, Any], waits: str) -> Because:
+    def _barrier(self, need: waiting.WaitReason, known: dict[str, Any], waits: str) -> Because:
         arrived = self.ties.arrived(self.record.id, need.name)
         there = ""
         if arrived is not None:

@@ -163,7 +163,7 @@ def _why(record: TaskRecord, tree: Tree, facts: columns.Facts, busy: int) -> str
     return f'part "{clean(owed.name or "")}" not reached' if owed.kind == "part" else ""
 
 
-def _why_not_started(record: TaskRecord, needs: Sequence[waiting.Need], facts: columns.Facts, busy: int) -> str:
+def _why_not_started(record: TaskRecord, needs: Sequence[waiting.WaitReason], facts: columns.Facts, busy: int) -> str:
     if facts.watch.lacks(record.name):
         return "code missing"
     words = [f"due {age(record.run_at, now=facts.now)}"] if record.run_at > facts.now else []

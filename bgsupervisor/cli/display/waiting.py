@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from bgsupervisor.cli.display.rows import Cause
 
-__all__ = ["Need", "as_json", "fitting", "gathered", "tasks"]
+__all__ = ["WaitReason", "as_json", "fitting", "gathered", "tasks"]
 
 NAMED = 3
 """So many tasks are named one by one; more are counted."""
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class WaitReason:
     """Causes of one kind and name, as a wait for a part of seven tasks is told in one sentence."""
 
     kind: str
@@ -56,14 +56,14 @@ class Need:
         return "" if self.since is None else duration((now - self.since).total_seconds())
 
 
-def gathered(causes: Sequence[Cause]) -> list[Need]:
+def gathered(causes: Sequence[Cause]) -> list[WaitReason]:
     """Put causes of one kind and name together, in their order."""
-    found: dict[tuple[str, str], Need] = {}
+    found: dict[tuple[str, str], WaitReason] = {}
     for one in causes:
         key = one.kind, clean(one.name or "")
         ids = () if one.task_id is None else (one.task_id,)
         known = found.get(key)
-        found[key] = Need(*key, (known.ids if known else ()) + ids, one.held_by, one.since)
+        found[key] = WaitReason(*key, (known.ids if known else ()) + ids, one.held_by, one.since)
     return list(found.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bgsupervisor.ledger.cycles import Need, circle
+from bgsupervisor.ledger.cycles import WaitEdge, cycle
 
 TASKS = range(6)
 # (sources, needed): a source that can bring it about more than once stands there as often.
@@ -18,7 +18,7 @@ NEEDS = st.dictionaries(st.sampled_from(TASKS), st.lists(SOURCES, min_size=1, ma
 def needs_of(graph):
     """Make needs whose words name their task, their place and their sources."""
     return {
-        task: [Need(f"{task}.{place}:{sorted(sources)}", sources, n) for place, (sources, n) in enumerate(found)]
+        task: [WaitEdge(f"{task}.{place}:{sorted(sources)}", sources, n) for place, (sources, n) in enumerate(found)]
         for task, found in graph.items()
     }
 
@@ -54,47 +54,47 @@ def can_go_on(start, graph):
 @example({0: [any_of(2), any_of(1)], 1: [any_of(1)]})
 @example({0: [((1, 2), 2)], 1: [any_of(0)]})
 @example({0: [((1, 2, 2), 2)], 1: [any_of(0)]})
-def test_a_circle_is_told_exactly_when_no_order_of_events_lets_the_task_go_on(graph):
+def test_a_cycle_is_told_exactly_when_no_order_of_events_lets_the_task_go_on(graph):
     for start in TASKS:
-        assert (circle(start, needs_of(graph)) is None) == can_go_on(start, graph)
+        assert (cycle(start, needs_of(graph)) is None) == can_go_on(start, graph)
 
 
 @given(NEEDS)
-def test_the_circle_that_is_named_is_one(graph):
-    needs = needs_of(graph)
+def test_the_cycle_that_is_named_is_one(graph):
+    edges = needs_of(graph)
     for start in TASKS:
-        found = circle(start, needs)
+        found = cycle(start, edges)
         if found is None:
             continue
         tasks = [task for task, _ in found]
         assert len(set(tasks)) == len(tasks)
         for (task, what), following in zip(found, [*tasks[1:], tasks[0]], strict=True):
-            need = next(need for need in needs[task] if need.what == what)
-            assert following in need.sources
-            assert sum(can_go_on(source, graph) for source in need.sources) < need.needed
+            edge = next(edge for edge in edges[task] if edge.what == what)
+            assert following in edge.sources
+            assert sum(can_go_on(source, graph) for source in edge.sources) < edge.needed
             assert not can_go_on(following, graph)
 
 
 @given(NEEDS, st.integers(min_value=2, max_value=5))
 def test_a_wake_up_is_found_whatever_else_is_waited_for(graph, length):
     notify = {task: [*graph.get(task, []), any_of((task + 1) % length)] for task in range(length)}
-    assert circle(0, needs_of({**graph, **notify})) is not None
+    assert cycle(0, needs_of({**graph, **notify})) is not None
 
 
-def test_a_permit_that_one_free_holder_may_give_back_is_no_circle():
-    waits = {1: [Need("lock", frozenset({2, 3}))], 2: [Need("the end of task 1", frozenset({1}))]}
-    assert circle(1, waits) is None
-    assert circle(2, waits) is None
-    waits[3] = [Need("the end of task 2", frozenset({2}))]
-    assert circle(3, waits) == [(2, "the end of task 1"), (1, "lock")]
+def test_a_permit_that_one_free_holder_may_give_back_is_no_cycle():
+    waits = {1: [WaitEdge("lock", frozenset({2, 3}))], 2: [WaitEdge("the end of task 1", frozenset({1}))]}
+    assert cycle(1, waits) is None
+    assert cycle(2, waits) is None
+    waits[3] = [WaitEdge("the end of task 2", frozenset({2}))]
+    assert cycle(3, waits) == [(2, "the end of task 1"), (1, "lock")]
 
 
-def test_a_task_that_leads_into_a_circle_is_told_the_circle_without_itself():
-    waits = {0: [Need("a", frozenset({1}))], 1: [Need("b", frozenset({2}))], 2: [Need("c", frozenset({1}))]}
-    assert circle(0, waits) == [(1, "b"), (2, "c")]
+def test_a_task_that_leads_into_a_cycle_is_told_the_cycle_without_itself():
+    waits = {0: [WaitEdge("a", frozenset({1}))], 1: [WaitEdge("b", frozenset({2}))], 2: [WaitEdge("c", frozenset({1}))]}
+    assert cycle(0, waits) == [(1, "b"), (2, "c")]
 
 
-def test_thousands_in_a_row_are_no_circle():
-    waits = {number: [Need("next", frozenset({number + 1}))] for number in range(1500)}
-    assert circle(0, waits) is None
-    assert len(circle(0, {**waits, 1500: [Need("first", frozenset({0}))]})) == 1501
+def test_thousands_in_a_row_are_no_cycle():
+    waits = {number: [WaitEdge("next", frozenset({number + 1}))] for number in range(1500)}
+    assert cycle(0, waits) is None
+    assert len(cycle(0, {**waits, 1500: [WaitEdge("first", frozenset({0}))]})) == 1501
