@@ -197,7 +197,7 @@ class Service:
         """Make the service of a running body: all it requests has that task as its parent."""
         service = cls(config.database, config=config.path)
         service._parent_id = parent_id
-        service._store.take_turns(config.state_dir)
+        service._store.limit_connections(config.state_dir)
         return service
 
     # Requests

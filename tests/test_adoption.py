@@ -25,7 +25,7 @@ def say(what):
     os.write(descriptor, f"{what} {current().id} {time.monotonic()}\\n".encode())
     os.close(descriptor)
 
-def gate(name):
+def connection limit(name):
     while not Path(name).exists():
         time.sleep(0.005)
 
@@ -33,22 +33,22 @@ def gate(name):
 def steps() -> str:
     current().progress(1, 10, "first")
     print("before")
-    gate("first")
+    connection limit("first")
     current().progress(7, 10, "second")
     print("after")
-    gate("second")
+    connection limit("second")
     current().progress(9, 10, "last")
     return "result"
 
 @task
 def gated(name: str):
     say("in")
-    gate(name)
+    connection limit(name)
     say("out")
 
 @task
 def exits():
-    gate("exits")
+    connection limit("exits")
     os._exit(7)
 
 @task
@@ -76,8 +76,8 @@ class Adopting(App):
                     found.append(process)
         return found
 
-    def open(self, gate):
-        (self.folder / gate).touch()
+    def open(self, limit):
+        (self.folder / limit).touch()
 
     def oracle(self):
         path = self.folder / "oracle"
@@ -158,13 +158,13 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
         id: slot for id, slot in slots.items() if id != old[0].id
     }
     assert app.service.get(new[2]).status == "REQUEST"
-    for gate in ("old-1", "old-2", "new"):
-        app.open(gate)
+    for limit in ("old-1", "old-2", "new"):
+        app.open(limit)
     for handle in [*old, *new]:
         assert app.wait(handle).status == "DONE"
     moments = sorted((at, 1 if what == "in" else -1) for what, _, at in app.oracle())
-    inside = [sum(step for _, step in moments[: number + 1]) for number in range(len(moments))]
-    assert max(inside) == SLOTS
+    connected = [sum(step for _, step in moments[: number + 1]) for number in range(len(moments))]
+    assert max(connected) == SLOTS
 
 
 def test_an_exit_is_kept_by_a_fork_server_that_waits_alone_longer_than_one_that_knows_nothing(app):

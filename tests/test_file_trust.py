@@ -165,7 +165,7 @@ def rotate_log(state):
 
 
 def go_through_the_gate(state):
-    with connection_limit.Gate(state.path).inside(1.0):
+    with connection_limit.ConnectionLimit(state.path).connected(1.0):
         pass
 
 
@@ -183,7 +183,7 @@ WRITERS = {
     "logs/supervisor.log": lambda state: os.close(logs.open_for_append(state.own_log)),
     "logs/supervisor.log.1": rotate_log,
     "logs/process-1-1.log": lambda state: logs.bound(state.logs / "process-1-1.log", 16384),
-    **{f"database-{number}": go_through_the_gate for number in range(connection_limit.PLACES)},
+    **{f"database-{number}": go_through_the_gate for number in range(connection_limit.CONNECTIONS_MAX)},
 }
 
 

@@ -35,7 +35,7 @@ from postgres_server import empty, filled, make_tables, small_disk
 from bgsupervisor import Service, Status
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database import postgres
-from bgsupervisor.database.connection_limit import PLACES, Gate
+from bgsupervisor.database.connection_limit import CONNECTIONS_MAX, ConnectionLimit
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
 from bgsupervisor.ipc.messages import End
@@ -660,8 +660,8 @@ def test_on_a_full_disk_bodies_go_on_and_their_ends_are_recorded_once_there_is_r
 
 IN_GATE = """
 import pathlib, sys, time
-from bgsupervisor.database.connection_limit import Gate
-with Gate(pathlib.Path(sys.argv[1])).inside(5):
+from bgsupervisor.database.connection_limit import Connection limit
+with Connection limit(pathlib.Path(sys.argv[1])).inside(5):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -733,15 +733,18 @@ def test_however_many_children_wait_and_end_a_host_has_but_a_few_connections(
 
 
 def test_who_is_killed_in_the_gate_leaves_its_place_to_others(tmp_path):
-    gates = [subprocess.Popen([sys.executable, "-c", IN_GATE, tmp_path], stdout=subprocess.PIPE) for _ in range(PLACES)]
+    gates = [
+        subprocess.Popen([sys.executable, "-c", IN_GATE, tmp_path], stdout=subprocess.PIPE)
+        for _ in range(CONNECTIONS_MAX)
+    ]
     try:
         for one in gates:
             assert one.stdout.readline() == b"in\n"
-        with pytest.raises(TimeoutError), Gate(tmp_path).inside(0.05):
+        with pytest.raises(TimeoutError), ConnectionLimit(tmp_path).connected(0.05):
             pass
         gates[3].kill()
         gates[3].wait()
-        with Gate(tmp_path).inside(5) as is_outermost:
+        with ConnectionLimit(tmp_path).connected(5) as is_outermost:
             assert is_outermost
     finally:
         for one in gates:
@@ -750,49 +753,49 @@ def test_who_is_killed_in_the_gate_leaves_its_place_to_others(tmp_path):
 
 
 def test_a_thread_waits_for_the_turn_of_another_no_longer_than_its_limit(tmp_path):
-    gate, inside, over = Gate(tmp_path), threading.Event(), threading.Event()
+    limit, connected, over = ConnectionLimit(tmp_path), threading.Event(), threading.Event()
 
     def hold():
-        with gate.inside(5):
-            inside.set()
+        with limit.connected(5):
+            connected.set()
             over.wait(30)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert inside.wait(5)
+    assert connected.wait(5)
     before = time.monotonic()
-    with pytest.raises(TimeoutError), gate.inside(0.1):
+    with pytest.raises(TimeoutError), limit.connected(0.1):
         pass
     assert time.monotonic() - before < 5
     over.set()
     holder.join()
-    with gate.inside(5) as is_outermost:
+    with limit.connected(5) as is_outermost:
         assert is_outermost
 
 
 def test_threads_of_a_process_take_one_place_and_a_fork_of_it_another(tmp_path):
-    gate = Gate(tmp_path)
-    with gate.inside(1) as outer, gate.inside(0) as inner:
+    limit = ConnectionLimit(tmp_path)
+    with limit.connected(1) as outer, limit.connected(0) as inner:
         assert (outer, inner) == (True, False)
         pid = os.fork()
         if pid == 0:
-            with contextlib.suppress(BaseException), gate.inside(0) as own:
+            with contextlib.suppress(BaseException), limit.connected(0) as own:
                 os._exit(0 if own else 1)
             os._exit(2)
         assert os.waitpid(pid, 0)[1] == 0
-    for _ in range(20 * PLACES):  # until it has had each
-        with gate.inside(0):
+    for _ in range(20 * CONNECTIONS_MAX):  # until it has had each
+        with limit.connected(0):
             pass
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException), gate.inside(0):
+        with contextlib.suppress(BaseException), limit.connected(0):
             os._exit(0)
         os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_a_call_within_the_gate_leaves_no_session_behind_when_it_returns(lossy, direct, tmp_path):
-    lossy.store.take_turns(tmp_path)
+    lossy.store.limit_connections(tmp_path)
     left = 0
     others = "datname = current_database() AND pid <> pg_backend_pid()"
     with contextlib.closing(psycopg.connect(direct, autocommit=True)) as connection:

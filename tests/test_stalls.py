@@ -23,8 +23,8 @@ LONG_S = 4.5
 def ready():
     pathlib.Path(f"ready-{current().id}").touch()
 
-def gate():
-    while not pathlib.Path(f"gate-{current().id}").exists():
+def connection limit():
+    while not pathlib.Path(f"connection limit-{current().id}").exists():
         time.sleep(0.01)
 
 def until(limit_s):
@@ -147,7 +147,7 @@ class WaitsForAPart(Stalling):
 class GetsOnUntilTheGate(Stalling):
     def run(self) -> str:
         ready()
-        while not pathlib.Path(f"gate-{self.id}").exists():
+        while not pathlib.Path(f"connection limit-{self.id}").exists():
             self.progress(1)
             time.sleep(0.1)
         self.progress(2)  # raises if it was asked to end
@@ -157,7 +157,7 @@ class ReachesPartsUntilTheGate(Stalling):
     def run(self) -> str:
         ready()
         number = 0
-        while not pathlib.Path(f"gate-{self.id}").exists():
+        while not pathlib.Path(f"connection limit-{self.id}").exists():
             self.reach(f"part {(number := number + 1)}")
             time.sleep(0.1)
         self.progress(2)  # raises if it was asked to end
@@ -167,7 +167,7 @@ class HangsFromTheGate(Stalling):
     def run(self) -> None:
         self.progress(1)
         ready()
-        gate()
+        connection limit()
         time.sleep(600)
 """
 
@@ -187,7 +187,7 @@ class Stalls(App):
         return self.started(handle)
 
     def open_gate(self, record):
-        (self.folder / f"gate-{record.id}").touch()
+        (self.folder / f"connection limit-{record.id}").touch()
 
     def assert_stalled(self, record):
         assert (record.status, record.reason) == ("INTERRUPTED", "TIMED_OUT"), record

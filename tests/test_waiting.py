@@ -34,20 +34,21 @@ def say(event, **facts):
     os.write(descriptor, line.encode())
     os.close(descriptor)
 
-def gate(name):
-    while not Path(f"gate-{name}").exists():
+def connection limit(name):
+    while not Path(f"connection limit-{name}").exists():
         current().progress()
         time.sleep(0.01)
 
 @task
-def reaches(gates: list[str] | None = None, value: object = None, part: str = "loaded", raises: bool = False) -> str:
+def reaches(connection limits: list[str] | None = None, value: object = None, part: str = "loaded", raises: bool =
+False) -> str:
     say("in")
-    for name in gates or ():
-        gate(name)
+    for name in connection limits or ():
+        connection limit(name)
     if part:
         current().reach(part, value)
         say("reached")
-    gate(f"end-{current().id}")
+    connection limit(f"end-{current().id}")
     if raises:
         raise LookupError("after the part")
     return "the result"
@@ -55,7 +56,7 @@ def reaches(gates: list[str] | None = None, value: object = None, part: str = "l
 @task
 def ends_at(gate_name: str, value: object = None, raises: bool = False) -> object:
     say("in")
-    gate(gate_name)
+    connection limit(gate_name)
     if raises:
         raise LookupError("no such invoice")
     return value
@@ -98,7 +99,7 @@ def holds(
     with current().lock(name, permits) as lock:
         say("in", lock=name)
         if gate_name:
-            gate(gate_name)
+            connection limit(gate_name)
         time.sleep(pause_s)
         say("out", lock=name)
         if raises:
@@ -109,8 +110,8 @@ def holds(
 def holds_and_stays(name: str, gate_name: str) -> None:
     with current().lock(name):
         say("in")
-        gate(gate_name)
-    gate(f"end-{current().id}")
+        connection limit(gate_name)
+    connection limit(f"end-{current().id}")
 
 @task
 def tries_lock(name: str, timeout_s: float) -> object:
@@ -132,8 +133,8 @@ def locks_twice(name: str) -> object:
 @task
 def crosses(first: str, second: str, other_gate: str, mine: str, caught: bool) -> object:
     with current().lock(first):
-        Path(f"gate-{mine}").touch()
-        gate(other_gate)
+        Path(f"connection limit-{mine}").touch()
+        connection limit(other_gate)
         try:
             with current().lock(second):
                 return "both"
@@ -183,10 +184,10 @@ def works(pause_s: float = 0.05) -> str:
 def waits_in_a_cycle(go: str, kind: str, what: object, mine: str | None = None) -> object:
     if mine:
         with current().lock(mine):
-            Path(f"gate-{current().id}-has").touch()
-            gate(go)
+            Path(f"connection limit-{current().id}-has").touch()
+            connection limit(go)
             return current().wait_for(int(what), "never")
-    gate(go)
+    connection limit(go)
     if kind == "lock":
         with current().lock(str(what)):
             return "got it"
@@ -203,7 +204,7 @@ def waits_for_itself(caught: bool) -> object:
 
 @task
 def plays_ping_pong(go: str, other: int | None, rounds: int, first: bool) -> int:
-    gate(go)
+    connection limit(go)
     if other is None:
         other = int(Path(f"other-of-{current().id}").read_text())
     for number in range(rounds):
@@ -295,7 +296,7 @@ class Waiting(App):
         return self.service.request(f"appx:{body}", data, **(options or {}))
 
     def open_gate(self, name):
-        (self.folder / f"gate-{name}").touch()
+        (self.folder / f"connection limit-{name}").touch()
 
     def end_of(self, handle):
         self.open_gate(f"end-{handle.id}")
@@ -364,10 +365,10 @@ def unix_sockets(process):
 
 def most_inside(events, *, into=("in",), out=("out",)):
     """Return how many were inside at once at most, told by a file's lines in the order of their moments."""
-    inside, most = 0, 0
+    connected, most = 0, 0
     for one in sorted(events, key=lambda one: (one["at"], one["event"] in into)):
-        inside += (one["event"] in into) - (one["event"] in out)
-        most = max(most, inside)
+        connected += (one["event"] in into) - (one["event"] in out)
+        most = max(most, connected)
     return most
 
 
@@ -566,7 +567,7 @@ def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
     assert app.wait(other).reason == "RAISED"
     assert [row for row in app.rows("part") if row["task_id"] == other.id]
     for one in (name, f"end-{other.id}"):  # so that nothing is reached before the waiter waits
-        (app.folder / f"gate-{one}").unlink()
+        (app.folder / f"connection limit-{one}").unlink()
     app.service.retry(other)
     assert not [row for row in app.rows("part") if row["task_id"] == other.id]
     waiter = app.request("waits", ids=[other.id])
@@ -807,7 +808,7 @@ def test_a_cycle_of_part_lock_and_dependency_is_named(app, request):
     third = app.request("works", options={"after": [fourth]})
     second = app.request("waits_in_a_cycle", go=f"{name}-2", kind="end", what=third.id)
     first = app.request("waits_in_a_cycle", go=f"{name}-1", kind="part", what=second.id, mine=lock)
-    wait_until((app.folder / f"gate-{first.id}-has").exists, "the first has the lock")
+    wait_until((app.folder / f"connection limit-{first.id}-has").exists, "the first has the lock")
     for number, handle in ((2, second), (1, first)):
         app.open_gate(f"{name}-{number}")
         app.waiting(handle)
@@ -1215,11 +1216,11 @@ def test_a_thousand_over_fifty_locks_with_random_kills_never_exceed_the_permits(
     assert {str(record.reason) for record in records if record.status == "INTERRUPTED"} == {"SIGNALLED"}
     assert all(record.status == "DONE" or record.id in killed_at for record in records)
     for name, most in permits.items():
-        inside = [one for one in app.events() if one.get("lock") == name]
-        out = {one["id"] for one in inside if one["event"] == "out"}
-        entered = {one["id"] for one in inside}
-        inside += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
-        assert most_inside(inside) <= most, name
+        connected = [one for one in app.events() if one.get("lock") == name]
+        out = {one["id"] for one in connected if one["event"] == "out"}
+        entered = {one["id"] for one in connected}
+        connected += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
+        assert most_inside(connected) <= most, name
     app.nothing_is_left()
 
 

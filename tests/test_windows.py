@@ -35,8 +35,8 @@ def say(what):
     os.write(descriptor, f"{what} {current().id} {current().attempt}\\n".encode())
     os.close(descriptor)
 
-def gate():
-    while not Path("gate").exists():
+def connection limit():
+    while not Path("connection limit").exists():
         time.sleep(0.005)
 
 @task
@@ -47,7 +47,7 @@ def plain():
 @task
 def gated():
     say("in")
-    gate()
+    connection limit()
     say("out")
 
 @task
@@ -66,7 +66,7 @@ def counts():
 def holds():
     say("in")
     with current().lock("smtp"):
-        gate()
+        connection limit()
     say("out")
 
 @task
@@ -74,7 +74,7 @@ def keeps():
     '''Still holds a lock when it ends.'''
     say("in")
     current().lock("smtp").__enter__()
-    gate()
+    connection limit()
     say("out")
 
 @task
@@ -89,7 +89,7 @@ def locks_the_database():
         time.sleep(0.005)
     connection.execute("COMMIT")
     say("unlocked")
-    gate()
+    connection limit()
     say("out")
 
 @task
@@ -172,7 +172,7 @@ class Stage(App):
         return int(path.read_text())
 
     def let_go(self):
-        (self.folder / "gate").touch()
+        (self.folder / "limit").touch()
         for point in failpoints.POINTS:
             (self.points / f"{point}.armed").unlink(missing_ok=True)
             (self.points / f"{point}.go").touch()
@@ -249,7 +249,7 @@ def at_its_end(app, point):
 def in_the_transaction_of_its_end(app, point):
     handle = running(app, "keeps")
     app.arm(point, S)
-    (app.folder / "gate").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -257,7 +257,7 @@ def in_its_own_transaction(app, point):
     handle = running(app, "keeps")
     app.supervisor.kill()
     app.arm(point, C)
-    (app.folder / "gate").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -265,7 +265,7 @@ def without_a_supervisor(app, point):
     handle = running(app)
     app.supervisor.kill()
     app.arm(point)
-    (app.folder / "gate").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -332,7 +332,7 @@ def waiting_for_another(app, point):
 def giving_a_lock_back(app, point):
     handle = running(app, "holds")
     app.arm(point)
-    (app.folder / "gate").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -458,7 +458,7 @@ def stop(app, pids, victims, handle, settle_s):
     elif S in pids:
         app.supervisor.kill()
     app.start(wait=False)
-    (app.folder / "gate").touch()
+    (app.folder / "limit").touch()
     deadline = time.monotonic() + settle_s
     while not app.service.get(handle).status.ended and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -880,7 +880,7 @@ def test_a_late_word_that_a_slot_is_given_does_not_count_for_the_next_wait(tmp_p
         stage.arm("supervisor.granted")
         (stage.folder / "first").touch()
         stage.said("first", keeper)
-        (stage.folder / "gate").touch()  # only a slot was missing
+        (stage.folder / "limit").touch()  # only a slot was missing
         stage.reached("supervisor.granted")
         stage.said("first", twice)  # it has taken the slot itself
         wait_until(lambda: stage.service.get(twice).slot is None, "it waits again")
@@ -963,7 +963,7 @@ def test_a_child_that_has_recorded_its_end_itself_is_an_idle_one_like_any_other(
     stage.configure(slots=1, spares=0, reuse=3, grace_s=0.4, heartbeat_s=0.5)
     handle = running(stage)
     stage.stand_still(stage.supervisor)
-    (stage.folder / "gate").touch()
+    (stage.folder / "limit").touch()
     record = stage.wait(handle)
     began = time.monotonic()
     wait_until(lambda: time.monotonic() > began + 0.5, "it has said that it is idle")

@@ -242,7 +242,7 @@ def party(n: int, scope: str, parties: int) -> int:
     """Meet others."""
     with told("party"):
         say("arrive", scope=scope, parties=parties)
-        waited("barrier", lambda: current().barrier("gate", parties, scope=scope, timeout_s=WAIT_S))
+        waited("barrier", lambda: current().barrier("limit", parties, scope=scope, timeout_s=WAIT_S))
         return n
 
 

@@ -1,4 +1,4 @@
-"""A gate of a few places: so many processes of a host may be inside at once. Knows nothing of what they do there."""
+"""A connection limit of a few places: so many processes of a host may be inside at once. Knows nothing of what they do there."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["PLACES", "Gate", "gate_of"]
+__all__ = ["CONNECTIONS_MAX", "ConnectionLimit", "limit_of"]
 
-PLACES = 8
+CONNECTIONS_MAX = 8
 """So many children of a host have a connection to a database server at once."""
 LOOK_S = 0.005
 """Who finds all places taken looks again after so long, and up to twice that."""
 MODE = 0o600
 
 
-class Gate:
+class ConnectionLimit:
     """The places are lock files `database-0` to `database-7` in *folder*; the kernel frees those of the dead.
 
     A process takes at most one: its threads go in one after the other. What is taken is not inherited by a fork.
     """
 
-    places = PLACES
+    places = CONNECTIONS_MAX
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -42,7 +42,7 @@ class Gate:
         self._begin()
 
     @contextlib.contextmanager
-    def inside(self, wait_s: float) -> Iterator[bool]:
+    def connected(self, wait_s: float) -> Iterator[bool]:
         """Have a place for the block; yields whether it was taken for it, not for one around it.
 
         Raises:
@@ -72,7 +72,7 @@ class Gate:
 
     def _take(self, deadline: float) -> int | None:
         """Return the descriptor that holds a place; None where there can be no files: then nobody is kept out."""
-        numbers = random.sample(range(PLACES), PLACES)
+        numbers = random.sample(range(CONNECTIONS_MAX), CONNECTIONS_MAX)
         while True:
             for number in numbers:
                 try:
@@ -90,9 +90,9 @@ class Gate:
             self._clock.sleep(LOOK_S * (1 + random.random()))  # noqa: S311 - so that they do not all look at once
 
 
-_gates: dict[Path, Gate] = {}
+_limits: dict[Path, ConnectionLimit] = {}
 
 
-def gate_of(folder: Path) -> Gate:
-    """Return this process's gate of a state directory; there must be but one, for locks are the process's."""
-    return _gates.setdefault(folder, Gate(folder))
+def limit_of(folder: Path) -> ConnectionLimit:
+    """Return this process's connection limit of a state directory; there must be but one, for locks are the process's."""
+    return _limits.setdefault(folder, ConnectionLimit(folder))

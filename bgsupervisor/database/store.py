@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.database.callers import OpenTransaction
-    from bgsupervisor.database.connection_limit import Gate
+    from bgsupervisor.database.connection_limit import ConnectionLimit
 
 __all__ = [
     "Store",
@@ -677,7 +677,7 @@ class Store:
         ask_the_time = weakref.WeakMethod(self._have_asked_the_time)
         self._server_clock = None if self._is_sqlite else ServerClock(lambda: _call(ask_the_time))
         self.clock: Clock = self._server_clock or SystemClock()
-        self._gate: Gate | None = None
+        self._connection_limit: ConnectionLimit | None = None
         self.creates = True
         self.patience_s = 0.0
         self._has_neighbours = False
@@ -761,16 +761,16 @@ class Store:
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
         """Have a connection in this thread; on a shared database close it again if it was closed before."""
-        if self._gate is None or self._server is None:
+        if self._connection_limit is None or self._server is None:
             with self._connected():
                 yield
             return
         with contextlib.ExitStack() as stack:
             try:
-                is_outermost = stack.enter_context(self._gate.inside(self._server.timeout))
+                is_outermost = stack.enter_context(self._connection_limit.connected(self._server.timeout))
             except TimeoutError:
                 raise DatabaseError(
-                    f"all {self._gate.places} connections that this host's children may have to the database "
+                    f"all {self._connection_limit.places} connections that this host's children may have to the database "
                     f"{self.place} are in use for longer than {self._server.timeout:g} s; try again"
                 ) from None
             if is_outermost:
@@ -778,15 +778,17 @@ class Store:
             stack.enter_context(self._connected())
             yield
 
-    def take_turns(self, folder: Path) -> None:
-        """Have a connection to a server only during a call, and only so many processes of the host at once (`gate`).
+    def limit_connections(self, folder: Path) -> None:
+        """Have a connection to a server only during a call, and only so many processes of the host at once (`limit`).
 
         *folder* is the state directory.
         """
-        if self._server is not None and sys.platform != "win32":  # the gate is made of locks that Windows lacks
-            from bgsupervisor.database.connection_limit import gate_of  # noqa: PLC0415 - only children have turns
+        if (
+            self._server is not None and sys.platform != "win32"
+        ):  # the connection limit is made of locks that Windows lacks
+            from bgsupervisor.database.connection_limit import limit_of  # noqa: PLC0415 - only children have turns
 
-            self._gate = gate_of(folder)
+            self._connection_limit = limit_of(folder)
 
     def _hang_up(self) -> None:
         if self._server is not None and not self._server.is_closed():

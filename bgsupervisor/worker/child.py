@@ -505,7 +505,7 @@ class Child:
             creates=False,
             patience_s=patience_s,
         )
-        store.take_turns(config.state_dir)
+        store.limit_connections(config.state_dir)
         return Ledger(store)
 
     def _beat_alone(self, order: Run) -> None:

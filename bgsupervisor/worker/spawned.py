@@ -106,7 +106,7 @@ class PipeLine(threading.Thread):
         self._wakes: set[threading.Event] = set()
         self._order: Run | None = None
         self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self.in_body = self.inside = False
+        self.in_body = self.connected = False
         self.cancel_order: messages.Cancel | None = None
         self.last_progress: messages.Progress | None = None
         self.slot_granted = threading.Event()
@@ -135,11 +135,11 @@ class PipeLine(threading.Thread):
         if threading.current_thread() is not threading.main_thread():
             self.say(message)
             return
-        self.inside = True
+        self.connected = True
         try:
             self.say(message)
         finally:
-            self.inside = False
+            self.connected = False
 
     def notify(self, keys: Sequence[str]) -> None:
         """Ask the parent to wake the waiters of all children."""
@@ -293,7 +293,7 @@ class _Performance:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._term_came = True
-        if order is not None and self._line.in_body and not self._line.inside:
+        if order is not None and self._line.in_body and not self._line.connected:
             raise Cancelled(order.reason, order.by, order.why)
 
     def _record(self, end: End) -> None:
