@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.database.store import TaskRecord
-    from bgsupervisor.ledger.external import Lending
+    from bgsupervisor.ledger.external import ExternalConnections
     from bgsupervisor.system.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
@@ -102,7 +102,7 @@ class Backing:
     config: Config
     ledger: Ledger
     clock: Clock
-    lend: Callable[[object], Ledger] | None = None
+    external: Callable[[object], Ledger] | None = None
     """In tests: returns the ledger for requests on a connection of the application."""
 
     @classmethod
@@ -183,7 +183,7 @@ class Service:
     ) -> None:
         self._origin = Origin(database, config, clock)
         self._own: Backing | None = None
-        self._lending: Lending | None = None
+        self._external_connections: ExternalConnections | None = None
         self._parent_id: int | None = None
         _ = self._backing  # a configuration that is missing or wrong is told here
         self._loadable: set[str] = set()
@@ -341,14 +341,14 @@ class Service:
             yield backing.ledger
             backing.ledger.store.database.after_commit(self._notify)
             return
-        if backing.lend is not None:
-            yield backing.lend(connection)
+        if backing.external is not None:
+            yield backing.external(connection)
             return
-        from bgsupervisor.ledger.external import Lending  # noqa: PLC0415 - only who lends a connection pays for it
+        from bgsupervisor.ledger.external import ExternalConnections  # noqa: PLC0415 - only who lends a connection pays for it
 
-        if self._lending is None:
-            self._lending = Lending(self._store, self._config.table_prefix, self._clock)
-        with self._lending.on(connection, self._notify) as ledger:
+        if self._external_connections is None:
+            self._external_connections = ExternalConnections(self._store, self._config.table_prefix, self._clock)
+        with self._external_connections.on(connection, self._notify) as ledger:
             yield ledger
 
     # Asking

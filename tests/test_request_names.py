@@ -311,13 +311,13 @@ def test_a_body_that_requests_a_wrong_name_warns_in_its_log(supervised):
 @pytest.mark.of_sqlite
 def test_a_name_is_judged_on_the_connection_it_is_requested_on(supervised):
     strict = Service(config=supervised.config, unknown_names="refuse")
-    lent = sqlite3.connect(supervised.folder / "bgsupervisor.db")
-    lent.execute("BEGIN IMMEDIATE")
+    external = sqlite3.connect(supervised.folder / "bgsupervisor.db")
+    external.execute("BEGIN IMMEDIATE")
     with pytest.raises(UnknownTaskName):
-        strict.request("appx:MailOrde", connection=lent)
-    assert strict.request("MailOrder", connection=lent).created
-    lent.rollback()
-    lent.close()
+        strict.request("appx:MailOrde", connection=external)
+    assert strict.request("MailOrder", connection=external).created
+    external.rollback()
+    external.close()
 
     assert rows(supervised) == []
 

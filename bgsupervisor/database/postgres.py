@@ -366,7 +366,7 @@ def lock_key(prefix: str) -> int:
 def hold_off(database: peewee.Database, key: int) -> None:
     """Hold off all others who call this, until the open transaction ends.
 
-    Waits for them at most the connection's own `lock_timeout`; one that the application has lent may have none.
+    Waits for them at most the connection's own `lock_timeout`; one that the application has passed may have none.
 
     Raises:
         DatabaseError: The transaction is one of the application's that does not see what they have committed.

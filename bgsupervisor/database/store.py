@@ -751,7 +751,7 @@ class Store:
         return cls(database, prefix, owned=False, path=path)
 
     @classmethod
-    def lend(cls, database: peewee.Database, own: Store) -> Store:
+    def external(cls, database: peewee.Database, own: Store) -> Store:
         """Make a store on connections that the application lends; no tables are made or checked there."""
         store = cls(database, own.tables.prefix, owned=False, path=own.path)
         store._schema_checked = True

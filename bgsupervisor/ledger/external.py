@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     AfterCommit = Callable[[Callable[[], object]], object]
 
-__all__ = ["Lending", "Lent", "cursor_of", "is_in_transaction", "recognised"]
+__all__ = ["ExternalConnection", "ExternalConnections", "cursor_of", "is_in_transaction", "recognised"]
 
 _KNOWN = (
     "give a Peewee database, Django's connection, an SQLAlchemy Session or Connection, or a connection of sqlite3, "
@@ -39,7 +39,7 @@ _WHERE = """SELECT to_regclass(%s)::oid::bigint, current_database()::text,
 """Two connections that see one table of one server get the same answer; null is no table."""
 
 
-class Lent(NamedTuple):
+class ExternalConnection(NamedTuple):
     """A connection of the application.
 
     Attributes:
@@ -54,12 +54,12 @@ class Lent(NamedTuple):
     doubt: Callable[[], object] | None = None
 
 
-class _Theirs:
+class _Recognised:
     """Stands on Peewee's stack for the transaction of the application."""
 
 
 class _File(peewee.SqliteDatabase):
-    """Peewee's side of an sqlite3 connection that the application has lent in this thread."""
+    """Peewee's side of an sqlite3 connection that the application has passed in this thread."""
 
     _state: Any  # Peewee's, per thread
 
@@ -81,7 +81,7 @@ class _File(peewee.SqliteDatabase):
 
 
 class _Server(peewee.PostgresqlDatabase):
-    """Peewee's side of a psycopg or psycopg2 connection that the application has lent in this thread."""
+    """Peewee's side of a psycopg or psycopg2 connection that the application has passed in this thread."""
 
     _state: Any  # Peewee's, per thread
 
@@ -99,11 +99,11 @@ class _Server(peewee.PostgresqlDatabase):
         return cursor_of(self._state.conn)
 
 
-class Lending:
+class ExternalConnections:
     """The rows of one installation, written through connections of the application.
 
     Args:
-        own: The store of the configured database, where every lent connection must lead to.
+        own: The store of the configured database, where every passed connection must lead to.
         prefix: Of its tables.
         clock: The ledger's.
     """
@@ -116,7 +116,7 @@ class Lending:
             self._database = _File(str(own.path), autoconnect=False)
         else:
             self._database = _Server(own.place, autoconnect=False)
-        self._store = Store.lend(self._database, own)
+        self._store = Store.external(self._database, own)
         self._ledger = Ledger(self._store, clock)
         self._whereabouts: tuple[Any, ...] | None = None
 
@@ -168,7 +168,7 @@ class Lending:
             return
         push: Any = self._database.push_transaction
         pop: Any = self._database.pop_transaction
-        push(_Theirs())
+        push(_Recognised())
         try:
             yield
         finally:
@@ -217,7 +217,7 @@ class Lending:
 # What the application gives
 
 
-def recognised(connection: Any) -> Lent:  # noqa: ANN401 - of any framework
+def recognised(connection: Any) -> ExternalConnection:  # noqa: ANN401 - of any framework
     """Return the driver's connection behind *connection*, which can be worked with.
 
     Raises:
@@ -228,18 +228,18 @@ def recognised(connection: Any) -> Lent:  # noqa: ANN401 - of any framework
         connection = connection.obj
     packages = origins(connection)
     if isinstance(connection, peewee.Database):
-        lent = _of_peewee(connection)
+        external = _of_peewee(connection)
     elif "django" in packages and hasattr(connection, "ensure_connection"):
-        lent = _of_django(connection)
+        external = _of_django(connection)
     elif "sqlalchemy" in packages and not _is_async(connection):
-        lent = _of_sqlalchemy(connection)
+        external = _of_sqlalchemy(connection)
     else:
-        lent = Lent(connection)
-    _check_usable(lent.raw)
-    return lent
+        external = ExternalConnection(connection)
+    _check_usable(external.raw)
+    return external
 
 
-def _of_peewee(database: peewee.Database) -> Lent:
+def _of_peewee(database: peewee.Database) -> ExternalConnection:
     if database.is_closed() and not database.autoconnect:
         raise _unusable("it is closed")
     connect: Any = database.connection
@@ -252,10 +252,10 @@ def _of_peewee(database: peewee.Database) -> Lent:
         with contextlib.suppress(ValueError):  # under manual_commit() Peewee does not know
             database.after_commit(then)
 
-    return Lent(raw, after_commit if database.in_transaction() else None)
+    return ExternalConnection(raw, after_commit if database.in_transaction() else None)
 
 
-def _of_django(connection: Any) -> Lent:  # noqa: ANN401 - Django may not be installed
+def _of_django(connection: Any) -> ExternalConnection:  # noqa: ANN401 - Django may not be installed
     try:
         connection.validate_thread_sharing()
         if not connection.in_atomic_block:
@@ -265,25 +265,25 @@ def _of_django(connection: Any) -> Lent:  # noqa: ANN401 - Django may not be ins
         raise _unusable(error) from error
     if connection.in_atomic_block and connection.needs_rollback:
         raise _unusable("its transaction has failed, and is to be rolled back")
-    return Lent(
+    return ExternalConnection(
         connection.connection,
         connection.on_commit if connection.in_atomic_block else None,
         functools.partial(setattr, connection, "errors_occurred", True),
     )
 
 
-def _of_sqlalchemy(connection: Any) -> Lent:  # noqa: ANN401 - SQLAlchemy may not be installed
+def _of_sqlalchemy(connection: Any) -> ExternalConnection:  # noqa: ANN401 - SQLAlchemy may not be installed
     try:
         if hasattr(connection, "get_bind"):  # a Session, or scoped_session
             connection = connection.connection()
         if not hasattr(connection, "exec_driver_sql"):
-            return Lent(connection)
+            return ExternalConnection(connection)
         raw = connection.connection.driver_connection
         if not connection.in_transaction() and not _is_async(raw):
             connection.exec_driver_sql("SELECT 1")  # it begins one, and so will commit what we write
     except sys.modules["sqlalchemy.exc"].SQLAlchemyError as error:
         raise _unusable(error) from error
-    return Lent(raw)
+    return ExternalConnection(raw)
 
 
 def cursor_of(raw: Any) -> Any:  # noqa: ANN401 - of either driver

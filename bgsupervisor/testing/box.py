@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from bgsupervisor.database.store import TaskRecord
-    from bgsupervisor.ledger.external import Lent
+    from bgsupervisor.ledger.external import ExternalConnection
     from bgsupervisor.ledger.transitions import Due, Request
     from bgsupervisor.service import Backing, Key, Origin, TaskLike
 
@@ -253,8 +253,8 @@ class TaskBox:
         """Return the ledger for requests on a connection of the application: in the box, but of its transaction."""
         return self._ledger(functools.partial(recognised, connection))
 
-    def _ledger(self, lent: Callable[[], Lent | None] = lambda: None) -> _BoxLedger:
-        return _BoxLedger(self, self._store(), lent)
+    def _ledger(self, external: Callable[[], ExternalConnection | None] = lambda: None) -> _BoxLedger:
+        return _BoxLedger(self, self._store(), external)
 
     def _store(self) -> Store:
         with self._lock:
@@ -285,24 +285,24 @@ class TaskBox:
 
     # What the ledger tells
 
-    def _recorded(self, ids: Sequence[int], lent: Lent | None, *, new: bool) -> None:
+    def _recorded(self, ids: Sequence[int], external: ExternalConnection | None, *, new: bool) -> None:
         """Run what was just requested or planned again if tasks run inline, but not before the caller's commit."""
         if not ids:
             return
         try:
-            trace = None if lent is None else mark(lent.raw, run_folder())
+            trace = None if external is None else mark(external.raw, run_folder())
         except Exception:
             if new:
                 self._ledger().forget(ids)
             raise
-        if lent is None or trace is None:
+        if external is None or trace is None:
             self._run_inline(ids)
             return
         uncommitted = _Uncommitted(tuple(ids), trace, new)
         with self._lock:
             self._uncommitted.append(uncommitted)
-        if lent.after_commit is not None:
-            lent.after_commit(functools.partial(self._committed, uncommitted))
+        if external.after_commit is not None:
+            external.after_commit(functools.partial(self._committed, uncommitted))
 
     def _committed(self, uncommitted: _Uncommitted) -> None:
         """Take a transaction as committed, for the framework says so; in Django's TestCase it never is."""
@@ -429,22 +429,22 @@ class _BoxLedger(Ledger):
     Args:
         box: Whose rows.
         store: Its database.
-        lent: Returns the application's connection that requests belong to, None if there is none. The rows are not in
+        passed: Returns the application's connection that requests belong to, None if there is none. The rows are not in
             its database, but a request counts from its commit on, and not after a rollback.
     """
 
-    def __init__(self, box: TaskBox, store: Store, lent: Callable[[], Lent | None]) -> None:
+    def __init__(self, box: TaskBox, store: Store, external: Callable[[], ExternalConnection | None]) -> None:
         super().__init__(store, box.clock)
         self._box = box
-        self._lent = lent
+        self._lent = external
 
     def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
         """Record requests; see `Ledger.request_many`."""
         if any(one.unique_key is not None or one.after for one in requests):  # of tasks that were rolled back meanwhile
             self._box._settle()  # noqa: SLF001 - a part of the box
-        lent = self._lent()  # before anything is recorded: a connection that cannot be is refused
+        external = self._lent()  # before anything is recorded: a connection that cannot be is refused
         found = super().request_many(requests)
-        self._box._recorded([id for id, created in found if created], lent, new=True)  # noqa: SLF001
+        self._box._recorded([id for id, created in found if created], external, new=True)  # noqa: SLF001
         return found
 
     def forget(self, ids: Sequence[int]) -> None:
@@ -556,7 +556,7 @@ class _Uncommitted:
     new: bool
 
 
-def _joined(database: object) -> Lent | None:
+def _joined(database: object) -> ExternalConnection | None:
     """Return the open transaction of the Peewee database that a Service was made with, None if there is none."""
     if isinstance(database, peewee.Database) and database.in_transaction():
         return recognised(database)

@@ -973,14 +973,14 @@ def test_a_process_that_requests_on_the_applications_connection_alone_asks_the_s
 
 
 @only_postgres
-@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("what", ["key", "unique"])
-def test_a_key_of_more_bytes_than_a_server_takes_is_refused_and_a_shorter_one_is_not(service, url, what, lent):
+def test_a_key_of_more_bytes_than_a_server_takes_is_refused_and_a_shorter_one_is_not(service, url, what, external):
     dice = random.Random(1)
     text = "".join(chr(dice.randrange(0x4E00, 0x9FFF)) for _ in range(1000))  # nothing to compress
     short = text[: (2600 - len(f"{Work.__module__}:Work")) // 3]
     with contextlib.closing(psycopg.connect(url)) as raw:
-        given = {"connection": raw} if lent else {}
+        given = {"connection": raw} if external else {}
         service.request(Work, **{what: short}, **given)
         with pytest.raises(RequestRefused, match=f"{what}.*: 30.. bytes, and PostgreSQL takes at most 2600"):
             service.request(Work, **{what: text}, **given)
@@ -992,8 +992,8 @@ def test_a_key_of_more_bytes_than_a_server_takes_is_refused_and_a_shorter_one_is
 def test_a_server_that_has_started_anew_is_still_the_same_place(service, url):
     with contextlib.closing(psycopg.connect(url)) as raw:
         service.request(Work, connection=raw)
-        table, name, _ = service._lending._whereabouts
-        service._lending._whereabouts = (table, name, 0)
+        table, name, _ = service._external_connections._whereabouts
+        service._external_connections._whereabouts = (table, name, 0)
         service.request(Work, connection=raw)
         raw.commit()
     assert seen(service) == (0, 2)
