@@ -32,7 +32,7 @@ from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.supervisor import housekeeping
 from bgsupervisor.system import logs
 from bgsupervisor.system.files import NotOwnFile, open_dir, open_own, open_own_dir
-from bgsupervisor.system.fingerprint import Stamp, write_stamp
+from bgsupervisor.system.fingerprint import Fingerprint, write_fingerprint
 from bgsupervisor.worker import wait_manager
 from bgsupervisor.worker.coordination import WakeUps
 
@@ -174,8 +174,8 @@ WRITERS = {
     ".supervisor.lock.PID": take_lock_over,
     "stopped": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
     ".stopped.PID": lambda state: StopMark("leave", "root", "now").write(state.stop_mark),
-    "code.stamp": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
-    ".code.stamp.PID": lambda state: write_stamp(state.stamp, Stamp({}, "", "")),
+    "code.fingerprint": lambda state: write_fingerprint(state.fingerprint, Fingerprint({}, "", "")),
+    ".code.fingerprint.PID": lambda state: write_fingerprint(state.fingerprint, Fingerprint({}, "", "")),
     "authkey": lambda state: wait_manager.make_key(state.path),
     ".authkey.PID": lambda state: wait_manager.make_key(state.path),
     "forkserver-1-1": write_exit,
@@ -334,7 +334,7 @@ def test_every_file_of_a_supervisor_has_its_mode_under_umask_007(make_app):
 
     found = {path.relative_to(app.state_dir): mode_of(path) for path in app.state_dir.rglob("*")}
 
-    wanted = {"wake.sock": 0o660, "logs": 0o750, "stopped": 0o640, "supervisor.lock": 0o640, "code.stamp": 0o640}
+    wanted = {"wake.sock": 0o660, "logs": 0o750, "stopped": 0o640, "supervisor.lock": 0o640, "code.fingerprint": 0o640}
     wanted |= dict.fromkeys(["control.sock", "manager.sock", "notify.sock", "authkey"], 0o600)
     assert wanted.keys() <= set(map(str, found))
     assert any(path.name.startswith("forkserver-") for path in found)

@@ -142,8 +142,8 @@ def test_newer_code_of_files_that_a_user_may_not_read_is_unknown(closed):
         deeper.mkdir(parents=True)
         (deeper / "tasks.py").touch()
         (folder / "bgsupervisor.toml").write_text('tasks = ["lib"]\npython_path = ["code"]\n')
-        file = folder / "code.stamp"
-        fingerprint.write_stamp(file, fingerprint.code_stamp(load(folder / "bgsupervisor.toml")))
+        file = folder / "code.fingerprint"
+        fingerprint.write_fingerprint(file, fingerprint.code_fingerprint(load(folder / "bgsupervisor.toml")))
         file.chmod(0o644)  # a state directory is closed to others, and so is the file
         (folder / closed).chmod(0o700)
         assert as_nobody(lambda: fingerprint.newer_code(file)) == "[]"
@@ -160,13 +160,13 @@ def config_of(app):
 
 
 def test_newer_code_in_another_container_is_unknown(app, tmp_path):
-    file = tmp_path / "code.stamp"
-    known = fingerprint.code_stamp(config_of(app))
-    fingerprint.write_stamp(file, known)
+    file = tmp_path / "code.fingerprint"
+    known = fingerprint.code_fingerprint(config_of(app))
+    fingerprint.write_fingerprint(file, known)
     app.write(WITH_ANOTHER)
     assert fingerprint.newer_code(file) == ["appx.py"]
 
-    fingerprint.write_stamp(file, dataclasses.replace(known, root="1:2"))
+    fingerprint.write_fingerprint(file, dataclasses.replace(known, root="1:2"))
 
     assert fingerprint.newer_code(file) == []
 
@@ -176,8 +176,8 @@ def test_newer_code_beyond_its_limit_is_unknown(make_app, tmp_path, monkeypatch)
     (app.folder / "large").mkdir()
     for number in range(20):
         (app.folder / "large" / f"{number}.py").touch()
-    file = tmp_path / "code.stamp"
-    fingerprint.write_stamp(file, fingerprint.code_stamp(config_of(app)))
+    file = tmp_path / "code.fingerprint"
+    fingerprint.write_fingerprint(file, fingerprint.code_fingerprint(config_of(app)))
     (app.folder / "large" / "7.py").write_text("1")
     assert fingerprint.newer_code(file) == ["large"]
 
@@ -188,22 +188,22 @@ def test_newer_code_beyond_its_limit_is_unknown(make_app, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("text", ["", "5", "[]", '{"digests": 1}', "0" * 64, "\0", '{"digests": {}, "package": "x"}'])
 def test_read_stamp_of_another_version_or_half_a_file_is_none(tmp_path, text):
-    file = tmp_path / "code.stamp"
+    file = tmp_path / "code.fingerprint"
     file.write_text(text)
 
-    assert fingerprint.read_stamp(file) is None
+    assert fingerprint.read_fingerprint(file) is None
     assert fingerprint.newer_code(file) == []
 
 
 def test_extended_stamp_of_code_changed_while_it_loaded_is_newer(app, tmp_path):
     helper = app.folder / "helper.py"
-    file = tmp_path / "code.stamp"
-    known = fingerprint.code_stamp(config_of(app))
+    file = tmp_path / "code.fingerprint"
+    known = fingerprint.code_fingerprint(config_of(app))
     changed_at_ns = helper.stat().st_ctime_ns
 
-    fingerprint.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns))
+    fingerprint.write_fingerprint(file, known.extended([str(helper)], since_ns=changed_at_ns))
     assert fingerprint.newer_code(file) == []
-    fingerprint.write_stamp(file, known.extended([str(helper)], since_ns=changed_at_ns - 1))
+    fingerprint.write_fingerprint(file, known.extended([str(helper)], since_ns=changed_at_ns - 1))
 
     assert fingerprint.newer_code(file) == ["helper.py"]
 

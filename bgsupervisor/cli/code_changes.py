@@ -7,7 +7,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from bgsupervisor.system.fingerprint import SUFFIXES, code_places, code_stamp
+from bgsupervisor.system.fingerprint import SUFFIXES, code_fingerprint, code_places
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ STOP_S = 2.0
 
 
 class Changes:
-    """Compares fingerprints of the code (`stamp`): when watchfiles says that a file has changed, and now and then.
+    """Compares fingerprints of the code (`fingerprint`): when watchfiles says that a file has changed, and now and then.
 
     Args:
         config: Names the modules, the folders and the files.
@@ -38,7 +38,7 @@ class Changes:
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._clock = clock
-        self._stamp = code_stamp(config)
+        self._fingerprint = code_fingerprint(config)
         self._touched, self._over = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
         self._is_watched = importlib.util.find_spec("watchfiles") is not None
@@ -47,13 +47,13 @@ class Changes:
             self._watch(list(code_places(config)))
 
     def found(self, config: Config) -> bool:
-        """Whether the code differs from what it was at the last call. Blocks for reading folders, as `code_stamp`."""
+        """Whether the code differs from what it was at the last call. Blocks for reading folders, as `code_fingerprint`."""
         if not self._touched.is_set() and self._clock.monotonic() < self._due_at:
             return False
         self._touched.clear()
         self._due_at = self._clock.monotonic() + self._pause_s()
-        before, self._stamp = self._stamp, code_stamp(config)
-        return before != self._stamp
+        before, self._fingerprint = self._fingerprint, code_fingerprint(config)
+        return before != self._fingerprint
 
     def close(self) -> None:
         """End the threads: one that is inside of watchfiles when Python ends would abort the process."""

@@ -60,7 +60,7 @@ def loaded_code(scene: Scene) -> Iterator[Told]:
     if lock_holder(scene) is None:
         yield ok("no supervisor is alive; the next one loads the code on disk")
         return
-    names = newer_code(scene.state_dir.stamp)
+    names = newer_code(scene.state_dir.fingerprint)
     if names:
         yield note(f"code on disk is newer than what is loaded ({', '.join(names)}); `bgsupervisor reload` loads it")
     else:

@@ -66,9 +66,9 @@ class StateDir:
         return self.path / "stopped"
 
     @property
-    def stamp(self) -> Path:
-        """Return the file with the stamp of the code that was last loaded."""
-        return self.path / "code.stamp"
+    def fingerprint(self) -> Path:
+        """Return the file with the fingerprint of the code that was last loaded."""
+        return self.path / "code.fingerprint"
 
     def fork_server_path(self, pid: int, ticks: int) -> Path:
         """Return the file by which a new supervisor learns of a living fork server."""

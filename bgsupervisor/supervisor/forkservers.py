@@ -14,7 +14,7 @@ from bgsupervisor import failpoints
 from bgsupervisor.ipc import exit_journal, messages
 from bgsupervisor.ipc.messages import TaskOptions, Who
 from bgsupervisor.system import processes
-from bgsupervisor.system.fingerprint import code_stamp, write_stamp
+from bgsupervisor.system.fingerprint import code_fingerprint, write_fingerprint
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from bgsupervisor.worker import forkserver
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from bgsupervisor.ipc.messages import Exited
     from bgsupervisor.ipc.statedir import StateDir
     from bgsupervisor.supervisor.events import EventSources, Peer
-    from bgsupervisor.system.fingerprint import Stamp
+    from bgsupervisor.system.fingerprint import Fingerprint
     from bgsupervisor.system.processes import ProcessHandle
 
 __all__ = ["FIRST_HELLO_S", "ForkServerHandle", "ForkServers"]
@@ -74,15 +74,15 @@ _NO_OPTIONS = TaskOptions()
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Started:
-    """A fork server process of ours; *callers* wait for what becomes of it, *stamp* is of the code that it loads."""
+    """A fork server process of ours; *callers* wait for what becomes of it, *fingerprint* is of the code that it loads."""
 
     process: SpawnProcess
     who: Who
     handle: ProcessHandle | None
     force: bool
     callers: list[Peer]
-    stamp: Stamp
-    stamped_at_ns: int
+    fingerprint: Fingerprint
+    fingerprinted_at_ns: int
 
 
 class ForkServers:
@@ -328,9 +328,9 @@ class ForkServers:
     # Within
 
     def _start(self, *, force: bool, callers: list[Peer]) -> None:
-        stamp, stamped_at_ns = code_stamp(self.config), 0  # before it loads: a later change shows
+        fingerprint, fingerprinted_at_ns = code_fingerprint(self.config), 0  # before it loads: a later change shows
         with contextlib.suppress(OSError):
-            stamped_at_ns = write_stamp(self._state_dir.stamp, stamp)
+            fingerprinted_at_ns = write_fingerprint(self._state_dir.fingerprint, fingerprint)
         process = multiprocessing.get_context("spawn").Process(
             target=forkserver.main, args=(self.config,), daemon=False, name="bgsupervisor fork server"
         )
@@ -349,15 +349,17 @@ class ForkServers:
         _, handle = processes.look(self._identity_of(who))
         if handle is not None:
             self._sources.watch_process(who, handle)
-        self._candidate = self._started[who] = _Started(process, who, handle, force, callers, stamp, stamped_at_ns)
+        self._candidate = self._started[who] = _Started(
+            process, who, handle, force, callers, fingerprint, fingerprinted_at_ns
+        )
 
     def _note_code(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
-        """Add to the stamp what the application itself has imported from elsewhere."""
-        if not candidate.stamped_at_ns:
+        """Add to the fingerprint what the application itself has imported from elsewhere."""
+        if not candidate.fingerprinted_at_ns:
             return
         with contextlib.suppress(OSError):
-            stamp = candidate.stamp.extended(hello.places, since_ns=candidate.stamped_at_ns)
-            write_stamp(self._state_dir.stamp, stamp)
+            fingerprint = candidate.fingerprint.extended(hello.places, since_ns=candidate.fingerprinted_at_ns)
+            write_fingerprint(self._state_dir.fingerprint, fingerprint)
 
     def _missing(self, hello: messages.ForkServerHello) -> list[messages.LoadFailure]:
         """Return what the present fork server has loaded and this one could not."""

@@ -1,4 +1,4 @@
-"""A stamp of the code that a supervisor's fork server loads: has it changed on disk since? Imports nothing of it."""
+"""A fingerprint of the code that a supervisor's fork server loads: has it changed on disk since? Imports nothing of it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,28 @@ if TYPE_CHECKING:
 
     from bgsupervisor.config import Config
 
-__all__ = ["Stamp", "code_places", "code_stamp", "loaded_places", "newer_code", "read_stamp", "write_stamp"]
+__all__ = [
+    "Fingerprint",
+    "code_fingerprint",
+    "code_places",
+    "loaded_places",
+    "newer_code",
+    "read_fingerprint",
+    "write_fingerprint",
+]
 
 MAX_ENTRIES = 200_000
-"""Largest number of files and folders that a stamp covers: half a second, which each minute can bear."""
+"""Largest number of files and folders that a fingerprint covers: half a second, which each minute can bear."""
 LISTING_ENTRIES = 10_000
 """The same for a command that lists tasks: 30 ms. A larger place is not compared there."""
-STAMP_MODE = 0o640
+FINGERPRINT_MODE = 0o640
 SUFFIXES = (".py", ".pyd", ".so")
 INCOMPLETE = "?"
 """Ends the digest of a place that was not seen whole: too large, or with folders that this user may not read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stamp:
+class Fingerprint:
     """What code on disk looked like at one moment.
 
     Attributes:
@@ -48,14 +56,14 @@ class Stamp:
     root: str
 
     def is_outdated(self, config: Config) -> bool:
-        """Return whether any place has changed, or the configuration names a place that is not in this stamp."""
+        """Return whether any place has changed, or the configuration names a place that is not in this fingerprint."""
         wanted = {str(place) for place in code_places(config)}
         return not wanted <= self.digests.keys() or any(
             _Look().digest(place) != old for place, old in self.digests.items()
         )
 
-    def extended(self, places: Iterable[str], *, since_ns: int) -> Stamp:
-        """Return this stamp with more places; one that was changed after *since_ns* (st_ctime_ns) counts as changed."""
+    def extended(self, places: Iterable[str], *, since_ns: int) -> Fingerprint:
+        """Return this fingerprint with more places; one that was changed after *since_ns* (st_ctime_ns) counts as changed."""
         found = dict(self.digests)
         for place in places:
             if place not in found:
@@ -63,28 +71,28 @@ class Stamp:
         return dataclasses.replace(self, digests=found)
 
 
-def code_stamp(config: Config) -> Stamp:
-    """Return the stamp of the code that a configuration names.
+def code_fingerprint(config: Config) -> Fingerprint:
+    """Return the fingerprint of the code that a configuration names.
 
     Looks at the packages of the configured modules, `setup` and `child_setup`, at the configuration file and its
     env_file, and at bgsupervisor itself. Blocks for reading folders: about 3 ms per 1000 code files.
     """
     digests = {str(place): _Look().digest(str(place)) for place in code_places(config)}
-    return Stamp(digests, str(_PACKAGE), _root())
+    return Fingerprint(digests, str(_PACKAGE), _root())
 
 
 def newer_code(file: Path) -> list[str]:
-    """Return the names of the places whose code has changed since the stamp in *file*; empty where nothing is known.
+    """Return the names of the places whose code has changed since the fingerprint in *file*; empty where nothing is known.
 
     Nothing is known in another container, of a place that this user may not read, or of one with more than
     LISTING_ENTRIES files and folders. bgsupervisor itself is left out: its upgrade needs another supervisor.
     """
-    stamp = read_stamp(file)
-    if stamp is None or stamp.root != _root():
+    fingerprint = read_fingerprint(file)
+    if fingerprint is None or fingerprint.root != _root():
         return []
     look, found = _Look(LISTING_ENTRIES), []
-    for place, old in stamp.digests.items():
-        if place == stamp.package or (old.endswith(INCOMPLETE) and old != INCOMPLETE):
+    for place, old in fingerprint.digests.items():
+        if place == fingerprint.package or (old.endswith(INCOMPLETE) and old != INCOMPLETE):
             continue
         now = look.digest(place)
         if now != old and not now.endswith(INCOMPLETE):
@@ -92,24 +100,24 @@ def newer_code(file: Path) -> list[str]:
     return found
 
 
-def read_stamp(file: Path) -> Stamp | None:
-    """Return the stamp of the code that was last loaded, or tried; None where there is none that can be read."""
+def read_fingerprint(file: Path) -> Fingerprint | None:
+    """Return the fingerprint of the code that was last loaded, or tried; None where there is none that can be read."""
     try:
         found = json.loads(file.read_text(encoding="ascii"))
-        return Stamp(
+        return Fingerprint(
             {str(place): str(text) for place, text in found["digests"].items()}, found["package"], found["root"]
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def write_stamp(file: Path, stamp: Stamp) -> int:
+def write_fingerprint(file: Path, fingerprint: Fingerprint) -> int:
     """Write which code is being loaded, in one step; return the moment (st_ctime_ns).
 
     Raises:
         OSError: The file cannot be written.
     """
-    replace_own(file, (json.dumps(dataclasses.asdict(stamp)) + "\n").encode("ascii"), STAMP_MODE)
+    replace_own(file, (json.dumps(dataclasses.asdict(fingerprint)) + "\n").encode("ascii"), FINGERPRINT_MODE)
     return file.stat().st_ctime_ns
 
 
@@ -143,7 +151,7 @@ def _root() -> str:
 
 
 def code_places(config: Config) -> Iterator[Path]:
-    """Yield the folders of packages, and the single files, whose change changes the stamp."""
+    """Yield the folders of packages, and the single files, whose change changes the fingerprint."""
     yield from (path for path in (config.path, config.env_file) if path is not None)
     yield _PACKAGE
     names = [*config.tasks, *(path.partition(":")[0] for path in (config.setup, config.child_setup) if path)]

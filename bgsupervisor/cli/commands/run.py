@@ -23,7 +23,7 @@ from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.sanitize import LineFormatter, trace_lines
 from bgsupervisor.system import descriptors
 from bgsupervisor.system.files import access_error
-from bgsupervisor.system.fingerprint import read_stamp
+from bgsupervisor.system.fingerprint import read_fingerprint
 from bgsupervisor.system.logs import leave_dead_output, open_for_append
 from bgsupervisor.system.oom import INITIAL_PID_NAMESPACE
 from bgsupervisor.system.processes import pid_namespace
@@ -187,8 +187,8 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
     if hanging is not None:
         warn(hanging)
         return 1
-    stamp = read_stamp(state_dir.stamp) if config.auto_reload else None
-    if stamp is not None and stamp.is_outdated(config):
+    fingerprint = read_fingerprint(state_dir.fingerprint) if config.auto_reload else None
+    if fingerprint is not None and fingerprint.is_outdated(config):
         from bgsupervisor.cli.control_client import ask_to_reload  # noqa: PLC0415 - after a deploy only
 
         with contextlib.suppress(OSError):

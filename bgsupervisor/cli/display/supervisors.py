@@ -166,7 +166,7 @@ def stale_code(service: Service) -> str | None:
     state_dir = StateDir(service.config.state_dir)
     if _age_s(Lock(state_dir.lock)) > TOUCHED_S:
         return None
-    names = newer_code(state_dir.stamp)
+    names = newer_code(state_dir.fingerprint)
     if not names:
         return None
     which = clean(", ".join(names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
