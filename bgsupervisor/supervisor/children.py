@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bgsupervisor.system.processes import ProcessHandle
     from bgsupervisor.system.stacks import Question
 
-__all__ = ["ChildHandle", "Children", "Order", "Stage"]
+__all__ = ["ChildHandle", "Children", "Stage", "Termination"]
 
 
 STRANGER_S = 10.0
@@ -43,7 +43,7 @@ class Stage(enum.IntEnum):
 
 
 @dataclasses.dataclass(slots=True)
-class Order:
+class Termination:
     """The decision to end an attempt before its end, carried out in stages.
 
     Attributes:
@@ -114,7 +114,7 @@ class ChildHandle:
     run_end: int = 0
     end: End | None = None
     dead_since: float | None = None
-    order: Order | None = None
+    termination: Termination | None = None
     note: Note = dataclasses.field(default_factory=Note)
     oom: Counters | None = None
     cpu_seen: tuple[float, float] | None = None
@@ -175,7 +175,7 @@ class ChildHandle:
 
     def become_free(self) -> None:
         """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
-        self.attempt = self.says = self.end = self.order = self.slot = self.run_place = self.cpu_seen = None
+        self.attempt = self.says = self.end = self.termination = self.slot = self.run_place = self.cpu_seen = None
         self.note = Note()
         self.wants_slot = None
         self.to_be_suspended = self.suspension_unsaved = False

@@ -15,7 +15,7 @@ from bgsupervisor.ipc import messages
 from bgsupervisor.ledger.transitions import Suspension
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Order, Stage
+from bgsupervisor.supervisor.children import Stage, Termination
 from bgsupervisor.system import logs, processes
 from bgsupervisor.system.stacks import ANSWER_S, Question
 
@@ -96,9 +96,9 @@ class Enforcement:
         for attempt, child in self._children.by_attempt().items():
             wish = known.get(attempt)
             child.to_be_suspended = wish is not None and wish.suspended
-            if wish is not None and wish.cancelled and child.order is None and child.end is None:
+            if wish is not None and wish.cancelled and child.termination is None and child.end is None:
                 by = wish.cancelled_by
-                self.order(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
+                self.termination(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
 
     def stalled(self) -> list[ChildHandle]:
         """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
@@ -115,13 +115,13 @@ class Enforcement:
                 child.got_on_at = self._clock.monotonic()
             else:
                 stall_s = self._fork_servers.options(child.name).stall_s or 0.0
-                self.order(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
+                self.termination(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
 
     def put_off_stalls(self) -> None:
         """Ask later: the rows cannot be read now."""
         self._stalls_at = self._clock.monotonic() + STALL_LOOK_S
 
-    def order(
+    def termination(
         self, child: ChildHandle, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED
     ) -> None:
         """Begin to end an attempt, or go to *stage* at once; the first reason stands.
@@ -131,44 +131,48 @@ class Enforcement:
         if not child.vouched:
             return
         now = self._clock.monotonic()
-        if child.order is None:
+        if child.termination is None:
             is_late = reason is Reason.TIMED_OUT
-            child.order = Order(reason, why, by, now + max(self.config.grace_s, STACK_WAIT_S if is_late else 0.0))
+            child.termination = Termination(
+                reason, why, by, now + max(self.config.grace_s, STACK_WAIT_S if is_late else 0.0)
+            )
             if is_late:
                 self._ask_for_stack(child)
             log.info("task %d (%s) is to end: %s", child.attempt.id if child.attempt else 0, child.name, why)
-        self.ask(child, child.order)
-        if stage > child.order.stage:
-            self._escalate(child.order, stage, now)
+        self.ask(child, child.termination)
+        if stage > child.termination.stage:
+            self._escalate(child.termination, stage, now)
 
     def next_due_at(self) -> float | None:
         """Return when `enforce` has something to do next, monotonic; None if nothing is running."""
         running = self._endable()
         moments = [self._limits_at] if running else []
         for child in running:
-            if child.order is None:
+            if child.termination is None:
                 stall_at = self._stall_due_at(child)
                 moments += [] if stall_at is None else [max(stall_at, self._stalls_at)]
                 time_at = self._time_due_at(child)
                 moments += [] if time_at is None else [time_at]
-            elif not _waits_for_kill(child.order):
-                moments.append(child.order.next_at)
+            elif not _waits_for_kill(child.termination):
+                moments.append(child.termination.next_at)
             if child.question is not None:
                 moments.append(self._clock.monotonic() + QUESTION_LOOK_S)
         return min(moments, default=None)
 
-    def carry_out(self, child: ChildHandle, order: Order) -> None:
+    def carry_out(self, child: ChildHandle, termination: Termination) -> None:
         """Send the signal of an order's stage; its reason is in the row."""
-        order.unsent = False
+        termination.unsent = False
         if child.target is None:
-            self._have_sent(child, order)  # it cannot be held now; its fork server can, and the last stage comes again
+            self._have_sent(
+                child, termination
+            )  # it cannot be held now; its fork server can, and the last stage comes again
             return
         try:
-            if order.stage is Stage.TERM:
-                log.info("sending SIGTERM to PID %d: %s", child.who.pid, order.why)
+            if termination.stage is Stage.TERM:
+                log.info("sending SIGTERM to PID %d: %s", child.who.pid, termination.why)
                 child.target.send_signal(signal.SIGTERM)
             else:
-                self._kill(child, order.why)
+                self._kill(child, termination.why)
         except OSError as error:  # another user's process by now, or no descriptors left
             log.error("PID %d cannot be signalled: %s", child.who.pid, error)  # noqa: TRY400 - the sentence says it
         failpoints.at("supervisor.struck")
@@ -210,30 +214,32 @@ class Enforcement:
         """While the database is away, have fork servers send what is overdue; they report the reason with the exit."""
         now = self._clock.monotonic()
         for child in self._children.running():
-            order = child.order
-            if order is None or not order.unsent or now - order.due_since < KILL_WITHOUT_RECORD_S:
+            termination = child.termination
+            if termination is None or not termination.unsent or now - termination.due_since < KILL_WITHOUT_RECORD_S:
                 continue
-            if self._have_sent(child, order):
-                order.unsent = False
+            if self._have_sent(child, termination):
+                termination.unsent = False
 
-    def _have_sent(self, child: ChildHandle, order: Order) -> bool:
+    def _have_sent(self, child: ChildHandle, termination: Termination) -> bool:
         """Have its fork server send the signal of an order's stage; False if that is away."""
         fork_server = self._fork_servers.get(child.fork_server)
         if fork_server is None or fork_server.peer.channel.closed:
             return False
-        number = signal.SIGTERM if order.stage is Stage.TERM else signal.SIGKILL
-        self._sources.send(fork_server.peer, messages.KillOrder(child.who, number, order.reason))
+        number = signal.SIGTERM if termination.stage is Stage.TERM else signal.SIGKILL
+        self._sources.send(fork_server.peer, messages.KillOrder(child.who, number, termination.reason))
         return True
 
     def expect_to_leave(self, child: ChildHandle) -> None:
         """Have a child killed if it does not leave by itself."""
         child.leave_by = self._clock.monotonic() + self.config.grace_s + LEAVE_SLACK_S
 
-    def ask(self, child: ChildHandle, order: Order) -> None:
+    def ask(self, child: ChildHandle, termination: Termination) -> None:
         """Tell the body that it is to end; one whose child is away is told when it comes back."""
         if child.attempt is not None and child.peer is not None and child.connected:
             id, attempt = child.attempt.id, child.attempt.attempt
-            cancel = messages.Cancel(id=id, attempt=attempt, reason=order.reason, why=order.why, by=order.by)
+            cancel = messages.Cancel(
+                id=id, attempt=attempt, reason=termination.reason, why=termination.why, by=termination.by
+            )
             self._sources.send(child.peer, cancel)
 
     def _endable(self) -> list[ChildHandle]:
@@ -247,12 +253,16 @@ class Enforcement:
 
     def _enforce_time(self, child: ChildHandle, now: float) -> None:
         due_at = self._time_due_at(child)
-        if due_at is not None and child.order is None and now >= due_at:
+        if due_at is not None and child.termination is None and now >= due_at:
             timeout_s = self._fork_servers.options(child.name).timeout_s
-            self.order(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
-        if child.order is not None and now >= child.order.next_at and not _waits_for_kill(child.order):
-            self.ask(child, child.order)
-            self._escalate(child.order, Stage(min(child.order.stage + 1, Stage.KILL)), now)
+            self.termination(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
+        if (
+            child.termination is not None
+            and now >= child.termination.next_at
+            and not _waits_for_kill(child.termination)
+        ):
+            self.ask(child, child.termination)
+            self._escalate(child.termination, Stage(min(child.termination.stage + 1, Stage.KILL)), now)
 
     def _time_due_at(self, child: ChildHandle) -> float | None:
         """Return when its timeout_s is over, monotonic; None while it has none, or while it is suspended."""
@@ -263,7 +273,7 @@ class Enforcement:
 
     def _stall_due_at(self, child: ChildHandle) -> float | None:
         """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
-        if child.slot is None or child.order is not None or child.suspension.lasts:
+        if child.slot is None or child.termination is not None or child.suspension.lasts:
             return None
         stall_s = self._fork_servers.options(child.name).stall_s
         if stall_s is None or not child.connected:
@@ -274,9 +284,9 @@ class Enforcement:
         """Have stand still who is to, after the commit; let go on who is not, or has to see that it is to end."""
         if child.dead_since is not None:
             return
-        must_see = child.order is not None and child.order.stage < Stage.KILL
+        must_see = child.termination is not None and child.termination.stage < Stage.KILL
         wanted = child.to_be_suspended and child.end is None and not must_see
-        if wanted and not child.suspension.lasts and child.order is None and child.target is not None:
+        if wanted and not child.suspension.lasts and child.termination is None and child.target is not None:
             since_mono = self._clock.machine_monotonic()
             child.suspension = Suspension(self._clock.now(), since_mono, child.suspension.total_s)
             child.suspension_unsaved = True
@@ -313,11 +323,13 @@ class Enforcement:
         ):
             child.end = msgspec.structs.replace(child.end, stack=child.stack)  # its note may not have been written yet
 
-    def _escalate(self, order: Order, stage: Stage, now: float) -> None:
-        order.stage = stage
-        order.next_at = now + (self.config.grace_s if stage < Stage.KILL else max(self.config.grace_s, KILL_AGAIN_S))
-        order.unsent = True
-        order.due_since = now
+    def _escalate(self, termination: Termination, stage: Stage, now: float) -> None:
+        termination.stage = stage
+        termination.next_at = now + (
+            self.config.grace_s if stage < Stage.KILL else max(self.config.grace_s, KILL_AGAIN_S)
+        )
+        termination.unsent = True
+        termination.due_since = now
 
     def _enforce_sizes(self, running: list[ChildHandle], now: float) -> None:
         busy = [child for child in running if child.slot is not None]  # hundreds may wait, and do nothing meanwhile
@@ -338,11 +350,11 @@ class Enforcement:
 
     def _enforce_memory(self, child: ChildHandle, rss_bytes: int) -> None:
         limit = self._fork_servers.options(child.name).memory_limit_bytes
-        if limit is not None and rss_bytes > limit and child.order is None:
+        if limit is not None and rss_bytes > limit and child.termination is None:
             # No grace: it would use it to grow.
             used, allowed = compared(rss_bytes, limit)
             why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
-            self.order(child, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
+            self.termination(child, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
 
     def _note_usage(self, child: ChildHandle, used: processes.Usage, now: float) -> None:
         if child.cpu_seen is not None and now > child.cpu_seen[0]:
@@ -356,6 +368,6 @@ class Enforcement:
         child.note.peak_rss_bytes = child.peak_rss_bytes
 
 
-def _waits_for_kill(order: Order) -> bool:
+def _waits_for_kill(termination: Termination) -> bool:
     """Whether the last stage has come and its signal waits for its reason to be committed."""
-    return order.stage is Stage.KILL and order.unsent
+    return termination.stage is Stage.KILL and termination.unsent

@@ -284,8 +284,8 @@ class Supervisor:
         if child.attempt != said:
             child.says = said
             self._recover_at = 0.0
-        elif child.order is not None:
-            self._enforcement.ask(child, child.order)  # it may not have heard it before it dialled
+        elif child.termination is not None:
+            self._enforcement.ask(child, child.termination)  # it may not have heard it before it dialled
         if hello.end is not None:
             child.end = hello.end
 
@@ -354,7 +354,7 @@ class Supervisor:
             stage = Stage.TERM if self._interrupts == 2 else Stage.KILL  # noqa: PLR2004 - the second Ctrl-C
             for child in running:
                 why = "the supervisor was told to stop and kill (Ctrl-C)"
-                self._enforcement.order(child, Reason.STOPPED, why, stage=stage)
+                self._enforcement.termination(child, Reason.STOPPED, why, stage=stage)
 
     def _stop(self, mode: str, why: str) -> None:
         """Leave now and let bodies live ("leave"), or admit nothing more, and wait for them or end them."""
@@ -518,9 +518,9 @@ class Supervisor:
                 self._enforcement.end_stalled(stalled, waiting)
         if self._killing is not None:  # in each pass: some may have been adopted only now
             for child in self._children.running():
-                if child.end is None and child.order is None:
+                if child.end is None and child.termination is None:
                     why = f"the supervisor was told to stop and kill ({self._killing})"
-                    self._enforcement.order(child, Reason.STOPPED, why)
+                    self._enforcement.termination(child, Reason.STOPPED, why)
         self._enforcement.enforce()
 
     # admit
@@ -641,9 +641,10 @@ class Supervisor:
                 batch.ends[attempt] = child.end
             elif child.never_told:
                 batch.unclaims.add(attempt)
-            elif child.order is not None and child.order.unsent:
-                # guard, -> self._enforcement.carry_out(child, child.order): the reason is committed before the signal
-                batch.endings[attempt] = Ending(attempt, child.order.reason, child.order.detail())
+            elif child.termination is not None and child.termination.unsent:
+                # guard, -> self._enforcement.carry_out(child, child.termination): the reason is committed before the
+                # signal
+                batch.endings[attempt] = Ending(attempt, child.termination.reason, child.termination.detail())
             if child.suspension_unsaved and child.end is None:
                 batch.suspensions[attempt] = child.suspension
         for child, slot in zip(self._returning(), self._free_slots(), strict=False):
@@ -677,10 +678,10 @@ class Supervisor:
             self._set_aside(due, struck=due.id in outcome.struck)
         for attempt in batch.endings:
             child = by_attempt[attempt]
-            if child.order is not None and attempt in outcome.endings:
-                self._enforcement.carry_out(child, child.order)
-            elif child.order is not None:
-                child.order.unsent = False
+            if child.termination is not None and attempt in outcome.endings:
+                self._enforcement.carry_out(child, child.termination)
+            elif child.termination is not None:
+                child.termination.unsent = False
                 self._recover_at = 0.0  # the row is not running any more
         for attempt, suspension in batch.suspensions.items():
             self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
@@ -749,7 +750,7 @@ class Supervisor:
             self._recovery.unbegun.add(claim.attempt)
             return
         due, attempt = claim.due, claim.attempt
-        run_place = self._sources.send(child.peer, claim.order())
+        run_place = self._sources.send(child.peer, claim.assignment())
         child.begin(claim, run_place, child.peer.channel.queued_bytes, self._clock.monotonic())
         failpoints.at("supervisor.ordered")
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.who.pid)
@@ -832,7 +833,7 @@ class Supervisor:
             return self._put_off_until
         moments = []
         for child in self._children.running():
-            is_ordered = child.order is not None and child.order.unsent
+            is_ordered = child.termination is not None and child.termination.unsent
             if child.end is not None or child.never_told or is_ordered or child.suspension_unsaved:
                 return self._put_off_until
             if child.note.tells_progress:  # signs of life and usage go with whatever is written next
@@ -954,7 +955,7 @@ class Supervisor:
 def _is_left_waiting(child: ChildHandle) -> bool:
     """Whether a draining supervisor may leave a task: it waits without a slot, and nobody has ordered its end."""
     # guard, last condition: stop --kill waits for tasks without a slot
-    return child.slot is None and child.end is None and child.order is None
+    return child.slot is None and child.end is None and child.termination is None
 
 
 def _log_end(attempt: Attempt, name: str, end: End) -> None:

@@ -28,7 +28,7 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Note
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Order, Stage
+from bgsupervisor.supervisor.children import Stage, Termination
 from bgsupervisor.system import logs, processes
 from bgsupervisor.system.processes import ProcessIdentity
 from bgsupervisor.worker import spawned
@@ -93,7 +93,7 @@ class _Child:
     waits: bool = False
     over: bool = False
     dismissed: bool = False
-    order: Order | None = None
+    termination: Termination | None = None
     note: Note = dataclasses.field(default_factory=Note)
     peak_rss_bytes: int = 0
 
@@ -175,7 +175,7 @@ class Runner:
         self._is_ending = True
         for child in self._children:
             if child.runs:
-                self._order(child, Reason.STOPPED, "`bgsupervisor dev` was ended", kill=kill)
+                self._termination(child, Reason.STOPPED, "`bgsupervisor dev` was ended", kill=kill)
             elif child.attempt is None:
                 self._dismiss(child)
 
@@ -299,37 +299,43 @@ class Runner:
             child = self._running(wish.attempt)
             if child is not None and wish.cancelled:
                 by = wish.cancelled_by
-                self._order(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
+                self._termination(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
         now = self._clock.monotonic()
         looks = now >= self._usage_at
         self._usage_at = now + USAGE_EVERY_S if looks else self._usage_at
         for child in self._children:
             if child.runs:
                 self._enforce_limits(child, now, looks=looks)
-        due = {child.attempt: child for child in self._children if child.runs and child.order and child.order.unsent}
+        due = {
+            child.attempt: child
+            for child in self._children
+            if child.runs and child.termination and child.termination.unsent
+        }
         if not due:
             return
         endings = {
-            attempt: Ending(attempt, child.order.reason, child.order.detail())
+            attempt: Ending(attempt, child.termination.reason, child.termination.detail())
             for attempt, child in due.items()
-            if attempt is not None and child.order is not None
+            if attempt is not None and child.termination is not None
         }
         self._ledger.apply(Batch(endings=endings))
         for child in due.values():
             self._carry_out(child)
 
     def _enforce_limits(self, child: _Child, now: float, *, looks: bool) -> None:
-        options, order = self._catalogue.get(child.name, TaskOptions()), child.order
+        options, termination = self._catalogue.get(child.name, TaskOptions()), child.termination
         if looks:
             self._look_at_usage(child, options.memory_limit_bytes)
-        if order is not None:
-            if now >= order.next_at and order.stage is not Stage.KILL:
-                order.stage, order.next_at = Stage(order.stage + 1), now + self._config.grace_s
-                order.unsent = True
+        if termination is not None:
+            if now >= termination.next_at and termination.stage is not Stage.KILL:
+                termination.stage, termination.next_at = Stage(termination.stage + 1), now + self._config.grace_s
+                termination.unsent = True
         elif options.timeout_s is not None and now >= child.started_mono + options.timeout_s:
-            self._order(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(options.timeout_s)} s")
+            self._termination(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(options.timeout_s)} s")
         elif options.stall_s is not None and not child.waits and now >= child.got_on_at + options.stall_s:
-            self._order(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(options.stall_s)} s")
+            self._termination(
+                child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(options.stall_s)} s"
+            )
 
     def _look_at_usage(self, child: _Child, limit_bytes: int | None) -> None:
         rss_bytes = 0
@@ -341,28 +347,30 @@ class Runner:
         if limit_bytes is not None and rss_bytes > limit_bytes:
             used, allowed = compared(rss_bytes, limit_bytes)
             why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
-            self._order(child, Reason.OUT_OF_MEMORY, why, kill=True)
+            self._termination(child, Reason.OUT_OF_MEMORY, why, kill=True)
         if child.attempt is not None:
             path = logs.task_log(self._logs, child.attempt.id, child.attempt.attempt)
             with contextlib.suppress(OSError):
                 logs.bound(path, self._config.log_max_bytes)
 
-    def _order(self, child: _Child, reason: Reason, why: str, *, by: str | None = None, kill: bool = False) -> None:
+    def _termination(
+        self, child: _Child, reason: Reason, why: str, *, by: str | None = None, kill: bool = False
+    ) -> None:
         """Begin to end an attempt; the first reason stands."""
         if child.attempt is None:
             return
-        if child.order is None:
-            child.order = Order(reason, why, by, self._clock.monotonic() + self._config.grace_s)
+        if child.termination is None:
+            child.termination = Termination(reason, why, by, self._clock.monotonic() + self._config.grace_s)
             id, attempt = child.attempt.id, child.attempt.attempt
             child.say(messages.Cancel(id=id, attempt=attempt, reason=reason, why=why, by=by))
-        if kill and child.order.stage is not Stage.KILL:
-            child.order.stage, child.order.unsent = Stage.KILL, True
+        if kill and child.termination.stage is not Stage.KILL:
+            child.termination.stage, child.termination.unsent = Stage.KILL, True
 
     def _carry_out(self, child: _Child) -> None:
         """Send the signal whose reason is committed; Windows knows no other end than the last."""
-        assert child.order is not None  # noqa: S101 - it was just recorded
-        child.order.unsent = False
-        if child.order.stage is Stage.KILL or sys.platform == "win32":
+        assert child.termination is not None  # noqa: S101 - it was just recorded
+        child.termination.unsent = False
+        if child.termination.stage is Stage.KILL or sys.platform == "win32":
             _kill_tree(child)
         else:
             child.process.terminate()
@@ -400,7 +408,7 @@ class Runner:
         return [slot for slot in range(self._config.slots) if slot not in taken][returning:]
 
     def _start(self, claim: Claim, child: _Child) -> None:
-        if not child.say(claim.order()):
+        if not child.say(claim.assignment()):
             self._ledger.apply(Batch(unclaims={claim.attempt}))  # it has died, and never began
             return
         child.attempt, child.name, child.started_mono = claim.attempt, claim.due.name, claim.started_mono
@@ -536,8 +544,12 @@ def _kill_tree(child: _Child) -> None:
 def _end_of_dead(child: _Child) -> End:
     """Return what is recorded of a child that died before it recorded its end; the row's own `ending` comes first."""
     exitcode = child.process.exitcode or 0
-    if child.order is not None and child.order.stage >= Stage.TERM:
-        return End(reason=child.order.reason, detail=child.order.detail(), signal=-exitcode if exitcode < 0 else None)
+    if child.termination is not None and child.termination.stage >= Stage.TERM:
+        return End(
+            reason=child.termination.reason,
+            detail=child.termination.detail(),
+            signal=-exitcode if exitcode < 0 else None,
+        )
     if exitcode < 0:
         name = signal.Signals(-exitcode).name if -exitcode in set(signal.Signals) else "a signal"
         detail = f"killed by {name} ({-exitcode}), which bgsupervisor did not send"

@@ -56,12 +56,16 @@ def exit_of(child: ChildHandle, exited: Exited | None, *, now: float, wait_s: fl
 def end_of(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
     """Return what is recorded of a child that died before it reported."""
     facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
-    order = child.order
+    termination = child.termination
     ordered = exited.ordered if exited is not None else None
-    if ordered is None and order is not None and order.stage >= Stage.TERM and not order.unsent:
-        ordered = order.reason
+    if ordered is None and termination is not None and termination.stage >= Stage.TERM and not termination.unsent:
+        ordered = termination.reason
     if ordered is not None:
-        detail = order.detail() if order is not None else "ended by its supervisor, which could not record it before"
+        detail = (
+            termination.detail()
+            if termination is not None
+            else "ended by its supervisor, which could not record it before"
+        )
         return End(reason=ordered, detail=detail, **facts)
     if exit.signal is not None:
         evidence = _oom_evidence(child, exit, oom)

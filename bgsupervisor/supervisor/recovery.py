@@ -11,7 +11,7 @@ from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import End, Who
 from bgsupervisor.ledger.transitions import Attempt, Suspension
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Order
+from bgsupervisor.supervisor.children import Termination
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -134,7 +134,7 @@ class Recovery:
         child.suspension = Suspension(record.suspended_at, record.suspended_mono, record.suspended_s or 0.0)
         child.suspension_unsaved = child.suspension.lasts  # the commit may have been an earlier supervisor's last act
         # guard: an ending that an earlier supervisor began continues
-        if record.ending is not None and child.order is None:
+        if record.ending is not None and child.termination is None:
             self._resume_order(child, record, record.ending)
 
     def _resume_order(self, child: ChildHandle, record: TaskRecord, ending: Reason) -> None:
@@ -142,7 +142,7 @@ class Recovery:
         why = (record.detail or str(ending)).partition("; ")[0]
         # The signal that was recorded may not have been sent: after another grace it is, and only then a stronger one.
         next_at = self._clock.monotonic() + self.config.grace_s
-        child.order = Order(ending, why, record.cancel_requested_by, next_at)
+        child.termination = Termination(ending, why, record.cancel_requested_by, next_at)
 
     def _drop_ended(self, child: ChildHandle, running: Collection[Attempt]) -> None:
         if child.attempt is not None and child.attempt not in running and child.end is None:

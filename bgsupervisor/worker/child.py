@@ -158,10 +158,10 @@ def _become_child(birth: Birth) -> None:
 class AttemptContext(tasks.Context):
     """What a body that a supervisor runs can ask and tell."""
 
-    def __init__(self, order: Run, link: Line, coordination: Coordination, config: Config, clock: Clock) -> None:
-        self.id = order.id
-        self.attempt = order.attempt
-        self.key = order.key
+    def __init__(self, assignment: Run, link: Line, coordination: Coordination, config: Config, clock: Clock) -> None:
+        self.id = assignment.id
+        self.attempt = assignment.attempt
+        self.key = assignment.key
         self._link = link
         self._coordination = coordination
         self._config = config
@@ -172,15 +172,15 @@ class AttemptContext(tasks.Context):
     @property
     def cancel_requested(self) -> bool:
         """Whether this attempt is to end."""
-        return self._link.cancel_order is not None
+        return self._link.cancel_message is not None
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
         """Tell how far the body is; see `Context.progress`."""
         self.last = self.last.then(done, total, message)
         self._get_on()
-        order = self._link.cancel_order
-        if order is not None:
-            raise Cancelled(order.reason, order.by, order.why)
+        assignment = self._link.cancel_message
+        if assignment is not None:
+            raise Cancelled(assignment.reason, assignment.by, assignment.why)
 
     def _get_on(self) -> None:
         """Tell that the body gets on, and how far it is; if that is nothing new, now and then."""
@@ -285,16 +285,16 @@ class Child:
         leftovers.write(quietly=True)  # copies the memory pages that it touches now, while there is no task to delay
         last = None
         for more in reversed(range(self._config.reuse)):
-            order = self._link.orders.get()
-            if order is None:
+            assignment = self._link.assignments.get()
+            if assignment is None:
                 self._give_back_unbegun()
                 break
-            last = order
+            last = assignment
             failpoints.at("child.beginning")
-            set_title(task_title(order.id, order.name))
-            end = self._perform(order)
+            set_title(task_title(assignment.id, assignment.name))
+            end = self._perform(assignment)
             failpoints.at("child.over")
-            self._report(order, end)
+            self._report(assignment, end)
             if end.reason is not None or not more or not self._reusable():
                 break  # who will not take another order must not say that it is idle
             set_title(IDLE)
@@ -311,7 +311,7 @@ class Child:
 
     # One attempt
 
-    def _perform(self, order: Run) -> End:
+    def _perform(self, assignment: Run) -> End:
         used_before = _own_usage()
         descriptors.open_standard()  # the last body may have closed them
         with contextlib.suppress(OSError):
@@ -319,7 +319,7 @@ class Child:
         with contextlib.suppress(OSError):
             self._answering.get_ready()
         coordination = Coordination(
-            order,
+            assignment,
             self._link,
             lambda: self._ledger(patience_s=AWAY_S),
             self._config,
@@ -327,18 +327,18 @@ class Child:
             is_given_up=tasks.is_given_up,
             waits_alone=tasks.waits_alone,
         )
-        context = AttemptContext(order, self._link, coordination, self._config, self._clock)
+        context = AttemptContext(assignment, self._link, coordination, self._config, self._clock)
         self._phase = "body"
         self._term_came = False
         try:
             self._variables = contextvars.copy_context()  # the next body should not find what this one sets
-            end = self._variables.run(self._guarded_body, order, context)
+            end = self._variables.run(self._guarded_body, assignment, context)
         except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         self._phase = "ending"
         with contextlib.suppress(OSError):
             descriptors.open_standard()  # no file of ours may become what the body prints to
-        self._report_error(order, end)
+        self._report_error(assignment, end)
         with contextlib.suppress(Exception):
             # guard: a child ends what its body left before it reports
             processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
@@ -356,12 +356,12 @@ class Child:
             message=message,
         )
 
-    def _guarded_body(self, order: Run, context: AttemptContext) -> End:
+    def _guarded_body(self, assignment: Run, context: AttemptContext) -> End:
         definition = None
         try:
-            definition = loaded_definition(order.name)
+            definition = loaded_definition(assignment.name)
             data = payload.decode_data(
-                order.data, definition.signature, name=order.name, secret=definition.options.secret
+                assignment.data, definition.signature, name=assignment.name, secret=definition.options.secret
             )
             with _stopping_timers():
                 with leftovers.ending_copies():
@@ -386,35 +386,35 @@ class Child:
         self._ended_by = error, contextvars.copy_context()
         return end_of(error, how=how)
 
-    def _report_error(self, order: Run, end: End) -> None:
+    def _report_error(self, assignment: Run, end: End) -> None:
         """Report what ended the body to the application; let go of it, for its frames keep open what the body had."""
         ended_by, self._ended_by = self._ended_by, None
         if ended_by is not None:
             error, context = ended_by  # of the body: a tracker keeps in it what the body has set for its events
             with contextlib.suppress(Exception):
                 configure_default_logging()
-                context.run(reporting.report, error, end, order)
+                context.run(reporting.report, error, end, assignment)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self._phase in ("encoding", "ending"):
             return  # the body has ended, its end is on the way
-        order = self._known_order() if self._phase == "body" else None
+        assignment = self._known_order() if self._phase == "body" else None
         # guard, always: SIGTERM is a cancel only if a cancel is known
-        if order is not None:
+        if assignment is not None:
             self._term_came = True
             if self._link.main_inside:
                 return
-            raise Cancelled(order.reason, order.by, order.why)
+            raise Cancelled(assignment.reason, assignment.by, assignment.why)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
     def _known_order(self) -> messages.Cancel | None:
         """Give the link a moment to read why SIGTERM came; by looking, for a second SIGTERM may come in between."""
         for _ in range(KNOWN_LOOKS):
-            order = self._link.cancel_order
-            if order is not None:
-                return order
+            assignment = self._link.cancel_message
+            if assignment is not None:
+                return assignment
             self._clock.sleep(KNOWN_WAIT_S / KNOWN_LOOKS)
         return None
 
@@ -447,7 +447,7 @@ class Child:
 
     # Reporting
 
-    def _report(self, order: Run, end: End) -> None:
+    def _report(self, assignment: Run, end: End) -> None:
         """Return when the end is recorded: by the supervisor, or by ourselves if nobody acknowledges."""
         link = self._link
         link.report(end)
@@ -460,9 +460,9 @@ class Child:
         while not link.acknowledged.wait(0.05):
             # guard: a child without a supervisor records its end itself
             if link.disconnected.is_set() or self._clock.monotonic() >= deadline:
-                self._record(Attempt(order.id, order.attempt), end)
+                self._record(Attempt(assignment.id, assignment.attempt), end)
                 break
-        self._keep_log(order)
+        self._keep_log(assignment)
         self._phase = "idle"
 
     def _record(self, attempt: Attempt, end: End) -> None:
@@ -508,19 +508,21 @@ class Child:
         store.limit_connections(config.state_dir)
         return Ledger(store)
 
-    def _beat_alone(self, order: Run) -> None:
+    def _beat_alone(self, assignment: Run) -> None:
         """Write a heartbeat, from the link's thread; a database that is away or locked hears the next one."""
         with contextlib.suppress(BgSupervisorError, OSError):
             ledger = self._ledger(busy_timeout_s=BEAT_WAIT_S)
             with contextlib.suppress(BgSupervisorError, OSError):
-                ledger.apply(Batch(notes={Attempt(order.id, order.attempt): Note(heartbeat_at=ledger.clock.now())}))
+                ledger.apply(
+                    Batch(notes={Attempt(assignment.id, assignment.attempt): Note(heartbeat_at=ledger.clock.now())})
+                )
             ledger.store.close()
 
-    def _keep_log(self, order: Run) -> None:
+    def _keep_log(self, assignment: Run) -> None:
         with contextlib.suppress(OSError):
             logs.bound(self._log_path, self._config.log_max_bytes)
             if self._log_path.stat().st_size:
-                self._log_path.rename(logs.task_log(self._logs, order.id, order.attempt))
+                self._log_path.rename(logs.task_log(self._logs, assignment.id, assignment.attempt))
 
     def _give_back_unbegun(self) -> None:
         """Give back what was claimed for this child and never came; a database that is away is come back to."""

@@ -53,7 +53,7 @@ class Line(Protocol):
     A wake is whatever `waking` yields; only `quiet` and `rest` look into it.
     """
 
-    cancel_order: messages.Cancel | None
+    cancel_message: messages.Cancel | None
     last_progress: messages.Progress | None
     slot_granted: threading.Event
     disconnected: threading.Event
@@ -91,10 +91,10 @@ class Link(threading.Thread):
 
     Attributes:
         orders: What to do next; None is to leave.
-        run_order: The present attempt, from its order until its end is recorded.
+        assignment: The present attempt, from its order until its end is recorded.
         acknowledged: The end of the present attempt is committed.
         disconnected: There is no connection; cleared when there is one again.
-        cancel_order: The present attempt is to end, and why.
+        cancel_message: The present attempt is to end, and why.
         last_progress: What the body said last and has not been sent.
         waiting: The body waits for another task, without a slot.
         beat_alone: Writes a heartbeat where no supervisor does; the body cannot fork meanwhile.
@@ -113,12 +113,12 @@ class Link(threading.Thread):
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._parent = os.getppid()
-        self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self.run_order: Run | None = None
+        self.assignments: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self.assignment: Run | None = None
         self.end_report: End | None = None
         self.acknowledged = threading.Event()
         self.disconnected = threading.Event()
-        self.cancel_order: messages.Cancel | None = None
+        self.cancel_message: messages.Cancel | None = None
         self.main_inside = self.waiting = False
         self.last_progress: messages.Progress | None = None
         self.slot_granted = threading.Event()
@@ -142,8 +142,8 @@ class Link(threading.Thread):
         """Tell the end of the present attempt, now and in every later hello, until it is acknowledged."""
         with self._lock:
             self.end_report = end
-            if self._channel is not None and self.run_order is not None:
-                self._channel.send(messages.Ended(self.run_order.id, self.run_order.attempt, end))
+            if self._channel is not None and self.assignment is not None:
+                self._channel.send(messages.Ended(self.assignment.id, self.assignment.attempt, end))
                 self._forget_if_closed(self._channel)
 
     def push(self, timeout_s: float) -> None:
@@ -162,7 +162,7 @@ class Link(threading.Thread):
     def become_idle(self) -> None:
         """Be idle again after the end has been recorded, and say so."""
         with self._lock:
-            self.run_order = self.end_report = self.cancel_order = self.last_progress = None
+            self.assignment = self.end_report = self.cancel_message = self.last_progress = None
             self.waiting = False
             self.acknowledged.clear()
             if self._channel is not None:
@@ -205,7 +205,7 @@ class Link(threading.Thread):
     def waking(self) -> Iterator[int]:
         """Yield a descriptor of the caller's own that is readable once there is news: a cancel, a slot, no connection.
 
-        `quiet` calms it; the news stands in `cancel_order`, `slot_granted` and `disconnected`.
+        `quiet` calms it; the news stands in `cancel_message`, `slot_granted` and `disconnected`.
         """
         wake = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # readable at first: what has come before counts
         self._wakes.add(wake)
@@ -333,15 +333,15 @@ class Link(threading.Thread):
 
     def _take(self, message: messages.Message) -> None:
         self._redial.heard()
-        present = self.run_order
+        present = self.assignment
         if isinstance(message, Run):
-            self.run_order = message
+            self.assignment = message
             failpoints.at("child.ordered")
-            self.orders.put(message)
+            self.assignments.put(message)
         elif isinstance(message, messages.Leave):
             # guard: a leaving child connects to no supervisor
-            self._leaving = self.run_order is None  # a supervisor that comes now must not be told that we are idle
-            self.orders.put(None)
+            self._leaving = self.assignment is None  # a supervisor that comes now must not be told that we are idle
+            self.assignments.put(None)
         elif present is None or not isinstance(message, messages.Ack | messages.Cancel | messages.SlotGranted):
             return
         elif (message.id, message.attempt) == (present.id, present.attempt):
@@ -350,7 +350,7 @@ class Link(threading.Thread):
             elif isinstance(message, messages.SlotGranted):
                 self._take_slot(message)
             else:
-                self.cancel_order = message
+                self.cancel_message = message
                 self.rouse()
 
     def _take_slot(self, message: messages.SlotGranted) -> None:
@@ -381,28 +381,28 @@ class Link(threading.Thread):
             self.disconnected.clear()
 
     def _hello(self) -> messages.ChildHello:
-        order = self.run_order
+        assignment = self.assignment
         return messages.ChildHello(
             version=messages.PROTOCOL_VERSION,
             who=self._who,
             fork_server=self._fork_server,
-            id=None if order is None else order.id,
-            attempt=0 if order is None else order.attempt,
+            id=None if assignment is None else assignment.id,
+            attempt=0 if assignment is None else assignment.attempt,
             end=self.end_report,
         )
 
     def _look(self) -> None:
         now = self._clock.monotonic()
         self._change_over()
-        order = self.run_order
-        if order is not None and now - self._last_beat >= self._beat_s():
+        assignment = self.assignment
+        if assignment is not None and now - self._last_beat >= self._beat_s():
             self._last_beat = now
             word, self.last_progress = self.last_progress, None
             if word is not None:
                 self.say(word)
-            self.say(messages.Beat(order.id, order.attempt))
-            self._beat_alone(order)
-        if order is not None:
+            self.say(messages.Beat(assignment.id, assignment.attempt))
+            self._beat_alone(assignment)
+        if assignment is not None:
             return
         if now - self._last_look >= PARENT_LOOK_S:
             self._last_look = now
@@ -411,7 +411,7 @@ class Link(threading.Thread):
         if self._redial.alone_s() >= LONELY_S:
             self._leave_alone()
 
-    def _beat_alone(self, order: Run) -> None:
+    def _beat_alone(self, assignment: Run) -> None:
         """Write the heartbeat into the row while no supervisor accepts this child, as one of another container may not.
 
         The body cannot fork meanwhile, and so takes no database connection along. All else that it does goes on: a
@@ -419,7 +419,7 @@ class Link(threading.Thread):
         """
         if self.beat_alone is not None and self._redial.alone_s() >= self._heartbeat_s:
             with self._beating_alone:
-                self.beat_alone(order)
+                self.beat_alone(assignment)
 
     def _change_over(self) -> None:
         """Leave a supervisor in whose place another listens: it may be stopped, and never close the connection."""
@@ -435,10 +435,10 @@ class Link(threading.Thread):
 
     def _leave_alone(self) -> None:
         self._leaving = True  # a supervisor that comes now must not be told that we are idle
-        self.orders.put(None)
+        self.assignments.put(None)
 
     def _next_look_s(self) -> float:
-        if self.run_order is None:
+        if self.assignment is None:
             return PARENT_LOOK_S
         return max(0.0, self._last_beat + self._beat_s() - self._clock.monotonic())
 

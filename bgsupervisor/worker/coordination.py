@@ -147,7 +147,7 @@ class Coordination:
 
     def __init__(
         self,
-        order: Run,
+        assignment: Run,
         link: Line,
         ledger: Callable[[], Ledger],
         config: Config,
@@ -157,7 +157,7 @@ class Coordination:
         waits_alone: Callable[[], bool] = lambda: True,
         make_wake_ups: Callable[[Path], WakeUps] = WakeUps,
     ) -> None:
-        self._id, self._attempt, self._parent_id = order.id, order.attempt, order.parent_id
+        self._id, self._attempt, self._parent_id = assignment.id, assignment.attempt, assignment.parent_id
         self._link = link
         self._make_ledger = ledger
         self._made: Ledger | None = None
@@ -497,9 +497,9 @@ class Coordination:
         return False
 
     def _check_cancel(self) -> None:
-        order = self._link.cancel_order
-        if order is not None:
-            raise Cancelled(order.reason, order.by, order.why)
+        assignment = self._link.cancel_message
+        if assignment is not None:
+            raise Cancelled(assignment.reason, assignment.by, assignment.why)
 
 
 def _values(

@@ -327,23 +327,23 @@ class ForkServer:
             self._channel.send(messages.Spawned(forked.who))
         held.value = 1
 
-    def _kill(self, order: messages.KillOrder) -> None:
+    def _kill(self, assignment: messages.KillOrder) -> None:
         for descriptor, forked in self._children.items():
-            if forked.who == order.who:
-                forked.ordered = order.reason
+            if forked.who == assignment.who:
+                forked.ordered = assignment.reason
                 failpoints.at("forkserver.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,
                     self._identity.pid_ns,
-                    order.who.pid,
-                    order.who.start_ticks,
+                    assignment.who.pid,
+                    assignment.who.start_ticks,
                 )
                 try:
                     with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
-                        processes.signal_tree(handle, order.signal)
+                        processes.signal_tree(handle, assignment.signal)
                 except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
-                    log.error("cannot send signal %d to PID %d: %s", order.signal, order.who.pid, error)  # noqa: TRY400 - the sentence says it
+                    log.error("cannot send signal %d to PID %d: %s", assignment.signal, assignment.who.pid, error)  # noqa: TRY400 - the sentence says it
 
 
 @dataclasses.dataclass(slots=True)

@@ -160,8 +160,8 @@ def _instances(types: tuple[type[Any], ...]) -> list[Any]:
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, types) and kind is not _Unbuffered}
     if not kinds:
         return []
-    order = {kind: next(at for at, one in enumerate(types) if issubclass(kind, one)) for kind in kinds}
-    return sorted((one for one in objects if type(one) in kinds), key=lambda one: order[type(one)])
+    assignment = {kind: next(at for at, one in enumerate(types) if issubclass(kind, one)) for kind in kinds}
+    return sorted((one for one in objects if type(one) in kinds), key=lambda one: assignment[type(one)])
 
 
 def _still_there() -> list[Any]:

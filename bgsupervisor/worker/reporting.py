@@ -36,7 +36,7 @@ def prepare() -> None:
         _hook_before, sys.excepthook = sys.excepthook, _last_hook
 
 
-def report(error: BaseException, end: End, order: Run) -> None:
+def report(error: BaseException, end: End, assignment: Run) -> None:
     """Log what ended a body, and call the excepthook that the application has set.
 
     Both get the frames of the application alone: ours hold the task's data, and an error tracker may send on the local
@@ -50,14 +50,14 @@ def report(error: BaseException, end: End, order: Run) -> None:
     logging.getLogger(LOGGER).log(
         logging.INFO if end.reason.wanted else logging.ERROR,
         "%s%s: %s",
-        headline(order.id, order.name, order.attempt),
+        headline(assignment.id, assignment.name, assignment.attempt),
         end.reason,
         clean(end.detail or ""),
         exc_info=None if end.reason.wanted else error,
         extra={
-            "task_id": order.id,
-            "task_name": order.name,
-            "task_attempt": order.attempt,
+            "task_id": assignment.id,
+            "task_name": assignment.name,
+            "task_attempt": assignment.attempt,
             "task_reason": str(end.reason),
         },
     )

@@ -80,9 +80,9 @@ def main(config: Config, pipe: Connection) -> NoReturn:
     import_what_children_need()
     log.removeHandler(quiet)
     line.say(Ready(loaded.catalogue(), loaded.failures))
-    order = line.orders.get()
-    if order is not None:
-        _Performance(config, line, order).perform()
+    assignment = line.assignments.get()
+    if assignment is not None:
+        _Performance(config, line, assignment).perform()
     _leave(config)
 
 
@@ -104,10 +104,10 @@ class PipeLine(threading.Thread):
         self._heartbeat_s, self._grace_s = config.heartbeat_s, config.grace_s
         self._turn = threading.Lock()
         self._wakes: set[threading.Event] = set()
-        self._order: Run | None = None
-        self.orders: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._assignment: Run | None = None
+        self.assignments: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.in_body = self.connected = False
-        self.cancel_order: messages.Cancel | None = None
+        self.cancel_message: messages.Cancel | None = None
         self.last_progress: messages.Progress | None = None
         self.slot_granted = threading.Event()
         self.disconnected = threading.Event()
@@ -119,8 +119,8 @@ class PipeLine(threading.Thread):
             try:
                 if self._pipe.poll(self._heartbeat_s):
                     self._take(decode(self._pipe.recv_bytes()))
-                elif self._order is not None:
-                    self.say(self.last_progress or messages.Beat(self._order.id, self._order.attempt))
+                elif self._assignment is not None:
+                    self.say(self.last_progress or messages.Beat(self._assignment.id, self._assignment.attempt))
                     self.last_progress = None
             except (EOFError, OSError):
                 self._end_orphaned()
@@ -181,21 +181,23 @@ class PipeLine(threading.Thread):
 
     def _take(self, message: Ready | messages.Message) -> None:
         if isinstance(message, Run):
-            self._order = message
-            self.orders.put(message)
+            self._assignment = message
+            self.assignments.put(message)
         elif isinstance(message, messages.Cancel):
-            self.cancel_order = message
+            self.cancel_message = message
             self.rouse()
         elif isinstance(message, messages.Notify):
             self.rouse()
         elif isinstance(message, messages.Leave):
-            self.orders.put(None)
+            self.assignments.put(None)
 
     def _end_orphaned(self) -> NoReturn:
-        order, why = self._order, "`bgsupervisor dev` has gone"
-        if order is not None:
-            self.cancel_order = messages.Cancel(id=order.id, attempt=order.attempt, reason=Reason.STOPPED, why=why)
-        self.orders.put(None)
+        assignment, why = self._assignment, "`bgsupervisor dev` has gone"
+        if assignment is not None:
+            self.cancel_message = messages.Cancel(
+                id=assignment.id, attempt=assignment.attempt, reason=Reason.STOPPED, why=why
+            )
+        self.assignments.put(None)
         self.rouse()
         SystemClock().sleep(self._grace_s)
         os._exit(1)
@@ -213,22 +215,22 @@ class _NoWakeUps(WakeUps):
 class _Performance:
     """One attempt, from its order to its recorded end."""
 
-    def __init__(self, config: Config, line: PipeLine, order: Run) -> None:
+    def __init__(self, config: Config, line: PipeLine, assignment: Run) -> None:
         self._config = config
         self._line = line
-        self._order = order
+        self._assignment = assignment
         self._clock: Clock = SystemClock()
         self._term_came = False
         self._ended_by: BaseException | None = None
 
     def perform(self) -> None:
         """Run the body and record how it ended."""
-        order, line = self._order, self._line
-        path = logs.task_log(StateDir(self._config.state_dir).logs, order.id, order.attempt)
+        assignment, line = self._assignment, self._line
+        path = logs.task_log(StateDir(self._config.state_dir).logs, assignment.id, assignment.attempt)
         with contextlib.suppress(OSError):  # a full log disk must not use up tasks
             _redirect_output(logs.open_for_append(path))
         coordination = Coordination(
-            order,
+            assignment,
             line,
             lambda: self._ledger(patience_s=AWAY_S),
             self._config,
@@ -237,14 +239,14 @@ class _Performance:
             waits_alone=tasks.waits_alone,
             make_wake_ups=_NoWakeUps,
         )
-        context = AttemptContext(order, line, coordination, self._config, self._clock)
+        context = AttemptContext(assignment, line, coordination, self._config, self._clock)
         try:
             end = self._guarded_body(context)
         except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
             end = self._end_of(error)
         if self._ended_by is not None:
             with contextlib.suppress(Exception):
-                reporting.report(self._ended_by, end, order)
+                reporting.report(self._ended_by, end, assignment)
             self._ended_by = None  # its frames keep open what the body had
         _end_leftovers()
         coordination.close()
@@ -254,11 +256,11 @@ class _Performance:
         self._record(msgspec.structs.replace(end, progress_done=done, progress_total=total, message=message))
 
     def _guarded_body(self, context: AttemptContext) -> End:
-        order, line = self._order, self._line
+        assignment, line = self._assignment, self._line
         try:
-            definition = loaded_definition(order.name)
+            definition = loaded_definition(assignment.name)
             data = payload.decode_data(
-                order.data, definition.signature, name=order.name, secret=definition.options.secret
+                assignment.data, definition.signature, name=assignment.name, secret=definition.options.secret
             )
             with leftovers.ending_copies():
                 if self._config.child_setup:
@@ -288,17 +290,17 @@ class _Performance:
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
-        order = self._line.cancel_order
-        if order is None:
+        assignment = self._line.cancel_message
+        if assignment is None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._term_came = True
-        if order is not None and self._line.in_body and not self._line.connected:
-            raise Cancelled(order.reason, order.by, order.why)
+        if assignment is not None and self._line.in_body and not self._line.connected:
+            raise Cancelled(assignment.reason, assignment.by, assignment.why)
 
     def _record(self, end: End) -> None:
         """Record the end; while the database is away, at most for AWAY_S, again and again."""
-        ledger, attempt = self._ledger(), Attempt(self._order.id, self._order.attempt)
+        ledger, attempt = self._ledger(), Attempt(self._assignment.id, self._assignment.attempt)
         deadline = self._clock.monotonic() + AWAY_S
         keys: list[str] = []
         for pause in repeat_last(RECORD_RETRY_S):
