@@ -27,7 +27,7 @@
     ├── PartNotReached         the awaited task ended without reaching the part, or without DONE
     ├── Deadlock               the wait would have closed a cycle
     ├── LockHeld               this attempt holds the lock already
-    ├── BarrierBroken          another party died at the barrier
+    ├── BarrierBroken          another participant died at the barrier
     ├── NotInTask              the call makes sense only inside a running body
     ├── WireError              a peer sent bytes that are not our protocol
     └── Unkillable             a process is still there after SIGKILL
@@ -327,7 +327,7 @@ class LockHeld(BgSupervisorError):
 
 
 class BarrierBroken(BgSupervisorError):
-    """Another party died while it waited at the barrier, so it will never open.
+    """Another participant died while it waited at the barrier, so it will never open.
 
     Attributes:
         name: The barrier.

@@ -178,7 +178,7 @@ class Context:
             timeout_s: How long at most.
 
         Raises:
-            BarrierBroken: Another party died while it waited here, or not enough can come any more; says why.
+            BarrierBroken: Another participant died while it waited here, or not enough can come any more; says why.
             ValueError: No scope, and no task requested this one; or the others have named another number of parties.
             WaitTimeout, Cancelled, NotInTask: As `wait_for`.
         """

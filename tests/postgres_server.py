@@ -29,7 +29,7 @@ from bgsupervisor.database.store import Store
 PASSWORD = "ge heim@"
 START_LIMIT_S = 30
 PR_SET_PDEATHSIG = 1
-TABLES = ("task", "interruption", "supervisor", "part", "hold", "wait", "dependency", "party")
+TABLES = ("task", "interruption", "supervisor", "part", "hold", "wait", "dependency", "participant")
 SETTINGS = {
     "fsync": "off",  # no power cut is tried here
     "full_page_writes": "off",

@@ -13,8 +13,8 @@ import pytest
 from conftest import LIMIT_S, only_postgres, wait_until
 
 from bgsupervisor.database.store import Store
-from bgsupervisor.ipc.messages import End
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ledger, Request, Telemetry
 from bgsupervisor.ledger.waits import Waiter, Waiting
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
@@ -49,8 +49,8 @@ def requested(ledger, count=1):
 
 
 def claim_of(id, slot, *, before=0, host="here"):
-    who = ProcessIdentity(host, f"boot of {slot}", 1000 + slot, 2000 + slot, 3000 + slot)
-    return Claim(Due(id, before, "a:b", "{}", None), who, slot, 5.5 + slot)
+    ref = ProcessIdentity(host, f"boot of {slot}", 1000 + slot, 2000 + slot, 3000 + slot)
+    return Claim(DueTask(id, before, "a:b", "{}", None), ref, slot, 5.5 + slot)
 
 
 def claimed(ledger, claims):
@@ -77,9 +77,9 @@ def test_all_claims_of_a_pass_are_one_statement_that_pairs_tasks_children_and_sl
     assert (outcome.claimed, outcome.passed_over) == (claims, [])
     assert len([sql for sql in told if "UPDATE" in sql]) == 1
     for claim in claims:
-        record, who = ledger.get(claim.due.id), claim.identity
+        record, ref = ledger.get(claim.due.id), claim.identity
         assert (record.status, record.attempt, record.slot) == (Status.START, 1, claim.slot)
-        assert ProcessIdentity(record.host, record.boot_id, record.pid_ns, record.pid, record.start_ticks) == who
+        assert ProcessIdentity(record.host, record.boot_id, record.pid_ns, record.pid, record.start_ticks) == ref
         assert record.started_mono == claim.started_mono
         assert record.started_at == record.heartbeat_at >= record.requested_at
 
@@ -95,7 +95,7 @@ def test_what_was_decided_meanwhile_is_not_claimed_and_is_told_and_the_rest_is(l
     cancelled, running, done, newer, good = requested(ledger, 5)
     ledger.cancel(cancelled, by=None)
     assert claimed(ledger, [claim_of(running, 1), claim_of(done, 2)]) == [running, done]
-    assert ledger.end(Attempt(done, 1), End(result="1"))
+    assert ledger.end(Attempt(done, 1), AttemptResult(result="1"))
     assert claimed(ledger, [claim_of(newer, 3)]) == [newer]
     assert ledger.apply(Batch(unclaims={Attempt(newer, 1)})).unclaimed == {Attempt(newer, 1)}
     before = [ledger.get(id) for id in (cancelled, running, done, newer)]
@@ -112,9 +112,9 @@ def test_what_was_decided_meanwhile_is_not_claimed_and_is_told_and_the_rest_is(l
 def test_a_claim_clears_what_the_attempt_before_has_left(ledger):
     (id,) = requested(ledger)
     assert claimed(ledger, [claim_of(id, 0)]) == [id]
-    note = Note(progress_done=1, progress_total=2, message="half", cpu_s=1.0, rss_bytes=7)
-    ledger.apply(Batch(notes={Attempt(id, 1): note}))
-    ledger.end(Attempt(id, 1), End(reason=Reason.RAISED, detail="it raised", error="Traceback", exit_code=1))
+    note = Telemetry(progress_done=1, progress_total=2, message="half", cpu_s=1.0, rss_bytes=7)
+    ledger.apply(Batch(telemetry={Attempt(id, 1): note}))
+    ledger.end(Attempt(id, 1), AttemptResult(reason=Reason.RAISED, detail="it raised", error="Traceback", exit_code=1))
     ledger.retry(id)
     assert claimed(ledger, [claim_of(id, 4, before=1)]) == [id]
     record = ledger.get(id)
@@ -140,7 +140,7 @@ def test_a_plan_that_was_made_while_the_table_was_small_is_not_kept(ledger, stor
     for first in range(1, 300, 10):
         batch = [claim_of(id, slot) for slot, id in enumerate(range(first, first + 10))]
         assert len(claimed(ledger, batch)) == 10
-        assert len(ledger.apply(Batch(ends={claim.attempt: End(result="1") for claim in batch})).ended) == 10
+        assert len(ledger.apply(Batch(ends={claim.attempt: AttemptResult(result="1") for claim in batch})).ended) == 10
     with store.connected():
         kept = "SELECT count(*), sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements WHERE statement ~ %s"
         (count, generic, custom) = store.rows_of(kept, ["UPDATE"])[0]
@@ -277,8 +277,8 @@ def test_however_many_rows_a_pass_writes_no_statement_is_too_large(ledger):
     [id] = requested(ledger)
     assert claimed(ledger, [claim_of(id, 0)]) == [id]
     many = [Attempt(id, 1), *(Attempt(id + number, 1) for number in range(1, 7000))]
-    ledger.apply(Batch(notes={attempt: Note(progress_done=1.0) for attempt in many}))
+    ledger.apply(Batch(telemetry={attempt: Telemetry(progress_done=1.0) for attempt in many}))
     assert ledger.get(id).progress_done == 1.0
-    outcome = ledger.apply(Batch(ends={attempt: End(result="1") for attempt in many}))
+    outcome = ledger.apply(Batch(ends={attempt: AttemptResult(result="1") for attempt in many}))
     assert outcome.ended == {Attempt(id, 1)}
     assert ledger.get(id).status is Status.DONE

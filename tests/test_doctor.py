@@ -196,10 +196,10 @@ def test_a_database_in_a_releases_own_folder_is_wrong(scene, tmp_path, release):
 
 def test_other_links_and_folders_do_not_matter_to_a_deploy(scene, tmp_path):
     (tmp_path / "fork_server").symlink_to(tmp_path / "srv")
-    (tmp_path / "releases" / "notes").mkdir(parents=True)
+    (tmp_path / "releases" / "telemetry").mkdir(parents=True)
     passes(file_checks.deploy_folder, scene)
     passes(file_checks.deploy_folder, moved(scene, tmp_path / "fork_server" / "x.db"))
-    passes(file_checks.deploy_folder, moved(scene, tmp_path / "releases" / "notes" / "x.db"))
+    passes(file_checks.deploy_folder, moved(scene, tmp_path / "releases" / "telemetry" / "x.db"))
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_wait_manager_that_cannot_be_started_is_tried_again_and_harms_nobody(t
     sources = EventSources(folder, clock)
     own = processes.own_identity("here")
     wait_manager = WaitManager(
-        folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
+        folder, lambda ref: dataclasses.replace(own, pid=ref.pid, start_ticks=ref.start_ticks), sources, clock
     )
     tries = []
 
@@ -188,13 +188,13 @@ def test_wait_managers_that_die_at_once_are_started_ever_more_seldom(tmp_path):
     sources = EventSources(folder, clock)
     own = processes.own_identity("here")
     wait_manager = WaitManager(
-        folder, lambda who: dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks), sources, clock
+        folder, lambda ref: dataclasses.replace(own, pid=ref.pid, start_ticks=ref.start_ticks), sources, clock
     )
     began, deaths = time.monotonic(), 0
     wait_manager.want()
     while time.monotonic() - began < 2.0:
-        for who in sources.hear(sources.rest(0.1)).deaths:
-            wait_manager.died(who)
+        for ref in sources.hear(sources.rest(0.1)).deaths:
+            wait_manager.died(ref)
             deaths += 1
         wait_manager.check()
     sources.close()

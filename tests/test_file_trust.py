@@ -26,7 +26,7 @@ from bgsupervisor.doctor import Grade, Machine, Scene, files, system
 from bgsupervisor.errors import AccessError
 from bgsupervisor.ipc import exit_journal
 from bgsupervisor.ipc.lock import Lock
-from bgsupervisor.ipc.messages import Exited, Who
+from bgsupervisor.ipc.messages import Exited, ProcessRef
 from bgsupervisor.ipc.sockets import connect
 from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.supervisor import housekeeping
@@ -152,7 +152,7 @@ def take_lock_over(state):
 
 
 def write_exit(state):
-    exit_journal.write(state.fork_server_path(1, 1), Exited(who=Who(2, 2), exit_code=0, signal=None))
+    exit_journal.write(state.fork_server_path(1, 1), Exited(ref=ProcessRef(2, 2), exit_code=0, signal=None))
 
 
 def keep_exits(state):
@@ -205,8 +205,8 @@ def test_no_writer_follows_a_planted_link(tmp_path, name):
 @needs_root
 def test_exits_of_another_users_record_are_no_exits(tmp_path):
     record = tmp_path / "forkserver-1-1"
-    exit_journal.write(record, Exited(who=Who(2, 2), exit_code=0, signal=None))
-    assert list(exit_journal.read(record)) == [Who(2, 2)]
+    exit_journal.write(record, Exited(ref=ProcessRef(2, 2), exit_code=0, signal=None))
+    assert list(exit_journal.read(record)) == [ProcessRef(2, 2)]
 
     os.chown(record, NOBODY, NOBODY)
 

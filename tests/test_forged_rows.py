@@ -16,7 +16,7 @@ from conftest import wait_until
 
 from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.errors import NoStack
-from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.supervisor.children import Children
 from bgsupervisor.supervisor.enforcement import Enforcement
@@ -170,7 +170,7 @@ def test_is_stranger_with_any_proof_of_a_child_returns_false(tmp_path, stranger)
     children.log_of(child).touch()
     children.recognise(child)
     assert child.vouched
-    named = Who(stranger.pid, 1)
+    named = ProcessRef(stranger.pid, 1)
     children.vouch_for([named])
     assert children.meet(
         processes.ProcessIdentity("here", identity.boot_id, identity.pid_ns, named.pid, named.start_ticks)

@@ -16,7 +16,7 @@ from conftest import LIMIT_S, wait_until
 
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import REDIAL_MAX_S, REDIAL_S, Channel, Redial
-from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system import processes
@@ -253,9 +253,9 @@ os.dup = dup_or_not
     with contextlib.closing(Answering(app.state_dir)) as answering:
         peer = answering.meet_fork_server()
         for _ in range(2):
-            peer.send(messages.KillOrder(Who(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
+            peer.send(messages.Kill(ProcessRef(record.pid, record.start_ticks), signal.SIGKILL, Reason.CANCELLED))
         [exited] = wait_until(peer.receive, "the fork server tells of the exit")
-    assert (exited.who.pid, exited.signal, exited.ordered) == (record.pid, signal.SIGKILL, Reason.CANCELLED)
+    assert (exited.ref.pid, exited.signal, exited.ordered) == (record.pid, signal.SIGKILL, Reason.CANCELLED)
     assert f"cannot send signal 9 to PID {record.pid}: [Errno 24] Too many open files" in log_of(app)
 
 

@@ -17,17 +17,17 @@ from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.ipc.channel import Channel
 from bgsupervisor.ipc.messages import (
     Ack,
+    AttemptResult,
     Beat,
-    End,
-    Ended,
     Exited,
     ExitsSeen,
-    KillOrder,
+    Kill,
     Leave,
+    ProcessRef,
+    ResultReport,
     Retire,
     Run,
     SlotGranted,
-    Who,
 )
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.ipc.statedir import StateDir
@@ -175,7 +175,7 @@ def test_all_that_a_dead_child_has_written_is_read(tmp_path):
     sources = EventSources(state_dir, SystemClock())
     ours, theirs = socket.socketpair()
     child = Channel(theirs)
-    said = Ended(1, 1, End(result='"' + "x" * 50_000 + '"'))
+    said = ResultReport(1, 1, AttemptResult(result='"' + "x" * 50_000 + '"'))
     child.send(said)
     assert not child.unsent_bytes
     child.close()
@@ -235,8 +235,8 @@ def test_a_stop_that_an_earlier_supervisor_had_begun_is_carried_to_its_end(app):
 
 def test_an_order_that_came_before_the_connection_broke_is_taken(tmp_path):
     ours, theirs = socket.socketpair()
-    who = Who(1, 1)
-    link = Link(tmp_path, who, who, heartbeat_s=1.0, clock=SystemClock())
+    ref = ProcessRef(1, 1)
+    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
     link._channel = Channel(ours)
     supervisor = Channel(theirs)
     order = Run(id=1, attempt=1, name="appx:returns", data="{}")
@@ -299,7 +299,7 @@ def supervisor_with(**parts):
 
 @pytest.mark.parametrize("done_once", [False, True])
 def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
-    fork_server = SimpleNamespace(hello=SimpleNamespace(who=Who(1, 1), catalogue={}))
+    fork_server = SimpleNamespace(hello=SimpleNamespace(ref=ProcessRef(1, 1), catalogue={}))
     asked = []
     supervisor = supervisor_with(
         clock=AttendedClock(SystemClock(), longest_s=2.0),
@@ -324,14 +324,14 @@ def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
 
 @pytest.mark.parametrize("done_once", [False, True])
 def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
-    exited = Exited(who=Who(1, 1), exit_code=3, signal=None, ordered=None)
+    exited = Exited(ref=ProcessRef(1, 1), exit_code=3, signal=None, ordered=None)
     told = []
     supervisor = supervisor_with(
         notifier=SimpleNamespace(stopping=lambda _: None),
         leaving="it was told to",
         children=Children(None, None, SystemClock()),
         recovery=SimpleNamespace(done_once=done_once),
-        exits={exited.who: exited},
+        exits={exited.ref: exited},
         fork_servers=SimpleNamespace(tell_all=told.append),
         wait_manager=SimpleNamespace(leave=lambda: None),
         is_worth_a_row=lambda: False,
@@ -339,28 +339,28 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
         sources=SimpleNamespace(close=lambda: None),
     )
     supervisor._leave()
-    assert told == [*([ExitsSeen([exited.who])] if done_once else []), Retire()], "a row may depend on it"
+    assert told == [*([ExitsSeen([exited.ref])] if done_once else []), Retire()], "a row may depend on it"
 
 
 def test_an_end_that_was_superseded_is_acknowledged():
     sent = []
     supervisor = supervisor_with(sources=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
-    peer = SimpleNamespace(who=None)
+    peer = SimpleNamespace(ref=None)
     child = ChildHandle(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
-    supervisor._take_end(child, Ended(7, 1, End(result="1")))
+    supervisor._take_end(child, ResultReport(7, 1, AttemptResult(result="1")))
     assert (child.end, sent) == (None, [(peer, Ack(7, 1))])
-    supervisor._take_end(child, Ended(7, 2, End(result="2")))
-    assert (child.end, len(sent)) == (End(result="2"), 1), "that of its own attempt is, once it is recorded"
+    supervisor._take_end(child, ResultReport(7, 2, AttemptResult(result="2")))
+    assert (child.end, len(sent)) == (AttemptResult(result="2"), 1), "that of its own attempt is, once it is recorded"
 
 
 def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
     folder = StateDir(tmp_path / "state")
     folder.create()
-    who = Who(1, 1)
+    ref = ProcessRef(1, 1)
     directory = open_dir(folder.path)
     with bind(directory, "control.sock", socket.SOCK_STREAM, 0o600):
         for is_to_leave in (True, False):
-            link = Link(folder.path, who, who, heartbeat_s=1.0, clock=SystemClock())
+            link = Link(folder.path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
             if is_to_leave:
                 link._take(Leave())
             link._dial()
@@ -370,8 +370,8 @@ def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
 
 
 def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
-    who = Who(1, 1)
-    link = Link(tmp_path, who, who, heartbeat_s=1.0, clock=SystemClock())
+    ref = ProcessRef(1, 1)
+    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
     link._take(Run(id=1, attempt=1, name="appx:returns", data="{}"))
     link.want_slot(1, 1, 2)
     link._take(SlotGranted(1, 1, 1))
@@ -399,7 +399,7 @@ def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage()
         order = Order(Reason.CANCELLED, "cancelled", None, 0.0, stage=stage, unsent=True)
         enforcement.carry_out(child, order)
         assert not order.unsent, "else it is written again in every pass"
-        assert sent.pop() == KillOrder(child.who, number, Reason.CANCELLED)
+        assert sent.pop() == Kill(child.ref, number, Reason.CANCELLED)
 
 
 def test_who_cannot_be_held_is_not_said_to_stand_still():

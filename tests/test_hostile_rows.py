@@ -17,7 +17,7 @@ from bgsupervisor.cli.program import program
 from bgsupervisor.cli.session import Session
 from bgsupervisor.database.store import Store, TaskRecord
 from bgsupervisor.errors import BgSupervisorError
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ledger.transitions import Attempt, Batch
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system import processes
@@ -74,7 +74,7 @@ COLUMNS_OF = {
     "hold": ["name", "permit", "task_id", "attempt", "since", "abandoned_by"],
     "wait": ["task_id", "attempt", "number", "whole", "kind", "target_id", "target", "permits", "since"],
     "dependency": ["task_id", "on_id", "any_end"],
-    "party": ["scope", "name", "generation", "task_id", "attempt", "parties", "outcome"],
+    "participant": ["scope", "name", "generation", "task_id", "attempt", "parties", "outcome"],
 }
 GROUP = 6
 """So many columns are spoilt in one database, each in rows of its own."""
@@ -170,7 +170,9 @@ def fill(rows, identity, count, supervisors=30):
                 since=text(PAST),
             )
         rows.insert("dependency", task_id=ids[4], on_id=ids[1], any_end=0)
-        rows.insert("party", scope=f"parent {ids[0]}", name="meet", generation=0, task_id=ids[1], attempt=1, parties=3)
+        rows.insert(
+            "participant", scope=f"parent {ids[0]}", name="meet", generation=0, task_id=ids[1], attempt=1, parties=3
+        )
     for number in range(1, supervisors + 1):
         rows.insert(
             "supervisor", host=f"host{number}", boot_id=identity.boot_id, pid_ns=identity.pid_ns, pid=4_000_000,
@@ -303,7 +305,9 @@ def test_ends_of_tasks_are_recorded_beside_every_value(service, rows, table, col
     ledger = service.ledger
     running = [Attempt(one.id, one.attempt) for one in ledger.starts() if "attempt" not in one.unreadable]
     ends = {
-        attempt: End(result="1") if attempt.id % 20 < 10 else End(reason=Reason.VANISHED, detail="gone")
+        attempt: AttemptResult(result="1")
+        if attempt.id % 20 < 10
+        else AttemptResult(reason=Reason.VANISHED, detail="gone")
         for attempt in running
     }
     outcome = ledger.apply(Batch(ends=ends, flawed=[one for one in ledger.due(["appx:good"], limit=9999) if one.flaw]))

@@ -12,7 +12,7 @@ from test_hostile_rows import COLUMNS_OF, COMMANDS, ask, fill, run
 from bgsupervisor import Service
 from bgsupervisor.cli.commands import doctor
 from bgsupervisor.cli.session import Session
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ledger.transitions import Attempt, Batch
 from bgsupervisor.system import processes
 
@@ -125,5 +125,5 @@ def test_listings_and_ends_stand_every_value_of_a_server(service, rows, table):
         for arguments in (["show", "--full"], ["show", "--json"], ["why"]):
             assert run(arguments[0], 10 * number + place, *arguments[1:]).exit_code in (0, 1)
     running = {Attempt(one.id, one.attempt) for one in service.ledger.starts()}
-    outcome = service.ledger.apply(Batch(ends={attempt: End(result="1") for attempt in running}))
+    outcome = service.ledger.apply(Batch(ends={attempt: AttemptResult(result="1") for attempt in running}))
     assert outcome.ended == running, "ends are recorded beside what nobody can read"

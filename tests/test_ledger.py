@@ -27,20 +27,20 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.postgres import lock_key
 from bgsupervisor.database.store import Store, SupervisorRecord, UtcField
 from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ledger import transitions as ledger_module
 from bgsupervisor.ledger.transitions import (
     TRANSITIONS,
     Attempt,
     Batch,
     Claim,
-    Due,
+    ControlRequest,
+    DueTask,
     Ending,
     Ledger,
-    Note,
     Request,
     Suspension,
-    Wish,
+    Telemetry,
 )
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
@@ -146,7 +146,7 @@ def identity_of(pid=100):
 
 
 def claim_of(attempt, *, slot, pid=100):
-    due = Due(attempt.id, attempt.attempt, "a:b", "{}", None)
+    due = DueTask(attempt.id, attempt.attempt, "a:b", "{}", None)
     return Claim(due, identity_of(pid), slot, 5.0)
 
 
@@ -179,9 +179,9 @@ def task_in(ledger, status, **more):
         return attempt_of(ledger.get(id))
     attempt = claim(ledger, id)
     if status is Status.DONE:
-        assert ledger.end(attempt, End(result="1"))
+        assert ledger.end(attempt, AttemptResult(result="1"))
     elif status is Status.INTERRUPTED:
-        assert ledger.end(attempt, End(reason=Reason.RAISED, detail="it raised"))
+        assert ledger.end(attempt, AttemptResult(reason=Reason.RAISED, detail="it raised"))
     assert ledger.get(id).status is status
     return attempt
 
@@ -210,8 +210,8 @@ EVENTS = {
     "request": _request,
     "claim": lambda ledger, a: bool(ledger.apply(Batch(claims=[claim_of(a, slot=next(_slots))])).claimed),
     "unclaim": lambda ledger, a: bool(ledger.apply(Batch(unclaims={a})).unclaimed),
-    "finish": lambda ledger, a: ledger.end(a, End(result="2")),
-    "interrupt": lambda ledger, a: ledger.end(a, End(reason=Reason.SIGNALLED, signal=9, detail="killed")),
+    "finish": lambda ledger, a: ledger.end(a, AttemptResult(result="2")),
+    "interrupt": lambda ledger, a: ledger.end(a, AttemptResult(reason=Reason.SIGNALLED, signal=9, detail="killed")),
     "withdraw": lambda ledger, a: ledger.cancel(a.id, by="jana").reason == Reason.CANCELLED,
     "retry": _retry,
 }
@@ -263,7 +263,10 @@ def test_an_event_of_another_attempt_changes_nothing_in_any_status(ledger, raw, 
     other = Attempt(attempt.id, attempt.attempt + drift)
     assert not EVENTS[event](ledger, other)
     outcome = ledger.apply(
-        Batch(notes={other: Note(progress_done=0.5)}, endings={other: Ending(other, Reason.TIMED_OUT, "too long")})
+        Batch(
+            telemetry={other: Telemetry(progress_done=0.5)},
+            endings={other: Ending(other, Reason.TIMED_OUT, "too long")},
+        )
     )
     assert not outcome.endings
     assert rows(raw) == before
@@ -273,8 +276,8 @@ def test_an_event_of_another_attempt_changes_nothing_in_any_status(ledger, raw, 
 def test_notes_and_endings_reach_running_rows_only(ledger, raw, status):
     attempt = task_in(ledger, status)
     before = rows(raw)
-    note, ending = Note(message="late"), Ending(attempt, Reason.TIMED_OUT, "too long")
-    assert not ledger.apply(Batch(notes={attempt: note}, endings={attempt: ending})).endings
+    note, ending = Telemetry(message="late"), Ending(attempt, Reason.TIMED_OUT, "too long")
+    assert not ledger.apply(Batch(telemetry={attempt: note}, endings={attempt: ending})).endings
     assert rows(raw) == before
 
 
@@ -294,7 +297,7 @@ def test_the_attempt_grows_with_each_claim_and_never_falls(ledger):
         ledger.apply(Batch(unclaims={attempt}))
         seen.append(ledger.get(id).attempt)
         attempt = claim(ledger, id)
-        ledger.end(attempt, End(reason=Reason.RAISED))
+        ledger.end(attempt, AttemptResult(reason=Reason.RAISED))
         ledger.retry(id)
         seen.append(ledger.get(id).attempt)
     assert seen == [0, 1, 2, 3, 4, 5, 6]
@@ -305,9 +308,9 @@ def test_the_earlier_attempt_cannot_write_into_the_next(ledger):
     first = started(ledger)
     ledger.apply(Batch(unclaims={first}))
     second = claim(ledger, first.id, pid=200)
-    assert not ledger.end(first, End(result="1"))
+    assert not ledger.end(first, AttemptResult(result="1"))
     assert not ledger.apply(Batch(unclaims={first})).unclaimed
-    assert ledger.end(second, End(result="2"))
+    assert ledger.end(second, AttemptResult(result="2"))
     assert ledger.get(first.id).result == "2"
 
 
@@ -327,9 +330,13 @@ def test_a_claim_writes_who_runs_it_and_where(ledger, clock):
 
 def test_an_end_writes_the_result_and_frees_the_slot(ledger, clock):
     attempt = started(ledger)
-    ledger.apply(Batch(notes={attempt: Note(cpu_percent=50.0, rss_bytes=10, peak_rss_bytes=500, progress_done=1.0)}))
+    ledger.apply(
+        Batch(telemetry={attempt: Telemetry(cpu_percent=50.0, rss_bytes=10, peak_rss_bytes=500, progress_done=1.0)})
+    )
     clock.sleep(2)
-    end = End(result="[1]", cpu_s=0.5, peak_rss_bytes=400, progress_done=3.0, progress_total=4.0, message="ready")
+    end = AttemptResult(
+        result="[1]", cpu_s=0.5, peak_rss_bytes=400, progress_done=3.0, progress_total=4.0, message="ready"
+    )
     assert ledger.end(attempt, end)
     record = ledger.get(attempt.id)
     assert (record.result, record.cpu_s, record.progress_done, record.progress_total) == ("[1]", 0.5, 3.0, 4.0)
@@ -342,8 +349,8 @@ def test_an_end_writes_the_result_and_frees_the_slot(ledger, clock):
 
 def test_an_interruption_is_kept_when_the_task_is_retried(ledger, raw, clock):
     attempt = started(ledger, key="k")
-    ledger.apply(Batch(notes={attempt: Note(progress_done=1.0, message="half")}))
-    end = End(reason=Reason.SIGNALLED, detail="killed by SIGKILL", signal=9, error="trace", exit_code=None)
+    ledger.apply(Batch(telemetry={attempt: Telemetry(progress_done=1.0, message="half")}))
+    end = AttemptResult(reason=Reason.SIGNALLED, detail="killed by SIGKILL", signal=9, error="trace", exit_code=None)
     assert ledger.end(attempt, end)
     clock.sleep(60)
     record = ledger.retry(attempt.id)
@@ -358,8 +365,10 @@ def test_an_interruption_is_kept_when_the_task_is_retried(ledger, raw, clock):
 
 def test_an_end_leaves_out_what_it_does_not_know(ledger):
     attempt = started(ledger)
-    ledger.apply(Batch(notes={attempt: Note(progress_done=0.0, progress_total=9.0, message="begun", cpu_s=1.5)}))
-    ledger.end(attempt, End(reason=Reason.VANISHED, detail="gone"))
+    ledger.apply(
+        Batch(telemetry={attempt: Telemetry(progress_done=0.0, progress_total=9.0, message="begun", cpu_s=1.5)})
+    )
+    ledger.end(attempt, AttemptResult(reason=Reason.VANISHED, detail="gone"))
     record = ledger.get(attempt.id)
     assert (record.progress_done, record.progress_total, record.message, record.cpu_s) == (0.0, 9.0, "begun", 1.5)
 
@@ -368,7 +377,7 @@ def test_a_reason_that_was_recorded_before_the_death_wins_over_what_the_death_lo
     attempt = started(ledger)
     ending = Ending(attempt, Reason.TIMED_OUT, "ran past its timeout_s")
     assert ledger.apply(Batch(endings={attempt: ending})).endings == {attempt}
-    ledger.end(attempt, End(reason=Reason.SIGNALLED, detail="killed by SIGKILL", signal=9))
+    ledger.end(attempt, AttemptResult(reason=Reason.SIGNALLED, detail="killed by SIGKILL", signal=9))
     record = ledger.get(attempt.id)
     assert (record.reason, record.detail, record.signal) == (Reason.TIMED_OUT, "ran past its timeout_s", 9)
     assert ledger.interruptions(attempt.id)[0]["reason"] == "TIMED_OUT"
@@ -377,7 +386,7 @@ def test_a_reason_that_was_recorded_before_the_death_wins_over_what_the_death_lo
 def test_a_body_that_returned_anyway_is_done_whatever_was_ordered(ledger):
     attempt = started(ledger)
     ledger.apply(Batch(endings={attempt: Ending(attempt, Reason.CANCELLED, "cancelled by jana")}))
-    assert ledger.end(attempt, End(result="1"))
+    assert ledger.end(attempt, AttemptResult(result="1"))
     record = ledger.get(attempt.id)
     assert (record.status, record.reason, record.detail, record.ending) == (Status.DONE, None, None, None)
 
@@ -387,7 +396,7 @@ def test_the_ending_of_one_attempt_does_not_colour_the_next(ledger):
     ledger.apply(Batch(endings={attempt: Ending(attempt, Reason.TIMED_OUT, "too long")}))
     ledger.apply(Batch(unclaims={attempt}))
     again = claim(ledger, attempt.id)
-    ledger.end(again, End(reason=Reason.SIGNALLED, detail="killed", signal=9))
+    ledger.end(again, AttemptResult(reason=Reason.SIGNALLED, detail="killed", signal=9))
     assert ledger.get(attempt.id).reason is Reason.SIGNALLED
 
 
@@ -415,12 +424,12 @@ def test_a_child_gives_back_only_what_was_claimed_for_itself(ledger):
     mine, other = started(ledger), request(ledger)
     claim(ledger, other, pid=200)
     done = claim(ledger, request(ledger))
-    ledger.end(done, End(result="1"))
+    ledger.end(done, AttemptResult(result="1"))
     same_pid_later = dataclasses.replace(identity_of(), start_ticks=1)
     same_pid_after_reboot = dataclasses.replace(identity_of(), boot_id="another")
-    assert ledger.unclaim_unbegun(same_pid_later, []) == 0
-    assert ledger.unclaim_unbegun(same_pid_after_reboot, []) == 0
-    assert ledger.unclaim_unbegun(identity_of(), []) == 1
+    assert ledger.unclaim_not_started(same_pid_later, []) == 0
+    assert ledger.unclaim_not_started(same_pid_after_reboot, []) == 0
+    assert ledger.unclaim_not_started(identity_of(), []) == 1
     assert [ledger.get(id).status for id in (mine.id, other, done.id)] == [Status.REQUEST, Status.START, Status.DONE]
 
 
@@ -432,7 +441,7 @@ def test_the_first_who_cancels_a_running_task_is_the_one_recorded(ledger, clock)
     first = ledger.cancel(attempt.id, by="jana")
     clock.sleep(5)
     assert ledger.cancel(attempt.id, by="petr") == first
-    assert ledger.wishes() == [Wish(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
+    assert ledger.wishes() == [ControlRequest(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
 
 
 def test_the_first_who_suspends_a_running_task_is_the_one_recorded(ledger, clock):
@@ -441,7 +450,7 @@ def test_the_first_who_suspends_a_running_task_is_the_one_recorded(ledger, clock
     clock.sleep(5)
     assert ledger.suspend(attempt.id, by="petr") == first
     assert (first.suspend_requested_at, first.suspend_requested_by) == (START_OF_TIME, "jana")
-    assert ledger.wishes() == [Wish(attempt, cancelled=False, cancelled_by=None, suspended=True)]
+    assert ledger.wishes() == [ControlRequest(attempt, cancelled=False, cancelled_by=None, suspended=True)]
     assert ledger.resume(attempt.id).suspend_requested_at is None
     assert ledger.wishes() == []
 
@@ -481,7 +490,7 @@ def test_how_long_a_task_stood_still_is_kept_and_goes_with_its_attempt(ledger, c
     assert (record.suspended_at, record.suspended_mono, record.suspended_s) == (None, None, 7.0)
 
     ledger.apply(Batch(suspensions={attempt: begun}))
-    ledger.end(attempt, End(reason=Reason.SIGNALLED, detail="killed", stack="line 7"))
+    ledger.end(attempt, AttemptResult(reason=Reason.SIGNALLED, detail="killed", stack="line 7"))
     record = ledger.get(attempt.id)
     assert (record.suspend_requested_at, record.suspended_at, record.suspended_mono) == (None, None, None)
     assert (record.suspend_requested_by, record.stack) == ("jana", "line 7")
@@ -495,9 +504,9 @@ def test_how_long_a_task_stood_still_is_kept_and_goes_with_its_attempt(ledger, c
 
 def test_a_stack_that_was_noted_stays_when_the_end_brings_none_and_goes_when_the_task_is_done(ledger):
     interrupted, done = started(ledger), started(ledger)
-    ledger.apply(Batch(notes={one: Note(stack="line 7") for one in (interrupted, done)}))
-    ledger.end(interrupted, End(reason=Reason.TIMED_OUT, detail="too long"))
-    ledger.end(done, End(result="1"))
+    ledger.apply(Batch(telemetry={one: Telemetry(stack="line 7") for one in (interrupted, done)}))
+    ledger.end(interrupted, AttemptResult(reason=Reason.TIMED_OUT, detail="too long"))
+    ledger.end(done, AttemptResult(result="1"))
     assert [ledger.get(one.id).stack for one in (interrupted, done)] == ["line 7", None]
     assert [record.stack for record in ledger.starts()] == []
 
@@ -533,7 +542,7 @@ def test_a_unique_key_is_per_name_and_held_only_while_the_task_lives(ledger):
     assert ledger.request(Request(name="a:c", data="{}", unique_key="k"))[1]
     attempt = claim(ledger, first)
     assert ledger.request(Request(name="a:b", data="{}", unique_key="k")) == (first, False)
-    ledger.end(attempt, End(result="1"))
+    ledger.end(attempt, AttemptResult(result="1"))
     assert ledger.request(Request(name="a:b", data="{}", unique_key="k"))[1]
 
 
@@ -551,7 +560,7 @@ def test_requests_of_one_call_are_written_all_or_none(ledger):
 def test_a_batch_is_applied_in_order_so_that_a_slot_passes_to_the_next_task(ledger):
     first, second = started(ledger), request(ledger)
     slot = ledger.get(first.id).slot
-    batch = Batch(ends={first: End(result="1")}, claims=[claim_of(attempt_of(ledger.get(second)), slot=slot)])
+    batch = Batch(ends={first: AttemptResult(result="1")}, claims=[claim_of(attempt_of(ledger.get(second)), slot=slot)])
     outcome = ledger.apply(batch)
     assert outcome.ended == {first}
     assert len(outcome.claimed) == 1
@@ -564,10 +573,10 @@ def test_a_batch_of_everything_says_what_it_changed(ledger, clock):
     supervisor = supervisor_record(clock)
     outcome = ledger.apply(
         Batch(
-            ends={ending: End(result="1"), late: End(result="2")},
+            ends={ending: AttemptResult(result="1"), late: AttemptResult(result="2")},
             unclaims={given_back, late},
             endings={noted: Ending(noted, Reason.STOPPED, "stop"), late: Ending(late, Reason.STOPPED, "stop")},
-            notes={noted: Note(progress_done=2.0), late: Note(progress_done=3.0)},
+            telemetry={noted: Telemetry(progress_done=2.0), late: Telemetry(progress_done=3.0)},
             claims=[claim_of(attempt_of(ledger.get(waiting)), slot=900)],
             supervisor=supervisor,
         )
@@ -608,7 +617,7 @@ def test_a_claim_that_spoils_its_batch_does_not_spoil_the_others(ledger, spoil):
     taken, first, good, ending = started(ledger), request(ledger), request(ledger), started(ledger)
     batch = spoil(ledger.get(taken.id).slot, Attempt(first, 0))
     batch.claims.append(claim_of(Attempt(good, 0), slot=501))
-    batch.ends[ending] = End(result="1")
+    batch.ends[ending] = AttemptResult(result="1")
     outcome = ledger.apply(batch)
     assert [one.due.id for one in outcome.claimed] == [good]
     assert outcome.ended == {ending}
@@ -618,7 +627,12 @@ def test_a_claim_that_spoils_its_batch_does_not_spoil_the_others(ledger, spoil):
 
 def test_an_end_that_cannot_be_stored_is_an_interruption_and_the_others_are_kept(ledger):
     spoiled, good = started(ledger), started(ledger)
-    outcome = ledger.apply(Batch(ends={spoiled: End(result=HALF_A_PAIR, exit_code=0), good: End(result="1")}, notes={}))
+    outcome = ledger.apply(
+        Batch(
+            ends={spoiled: AttemptResult(result=HALF_A_PAIR, exit_code=0), good: AttemptResult(result="1")},
+            telemetry={},
+        )
+    )
     assert outcome.ended == {spoiled, good}
     record = ledger.get(spoiled.id)
     assert (record.status, record.reason, record.result) == (Status.INTERRUPTED, Reason.RAISED, None)
@@ -636,8 +650,10 @@ def test_an_end_of_which_only_a_part_could_be_written_is_not_half_there(ledger, 
         remember(attempt)
 
     monkeypatch.setattr(ledger, "_remember_interruption", fail_once_per_pass)
-    end = End(reason=Reason.SIGNALLED, signal=9, cpu_s=5.0)
-    monkeypatch.setattr(ledger_module, "_unwritable", lambda _: End(reason=Reason.RAISED, detail="not storable"))
+    end = AttemptResult(reason=Reason.SIGNALLED, signal=9, cpu_s=5.0)
+    monkeypatch.setattr(
+        ledger_module, "_unwritable", lambda _: AttemptResult(reason=Reason.RAISED, detail="not storable")
+    )
     assert ledger.end(attempt, end)
     record = ledger.get(attempt.id)
     assert (record.reason, record.signal, record.cpu_s, record.tries) == (Reason.RAISED, None, None, 1)
@@ -647,7 +663,9 @@ def test_an_end_of_which_only_a_part_could_be_written_is_not_half_there(ledger, 
 def test_an_end_that_came_too_late_is_not_rewritten_when_another_row_spoils_the_batch(ledger):
     done, spoiled = task_in(ledger, Status.DONE), started(ledger)
     before = ledger.get(done.id)
-    outcome = ledger.apply(Batch(ends={done: End(reason=Reason.VANISHED), spoiled: End(error=HALF_A_PAIR)}))
+    outcome = ledger.apply(
+        Batch(ends={done: AttemptResult(reason=Reason.VANISHED), spoiled: AttemptResult(error=HALF_A_PAIR)})
+    )
     assert done not in outcome.ended
     assert ledger.get(done.id) == before
 
@@ -656,7 +674,7 @@ def test_a_note_or_an_ending_that_cannot_be_stored_spoils_nothing(ledger):
     spoiled, good = started(ledger), started(ledger)
     outcome = ledger.apply(
         Batch(
-            notes={spoiled: Note(message=HALF_A_PAIR), good: Note(message="half")},
+            telemetry={spoiled: Telemetry(message=HALF_A_PAIR), good: Telemetry(message="half")},
             endings={
                 spoiled: Ending(spoiled, Reason.CANCELLED, f"cancelled by {HALF_A_PAIR}"),
                 good: Ending(good, Reason.CANCELLED, "cancelled by jana"),
@@ -673,7 +691,7 @@ def test_a_locked_database_is_told_and_nothing_is_written(ledger, store, raw):
     store.set_busy_timeout(0.01)
     before = rows(raw)
     raw.hold_off_others()
-    batch = Batch(ends={attempt: End(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=77)])
+    batch = Batch(ends={attempt: AttemptResult(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=77)])
     with pytest.raises(DatabaseError, match="is locked by another writer"):
         ledger.apply(batch)
     with pytest.raises(DatabaseError, match="is locked by another writer"):
@@ -708,7 +726,7 @@ def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invent
             raise peewee.OperationalError(full, str(full))  # noqa: B904 - as Peewee does it
 
     monkeypatch.setattr(ledger, "_claim", claim_on_a_full_disk)
-    batch = Batch(ends={ending: End(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=900)])
+    batch = Batch(ends={ending: AttemptResult(result="1")}, claims=[claim_of(Attempt(waiting, 0), slot=900)])
     with pytest.raises(DatabaseError, match="the disk is full"):
         ledger.apply(batch)
     assert len(calls) == 2
@@ -721,7 +739,7 @@ def test_a_disk_that_fills_up_while_rows_are_written_one_by_one_loses_and_invent
 def test_an_empty_note_writes_nothing(ledger, raw):
     attempt = started(ledger)
     before = rows(raw)
-    ledger.apply(Batch(notes={attempt: Note()}))
+    ledger.apply(Batch(telemetry={attempt: Telemetry()}))
     assert rows(raw) == before
 
 
@@ -869,7 +887,7 @@ def test_the_indexes_have_their_names(raw):
 def test_every_column_of_the_tables_is_a_field_of_the_classes(store, raw):
     tables = store.tables
     models = (tables.Task, tables.Interruption, tables.Supervisor, tables.Part, tables.Hold, tables.Wait)
-    for model in (*models, tables.Dependency, tables.Party):
+    for model in (*models, tables.Dependency, tables.Participant):
         table = model._meta.table_name
         assert raw.columns(table) == [field.column_name for field in model._meta.sorted_fields], table
 
@@ -950,7 +968,7 @@ def test_names_that_nobody_can_run_are_passed_over(ledger):
 
 def test_a_due_task_carries_what_its_order_needs(ledger):
     id = ledger.request(Request(name="a:b", data='{"n": 1}', key="k"))[0]
-    assert ledger.due(["a:b"], limit=1) == [Due(id, 0, "a:b", '{"n": 1}', "k")]
+    assert ledger.due(["a:b"], limit=1) == [DueTask(id, 0, "a:b", '{"n": 1}', "k")]
 
 
 # ---- asking ----
@@ -1180,8 +1198,8 @@ def test_no_task_is_claimed_twice_by_threads_that_race(ledger, store):
 def test_of_two_supervisors_that_end_one_attempt_only_one_is_believed(ledger, store_url, clock):
     other = Store.open(store_url, "bgsupervisor_", busy_timeout_s=5.0)
     attempt = started(ledger)
-    assert ledger.end(attempt, End(result="1"))
-    assert not Ledger(other, clock).end(attempt, End(reason=Reason.VANISHED))
+    assert ledger.end(attempt, AttemptResult(result="1"))
+    assert not Ledger(other, clock).end(attempt, AttemptResult(reason=Reason.VANISHED))
     assert ledger.get(attempt.id).status is Status.DONE
     other.close()
 
@@ -1251,7 +1269,7 @@ class LedgerMachine(RuleBasedStateMachine):
         id = self.known(data)
         attempt, fresh = self.attempt(data, id)
         row = self.model[id]
-        ended = self.at(which).end(attempt, End(reason=reason))
+        ended = self.at(which).end(attempt, AttemptResult(reason=reason))
         assert ended is (fresh and row["status"] == "START")
         if ended:
             row.update(status="DONE" if reason is None else "INTERRUPTED", live=False, held=False, still=False)
@@ -1392,7 +1410,7 @@ def test_a_database_of_ours_is_durable_and_shared(store):
 
 def test_the_results_of_the_ledger_are_json_that_others_can_read(ledger):
     attempt = started(ledger)
-    ledger.end(attempt, End(result=json.dumps({"n": [1, None, "ž"]})))
+    ledger.end(attempt, AttemptResult(result=json.dumps({"n": [1, None, "ž"]})))
     assert json.loads(ledger.get(attempt.id).result) == {"n": [1, None, "ž"]}
 
 

@@ -38,8 +38,8 @@ from bgsupervisor.database import postgres
 from bgsupervisor.database.connection_limit import CONNECTIONS_MAX, ConnectionLimit
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
-from bgsupervisor.ipc.messages import End
-from bgsupervisor.ledger.transitions import Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger.transitions import Batch, Claim, DueTask, Ledger, Request, Telemetry
 from bgsupervisor.ledger.waits import Held, Waiter, Waiting
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
@@ -99,7 +99,7 @@ def lossy(through, store_url):
 
 def start(ledger, id=None, pid=1):
     id = ledger.request(Request(name="a:b", data="{}"))[0] if id is None else id
-    claim = Claim(Due(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, pid, 1), id, 0.0)
+    claim = Claim(DueTask(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, pid, 1), id, 0.0)
     (claimed,) = ledger.apply(Batch(claims=[claim])).claimed
     return claimed.attempt
 
@@ -217,8 +217,10 @@ def test_a_request_whose_outcome_nobody_can_tell_says_so(service, ledger, proxy,
 def test_a_pass_whose_commit_is_lost_takes_effect_once(lossy, ledger, proxy, where):
     ending, noted = start(ledger), start(ledger, pid=2)
     id = ledger.request(Request(name="a:b", data="{}"))[0]
-    claim = Claim(Due(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 3, 1), id, 0.0)
-    batch = Batch(ends={ending: End(result="1")}, claims=[claim], notes={noted: Note(progress_done=1.0)})
+    claim = Claim(DueTask(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 3, 1), id, 0.0)
+    batch = Batch(
+        ends={ending: AttemptResult(result="1")}, claims=[claim], telemetry={noted: Telemetry(progress_done=1.0)}
+    )
     lossy.find()
     if where == "before":
         proxy.arm(commit_cut(where))
@@ -270,7 +272,7 @@ def test_a_commit_that_never_arrives_is_decided_by_ending_its_session(lossy, led
     cut = LostCommit()
     proxy.arm(cut)
     before = time.monotonic()
-    assert patiently(lambda: lossy.end(attempt, End(result="1")))
+    assert patiently(lambda: lossy.end(attempt, AttemptResult(result="1")))
     assert cut.done
     assert time.monotonic() - before < 5  # and not only after its idle_in_transaction_session_timeout
     assert ledger.get(attempt.id).status is Status.DONE
@@ -471,10 +473,10 @@ def crash(server):
     wait_until(lambda: answers(server), "the server is back")
 
 
-def answers(who):
+def answers(ref):
     """Return whether a connection is alive, or a server lets one in."""
     try:
-        who.execute("SELECT 1")
+        ref.execute("SELECT 1")
     except psycopg.OperationalError:
         return False
     return True

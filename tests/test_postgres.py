@@ -24,8 +24,8 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.database import migrations
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError
-from bgsupervisor.ipc.messages import End
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ledger, Note, Request
+from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ledger, Request, Telemetry
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
 
@@ -65,7 +65,7 @@ def pool():
 
 def running(ledger, **more):
     id = ledger.request(Request(name="a:b", data="{}", **more))[0]
-    claim = Claim(Due(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 1, 1), id, 0.0)
+    claim = Claim(DueTask(id, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 1, 1), id, 0.0)
     (claimed,) = ledger.apply(Batch(claims=[claim])).claimed
     return claimed.attempt
 
@@ -104,7 +104,7 @@ def test_a_request_that_comes_after_another_task_never_misses_its_end(ledger, st
             return other.request(Request(name="a:b", data="{}", after=(first.id,)))[0]
 
     with ledger.store.writing():
-        assert ledger.end(first, End(result="1"))
+        assert ledger.end(first, AttemptResult(result="1"))
         following = pool.submit(follow)
         wait_until(lambda: blocked(store_url), "the request waits for the end")
     second = following.result(WAIT_S)
@@ -143,7 +143,7 @@ def test_a_unique_key_that_is_given_up_at_the_last_moment_is_taken(ledger, store
 
 def test_a_retry_whose_unique_key_a_request_takes_just_now_is_refused(ledger, store_url, pool):
     old = running(ledger, unique_key="k")
-    ledger.end(old, End(reason=Reason.RAISED))
+    ledger.end(old, AttemptResult(reason=Reason.RAISED))
 
     def retry():
         with ledger_on(store_url) as other:
@@ -292,7 +292,7 @@ def test_a_process_that_is_stopped_within_a_transaction_does_not_hold_up_the_oth
     assert holder.stdout.readline() == "in\n"
     holder.send_signal(signal.SIGSTOP)
     ledger.store.set_busy_timeout(WAIT_S)
-    assert ledger.end(attempt, End(result="1"))
+    assert ledger.end(attempt, AttemptResult(result="1"))
     holder.kill()
     holder.communicate(timeout=WAIT_S)
 
@@ -368,14 +368,18 @@ def test_a_server_that_is_away_is_told_at_once_and_all_goes_on_when_it_is_back(o
     with ledger_on(own_url) as ledger:
         attempt = running(ledger)
         own_server.stop()
-        for act in (lambda: ledger.end(attempt, End(result="1")), ledger.find, lambda: ledger.cancel(1, by=None)):
+        for act in (
+            lambda: ledger.end(attempt, AttemptResult(result="1")),
+            ledger.find,
+            lambda: ledger.cancel(1, by=None),
+        ):
             with pytest.raises(
                 DatabaseError, match=r"is away or has given up .* see whether the server runs"
             ) as caught:
                 act()
             assert PASSWORD not in str(caught.value)
         own_server.start()
-        assert ledger.end(attempt, End(result="1"))
+        assert ledger.end(attempt, AttemptResult(result="1"))
         assert ledger.get(attempt.id).status is Status.DONE
 
 
@@ -389,7 +393,7 @@ def test_a_disk_that_is_full_is_told_and_heals(own_server, own_url):
             with pytest.raises(DatabaseError, match="the disk is full; free some space"):
                 ledger.request_many(much)
             filler.empty()
-            assert ledger.end(attempt, End(result="1"))
+            assert ledger.end(attempt, AttemptResult(result="1"))
         own_server.execute("DROP DATABASE crowded WITH (FORCE)", "CHECKPOINT", "DROP TABLESPACE small")
 
 
@@ -510,16 +514,16 @@ def test_what_wakes_is_a_request_a_cancel_and_a_retry_and_nothing_that_a_supervi
 
     attempt = running(ledger)
     assert rang()
-    ledger.apply(Batch(notes={attempt: Note(progress_done=1.0)}))
+    ledger.apply(Batch(telemetry={attempt: Telemetry(progress_done=1.0)}))
     claimed = ledger.request(Request(name="a:b", data="{}"))[0]
     assert rang()
-    claim = Claim(Due(claimed, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 2, 1), 7, 0.0)
+    claim = Claim(DueTask(claimed, 0, "a:b", "{}", None), ProcessIdentity("here", "boot", 1, 2, 1), 7, 0.0)
     ledger.apply(Batch(claims=[claim]))
-    ledger.apply(Batch(ends={Attempt(claimed, 1): End(result="1")}))
+    ledger.apply(Batch(ends={Attempt(claimed, 1): AttemptResult(result="1")}))
     assert not rang()
     ledger.cancel(attempt.id, by=None)
     assert rang()
-    ledger.apply(Batch(ends={attempt: End(reason=Reason.CANCELLED)}))
+    ledger.apply(Batch(ends={attempt: AttemptResult(reason=Reason.CANCELLED)}))
     assert not rang()
     ledger.retry(attempt.id)
     assert rang()

@@ -10,7 +10,7 @@ import pytest
 
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.ipc.messages import Beat, End, Run, Who
+from bgsupervisor.ipc.messages import AttemptResult, Beat, ProcessRef, Run
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.worker.child import Child
 from bgsupervisor.worker.connection import Link
@@ -56,7 +56,7 @@ def test_record_of_an_end_is_given_up_only_where_nobody_wants_it(
 ):
     child, time = child_whose_database(inode=inode, keep_days=keep_days, back_after_days=back_after_days)
 
-    child._record(Attempt(1, 1), End(result="7"))
+    child._record(Attempt(1, 1), AttemptResult(result="7"))
 
     assert child._is_unrecorded == (given_up_after_days is not None)
     assert time.days == (given_up_after_days or back_after_days)
@@ -65,8 +65,8 @@ def test_record_of_an_end_is_given_up_only_where_nobody_wants_it(
 @pytest.fixture
 def beating(tmp_path):
     """A link whose heartbeat waits for a server that is away, until the test lets it."""
-    who = Who(os.getpid(), 1)
-    link = Link(tmp_path, who, who, heartbeat_s=0.0, clock=SystemClock())
+    ref = ProcessRef(os.getpid(), 1)
+    link = Link(tmp_path, ref, ref, heartbeat_s=0.0, clock=SystemClock())
     begun, go_on = threading.Event(), threading.Event()
 
     def beat(_):

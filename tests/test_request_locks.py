@@ -207,13 +207,13 @@ def test_request_beside_another_process_waits_and_succeeds(app, reads):
 
 def test_request_beside_another_thread_waits_and_succeeds(app):
     app.service.request("a:b")
-    held, let_go = threading.Event(), threading.Event()
+    held, disconnect = threading.Event(), threading.Event()
     database = peewee.SqliteDatabase(_path(app), check_same_thread=False)
 
     def write():
         with database.atomic("IMMEDIATE"):
             held.set()
-            let_go.wait(1.0)
+            disconnect.wait(1.0)
         database.close()
 
     thread = threading.Thread(target=write)

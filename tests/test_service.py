@@ -41,8 +41,8 @@ from bgsupervisor.errors import (
     UnknownTask,
     WaitTimeout,
 )
-from bgsupervisor.ipc.messages import End
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Note
+from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Telemetry
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
 
@@ -80,14 +80,14 @@ def service(database):
 def begin(service, handle, slot=0):
     """Claim a task as a supervisor does, and return its attempt."""
     record = service.ledger.get(int(handle))
-    due = Due(record.id, record.attempt, record.name, record.data, record.key)
+    due = DueTask(record.id, record.attempt, record.name, record.data, record.key)
     claim = Claim(due, ProcessIdentity("here", "boot", 1, 1, 1), slot, 0.0)
     assert service.ledger.apply(Batch(claims=[claim])).claimed
     return Attempt(record.id, record.attempt + 1)
 
 
 def end(service, handle, **end):
-    assert service.ledger.end(begin(service, handle), End(**end))
+    assert service.ledger.end(begin(service, handle), AttemptResult(**end))
 
 
 # ---- request ----
@@ -383,7 +383,7 @@ def test_counts_are_of_all_or_of_one_class(service):
 def test_wait_returns_the_record_of_the_end(service):
     handle = service.request(Other)
     attempt = begin(service, handle)
-    timer = threading.Timer(0.05, lambda: (service.ledger.end(attempt, End(result="1")), service.close()))
+    timer = threading.Timer(0.05, lambda: (service.ledger.end(attempt, AttemptResult(result="1")), service.close()))
     timer.start()
     assert service.wait(handle, timeout_s=20).status is Status.DONE
     timer.join()
@@ -486,9 +486,9 @@ def test_a_record_knows_whether_it_ended_and_how_far_it_is(service):
     attempt = begin(service, handle)
     assert service.get(handle).fraction is None
     for done, total, fraction in [(1, 4, 0.25), (5, 4, 1.0), (-1, 4, 0.0), (1, 0, None)]:
-        service.ledger.apply(Batch(notes={attempt: Note(progress_done=done, progress_total=total)}))
+        service.ledger.apply(Batch(telemetry={attempt: Telemetry(progress_done=done, progress_total=total)}))
         assert service.get(handle).fraction == fraction
-    service.ledger.end(attempt, End(result="1"))
+    service.ledger.end(attempt, AttemptResult(result="1"))
     assert service.get(handle).ended
     assert service.get(handle).fraction == 1.0
 
@@ -496,7 +496,7 @@ def test_a_record_knows_whether_it_ended_and_how_far_it_is(service):
 def test_what_a_browser_may_see_holds_nothing_secret(service):
     handle = service.request(Add, {"a": 1, "password": "hunter2"}, key="secret-key", unique="secret-unique")
     attempt = begin(service, handle)
-    service.ledger.apply(Batch(notes={attempt: Note(progress_done=1.0, progress_total=2.0, message="half")}))
+    service.ledger.apply(Batch(telemetry={attempt: Telemetry(progress_done=1.0, progress_total=2.0, message="half")}))
     record = service.get(handle)
     assert record.public() == {
         "id": 1,
@@ -514,7 +514,7 @@ def test_what_a_browser_may_see_holds_nothing_secret(service):
         "no_supervisor_since": None,
     }
     service.ledger.end(
-        attempt, End(reason=Reason.RAISED, detail="secret-detail", error="secret-trace", result="secret-r")
+        attempt, AttemptResult(reason=Reason.RAISED, detail="secret-detail", error="secret-trace", result="secret-r")
     )
     public = json.dumps(service.get(handle).public())
     assert "hunter2" not in public

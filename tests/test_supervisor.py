@@ -17,7 +17,7 @@ from conftest import wait_until
 from bgsupervisor import Status
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.channel import Channel
-from bgsupervisor.ipc.messages import ForkServerHello, Progress, Spawn, Who
+from bgsupervisor.ipc.messages import ForkServerHello, ProcessRef, Progress, Spawn
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, ForkServerHandle, ForkServers
@@ -190,10 +190,10 @@ def fork_servers(tmp_path, make_app):
     sources = EventSources(state_dir, clock)
     found = ForkServers(app.service.config, state_dir, processes.own_identity("test"), sources, clock)
     ours, theirs = socket.socketpair()
-    who = Who(1, 1)
-    hello = ForkServerHello(version=1, who=who, catalogue={}, failures=[], warnings=[], children=[], exits=[])
-    found._handles[who] = ForkServerHandle(hello, Peer(Channel(ours), 1, 0.0))
-    found.our_who = who
+    ref = ProcessRef(1, 1)
+    hello = ForkServerHello(version=1, ref=ref, catalogue={}, failures=[], warnings=[], children=[], exits=[])
+    found._handles[ref] = ForkServerHandle(hello, Peer(Channel(ours), 1, 0.0))
+    found.our_ref = ref
     found.started = []
     found._start = lambda **options: found.started.append(options)
     yield found, clock, Channel(theirs)
@@ -208,8 +208,8 @@ def test_a_child_that_hangs_before_its_hello_is_killed_and_not_counted_any_more(
     if pid == 0:
         time.sleep(60)
         os._exit(0)
-    who = Who(pid, processes.start_ticks(pid))
-    found.ours().expected[who] = clock.monotonic()
+    ref = ProcessRef(pid, processes.start_ticks(pid))
+    found.ours().expected[ref] = clock.monotonic()
     found.give_up_on_the_silent()
     assert found.ours().coming == 1
 

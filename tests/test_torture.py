@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from torture import arena, invariants  # noqa: E402 - no part of the package
-from torture.arena import Arena, Life, Who  # noqa: E402
+from torture.arena import Arena, Life, ProcessRef  # noqa: E402
 from torture.invariants import Evidence  # noqa: E402
 from torture.oracle import Entry  # noqa: E402
 
@@ -36,15 +36,15 @@ def test_chaos_signals_its_own_descendants_alone_and_only_who_is_meant():
     child = subprocess.Popen(["sleep", "60"])
     try:
         ticks = arena.start_ticks(child.pid)
-        assert not Arena.send(Who(child.pid, ticks + 1), signal.SIGKILL)
-        assert not Arena.send(Who(os.getppid(), arena.start_ticks(os.getppid())), 0)
+        assert not Arena.send(ProcessRef(child.pid, ticks + 1), signal.SIGKILL)
+        assert not Arena.send(ProcessRef(os.getppid(), arena.start_ticks(os.getppid())), 0)
         assert child.poll() is None
-        assert Arena.send(Who(child.pid, ticks), signal.SIGKILL)
+        assert Arena.send(ProcessRef(child.pid, ticks), signal.SIGKILL)
         assert child.wait(15) == -signal.SIGKILL
     finally:
         child.kill()
         child.wait(15)
-    assert not Arena.send(Who(child.pid, ticks), 0)
+    assert not Arena.send(ProcessRef(child.pid, ticks), 0)
 
 
 # ---- the invariants ----
@@ -104,7 +104,7 @@ def facts():
         "interruptions": [interruption(2, "SIGNALLED", signal=signal.SIGKILL), interruption(4, "RAISED")],
         "done_seen": {(1, 1): 10.4, (5, 1): 12.6},
         "interrupted_seen": {(2, 1): 10.9, (4, 1): 11.3},
-        "lives": [Life(Who(40, 1), 2.0, 60.0, 0)],
+        "lives": [Life(ProcessRef(40, 1), 2.0, 60.0, 0)],
         "supervised": {40},
         "slots": 2,
     }
@@ -173,7 +173,7 @@ SPOILED = {
         "sayings",
         more({"what": "refused", "at": 3.0, "error": "DatabaseError", "text": "locked"}),
     ),
-    "a supervisor that failed": ("exits", lambda facts: facts["lives"].append(Life(Who(41, 1), 2.0, 3.0, 1))),
+    "a supervisor that failed": ("exits", lambda facts: facts["lives"].append(Life(ProcessRef(41, 1), 2.0, 3.0, 1))),
     "a process that is left": ("leftovers", lambda facts: facts.update(leftovers=["PID 7 is still there"])),
 }
 
@@ -193,7 +193,7 @@ def test_a_truth_is_not_late_while_no_supervisor_can_tell_it(facts):
     facts["interrupted_seen"][2, 1] = 14.0
     facts["away"] = [(10.4, 12.5)]  # the database; once it is there again it takes 1.5 s
     assert found(facts) == set()
-    facts["lives"] = [Life(Who(40, 1), 2.0, 10.6, -9), Life(Who(41, 1), 11.9, 60.0, 0)]
+    facts["lives"] = [Life(ProcessRef(40, 1), 2.0, 10.6, -9), Life(ProcessRef(41, 1), 11.9, 60.0, 0)]
     facts["entries"].append(Entry("kill", "supervisor", 10.6, 10.6, 40, 1))
     facts["supervised"], facts["away"] = {40, 41}, []
     facts["interrupted_seen"][2, 1] = 13.8

@@ -14,7 +14,7 @@ from conftest import wait_until
 
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.channel import Channel
-from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, Run, Who
+from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.supervisor.children import ChildHandle
@@ -61,7 +61,7 @@ def test_never_told_of_an_order_that_was_not_read_whole_is_true(connection):
         theirs.recv(read_bytes)
         theirs.close()
         child.peer.channel.receive_all()
-        assert child.never_told, f"{read_bytes} bytes were read"
+        assert child.undelivered, f"{read_bytes} bytes were read"
 
 
 def test_never_told_of_an_order_that_was_read_is_false(connection):
@@ -69,7 +69,7 @@ def test_never_told_of_an_order_that_was_read_is_false(connection):
     theirs.recv(65536)
     theirs.close()
     child.peer.channel.receive_all()
-    assert not child.never_told
+    assert not child.undelivered
 
 
 def test_never_told_with_something_else_unread_is_false(connection):
@@ -78,7 +78,7 @@ def test_never_told_with_something_else_unread_is_false(connection):
     child.peer.channel.send(Cancel(id=1, attempt=1, reason="CANCELLED", why="cancelled", by=None))
     theirs.close()
     child.peer.channel.receive_all()
-    assert not child.never_told
+    assert not child.undelivered
 
 
 def test_never_told_is_seen_by_a_later_write_as_well(connection):
@@ -130,9 +130,11 @@ def test_never_told_of_a_child_that_has_dialled_again_is_false(connection):
     theirs.recv(65536)
     again, _ = connection()
     again.peer.channel.queued_bytes = again.peer.channel.written_bytes = 0  # nothing was sent by it
-    child.connect(again.peer, ChildHello(version=1, who=child.who, fork_server=Who(1, 1), id=1, attempt=1, end=None))
+    child.connect(
+        again.peer, ChildHello(version=1, ref=child.ref, fork_server=ProcessRef(1, 1), id=1, attempt=1, end=None)
+    )
     child.peer.channel.close()
-    assert not child.never_told
+    assert not child.undelivered
 
 
 def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_app):
@@ -144,12 +146,12 @@ def test_can_report_no_more_is_true_once_every_earlier_fork_server_is_dead(make_
     found = ForkServers(app.service.config, state_dir, own, sources, SystemClock())
     assert not found.can_report_no_more(None), "nothing is known of any"
     with subprocess.Popen(["sleep", "600"]) as process:
-        who = Who(process.pid, processes.start_ticks(process.pid))
-        state_dir.fork_server_path(who.pid, who.start_ticks).touch()
+        ref = ProcessRef(process.pid, processes.start_ticks(process.pid))
+        state_dir.fork_server_path(ref.pid, ref.start_ticks).touch()
         assert not found.can_report_no_more(None)
-        assert not found.can_report_no_more(who)
+        assert not found.can_report_no_more(ref)
         process.kill()
     assert found.can_report_no_more(None)
-    assert found.can_report_no_more(who)
-    assert not found.can_report_no_more(Who(own.pid, own.start_ticks))
+    assert found.can_report_no_more(ref)
+    assert not found.can_report_no_more(ProcessRef(own.pid, own.start_ticks))
     sources.close()

@@ -298,7 +298,7 @@ class Waiting(App):
     def open_gate(self, name):
         (self.folder / f"connection limit-{name}").touch()
 
-    def end_of(self, handle):
+    def result_of_exception(self, handle):
         self.open_gate(f"end-{handle.id}")
 
     def events(self, event=None, id=None):
@@ -354,9 +354,9 @@ class Waiting(App):
 
         def left():
             held = [row for row in self.rows("hold") if row["task_id"] is not None]
-            return [*self.rows("wait"), *held, *self.rows("party"), *self.rows("dependency")]
+            return [*self.rows("wait"), *held, *self.rows("participant"), *self.rows("dependency")]
 
-        wait_until(lambda: not left(), "no row of a wait, a hold or a party is left")
+        wait_until(lambda: not left(), "no row of a wait, a hold or a participant is left")
 
 
 def unix_sockets(process):
@@ -422,7 +422,7 @@ def test_a_part_that_was_reached_long_ago_is_had_at_once_also_after_the_others_e
     other = app.request("reaches", value={"rows": [1, 2.5, None, True, "ü"]})
     app.said("reached", other)
     assert app.result_of(app.request("waits", ids=[other.id], part="loaded")) == {"rows": [1, 2.5, None, True, "ü"]}
-    app.end_of(other)
+    app.result_of_exception(other)
     app.wait(other)
     assert app.result_of(app.request("waits", ids=[other.id], part="loaded")) == {"rows": [1, 2.5, None, True, "ü"]}
 
@@ -435,7 +435,7 @@ def test_a_part_that_is_reached_later_wakes_the_waiter_within_half_a_second(app,
     app.open_gate(name)
     assert app.result_of(waiter) == 7
     reached, out = app.said("reached", other)["at"], app.said("out", waiter)["at"]
-    app.end_of(other)
+    app.result_of_exception(other)
     assert out - reached < 0.5
 
 
@@ -444,13 +444,13 @@ def test_a_part_of_a_task_that_is_only_planned_is_waited_for(app):
     waiter = app.request("waits", ids=[other.id], part="loaded")
     app.waiting(waiter)
     assert app.service.get(other).status == "REQUEST"
-    app.end_of(other)
+    app.result_of_exception(other)
     assert app.result_of(waiter) == "late"
 
 
 def test_a_part_reached_before_the_other_failed_counts(app):
     other = app.request("reaches", value=1, raises=True)
-    app.end_of(other)
+    app.result_of_exception(other)
     assert app.wait(other).reason == "RAISED"
     assert app.result_of(app.request("waits", ids=[other.id], part="loaded")) == 1
 
@@ -458,7 +458,7 @@ def test_a_part_reached_before_the_other_failed_counts(app):
 @pytest.mark.parametrize("value", [None, 0, False, "", [], {}, 1.5, "x" * 50_000, [[1, [2, {"a": None}]]]])
 def test_the_value_of_a_part_comes_over_as_it_was_given(app, value):
     other = app.request("reaches", value=value)
-    app.end_of(other)
+    app.result_of_exception(other)
     waiter = app.request("waits", ids=[other.id], part="loaded")
     assert app.result_of(waiter) == value
     assert app.result_of(app.request("waits", ids=[waiter.id])) == value
@@ -563,7 +563,7 @@ def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
     name = unique(request)
     other = app.request("reaches", gates=[name], value="first", raises=True)
     app.open_gate(name)
-    app.end_of(other)
+    app.result_of_exception(other)
     assert app.wait(other).reason == "RAISED"
     assert [row for row in app.rows("part") if row["task_id"] == other.id]
     for one in (name, f"end-{other.id}"):  # so that nothing is reached before the waiter waits
@@ -573,7 +573,7 @@ def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
     waiter = app.request("waits", ids=[other.id])
     app.waiting(waiter)
     app.open_gate(name)
-    app.end_of(other)
+    app.result_of_exception(other)
     assert app.result_of(waiter)[0] == "PartNotReached"
     assert app.service.get(other).attempt >= 1
 
@@ -786,7 +786,7 @@ def test_a_barrier_of_nobody_is_refused_and_one_of_a_single_party_opens_at_once(
 def test_a_barrier_waited_for_in_vain_is_left(app, request):
     name = unique(request)
     assert app.result_of(app.request("meets", name=name, parties=2, scope="s", timeout_s=0.2)) == "WaitTimeout"
-    assert not [row for row in app.rows("party") if row["name"] == name]
+    assert not [row for row in app.rows("participant") if row["name"] == name]
 
 
 # ---- deadlocks ----
@@ -1033,7 +1033,7 @@ def test_five_wait_for_a_sixth_with_two_slots(make_waiting):
     waiters = [app.request("works_and_waits", on_id=sixth.id, part="loaded") for _ in range(5)]
     for waiter in waiters:
         app.waiting(waiter)
-    app.end_of(sixth)
+    app.result_of_exception(sixth)
     assert [app.result_of(waiter) for waiter in waiters] == [6] * 5
     assert most_inside([one for one in app.events() if one["event"] in ("in", "out") and one["id"] != sixth.id]) <= 2
     app.nothing_is_left()
@@ -1080,7 +1080,7 @@ def test_who_waited_in_vain_and_has_no_slot_yet_stands_in_no_queue(make_waiting)
     wait_until(lambda: [row["task_id"] for row in app.rows("hold")] == [second.id], "the second has the lock", 3.0)
     assert app.service.get(first).slot is None
     app.open_gate("filler")
-    app.end_of(holder)
+    app.result_of_exception(holder)
     assert app.result_of(first)[0] == "WaitTimeout"
     for handle in (second, holder, filler):
         app.wait(handle)
@@ -1137,7 +1137,7 @@ def test_a_wait_manager_that_dies_or_hangs_costs_a_waiter_about_a_second(make_wa
     again = app.request("waits", ids=[other.id])
     app.waiting(again)
     assert app.wait_manager() != wait_manager
-    app.end_of(other)
+    app.result_of_exception(other)
     app.result_of(again)
     app.nothing_is_left()
 
@@ -1158,7 +1158,7 @@ def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_them
     assert min(app.events("in", waiter.id)[1]["at"] for waiter in waiters) - reached < 2.0
     bodies = [one for one in app.events() if one["event"] in ("in", "out") and one["id"] != other.id]
     assert most_inside(bodies) <= 3
-    app.end_of(other)
+    app.result_of_exception(other)
     app.wait(other)
     app.nothing_is_left()
 
@@ -1181,7 +1181,7 @@ def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     assert app.said("out", waiter)["at"] - app.said("reached", other)["at"] < 2.0
     app.kill(holder)
     assert app.result_of(locker) == holder.id
-    app.end_of(other)
+    app.result_of_exception(other)
     app.wait(other)
     app.nothing_is_left()
 
@@ -1238,6 +1238,6 @@ def test_two_hundred_that_wait_for_one_part_all_wake(make_waiting):
         assert app.result_of(waiter, 60.0) == 1
     assert most_inside([one for one in app.events() if one["event"] in ("in", "out") and one["id"] != other.id]) <= 8
     assert max(one["at"] for one in app.events("out")) - reached < 20.0
-    app.end_of(other)
+    app.result_of_exception(other)
     app.wait(other)
     app.nothing_is_left()

@@ -299,7 +299,7 @@ def test_a_part_that_a_fork_of_the_body_reaches_wakes_the_waiter(make):
     reacher = app.request("reaches_in_a_fork", part="p", options={"delay_s": 1.0})
     reached_at, gone_on_at = app.result_of(app.request("waits", on_id=reacher.id, part="p"))
     assert gone_on_at - reached_at < 2.0
-    app.end_of(reacher)
+    app.result_of_exception(reacher)
     app.open_gate("go")
     app.wait(waiter)
 
@@ -366,7 +366,7 @@ def test_a_stopped_supervisor_costs_a_waiter_a_second_at_most(make):
         os.kill(app.alive.process.pid, signal.SIGCONT)
     for one in waiters:
         assert app.result_of(one)[0] == 1
-    app.end_of(other)
+    app.result_of_exception(other)
     app.wait(other)
 
 
@@ -412,7 +412,7 @@ def test_bodies_wait_for_a_database_that_is_locked(make):
     wait_until(lambda: app.service.get(reacher).status == "START", "all run")
     with app.database.locked():
         app.open_gate("go")
-        app.end_of(reacher)
+        app.result_of_exception(reacher)
         threading.Event().wait(3.0)  # three seconds of a locked database, six times what one call waits for
     assert app.wait(holder).status == "DONE"
     assert app.wait(reacher).status == "DONE"

@@ -10,17 +10,17 @@ import pytest
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ledger.barriers import barrier_key
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Request, Return
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Request, SlotGrant
 from bgsupervisor.ledger.waitgraph import parent_scope
 from bgsupervisor.ledger.waits import DUE, Found, Held, Queued, Waiter, Waiting, task_key, turn_key
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
 
 SLOTS = 4
-DONE = End(result="1")
-KILLED = End(reason=Reason.SIGNALLED, signal=9, detail="killed")
+DONE = AttemptResult(result="1")
+KILLED = AttemptResult(reason=Reason.SIGNALLED, signal=9, detail="killed")
 
 
 class Rows:
@@ -82,7 +82,7 @@ class Rows:
         """Return all rows that tell of somebody who waits, holds or stands at a barrier."""
         tables = self.store.tables
         with self.store.connected():
-            found = [table.select().dicts() for table in (tables.Wait, tables.Party, tables.Dependency)]
+            found = [table.select().dicts() for table in (tables.Wait, tables.Participant, tables.Dependency)]
             holds = tables.Hold.select().where(tables.Hold.task_id.is_null(False)).dicts()
             return [row for rows in [*found, holds] for row in list(rows)]
 
@@ -199,34 +199,34 @@ def test_a_waiter_that_asks_for_a_slot_again_keeps_its_place(rows):
 
 def test_a_grant_gives_a_slot_to_a_waiting_attempt_alone(rows, other):
     id, target = rows.running(), rows.running()
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == set()
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): SlotGrant(0, 3)})).returned == set()
     rows.wait(id, Waiting("end", target))
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 2): Return(0, 3)})).returned == set()
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(7, 3)})).returned == set()  # after another wait
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == {Attempt(id, 1)}
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 2): SlotGrant(0, 3)})).returned == set()
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): SlotGrant(7, 3)})).returned == set()  # after another wait
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): SlotGrant(0, 3)})).returned == {Attempt(id, 1)}
     assert other.slot(id) == 3
     assert rows.waits.rows() == []
     assert not rows.wait(id, Waiting("end", target), max_waiting=0)  # it waits, and keeps its slot
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 2)})).returned == set()
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): SlotGrant(0, 2)})).returned == set()
     assert other.slot(id) == 3
     rows.resume(id)
     rows.wait(id, Waiting("end", target))
     rows.end(id, KILLED)
-    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): Return(0, 3)})).returned == set()
+    assert rows.ledger.apply(Batch(returns={Attempt(id, 1): SlotGrant(0, 3)})).returned == set()
 
 
 def test_a_slot_that_is_taken_is_granted_to_nobody_and_spoils_no_other_row(rows):
     id, target = rows.running(), rows.running()
     rows.wait(id, Waiting("end", target))
     outcome = rows.ledger.apply(
-        Batch(returns={Attempt(id, 1): Return(0, rows.slot(target))}, ends={Attempt(target, 1): DONE})
+        Batch(returns={Attempt(id, 1): SlotGrant(0, rows.slot(target))}, ends={Attempt(target, 1): DONE})
     )
     assert outcome.returned == {Attempt(id, 1)}  # the end comes first in the same batch
     later = rows.running()
     rows.wait(id, Waiting("end", later))
     last = rows.running()
     outcome = rows.ledger.apply(
-        Batch(returns={Attempt(id, 1): Return(0, rows.slot(last))}, ends={Attempt(later, 1): DONE})
+        Batch(returns={Attempt(id, 1): SlotGrant(0, rows.slot(last))}, ends={Attempt(later, 1): DONE})
     )
     assert (outcome.returned, outcome.ended) == (set(), {Attempt(later, 1)})
     assert rows.slot(id) is None
@@ -713,7 +713,7 @@ def test_a_planned_sibling_that_is_cancelled_is_missed_as_well(rows):
 
 
 def test_a_death_that_closes_a_cycle_at_a_barrier_breaks_it(rows):
-    """The parent waits for all children to end, whatever their end: nobody requests another party."""
+    """The parent waits for all children to end, whatever their end: nobody requests another participant."""
     parent = rows.running()
     scope = parent_scope(parent)
     first, second = [rows.running(parent) for _ in range(2)]

@@ -13,9 +13,9 @@ from conftest import wait_until
 
 from bgsupervisor.cli.commands.why import because
 from bgsupervisor.database.store import SupervisorRecord
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ipc.statedir import StateDir, StopMark
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Due, Ending, Note, Request
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ending, Request, Telemetry
 from bgsupervisor.ledger.waits import Waiter, Waiting
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system import processes
@@ -56,9 +56,9 @@ def app(make_app):
 
 def test_an_ended_task_tells_how(app):
     done, failed, cut = (_running(app) for _ in range(3))
-    _end(app, done, End(result="1"))
-    _end(app, failed, End(reason=Reason.RAISED, detail="ValueError: no\x1b such invoice"))
-    _end(app, cut, End(reason=Reason.VANISHED))
+    _end(app, done, AttemptResult(result="1"))
+    _end(app, failed, AttemptResult(reason=Reason.RAISED, detail="ValueError: no\x1b such invoice"))
+    _end(app, cut, AttemptResult(reason=Reason.VANISHED))
 
     assert _why(app, done) == [("ended", "it ended N s ago, after N s")]
     assert _why(app, failed) == [
@@ -173,7 +173,7 @@ def test_task_whose_signature_fails_is_called_a_task_everywhere(make_app):
 
 def test_a_task_that_comes_after_another_tells_how_far_that_is(app):
     first, second = _running(app), _requested(app)
-    app.service.ledger.apply(Batch(notes={first: Note(progress_done=61, progress_total=100)}))
+    app.service.ledger.apply(Batch(telemetry={first: Telemetry(progress_done=61, progress_total=100)}))
     task = _requested(app, after=(first.id, second.id))
     _supervise(app)
     sentence = f"it comes after task {first.id} and 1 more; task {first.id} is START 61%, running for N s"
@@ -212,7 +212,7 @@ def test_a_task_that_nothing_keeps_will_start_at_once(app):
 
 def test_a_wait_for_a_part_names_it_and_the_state_of_the_other_task(app):
     other, planned, task = _running(app), _requested(app), _running(app)
-    app.service.ledger.apply(Batch(notes={other: Note(progress_done=61, progress_total=100)}))
+    app.service.ledger.apply(Batch(telemetry={other: Telemetry(progress_done=61, progress_total=100)}))
     _wait(app, task, Waiting("part", target_id=other.id, target="loaded"))
     _supervise(app)
     begin = 'it has waited N s for part "loaded" of'
@@ -228,7 +228,7 @@ def test_a_wait_for_a_part_names_it_and_the_state_of_the_other_task(app):
 def test_a_wait_for_an_end_leaves_out_what_has_ended(app):
     ended, other, task = _running(app), _running(app), _running(app)
     _wait(app, task, *(Waiting("end", target_id=one.id) for one in (ended, other)))
-    _end(app, ended, End(result="1"))
+    _end(app, ended, AttemptResult(result="1"))
     _supervise(app)
 
     assert _why(app, task) == [
@@ -272,11 +272,11 @@ def test_a_wait_for_a_slot_counts_the_slots(app):
 
 def test_a_running_task_tells_since_when_how_far_and_when_it_was_heard(app):
     task = _running(app)
-    app.service.ledger.apply(Batch(notes={task: Note(progress_done=1, progress_total=4)}))
+    app.service.ledger.apply(Batch(telemetry={task: Telemetry(progress_done=1, progress_total=4)}))
     _supervise(app)
     assert _why(app, task) == [("running", "it has been running for N s, 25% done, last heard N s ago")]
 
-    app.service.ledger.apply(Batch(notes={task: Note(heartbeat_at=datetime.now(UTC) - timedelta(minutes=5))}))
+    app.service.ledger.apply(Batch(telemetry={task: Telemetry(heartbeat_at=datetime.now(UTC) - timedelta(minutes=5))}))
     assert _why(app, task) == [("unresponsive", "it has been running for N s, 25% done, unresponsive 5 min")]
     app.service.ledger.store.tables.Supervisor.delete().execute()
     assert [kind for kind, _ in _why(app, task)] == ["unresponsive", "no_supervisor"]
@@ -406,7 +406,7 @@ def test_the_tree_draws_children_under_parents_and_what_is_waited_for_under_who_
     report = _running(app, name="a:Report")
     ids = [_running(app, name="a:Index", parent_id=report.id, key=key) for key in ("json", "email")]
     _wait(app, report, *(Waiting("part", target_id=one.id, target="scanned") for one in ids))
-    app.service.ledger.apply(Batch(notes={ids[0]: Note(progress_done=61, progress_total=100)}))
+    app.service.ledger.apply(Batch(telemetry={ids[0]: Telemetry(progress_done=61, progress_total=100)}))
     grandchild = _requested(app, name="a:Clean", parent_id=ids[0].id)
     limit = _running(app, name="a:Connection limit")
     late = _requested(app, name="a:Late", after=(limit.id,))
@@ -459,7 +459,7 @@ def test_the_tree_leads_from_named_tasks_to_those_that_keep_them_and_to_ended_pa
     parent, other, unrelated = _running(app, name="a:parent"), _running(app), _running(app)
     task = _running(app, name="a:wanted", parent_id=parent.id)
     _wait(app, task, Waiting("end", target_id=other.id))
-    _end(app, parent, End(result="1"))
+    _end(app, parent, AttemptResult(result="1"))
     done = app.cli("ps", "--tree", "--name", "wanted")
 
     assert re.findall(r"\d+ \w+", done.stdout)[:1] == [f"{parent.id} parent"]
@@ -536,7 +536,7 @@ def _running(app, name="appx:add", slot=None, **options):
     requested = _requested(app, name, **options)
     slot = len(ledger.starts()) if slot is None else slot
     identity = dataclasses.replace(processes.own_identity("here"), pid=4711, start_ticks=1)
-    claim = Claim(Due(requested.id, 0, name, "{}", None), identity, slot, time.monotonic())
+    claim = Claim(DueTask(requested.id, 0, name, "{}", None), identity, slot, time.monotonic())
     assert ledger.apply(Batch(claims=[claim])).claimed
     return claim.attempt
 

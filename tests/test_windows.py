@@ -171,7 +171,7 @@ class Stage(App):
         wait_until(path.exists, f"{point} is reached")
         return int(path.read_text())
 
-    def let_go(self):
+    def disconnect(self):
         (self.folder / "limit").touch()
         for point in failpoints.POINTS:
             (self.points / f"{point}.armed").unlink(missing_ok=True)
@@ -494,7 +494,7 @@ def see_that_nothing_is_left(app, record):
     assert app.service.get(following).status is Status.DONE
     assert app.service.get(record.id) == record, "an end is final"
     assert app.rows("hold", "task_id IS NOT NULL") == []
-    assert app.rows("wait") == app.rows("party") == []
+    assert app.rows("wait") == app.rows("participant") == []
     assert app.rows("task", "status IN ('START', 'REQUEST') OR slot IS NOT NULL") == []
     assert app.supervisor.stop() == 0
     for started in app.supervisors:
@@ -513,7 +513,7 @@ def play(app, name, does, victims):
         stop(app, pids, victims, handle, SETTLE_S)
     if app.supervisor.process.poll() is not None:
         app.start(wait=False)
-    app.let_go()
+    app.disconnect()
     if window.leaves and len(app.supervisors) == 1:
         assert app.supervisor.process.wait(LIMIT_S) == 0
         if {N, C} <= set(victims):
@@ -606,7 +606,7 @@ def test_a_kill_that_is_lost_with_its_fork_server_while_the_database_is_locked_i
     with stage.database.locked():
         stage.arm("forkserver.striking")
         os.kill(stage.reached("forkserver.striking"), signal.SIGKILL)
-    stage.let_go()
+    stage.disconnect()
 
     record = see_the_truth(stage, handle, "CANCELLED")
 
@@ -623,7 +623,7 @@ def test_a_kill_through_the_fork_server_keeps_its_reason_though_the_supervisor_d
         stage.arm("forkserver.striking")
         stage.reached("forkserver.striking")
         stage.supervisor.kill()
-        stage.let_go()
+        stage.disconnect()
         wait_until(lambda: not psutil.pid_exists(stage.service.get(handle).pid), "it is killed")
     stage.start()
 
@@ -662,7 +662,7 @@ def test_a_fork_server_whose_written_word_was_taken_waits_for_nobody(stage):
     stage.supervisor.process.send_signal(signal.SIGTERM)
     assert stage.supervisor.process.wait(LIMIT_S) == 0
 
-    stage.let_go()
+    stage.disconnect()
 
     wait_until(lambda: not stage.fork_servers(), "the fork server has left")
 
@@ -685,7 +685,7 @@ def suspending(stage, body):
 
 def see_it_go_on(stage, handle):
     wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still")
-    stage.let_go()
+    stage.disconnect()
     stage.service.resume(handle)
     see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
 
@@ -733,7 +733,7 @@ def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
 
     assert old.wait(LIMIT_S) == 0
     assert stage.service.get(handle).status == "START"
-    stage.let_go()
+    stage.disconnect()
     record = stage.wait(handle)
     assert (record.status, record.attempt, record.tries) == ("DONE", 2, 1)
     see_that_nothing_is_left(stage, record)
@@ -765,8 +765,8 @@ def test_a_wait_manager_that_has_not_said_hello_goes_with_its_supervisor(tmp_pat
     sources = EventSources(state_dir, clock)
     own = processes.own_identity("test")
 
-    def identity_of(who):
-        return dataclasses.replace(own, pid=who.pid, start_ticks=who.start_ticks)
+    def identity_of(ref):
+        return dataclasses.replace(own, pid=ref.pid, start_ticks=ref.start_ticks)
 
     wait_manager = WaitManager(state_dir, identity_of, sources, clock)
     wait_manager.want()
@@ -814,7 +814,7 @@ def test_a_claim_is_given_back_though_the_database_is_locked_when_its_lonely_chi
     handle = claimed_in_vain(stage, "child.unclaiming")
     stage.reached("child.unclaiming")
     with stage.database.locked():
-        stage.let_go()
+        stage.disconnect()
         began = time.monotonic()
         wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
     wait_until(lambda: stage.service.get(handle).status == "REQUEST", "it has given the claim back")
@@ -839,7 +839,7 @@ def test_what_never_began_waits_again_though_its_child_is_killed_before_that_is_
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
-    stage.let_go()
+    stage.disconnect()
 
     record = see_the_truth(stage, handle, "again")
 
@@ -861,7 +861,7 @@ def test_a_replaced_supervisor_stops_no_body_that_somebody_has_resumed_since(sta
     os.kill(old.pid, signal.SIGCONT)
 
     assert old.wait(LIMIT_S) == 0
-    stage.let_go()
+    stage.disconnect()
     see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
 
 
@@ -923,7 +923,7 @@ def test_a_supervisor_that_is_to_leave_starts_nothing_more(stage):
     handle = stage.request("plain")
     stage.supervisor.process.send_signal(signal.SIGTERM)
 
-    stage.let_go()  # it hears of both at once
+    stage.disconnect()  # it hears of both at once
 
     assert stage.supervisor.process.wait(LIMIT_S) == 0
     assert stage.service.get(handle).status == "REQUEST"
@@ -953,7 +953,7 @@ def test_the_record_of_an_adopted_fork_server_goes_when_it_was_killed(stage):
     stage.supervisor.kill()
     stage.start()
     os.kill(fork_server, signal.SIGKILL)
-    stage.let_go()
+    stage.disconnect()
     stage.wait(handle)
 
     wait_until(lambda: fork_server not in stage.fork_servers(), "its record is gone")

@@ -25,16 +25,16 @@ from bgsupervisor.ipc.channel import MAX_FRAME_BYTES, Channel
 from bgsupervisor.ipc.messages import (
     PROTOCOL_VERSION,
     Ack,
+    AttemptResult,
     Beat,
     ChildHello,
-    End,
-    Ended,
     Exited,
     LoadFailure,
+    ProcessRef,
     Progress,
+    ResultReport,
     Run,
     TaskOptions,
-    Who,
 )
 from bgsupervisor.ipc.sockets import connect
 from bgsupervisor.ipc.statedir import StateDir
@@ -42,34 +42,41 @@ from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.system import processes
 
-ME = Who(os.getpid(), 5)
+ME = ProcessRef(os.getpid(), 5)
 MESSAGES = [
-    ChildHello(version=1, who=ME, fork_server=Who(1, 2)),
-    ChildHello(version=1, who=ME, fork_server=Who(1, 2), id=7, attempt=2, end=End(reason=Reason.RAISED, detail="ž")),
+    ChildHello(version=1, ref=ME, fork_server=ProcessRef(1, 2)),
+    ChildHello(
+        version=1,
+        ref=ME,
+        fork_server=ProcessRef(1, 2),
+        id=7,
+        attempt=2,
+        end=AttemptResult(reason=Reason.RAISED, detail="ž"),
+    ),
     messages.ForkServerHello(
         version=1,
-        who=ME,
+        ref=ME,
         catalogue={"a:b": TaskOptions(timeout_s=5.0), "c": TaskOptions()},
         failures=[LoadFailure("a", "ImportError")],
         warnings=["a thread"],
-        children=[Who(3, 4)],
-        exits=[Exited(who=Who(5, 6), exit_code=None, signal=9, ordered=Reason.TIMED_OUT)],
+        children=[ProcessRef(3, 4)],
+        exits=[Exited(ref=ProcessRef(5, 6), exit_code=None, signal=9, ordered=Reason.TIMED_OUT)],
     ),
-    Exited(who=ME, exit_code=3, signal=None),
+    Exited(ref=ME, exit_code=3, signal=None),
     messages.ExitsSeen([ME]),
     messages.Spawn(3),
     messages.Spawned(ME),
     messages.SpawnFailed(2, "Resource temporarily unavailable"),
     messages.Retire(),
-    messages.KillOrder(ME, 9, Reason.STOPPED),
+    messages.Kill(ME, 9, Reason.STOPPED),
     Run(id=2**63 - 1, attempt=1, name="a:b", data='{"n": "\\u017e"}', key=None),
     Progress(id=1, attempt=1, done=0.5, total=None, message="half"),
     Beat(1, 2),
-    Ended(1, 2, End(result="x" * 100_000, peak_rss_bytes=2**40, cpu_s=0.25)),
+    ResultReport(1, 2, AttemptResult(result="x" * 100_000, peak_rss_bytes=2**40, cpu_s=0.25)),
     Ack(1, 2),
     messages.Cancel(id=1, attempt=2, reason=Reason.CANCELLED, why="cancelled by jana", by="jana"),
-    messages.CallerHello(version=1, who=ME),
-    messages.WaitManagerHello(version=1, who=ME),
+    messages.CallerHello(version=1, ref=ME),
+    messages.WaitManagerHello(version=1, ref=ME),
     messages.WaitManagerBeat(),
     messages.Notify(["task:5", "lock:smtp"]),
     messages.Waiting(1, 2),
@@ -182,17 +189,17 @@ def test_a_peer_that_is_gone_closes_the_channel_of_who_writes(pair):
 def test_the_last_word_of_a_peer_is_read_after_a_word_to_it_was_refused(pair):
     channel, theirs = pair
     other = Channel(theirs)
-    other.send(Ended(1, 1, End(result="7")))
+    other.send(ResultReport(1, 1, AttemptResult(result="7")))
     theirs.close()
     channel.send(Ack(1, 1))
 
-    assert channel.receive_all() == [Ended(1, 1, End(result="7"))]
+    assert channel.receive_all() == [ResultReport(1, 1, AttemptResult(result="7"))]
     assert channel.closed
 
 
 def test_one_look_takes_a_bounded_amount_and_all_of_a_dead_peer_is_read_in_several(pair):
     channel, theirs = pair
-    end = Ended(1, 1, End(result="x" * 3_000_000))
+    end = ResultReport(1, 1, AttemptResult(result="x" * 3_000_000))
     other = Channel(theirs)
     looks = 0
     other.send(end)
@@ -358,7 +365,7 @@ def messages_of(heard):
 
 
 def hello(**more):
-    return ChildHello(**{"version": PROTOCOL_VERSION, "who": ME, "fork_server": Who(1, 2)} | more)
+    return ChildHello(**{"version": PROTOCOL_VERSION, "ref": ME, "fork_server": ProcessRef(1, 2)} | more)
 
 
 def says_hello(reception, channel):
@@ -384,7 +391,7 @@ def is_closed(reception, channel):
 def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial):
     channel = dial()
     peer = says_hello(reception, channel)
-    assert (peer.who, peer.pid) == (ME, os.getpid())
+    assert (peer.ref, peer.pid) == (ME, os.getpid())
     channel.send(Beat(1, 1))
     assert messages_of([hear(reception, 5)]) == [Beat(1, 1)]
     reception.send(peer, Ack(1, 1))
@@ -398,9 +405,9 @@ def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial
         (frame({"type": "Bribe"}), "cannot be read"),
         (frame(Beat(1, 1)), "did not say hello first"),
         (frame(hello(version=99)), "it speaks protocol 99, this supervisor speaks 1"),
-        (frame(hello(who=Who(1, 1))), "it says that it is PID 1"),
-        (frame(messages.CallerHello(version=99, who=ME)), "it speaks protocol 99"),
-        (frame(hello()) + frame(hello(who=Who(1, 1))), "it says that it is PID 1"),
+        (frame(hello(ref=ProcessRef(1, 1))), "it says that it is PID 1"),
+        (frame(messages.CallerHello(version=99, ref=ME)), "it speaks protocol 99"),
+        (frame(hello()) + frame(hello(ref=ProcessRef(1, 1))), "it says that it is PID 1"),
     ],
     ids=["rubbish", "unknown", "no hello", "version", "pid", "caller's version", "a second hello"],
 )
@@ -422,10 +429,10 @@ def test_a_peer_that_does_not_speak_our_protocol_is_closed_and_the_others_are_se
 def test_a_peer_that_leaves_is_let_go_and_what_it_said_is_heard(reception, dial):
     channel = dial()
     peer = says_hello(reception, channel)
-    channel.send(Ended(1, 1, End(result="1")))
+    channel.send(ResultReport(1, 1, AttemptResult(result="1")))
     channel.close()
     heard = hear_until(reception, lambda _: peer.channel.closed, "its leaving is noticed")
-    assert messages_of(heard) == [Ended(1, 1, End(result="1"))]
+    assert messages_of(heard) == [ResultReport(1, 1, AttemptResult(result="1"))]
     assert reception._peers == {}
 
 
@@ -501,14 +508,14 @@ def test_a_death_is_heard_once(reception):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = processes.identity_of(process.pid, "here")
     _, handle = processes.look(identity)
-    who = Who(identity.pid, identity.start_ticks)
-    reception.watch_process(who, handle)
-    reception.watch_process(who, handle)
+    ref = ProcessRef(identity.pid, identity.start_ticks)
+    reception.watch_process(ref, handle)
+    reception.watch_process(ref, handle)
     assert hear(reception).deaths == []
     process.communicate(b"\n")
-    assert hear(reception, 10).deaths == [who]
+    assert hear(reception, 10).deaths == [ref]
     assert hear(reception).deaths == []
-    reception.unwatch_process(who)
+    reception.unwatch_process(ref)
     handle.close()
 
 
@@ -538,7 +545,7 @@ def test_a_socket_whose_name_is_gone_is_noticed_and_bound_again(reception, state
     says_hello(reception, dial())
     old.send(Beat(1, 1))  # who was connected stays so
     assert messages_of(hear_until(reception, messages_of, "the old one is heard")) == [Beat(1, 1)]
-    assert peer.who == ME
+    assert peer.ref == ME
     assert state_dir.control.stat().st_mode & 0o777 == 0o600
     assert state_dir.wake.stat().st_mode & 0o777 == 0o660
 

@@ -21,7 +21,7 @@ from bgsupervisor.catalogue import SUPERVISOR_SILENT_S
 from bgsupervisor.cli import development
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.ipc.messages import Run, Who
+from bgsupervisor.ipc.messages import ProcessRef, Run
 from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.loop import BEAT_EVERY_S, Supervisor
 from bgsupervisor.system import processes
@@ -330,8 +330,8 @@ def test_a_child_whose_exit_callback_keeps_the_interpreter_leaves(app):
 
 
 def test_a_link_that_fails_lets_nobody_wait_for_it(tmp_path, monkeypatch):
-    who = Who(1, 1)
-    link = Link(tmp_path, who, who, heartbeat_s=1.0, clock=SystemClock())
+    ref = ProcessRef(1, 1)
+    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
     monkeypatch.setattr(link, "_serve_once", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         link.run()

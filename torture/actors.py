@@ -92,7 +92,7 @@ class Producer:
             "parts": (lambda: {"seconds": self._seconds(0.4)}, 6),
             "parent": (lambda: {"count": self._random.randint(1, 3)}, 2),
             "waiter": (dict, 8),
-            "party": (dict, 2),
+            "participant": (dict, 2),
         }
 
     def run(self, until: Callable[[], bool]) -> None:
@@ -108,7 +108,7 @@ class Producer:
         kinds, weights = list(self.kinds), [weight for _, weight in self.kinds.values()]
         for _ in range(self._random.randint(1, 4)):
             kind = self._random.choices(kinds, weights)[0]
-            if kind == "party":
+            if kind == "participant":
                 self._request_parties()
             elif kind == "waiter":
                 self._request_waiter()
@@ -128,7 +128,7 @@ class Producer:
     def _request_parties(self) -> None:
         parties, scope = self._random.choice((2, 3)), f"{self._name} {next(self._numbers)}"
         for _ in range(parties):
-            self._request("party", {"scope": scope, "parties": parties})
+            self._request("participant", {"scope": scope, "parties": parties})
 
     def _request_waiter(self) -> None:
         if self._others:

@@ -30,13 +30,13 @@ from torture.oracle import Oracle
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Arena", "Life", "Who"]
+__all__ = ["Arena", "Life", "ProcessRef"]
 
 BODIES = Path(__file__).with_name("bodies.py")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Who:
+class ProcessRef:
     """A process by PID and start ticks."""
 
     pid: int
@@ -47,7 +47,7 @@ class Who:
 class Life:
     """One `bgsupervisor run`, from its start to its end (monotonic)."""
 
-    who: Who
+    ref: ProcessRef
     started_at: float
     ended_at: float | None = None
     status: int | None = None
@@ -88,7 +88,7 @@ class Arena:
             started_at = time.monotonic()
             command = [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), "run"]
             popen = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        life = Life(Who(popen.pid, start_ticks(popen.pid) or -1), started_at)
+        life = Life(ProcessRef(popen.pid, start_ticks(popen.pid) or -1), started_at)
         with self._lock:
             self.lives.append(life)
             self._popens.append(popen)
@@ -108,7 +108,7 @@ class Arena:
             if not pid:
                 return
             with self._lock:
-                life = next((one for one in self.lives if one.ended_at is None and one.who.pid == pid), None)
+                life = next((one for one in self.lives if one.ended_at is None and one.ref.pid == pid), None)
                 popen = next((one for one in self._popens if one.pid == pid), None)
                 if popen is not None:
                     popen.returncode = status  # nobody else has to wait for it
@@ -119,23 +119,23 @@ class Arena:
 
     # Whom there is to hurt
 
-    def running(self) -> list[tuple[int, Who]]:
+    def running(self) -> list[tuple[int, ProcessRef]]:
         """Return the running tasks and who runs them, as their rows have it."""
         query = "SELECT id, pid, start_ticks FROM bgsupervisor_task WHERE status = 'START'"
-        return [(id, Who(pid, ticks)) for id, pid, ticks in self.database.rows(query)]
+        return [(id, ProcessRef(pid, ticks)) for id, pid, ticks in self.database.rows(query)]
 
-    def fork_servers(self) -> list[Who]:
+    def fork_servers(self) -> list[ProcessRef]:
         """Return the fork servers that have left their identity in the state directory, living or not."""
         names = [path.name.split("-") for path in self.state.path.glob("forkserver-*-*")]
-        return [Who(int(pid), int(ticks)) for _, pid, ticks in names]
+        return [ProcessRef(int(pid), int(ticks)) for _, pid, ticks in names]
 
-    def spares(self) -> list[Who]:
+    def spares(self) -> list[ProcessRef]:
         """Return the children of fork servers that run nothing now."""
-        busy = {who.pid for _, who in self.running()}
-        pids = {pid for who in self.fork_servers() if is_alive(who) for pid in children(who.pid)} - busy
-        return [Who(pid, ticks) for pid in sorted(pids) if (ticks := start_ticks(pid)) is not None]
+        busy = {ref.pid for _, ref in self.running()}
+        pids = {pid for ref in self.fork_servers() if is_alive(ref) for pid in children(ref.pid)} - busy
+        return [ProcessRef(pid, ticks) for pid in sorted(pids) if (ticks := start_ticks(pid)) is not None]
 
-    def wait_manager(self) -> Who | None:
+    def wait_manager(self) -> ProcessRef | None:
         """Return who listens on the wait manager's socket."""
         try:
             with connect(self.state.path, "manager.sock", socket.SOCK_STREAM) as sock:
@@ -143,28 +143,28 @@ class Arena:
         except OSError:
             return None
         ticks = start_ticks(pid)
-        return None if ticks is None else Who(pid, ticks)
+        return None if ticks is None else ProcessRef(pid, ticks)
 
-    def ours(self) -> list[Who]:
+    def ours(self) -> list[ProcessRef]:
         """Return all living processes that descend from this one."""
         found, todo = [], children(os.getpid())
         while todo:
             pid = todo.pop()
             todo += children(pid)
             ticks = start_ticks(pid)
-            if ticks is not None and is_alive(Who(pid, ticks)):
-                found.append(Who(pid, ticks))
+            if ticks is not None and is_alive(ProcessRef(pid, ticks)):
+                found.append(ProcessRef(pid, ticks))
         return found
 
     @staticmethod
-    def send(who: Who, number: int) -> bool:
+    def send(ref: ProcessRef, number: int) -> bool:
         """Send a signal to a process that is still the one that is meant, and descends from this one."""
         try:
-            pidfd = os.pidfd_open(who.pid)
+            pidfd = os.pidfd_open(ref.pid)
         except OSError:
             return False
         try:
-            if start_ticks(who.pid) != who.ticks or not descends_from_us(who.pid):
+            if start_ticks(ref.pid) != ref.ticks or not descends_from_us(ref.pid):
                 return False
             signal.pidfd_send_signal(pidfd, number)
         except ProcessLookupError:
@@ -178,8 +178,8 @@ class Arena:
         self.service.close()
         deadline = time.monotonic() + 20
         while (left := self.ours()) and time.monotonic() < deadline:
-            for who in left:
-                self.send(who, signal.SIGKILL)
+            for ref in left:
+                self.send(ref, signal.SIGKILL)
             self.reap()
             time.sleep(0.05)
         self.reap()
@@ -199,10 +199,10 @@ def start_ticks(pid: int) -> int | None:
     return int(fields[19]) if fields else None
 
 
-def is_alive(who: Who) -> bool:
+def is_alive(ref: ProcessRef) -> bool:
     """Whether a process is there and no zombie."""
-    fields = stat(who.pid)
-    return bool(fields) and int(fields[19]) == who.ticks and fields[0] not in (b"Z", b"X")
+    fields = stat(ref.pid)
+    return bool(fields) and int(fields[19]) == ref.ticks and fields[0] not in (b"Z", b"X")
 
 
 def children(pid: int) -> list[int]:

@@ -238,9 +238,9 @@ def waiter(n: int, other: int, part: str | None, expected: int) -> int:
 
 
 @task
-def party(n: int, scope: str, parties: int) -> int:
+def participant(n: int, scope: str, parties: int) -> int:
     """Meet others."""
-    with told("party"):
+    with told("participant"):
         say("arrive", scope=scope, parties=parties)
         waited("barrier", lambda: current().barrier("limit", parties, scope=scope, timeout_s=WAIT_S))
         return n

@@ -18,7 +18,7 @@ from torture.oracle import Entry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from torture.arena import Arena, Who
+    from torture.arena import Arena, ProcessRef
 
 __all__ = ["Chaos"]
 
@@ -34,7 +34,7 @@ class Chaos:
         self._arena = arena
         self._random = random.Random(f"{seed}/chaos")
         self._rate = rate
-        self._still: dict[Who, threading.Timer] = {}
+        self._still: dict[ProcessRef, threading.Timer] = {}
         self._threads: list[threading.Thread] = []
         self.deeds: dict[Callable[[], None], float] = {
             self.kill_child: 10,
@@ -77,8 +77,8 @@ class Chaos:
         """Kill one that runs a task."""
         running = self._arena.running()
         if running:
-            id, who = self._random.choice(running)
-            self._kill("child", who, task=id)
+            id, ref = self._random.choice(running)
+            self._kill("child", ref, task=id)
 
     def kill_spare(self) -> None:
         """Kill one that runs nothing."""
@@ -86,7 +86,7 @@ class Chaos:
 
     def kill_supervisor(self) -> None:
         """Kill a supervisor, at whatever age; also one that is about to leave."""
-        self._kill_one_of("supervisor", [life.who for life in self._arena.living()])
+        self._kill_one_of("supervisor", [life.ref for life in self._arena.living()])
 
     def kill_fork_server(self) -> None:
         """Kill a fork server."""
@@ -98,39 +98,39 @@ class Chaos:
 
     def kill_supervisor_and_fork_server(self) -> None:
         """Kill both: nobody is left who sees how children end."""
-        victims = [("supervisor", life.who) for life in self._arena.living()]
-        victims += [("fork_server", who) for who in self._arena.fork_servers()]
+        victims = [("supervisor", life.ref) for life in self._arena.living()]
+        victims += [("fork_server", ref) for ref in self._arena.fork_servers()]
         self._random.shuffle(victims)
-        for kind, who in victims:
-            self._kill(kind, who)
+        for kind, ref in victims:
+            self._kill(kind, ref)
 
     def kill_all(self) -> None:
         """Kill everything at once."""
         children = self._arena.running()
         self.kill_supervisor_and_fork_server()
-        for id, who in children:
-            self._kill("child", who, task=id)
+        for id, ref in children:
+            self._kill("child", ref, task=id)
         self.kill_wait_manager()
 
-    def _kill_one_of(self, kind: str, victims: Iterable[Who]) -> None:
+    def _kill_one_of(self, kind: str, victims: Iterable[ProcessRef]) -> None:
         known = list(victims)
         if known:
             self._kill(kind, self._random.choice(known))
 
-    def _kill(self, kind: str, who: Who, task: int = 0) -> None:
+    def _kill(self, kind: str, ref: ProcessRef, task: int = 0) -> None:
         at = time.monotonic()
-        if self._arena.send(who, signal.SIGKILL):
-            self._arena.oracle.note(Entry("kill", kind, at, time.monotonic(), who.pid, who.ticks, task))
+        if self._arena.send(ref, signal.SIGKILL):
+            self._arena.oracle.note(Entry("kill", kind, at, time.monotonic(), ref.pid, ref.ticks, task))
 
     # Standing still
 
     def stop_child(self) -> None:
         """Have one stand still for a while."""
-        self._stop_one_of("child", [who for _, who in self._arena.running()], self._random.uniform(0.2, 3))
+        self._stop_one_of("child", [ref for _, ref in self._arena.running()], self._random.uniform(0.2, 3))
 
     def stop_supervisor(self) -> None:
         """Have a supervisor stand still."""
-        self._stop_one_of("supervisor", [life.who for life in self._arena.living()], self._random.uniform(0.2, 3))
+        self._stop_one_of("supervisor", [life.ref for life in self._arena.living()], self._random.uniform(0.2, 3))
 
     def stop_fork_server(self) -> None:
         """Have a fork server stand still."""
@@ -140,21 +140,21 @@ class Chaos:
         """Have the wait manager stand still."""
         self._stop_one_of("wait_manager", filter(None, [self._arena.wait_manager()]), self._random.uniform(0.2, 3))
 
-    def _stop_one_of(self, kind: str, victims: Iterable[Who], seconds: float) -> None:
+    def _stop_one_of(self, kind: str, victims: Iterable[ProcessRef], seconds: float) -> None:
         known = list(victims)
         if not known:
             return
-        who, at = self._random.choice(known), time.monotonic()
-        if who in self._still and self._still[who].is_alive():
+        ref, at = self._random.choice(known), time.monotonic()
+        if ref in self._still and self._still[ref].is_alive():
             return
-        if self._arena.send(who, signal.SIGSTOP):
+        if self._arena.send(ref, signal.SIGSTOP):
             # In a thread of its own: whoever stands still may hold the database, for which chaos would wait.
-            self._still[who] = threading.Timer(seconds, self._let_go_on, (kind, who, at))
-            self._still[who].start()
+            self._still[ref] = threading.Timer(seconds, self._let_go_on, (kind, ref, at))
+            self._still[ref].start()
 
-    def _let_go_on(self, kind: str, who: Who, at: float) -> None:
-        self._arena.send(who, signal.SIGCONT)
-        self._arena.oracle.note(Entry("stop", kind, at, time.monotonic(), who.pid, who.ticks))
+    def _let_go_on(self, kind: str, ref: ProcessRef, at: float) -> None:
+        self._arena.send(ref, signal.SIGCONT)
+        self._arena.oracle.note(Entry("stop", kind, at, time.monotonic(), ref.pid, ref.ticks))
 
     # What people do
 
@@ -186,11 +186,11 @@ class Chaos:
         """Have the supervisor whose row says that it has loaded the tasks load them anew."""
         query = "SELECT pid, start_ticks FROM bgsupervisor_supervisor WHERE left_at IS NULL"
         pairs = self._arena.database.rows(query)
-        who = next((life.who for life in self._arena.living() if (life.who.pid, life.who.ticks) in pairs), None)
-        if who is not None:
+        ref = next((life.ref for life in self._arena.living() if (life.ref.pid, life.ref.ticks) in pairs), None)
+        if ref is not None:
             at = time.monotonic()
-            if self._arena.send(who, signal.SIGHUP):
-                self._arena.oracle.note(Entry("reload", "supervisor", at, time.monotonic(), who.pid, who.ticks))
+            if self._arena.send(ref, signal.SIGHUP):
+                self._arena.oracle.note(Entry("reload", "supervisor", at, time.monotonic(), ref.pid, ref.ticks))
 
     # Database and files
 

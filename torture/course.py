@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.system.syscalls import pidfd_exit
 from torture.actors import Cron, Observer, Prober, Producer
-from torture.arena import Who, command_of, is_alive
+from torture.arena import ProcessRef, command_of, is_alive
 from torture.chaos import Chaos
 from torture.invariants import Evidence
 from torture.oracle import Attempted
@@ -70,7 +70,7 @@ def torture(arena: Arena, plan: Plan) -> Evidence:
     for thread in watchers:
         thread.join(10)
     daemons = _send_home(arena)
-    complaints += [f"PID {who.pid} is still there: {command_of(who.pid)}" for who in arena.ours()]
+    complaints += [f"PID {ref.pid} is still there: {command_of(ref.pid)}" for ref in arena.ours()]
     known = _evidence(arena, plan)
     known.done_seen, known.interrupted_seen = observer.done, observer.interrupted
     known.longest_look_s = observer.longest_look_s
@@ -108,27 +108,27 @@ def _is_quiet(arena: Arena) -> bool:
     return False
 
 
-def _send_home(arena: Arena) -> list[Who]:
+def _send_home(arena: Arena) -> list[ProcessRef]:
     """Have the last supervisor leave, and all others after it; return the daemons of bodies that were left."""
     deadline = time.monotonic() + GONE_S
     known = {line["pid"]: line["ticks"] for line in arena.oracle.lines() if line["what"] == "daemon"}
-    daemons: list[Who] = []
+    daemons: list[ProcessRef] = []
     while time.monotonic() < deadline and arena.ours():
         arena.reap()
         for life in arena.living():
-            arena.send(life.who, signal.SIGTERM)
+            arena.send(life.ref, signal.SIGTERM)
         left = arena.ours()
-        if left and all(known.get(who.pid) == who.ticks or _is_tracker(who) for who in left):
+        if left and all(known.get(ref.pid) == ref.ticks or _is_tracker(ref) for ref in left):
             # They may have lost their fork server; and they keep open what multiprocessing's tracker waits for.
-            daemons += [who for who in left if known.get(who.pid) == who.ticks]
-            for who in daemons:
-                arena.send(who, signal.SIGKILL)
+            daemons += [ref for ref in left if known.get(ref.pid) == ref.ticks]
+            for ref in daemons:
+                arena.send(ref, signal.SIGKILL)
         time.sleep(0.2)
     return daemons
 
 
-def _is_tracker(who: Who) -> bool:
-    return "multiprocessing.resource_tracker" in command_of(who.pid)
+def _is_tracker(ref: ProcessRef) -> bool:
+    return "multiprocessing.resource_tracker" in command_of(ref.pid)
 
 
 def _evidence(arena: Arena, plan: Plan) -> Evidence:
@@ -173,7 +173,7 @@ def _left_in_files(arena: Arena) -> list[str]:
     for table, condition in (
         ("hold", "task_id IS NOT NULL"),
         ("wait", "true"),
-        ("party", "true"),
+        ("participant", "true"),
         ("dependency", "true"),
     ):
         count = arena.database.rows(f"SELECT COUNT(*) FROM bgsupervisor_{table} WHERE {condition}")[0][0]
@@ -182,7 +182,7 @@ def _left_in_files(arena: Arena) -> list[str]:
     integrity = arena.database.rows("PRAGMA integrity_check") if arena.database.is_sqlite else []
     if integrity not in ([], [("ok",)]):
         found.append(f"the database is damaged: {integrity}")
-    found += [f"PID {who.pid} was a fork server and its file is left" for who in arena.fork_servers() if is_alive(who)]
+    found += [f"PID {ref.pid} was a fork server and its file is left" for ref in arena.fork_servers() if is_alive(ref)]
     return found + [f"a traceback in the log: {text[:1500]}" for text in _tracebacks(log_of(arena))]
 
 
@@ -192,9 +192,9 @@ def _tracebacks(log: str) -> list[str]:
     return [text for text in found if not ("spawn_main" in text and text.strip().endswith(CUT_OFF))]
 
 
-def _left_daemons(daemons: list[Who], known: Evidence) -> list[str]:
+def _left_daemons(daemons: list[ProcessRef], known: Evidence) -> list[str]:
     """Return the daemons that outlived their task though somebody was there who had to end them."""
-    left = {who.pid: who.ticks for who in daemons}
+    left = {ref.pid: ref.ticks for ref in daemons}
     return [
         f"the daemon of task {line['id']}, PID {line['pid']}, is still there"
         for line in known.lines

@@ -153,7 +153,7 @@ class Evidence:
         start = self.line(attempted, "start")
         if start is None:
             return bool(killed)
-        heirs = {self.reaper, *(life.who.pid for life in self.lives)}  # it had died before the body began
+        heirs = {self.reaper, *(life.ref.pid for life in self.lives)}  # it had died before the body began
         return start["fork_server"] in killed | heirs
 
 
@@ -341,9 +341,9 @@ def able_spans(known: Evidence) -> list[Span]:
     """Return when a supervisor lived that neither stood still nor had its database locked: from, until."""
     found: list[Span] = []
     for life in known.lives:
-        if life.who.pid not in known.supervised:
+        if life.ref.pid not in known.supervised:
             continue
-        key = (life.who.pid, life.who.ticks)
+        key = (life.ref.pid, life.ref.ticks)
         kill = known.kills.get(key)
         end = min(math.inf if life.ended_at is None else life.ended_at, math.inf if kill is None else kill.at)
         still = [(one.at, one.until) for one in known.entries if one.what == "stop" and (one.pid, one.ticks) == key]
@@ -495,10 +495,10 @@ def sayings(known: Evidence) -> Iterable[str]:
 def exits(known: Evidence) -> Iterable[str]:
     """No supervisor fails by itself."""
     for life in known.lives:
-        killed = (life.who.pid, life.who.ticks) in known.kills
+        killed = (life.ref.pid, life.ref.ticks) in known.kills
         failed = life.status not in (0, None) and not (killed and life.status == -signal.SIGKILL)
         if failed and not (life.ended_at is not None and known.database_locked(life.ended_at)):
-            yield f"a supervisor, PID {life.who.pid}, left with {life.status}"
+            yield f"a supervisor, PID {life.ref.pid}, left with {life.status}"
 
 
 # 8, 11

@@ -26,8 +26,8 @@ def ask_to_reload(state_dir: StateDir, *, force: bool) -> Channel:
         OSError: Nobody listens, or this user may not ask.
     """
     channel = Channel(connect(state_dir.path, state_dir.control.name, socket.SOCK_STREAM))
-    who = messages.Who(os.getpid(), start_ticks(os.getpid()) or 0)
-    channel.send(messages.CallerHello(version=messages.PROTOCOL_VERSION, who=who))
+    ref = messages.ProcessRef(os.getpid(), start_ticks(os.getpid()) or 0)
+    channel.send(messages.CallerHello(version=messages.PROTOCOL_VERSION, ref=ref))
     channel.send(messages.Reload(force))
     return channel
 

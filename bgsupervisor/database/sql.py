@@ -155,7 +155,7 @@ class Statements:
         ids = ", ".join([self._mark] * count)
         where = {"wait": "task_id", "hold": "task_id", "dependency": "on_id"}
         found = [f'SELECT "{id}" FROM "{self._prefix}{name}" WHERE "{id}" IN ({ids})' for name, id in where.items()]  # noqa: S608 - as above
-        return " UNION ".join([*found, f'SELECT 0 WHERE EXISTS (SELECT 1 FROM "{self._prefix}party")'])  # noqa: S608 - as above
+        return " UNION ".join([*found, f'SELECT 0 WHERE EXISTS (SELECT 1 FROM "{self._prefix}participant")'])  # noqa: S608 - as above
 
     def _rows(self, name: str, columns: Sequence[str], count: int) -> str:
         row = f"({', '.join([self._mark] * len(columns))})"

@@ -318,7 +318,7 @@ class Tables:
             on_id = _Whole()
             any_end = peewee.BooleanField()
 
-        class Party(Base):
+        class Participant(Base):
             id = peewee.AutoField()
             scope = _Text()
             name = _Text()
@@ -335,8 +335,8 @@ class Tables:
         self.Hold: Any = Hold
         self.Wait: Any = Wait
         self.Dependency: Any = Dependency
-        self.Party: Any = Party
-        for model in (Task, Interruption, Supervisor, Part, Hold, Wait, Dependency, Party):
+        self.Participant: Any = Participant
+        for model in (Task, Interruption, Supervisor, Part, Hold, Wait, Dependency, Participant):
             meta: Any = model._meta  # noqa: SLF001 - Peewee's documented place for table options
             meta.set_database(database)
             meta.set_table_name(prefix + model.__name__.lower())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from bgsupervisor.ipc.messages import Exited, Who
+from bgsupervisor.ipc.messages import Exited, ProcessRef
 from bgsupervisor.system.files import open_own, read_own, replace_own
 
 if TYPE_CHECKING:
@@ -49,14 +49,14 @@ def write(record: Path, exited: Exited) -> None:
             os.close(descriptor)
 
 
-def read(record: Path) -> dict[Who, Exited]:
+def read(record: Path) -> dict[ProcessRef, Exited]:
     """Return the exits of a record; none if it is gone or another user's. A line that was cut off is passed over."""
     found = {}
     with contextlib.suppress(OSError):
         for line in read_own(record, RECORD_MODE).splitlines():
             with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
                 exited = _decode(line)
-                found[exited.who] = exited
+                found[exited.ref] = exited
     return found
 
 

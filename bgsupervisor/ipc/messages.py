@@ -12,23 +12,24 @@ from bgsupervisor.statuses import Reason  # noqa: TC001 - msgspec reads the anno
 __all__ = [
     "PROTOCOL_VERSION",
     "Ack",
+    "AttemptResult",
     "Beat",
     "CallerHello",
     "Cancel",
     "ChildHello",
-    "End",
-    "Ended",
     "Exited",
     "ExitsSeen",
     "ForkServerHello",
-    "KillOrder",
+    "Kill",
     "Leave",
     "LoadFailure",
     "Message",
     "Notify",
+    "ProcessRef",
     "Progress",
     "Reload",
     "Reloaded",
+    "ResultReport",
     "Resumed",
     "Retire",
     "Run",
@@ -41,7 +42,6 @@ __all__ = [
     "WaitManagerHello",
     "Waiting",
     "WantSlot",
-    "Who",
     "decode",
     "encode",
 ]
@@ -49,14 +49,14 @@ __all__ = [
 PROTOCOL_VERSION = 1
 
 
-class Who(msgspec.Struct, frozen=True, array_like=True):
+class ProcessRef(msgspec.Struct, frozen=True, array_like=True):
     """A process as messages name it: the PID never travels without its start ticks."""
 
     pid: int
     start_ticks: int
 
 
-class End(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AttemptResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How an attempt ended, by whoever saw it: DONE when *reason* is None, else INTERRUPTED.
 
     The last progress travels with it, so that the last word is never lost to a throttle.
@@ -107,11 +107,11 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """
 
     version: int
-    who: Who
-    fork_server: Who
+    ref: ProcessRef
+    fork_server: ProcessRef
     id: int | None = None
     attempt: int = 0
-    end: End | None = None
+    end: AttemptResult | None = None
 
 
 class ForkServerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -123,11 +123,11 @@ class ForkServerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """
 
     version: int
-    who: Who
+    ref: ProcessRef
     catalogue: dict[str, TaskOptions]
     failures: list[LoadFailure]
     warnings: list[str]
-    children: list[Who]
+    children: list[ProcessRef]
     exits: list[Exited]
     dangers: list[str] = []
     places: list[str] = []
@@ -136,7 +136,7 @@ class ForkServerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A fork server saw its child die. `ordered` is the reason of a kill that went through the fork server."""
 
-    who: Who
+    ref: ProcessRef
     exit_code: int | None
     signal: int | None
     ordered: Reason | None = None
@@ -145,7 +145,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 class ExitsSeen(msgspec.Struct, frozen=True, tag=True):
     """The supervisor has committed what these exits mean; the fork server may forget them."""
 
-    whos: list[Who]
+    refs: list[ProcessRef]
 
 
 class Spawn(msgspec.Struct, frozen=True, tag=True):
@@ -157,7 +157,7 @@ class Spawn(msgspec.Struct, frozen=True, tag=True):
 class Spawned(msgspec.Struct, frozen=True, tag=True):
     """A child that was ordered is there; its own hello follows."""
 
-    who: Who
+    ref: ProcessRef
 
 
 class SpawnFailed(msgspec.Struct, frozen=True, tag=True):
@@ -171,10 +171,10 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
     """Another fork server has taken over: leave with the last child."""
 
 
-class KillOrder(msgspec.Struct, frozen=True, tag=True):
+class Kill(msgspec.Struct, frozen=True, tag=True):
     """Signal a child, and remember the reason for its exit report; used when the database is away."""
 
-    who: Who
+    ref: ProcessRef
     signal: int
     reason: Reason
 
@@ -211,12 +211,12 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     attempt: int
 
 
-class Ended(msgspec.Struct, frozen=True, tag=True):
+class ResultReport(msgspec.Struct, frozen=True, tag=True):
     """A child reports the end of its attempt and waits for the Ack."""
 
     id: int
     attempt: int
-    end: End
+    end: AttemptResult
 
 
 class Ack(msgspec.Struct, frozen=True, tag=True):
@@ -240,7 +240,7 @@ class WaitManagerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A wait manager's first word."""
 
     version: int
-    who: Who
+    ref: ProcessRef
 
 
 class WaitManagerBeat(msgspec.Struct, frozen=True, tag=True):
@@ -289,7 +289,7 @@ class CallerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """The first word of a command, such as `bgsupervisor reload`."""
 
     version: int
-    who: Who
+    ref: ProcessRef
 
 
 class Reload(msgspec.Struct, frozen=True, tag=True):
@@ -319,11 +319,11 @@ Message = (
     | Spawned
     | SpawnFailed
     | Retire
-    | KillOrder
+    | Kill
     | Run
     | Progress
     | Beat
-    | Ended
+    | ResultReport
     | Ack
     | Cancel
     | WaitManagerHello

@@ -1,4 +1,4 @@
-"""Barriers: the rows of who has arrived, and what becomes of a barrier when a party will not come."""
+"""Barriers: the rows of who has arrived, and what becomes of a barrier when a participant will not come."""
 
 from __future__ import annotations
 
@@ -30,33 +30,35 @@ class Barriers:
     def __init__(self, store: Store, edges: WaitGraph) -> None:
         self._store = store
         self.edges = edges
-        self._task, self._party = store.tables.Task, store.tables.Party
+        self._task, self._participant = store.tables.Task, store.tables.Participant
 
     def arrive(self, id: int, attempt: int, scope: str, name: str, parties: int) -> tuple[int, list[str]]:
-        """Arrive at a barrier; return (generation, keys to ring). The last party to arrive opens it for all.
+        """Arrive at a barrier; return (generation, keys to ring). The last participant to arrive opens it for all.
 
         Raises:
             ValueError: Those who wait there named another number of parties, or this attempt is there already.
             NotInTask: The attempt has ended.
         """
-        party, task = self._party, self._task
+        participant, task = self._participant, self._task
         with self._store.writing():
             running = task.select(task.id).where(_IS_START & (task.id == id) & (task.attempt == attempt))
             if not running.exists():
                 raise NotInTask(f"attempt {attempt} of task {id} has ended; it cannot come to a barrier any more")
-            here = (party.scope == scope) & (party.name == name)
-            waiting = _sound(party.select().where(here & party.outcome.is_null()))
+            here = (participant.scope == scope) & (participant.name == name)
+            waiting = _sound(participant.select().where(here & participant.outcome.is_null()))
             _check_company(waiting, id, attempt, name, parties)
-            party.delete().where(here & party.outcome.is_null() & (party.task_id == id)).execute()  # counts once
-            last = party.select(peewee.fn.MAX(party.generation)).where(here).scalar()
+            participant.delete().where(
+                here & participant.outcome.is_null() & (participant.task_id == id)
+            ).execute()  # counts once
+            last = participant.select(peewee.fn.MAX(participant.generation)).where(here).scalar()
             generation = waiting[0]["generation"] if waiting else (0 if last is None else last + 1)
             row = {"scope": scope, "name": name, "generation": generation, "task_id": id, "attempt": attempt}
             row["parties"] = parties
-            party.insert(**row).execute()
-            arrived = party.select().where(here & party.outcome.is_null()).count()
+            participant.insert(**row).execute()
+            arrived = participant.select().where(here & participant.outcome.is_null()).count()
             keys: list[str] = []
             if arrived >= parties:
-                party.update(outcome=PASSED).where(here & (party.generation == generation)).execute()
+                participant.update(outcome=PASSED).where(here & (participant.generation == generation)).execute()
                 keys.append(barrier_key(scope, name))
             elif self._is_hopeless(row):
                 self._break(row, f"of its {parties} parties only {arrived} can come", keys)
@@ -68,23 +70,27 @@ class Barriers:
             return self._outcome(self._place(id, scope, name, generation))
 
     def leave(self, id: int, scope: str, name: str, generation: int) -> str | None:
-        """Take this party's row away, after it has gone through or given up; return what had become of the barrier."""
+        """Take this participant's row away, after it has gone through or given up; return what had become of the barrier."""
         with self._store.writing():
             place = self._place(id, scope, name, generation)
             outcome = self._outcome(place)
-            self._party.delete().where(place).execute()
+            self._participant.delete().where(place).execute()
             return outcome
 
     def miss(self, id: int, reason: str | None, keys: list[str]) -> None:
         """Break the barriers at which an ended task will be missed; part of the transaction of its end."""
-        party, task = self._party, self._task
-        if not party.select(party.id).where(party.outcome.is_null() | (party.task_id == id)).exists():
+        participant, task = self._participant, self._task
+        if (
+            not participant.select(participant.id)
+            .where(participant.outcome.is_null() | (participant.task_id == id))
+            .exists()
+        ):
             return
         self._break_where_it_waited(id, reason, keys)
         parent_id = task.select(task.parent_id).where(task.id == id).scalar()
         scopes = [parent_scope(one) for one in (parent_id, id) if one is not None]
         there: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        for row in _sound(party.select().where(party.scope.in_(scopes) & party.outcome.is_null())):
+        for row in _sound(participant.select().where(participant.scope.in_(scopes) & participant.outcome.is_null())):
             there.setdefault((row["scope"], row["name"]), []).append(row)
         how = "ended without coming" if reason is None else f"was interrupted ({reason}) before it came"
         for rows in there.values():
@@ -94,26 +100,26 @@ class Barriers:
     # Within
 
     def _place(self, id: int, scope: str, name: str, generation: int) -> Any:  # noqa: ANN401 - a Peewee condition
-        party = self._party
-        mine = (party.scope == scope) & (party.name == name) & (party.generation == generation)
-        return mine & (party.task_id == id)
+        participant = self._participant
+        mine = (participant.scope == scope) & (participant.name == name) & (participant.generation == generation)
+        return mine & (participant.task_id == id)
 
     def _outcome(self, place: Any) -> str | None:  # noqa: ANN401 - a Peewee condition
-        rows = list(self._party.select(self._party.outcome).where(place).tuples())
+        rows = list(self._participant.select(self._participant.outcome).where(place).tuples())
         return rows[0][0] if rows else "this attempt has left it"
 
     def _break_where_it_waited(self, id: int, reason: str | None, keys: list[str]) -> None:
-        party = self._party
-        rows = list(party.select().where((party.task_id == id) & party.outcome.is_null()).dicts())
-        party.delete().where(party.task_id == id).execute()
+        participant = self._participant
+        rows = list(participant.select().where((participant.task_id == id) & participant.outcome.is_null()).dicts())
+        participant.delete().where(participant.task_id == id).execute()
         for row in rows if reason is not None else []:
             self._break(row, f"task {id} was interrupted ({reason}) while it waited there", keys)
 
     def _break(self, row: dict[str, Any], told: str, keys: list[str]) -> None:
         """Break the barrier at which *row* stands, for all that wait there."""
-        party = self._party
-        same = (party.scope == row["scope"]) & (party.name == row["name"]) & party.outcome.is_null()
-        party.update(outcome=told).where(same).execute()
+        participant = self._participant
+        same = (participant.scope == row["scope"]) & (participant.name == row["name"]) & participant.outcome.is_null()
+        participant.update(outcome=told).where(same).execute()
         keys.append(barrier_key(row["scope"], row["name"]))
 
     def _is_hopeless(self, row: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from bgsupervisor.errors import (
     ServerAway,
     UnknownTask,
 )
-from bgsupervisor.ipc.messages import End, Run
+from bgsupervisor.ipc.messages import AttemptResult, Run
 from bgsupervisor.ledger.waits import EVERYBODY, Dependent, Waits, task_key
 from bgsupervisor.statuses import Reason, Status
 
@@ -44,16 +44,16 @@ __all__ = [
     "Attempt",
     "Batch",
     "Claim",
-    "Due",
+    "ControlRequest",
+    "DueTask",
     "Ending",
     "Ledger",
-    "Note",
     "Outcome",
     "Request",
-    "Return",
+    "SlotGrant",
     "Suspension",
+    "Telemetry",
     "Transition",
-    "Wish",
 ]
 
 log = logging.getLogger("bgsupervisor")
@@ -149,7 +149,7 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Due:
+class DueTask:
     """A REQUEST row that may start now; `attempt` is the one before.
 
     Attributes:
@@ -165,7 +165,7 @@ class Due:
     flaw: str | None = None
 
     @classmethod
-    def of(cls, row: Sequence[Any]) -> Due:
+    def of(cls, row: Sequence[Any]) -> DueTask:
         """Make one of what a row holds, which in SQLite can be anything."""
         id, attempt, name, data, key, parent_id = row
         is_attempt = isinstance(attempt, int) and 0 <= attempt < ATTEMPT_MAX
@@ -186,7 +186,7 @@ class Due:
 class Claim:
     """A due task, the child that is to run it and the slot it takes."""
 
-    due: Due
+    due: DueTask
     identity: ProcessIdentity
     slot: int
     started_mono: float
@@ -219,7 +219,7 @@ class Ending:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Wish:
+class ControlRequest:
     """What people want of a running attempt."""
 
     attempt: Attempt
@@ -253,7 +253,7 @@ class Suspension:
 
 
 @dataclasses.dataclass(slots=True)
-class Note:
+class Telemetry:
     """What is known of a running attempt at the moment; None leaves the column as it is."""
 
     heartbeat_at: datetime | None = None
@@ -276,10 +276,10 @@ class Note:
         return (self.progress_done, self.progress_total, self.message) != (None, None, None)
 
 
-_NOTHING_NEW = Note()
+_NOTHING_NEW = Telemetry()
 
 
-class Return(NamedTuple):
+class SlotGrant(NamedTuple):
     """A slot for an attempt that has waited; `number` is the wait after which it wants it."""
 
     number: int
@@ -290,13 +290,13 @@ class Return(NamedTuple):
 class Batch:
     """All that one pass of the supervisor writes; applied in this order, in one transaction."""
 
-    ends: dict[Attempt, End] = dataclasses.field(default_factory=dict)
+    ends: dict[Attempt, AttemptResult] = dataclasses.field(default_factory=dict)
     unclaims: set[Attempt] = dataclasses.field(default_factory=set)
-    flawed: list[Due] = dataclasses.field(default_factory=list)
+    flawed: list[DueTask] = dataclasses.field(default_factory=list)
     endings: dict[Attempt, Ending] = dataclasses.field(default_factory=dict)
     suspensions: dict[Attempt, Suspension] = dataclasses.field(default_factory=dict)
-    notes: dict[Attempt, Note] = dataclasses.field(default_factory=dict)
-    returns: dict[Attempt, Return] = dataclasses.field(default_factory=dict)
+    telemetry: dict[Attempt, Telemetry] = dataclasses.field(default_factory=dict)
+    returns: dict[Attempt, SlotGrant] = dataclasses.field(default_factory=dict)
     claims: list[Claim] = dataclasses.field(default_factory=list)
     supervisor: SupervisorRecord | None = None
 
@@ -311,7 +311,7 @@ class Batch:
 
     @property
     def _others(self) -> bool:
-        rows = self.ends or self.unclaims or self.endings or self.suspensions or self.notes or self.returns
+        rows = self.ends or self.unclaims or self.endings or self.suspensions or self.telemetry or self.returns
         return bool(rows or self.flawed or self.supervisor)
 
 
@@ -453,7 +453,7 @@ class Ledger:
         if request.after:
             broken = self.waits.depend(id, request.after, any_end=request.after_any_end)
             if broken is not None:
-                self._strand([Dependent(id, 0)], broken, [])
+                self._fail_dependents([Dependent(id, 0)], broken, [])
         return id, True
 
     def _put(self, row: Sequence[object], *, id: int | None = None) -> int:
@@ -594,8 +594,8 @@ class Ledger:
         for attempt, suspension in batch.suspensions.items():
             if guard(lambda a=attempt, s=suspension: self._suspend(a, s), f"that task {attempt.id} is suspended"):  # type: ignore[misc]
                 outcome.suspensions.add(attempt)
-        for notes in _at_once_or_each([one for one in batch.notes.items() if one[1]], at_once=at_once):
-            guard(lambda some=notes: self._note(some), f"a note of task {notes[0][0].id}")  # type: ignore[misc]
+        for telemetry in _at_once_or_each([one for one in batch.telemetry.items() if one[1]], at_once=at_once):
+            guard(lambda some=telemetry: self._note(some), f"a note of task {telemetry[0][0].id}")  # type: ignore[misc]
         for attempt, back in batch.returns.items():
             if guard(lambda a=attempt, b=back: self.waits.grant(a.id, a.attempt, *b), f"the slot of task {attempt.id}"):  # type: ignore[misc]
                 outcome.returned.add(attempt)
@@ -643,8 +643,8 @@ class Ledger:
         """Begin attempts, all in one statement; what could not be claimed is added to *missed*."""
         values: list[object] = []
         for claim in claims:
-            who = claim.identity
-            values += [claim.due.id, claim.due.attempt, who.host, who.boot_id, who.pid_ns, who.pid, who.start_ticks]
+            ref = claim.identity
+            values += [claim.due.id, claim.due.attempt, ref.host, ref.boot_id, ref.pid_ns, ref.pid, ref.start_ticks]
             values += [claim.slot, claim.started_mono]
         now = self._text(self.clock.now())
         statement = self._statements.claim(len(claims))
@@ -653,14 +653,14 @@ class Ledger:
         missed += [claim for claim in claims if claim.attempt not in claimed]
         return bool(claimed)
 
-    def _note(self, notes: Sequence[tuple[Attempt, Note]]) -> bool:
+    def _note(self, telemetry: Sequence[tuple[Attempt, Telemetry]]) -> bool:
         """Write down what is known of running attempts, all in one statement."""
         values: list[object] = []
-        for attempt, note in notes:
+        for attempt, note in telemetry:
             values += [attempt.id, attempt.attempt, self._text(note.heartbeat_at), note.progress_done]
             values += [note.progress_total, note.message, note.cpu_s, note.cpu_percent, note.rss_bytes]
             values += [note.peak_rss_bytes, note.stack]
-        return bool(self.store.rows_of(self._statements.note(len(notes)), values))
+        return bool(self.store.rows_of(self._statements.note(len(telemetry)), values))
 
     def _text(self, moment: datetime | None) -> str | None:
         text: str | None = self._task.started_at.db_value(moment)
@@ -696,13 +696,13 @@ class Ledger:
             self._withdraw(attempt, by=record.cancel_requested_by, keys=keys)
         return True
 
-    def _strike(self, due: Due, keys: list[str]) -> bool:
+    def _strike(self, due: DueTask, keys: list[str]) -> bool:
         """Interrupt a waiting task whose row cannot be read."""
         detail = f"its row cannot be read: {due.flaw}"
         values = {"reason": Reason.RAISED, "detail": detail, "ended_at": self.clock.now()}
         if not self._move("withdraw", Attempt(due.id, due.attempt), values):
             return False
-        self._strand(self._settle_withdrawn(due.id, keys), due.id, keys)
+        self._fail_dependents(self._resolve_withdrawn(due.id, keys), due.id, keys)
         return True
 
     def _withdraw(self, attempt: Attempt, *, by: str | None, keys: list[str]) -> bool:
@@ -711,12 +711,12 @@ class Ledger:
         values = {"reason": Reason.CANCELLED, "detail": detail, "ended_at": now}
         if not self._move("withdraw", attempt, {**values, "cancel_requested_at": now, "cancel_requested_by": by}):
             return False
-        self._strand(self._settle_withdrawn(attempt.id, keys), attempt.id, keys)
+        self._fail_dependents(self._resolve_withdrawn(attempt.id, keys), attempt.id, keys)
         return True
 
     # What a child writes when nobody acknowledges
 
-    def end(self, attempt: Attempt, end: End, keys: list[str] | None = None) -> bool:
+    def end(self, attempt: Attempt, end: AttemptResult, keys: list[str] | None = None) -> bool:
         """Record the end of an attempt; False if it had been recorded, or the attempt was superseded.
 
         The keys to ring after the commit are added to *keys*.
@@ -727,7 +727,7 @@ class Ledger:
         return attempt in outcome.ended
 
     @_repeated
-    def unclaim_unbegun(self, identity: ProcessIdentity, keys: list[str]) -> int:
+    def unclaim_not_started(self, identity: ProcessIdentity, keys: list[str]) -> int:
         """Give back what was claimed for a child that leaves without having begun anything; return how many.
 
         The keys to ring after the commit are added to *keys*.
@@ -742,12 +742,12 @@ class Ledger:
             ]
             return sum(self._unclaim(attempt, keys) for attempt in attempts)
 
-    def _end(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
+    def _end(self, attempt: Attempt, end: AttemptResult, outcome: Outcome) -> bool:
         if end.reason is None:
             return self._finish([(attempt, end)], outcome, holds=True)
         return self._interrupt(attempt, end, outcome)
 
-    def _finish(self, ends: Sequence[tuple[Attempt, End]], outcome: Outcome, *, holds: bool) -> bool:
+    def _finish(self, ends: Sequence[tuple[Attempt, AttemptResult]], outcome: Outcome, *, holds: bool) -> bool:
         """End attempts as DONE, all in one statement; free what they hold, if they can hold anything."""
         if not ends:
             return False
@@ -766,7 +766,7 @@ class Ledger:
                 _tell_too_late("finish", attempt)
         return bool(finished)
 
-    def _interrupt(self, attempt: Attempt, end: End, outcome: Outcome) -> bool:
+    def _interrupt(self, attempt: Attempt, end: AttemptResult, outcome: Outcome) -> bool:
         known = {
             "exit_code": end.exit_code,
             "signal": end.signal,
@@ -803,22 +803,24 @@ class Ledger:
         keys += self.waits.free(attempt.id, attempt.attempt, reason=reason) if holds else [task_key(attempt.id)]
         failpoints.at("ledger.freed")
         if holds:
-            self._strand(self.waits.settle(attempt.id, done=reason is None, keys=keys), attempt.id, keys)
+            self._fail_dependents(
+                self.waits.resolve_dependents(attempt.id, done=reason is None, keys=keys), attempt.id, keys
+            )
 
-    def _strand(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
+    def _fail_dependents(self, dependents: Iterable[Dependent], on_id: int, keys: list[str]) -> None:
         """Interrupt waiting tasks that had to come after one which will not be DONE, and in turn those after them."""
         todo = [(one, on_id) for one in dependents]
         for one, before_id in todo:  # grows meanwhile
             detail = f"had to come after task {before_id}, which was interrupted"
             values = {"reason": Reason.DEPENDENCY, "detail": detail, "ended_at": self.clock.now()}
             if self._move("withdraw", Attempt(one.id, one.attempt), values):
-                todo += [(following, one.id) for following in self._settle_withdrawn(one.id, keys)]
+                todo += [(following, one.id) for following in self._resolve_withdrawn(one.id, keys)]
 
-    def _settle_withdrawn(self, id: int, keys: list[str]) -> list[Dependent]:
+    def _resolve_withdrawn(self, id: int, keys: list[str]) -> list[Dependent]:
         keys.append(task_key(id))
         self.waits.barriers.miss(id, self._get(id).reason, keys)
         self.waits.forget_dependencies(id)
-        return self.waits.settle(id, done=False, keys=keys)
+        return self.waits.resolve_dependents(id, done=False, keys=keys)
 
     def _remember_interruption(self, attempt: Attempt) -> Reason | None:
         record = self._get(attempt.id)
@@ -1001,18 +1003,20 @@ class Ledger:
         with self.store.connected():
             return self._starts()
 
-    def wishes(self) -> list[Wish]:
+    def wishes(self) -> list[ControlRequest]:
         """Return the running attempts that somebody wants cancelled or suspended, and who asked."""
         with self.store.connected():
             rows = self.store.rows_of(self._statements.wishes)
         return [
-            Wish(Attempt(id, attempt), bool(cancelled), None if by is None else read_text(by), bool(suspended))
+            ControlRequest(
+                Attempt(id, attempt), bool(cancelled), None if by is None else read_text(by), bool(suspended)
+            )
             for id, attempt, cancelled, by, suspended in rows
         ]
 
     def due(
         self, names: Collection[str], *, limit: int, unlocked: bool = False, at: datetime | None = None
-    ) -> list[Due]:
+    ) -> list[DueTask]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
         At a moment, now if none is given; *unlocked* leaves out the rows that somebody has locked.
@@ -1020,7 +1024,7 @@ class Ledger:
         of rows planned for later cost anything.
         """
         now, names, texts = self._text(at or self.clock.now()), [str(name) for name in names], self._statements
-        found: list[Due] = []
+        found: list[DueTask] = []
         with self.store.connected():
             if not names or not self.store.rows_of(texts.any_due, [now]):
                 return []
@@ -1029,7 +1033,7 @@ class Ledger:
                 last = number == PRIORITIES_MAX
                 statement = texts.due(len(names), "<=" if last else "=", unlocked=unlocked)
                 values = [now, *names, priority, limit - len(found)]
-                found += [Due.of(row) for row in self.store.rows_of(statement, values)]
+                found += [DueTask.of(row) for row in self.store.rows_of(statement, values)]
                 if last or len(found) >= limit:
                     break
         return found
@@ -1141,8 +1145,8 @@ def _level(error: Exception, level: int = logging.WARNING) -> int:
     return logging.INFO if isinstance(error, peewee.IntegrityError) else level
 
 
-def _unwritable(end: End) -> End:
-    return End(
+def _unwritable(end: AttemptResult) -> AttemptResult:
+    return AttemptResult(
         reason=Reason.RAISED,
         detail="its end could not be written to the database: the result or the error text is not storable",
         exit_code=end.exit_code,

@@ -33,7 +33,7 @@ class WaitGraph:
     def __init__(self, store: Store) -> None:
         tables = store.tables
         self._task, self._part, self._hold = tables.Task, tables.Part, tables.Hold
-        self._wait, self._dependency, self._party = tables.Wait, tables.Dependency, tables.Party
+        self._wait, self._dependency, self._participant = tables.Wait, tables.Dependency, tables.Participant
 
     def cycle(self, id: int, slot_holders: Sequence[int] = ()) -> list[tuple[int, str]] | None:
         """Return the cycle that keeps a task from going on; *slot_holders* have all the slots, if those are taken."""
@@ -54,9 +54,9 @@ class WaitGraph:
 
     def coming(self, row: dict[str, Any]) -> WaitEdge:
         """Return who can still come to a barrier of siblings: those of them that live, and whoever requests more."""
-        task, party = self._task, self._party
-        here = (party.scope == row["scope"]) & (party.name == row["name"]) & party.outcome.is_null()
-        arrived = {id for (id,) in party.select(party.task_id).where(here).tuples()}
+        task, participant = self._task, self._participant
+        here = (participant.scope == row["scope"]) & (participant.name == row["name"]) & participant.outcome.is_null()
+        arrived = {id for (id,) in participant.select(participant.task_id).where(here).tuples()}
         parent_id = parent_of(row["scope"])
         live = task.select(task.id).where(_IS_LIVE & ((task.parent_id == parent_id) | (task.id == parent_id)))
         missing = min(max(row["parties"] - len(arrived), 0), COMING_MAX)
@@ -106,9 +106,13 @@ class WaitGraph:
         return []  # it comes by itself
 
     def _edges_at_barrier(self, row: dict[str, Any]) -> list[WaitEdge]:
-        party = self._party
-        mine = (party.task_id == row["task_id"]) & (party.name == row["target"]) & party.outcome.is_null()
-        places = [row for row in party.select().where(mine).dicts() if row["parties"] is not None]
+        participant = self._participant
+        mine = (
+            (participant.task_id == row["task_id"])
+            & (participant.name == row["target"])
+            & participant.outcome.is_null()
+        )
+        places = [row for row in participant.select().where(mine).dicts() if row["parties"] is not None]
         if not places or parent_of(places[0]["scope"]) is None:
             return []  # it has opened, or who may come to it is not known
         return [self.coming(places[0])]

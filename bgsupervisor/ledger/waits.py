@@ -325,18 +325,18 @@ class Waits:
                 self._dependency.insert(task_id=id, on_id=on_id, any_end=any_end).execute()
         return None
 
-    def settle(self, id: int, *, done: bool, keys: list[str]) -> list[Dependent]:
+    def resolve_dependents(self, id: int, *, done: bool, keys: list[str]) -> list[Dependent]:
         """Let those go on that had to come after a task which has ended; return those that never can."""
         dependency, task = self._dependency, self._task
         mine = dependency.on_id == id
-        stranded: list[Dependent] = []
+        failed: list[Dependent] = []
         if not done:
             query = task.select(task.id, task.attempt).join(dependency, on=(dependency.task_id == task.id))
             query = query.where(mine & (dependency.any_end == 0))
-            stranded = [Dependent(*row) for row in query.tuples()]
+            failed = [Dependent(*row) for row in query.tuples()]
         if dependency.delete().where(mine).execute():
             keys.append(DUE)
-        return stranded
+        return failed
 
     def forget_dependencies(self, id: int) -> None:
         """A task that will not start any more comes after nobody."""
@@ -406,8 +406,8 @@ class Waits:
         return given
 
     def _row(self, waiter: Waiter, waiting: Waiting) -> dict[str, Any]:
-        who = {"task_id": waiter.id, "attempt": waiter.attempt, "number": waiter.number, "whole": waiter.whole}
-        return {**who, "since": self._clock.now(), **dataclasses.asdict(waiting)}
+        ref = {"task_id": waiter.id, "attempt": waiter.attempt, "number": waiter.number, "whole": waiter.whole}
+        return {**ref, "since": self._clock.now(), **dataclasses.asdict(waiting)}
 
     def _give_slot(self, id: int, attempt: int, max_waiting: int) -> bool:
         task = self._task

@@ -8,8 +8,8 @@ import enum
 import os
 from typing import TYPE_CHECKING
 
-from bgsupervisor.ipc.messages import Who
-from bgsupervisor.ledger.transitions import Attempt, Note, Suspension
+from bgsupervisor.ipc.messages import ProcessRef
+from bgsupervisor.ledger.transitions import Attempt, Suspension, Telemetry
 from bgsupervisor.system import logs, processes, stacks
 from bgsupervisor.system.oom import OomWatch
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
-    from bgsupervisor.ipc.messages import ChildHello, End
+    from bgsupervisor.ipc.messages import AttemptResult, ChildHello
     from bgsupervisor.ledger.transitions import Claim
     from bgsupervisor.statuses import Reason
     from bgsupervisor.supervisor.events import EventSources, Peer
@@ -102,7 +102,7 @@ class ChildHandle:
     handle: ProcessHandle | None
     vouched: bool = False
     met_at: float = 0.0
-    fork_server: Who | None = None
+    fork_server: ProcessRef | None = None
     peer: Peer | None = None
     attempt: Attempt | None = None
     name: str = ""
@@ -112,10 +112,10 @@ class ChildHandle:
     ready: bool = False
     run_place: int | None = None
     run_end: int = 0
-    end: End | None = None
+    end: AttemptResult | None = None
     dead_since: float | None = None
     termination: Termination | None = None
-    note: Note = dataclasses.field(default_factory=Note)
+    note: Telemetry = dataclasses.field(default_factory=Telemetry)
     oom: Counters | None = None
     cpu_seen: tuple[float, float] | None = None
     peak_rss_bytes: int = 0
@@ -130,9 +130,9 @@ class ChildHandle:
     stack: str | None = None
 
     @property
-    def who(self) -> Who:
+    def ref(self) -> ProcessRef:
         """Its PID and start ticks."""
-        return Who(self.identity.pid, self.identity.start_ticks)
+        return ProcessRef(self.identity.pid, self.identity.start_ticks)
 
     @property
     def target(self) -> ProcessHandle | None:
@@ -151,7 +151,7 @@ class ChildHandle:
         return self.ready and self.connected and not busy and self.leave_by is None and self.dead_since is None
 
     @property
-    def never_told(self) -> bool:
+    def undelivered(self) -> bool:
         """Whether it surely did not read its order to run whole, and never will."""
         if self.run_place is None or self.peer is None or self.connected:
             return False
@@ -176,7 +176,7 @@ class ChildHandle:
     def become_free(self) -> None:
         """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
         self.attempt = self.says = self.end = self.termination = self.slot = self.run_place = self.cpu_seen = None
-        self.note = Note()
+        self.note = Telemetry()
         self.wants_slot = None
         self.to_be_suspended = self.suspension_unsaved = False
         self.peak_rss_bytes = 0
@@ -197,19 +197,19 @@ class Children:
         self._sources = sources
         self._logs = logs_folder
         self._clock = clock
-        self._all: dict[Who, ChildHandle] = {}
-        self._named: set[Who] = set()
+        self._all: dict[ProcessRef, ChildHandle] = {}
+        self._named: set[ProcessRef] = set()
         self.oom = OomWatch()
 
     def __iter__(self) -> Iterator[ChildHandle]:
         return iter(list(self._all.values()))
 
-    def __contains__(self, who: Who) -> bool:
-        return who in self._all
+    def __contains__(self, ref: ProcessRef) -> bool:
+        return ref in self._all
 
-    def get(self, who: Who | None) -> ChildHandle | None:
+    def get(self, ref: ProcessRef | None) -> ChildHandle | None:
         """Return one child, or None."""
-        return None if who is None else self._all.get(who)
+        return None if ref is None else self._all.get(ref)
 
     def running(self) -> list[ChildHandle]:
         """Return those that have an attempt, ended but unrecorded ones included."""
@@ -225,25 +225,25 @@ class Children:
 
     def meet(self, identity: ProcessIdentity) -> ChildHandle:
         """Take charge of a process; one that is not to be found is taken for dead since now."""
-        who = Who(identity.pid, identity.start_ticks)
-        known = self._all.get(who)
+        ref = ProcessRef(identity.pid, identity.start_ticks)
+        known = self._all.get(ref)
         if known is not None:
             return known
-        child = ChildHandle(identity, None, vouched=who in self._named, met_at=self._clock.monotonic())
-        self._all[who] = child
+        child = ChildHandle(identity, None, vouched=ref in self._named, met_at=self._clock.monotonic())
+        self._all[ref] = child
         self.look_again(child)
         return child
 
-    def vouch_for(self, whos: Iterable[Who]) -> None:
+    def vouch_for(self, refs: Iterable[ProcessRef]) -> None:
         """Note that processes are children of ours: they dialled, or a fork server of ours names them."""
-        for who in whos:
-            self._named.add(who)
-            if who in self._all:
-                self._all[who].vouched = True
+        for ref in refs:
+            self._named.add(ref)
+            if ref in self._all:
+                self._all[ref].vouched = True
 
     def recognise(self, child: ChildHandle) -> None:
         """Vouch for a process that a row names if a fork server named it, it dialled, or its log is among ours."""
-        child.vouched = child.vouched or child.who in self._named or logs.is_own(self.log_of(child))
+        child.vouched = child.vouched or child.ref in self._named or logs.is_own(self.log_of(child))
 
     def is_stranger(self, child: ChildHandle) -> bool:
         """Whether a living process that a row names is surely no child of ours.
@@ -253,7 +253,7 @@ class Children:
         """
         if child.vouched or child.handle is None or child.dead_since is not None:
             return False
-        pid = child.who.pid
+        pid = child.ref.pid
         if pid == os.getpid():
             return True
         if self._clock.monotonic() - child.met_at < STRANGER_S:
@@ -272,26 +272,26 @@ class Children:
         if verdict is Verdict.DEAD:
             child.dead_since = self._clock.monotonic()
         elif child.handle is not None:
-            self._sources.watch_process(child.who, child.handle)
+            self._sources.watch_process(child.ref, child.handle)
             child.oom = self.oom.counters_of(child.identity.pid)
 
     def forget(self, child: ChildHandle) -> None:
         """Let go of a dead child; its empty log goes with it."""
         child.forget_question()
-        self._named.discard(child.who)
-        self._sources.unwatch_process(child.who)
+        self._named.discard(child.ref)
+        self._sources.unwatch_process(child.ref)
         if child.handle is not None:
             child.handle.close()
         if child.peer is not None:
-            self._sources.let_go(child.peer)
-        self._all.pop(child.who, None)
+            self._sources.disconnect(child.peer)
+        self._all.pop(child.ref, None)
         with contextlib.suppress(OSError):
             if self.log_of(child).stat().st_size == 0:
                 self.log_of(child).unlink()
 
     def log_of(self, child: ChildHandle) -> Path:
         """Return the log that a child writes while it runs."""
-        return logs.process_log(self._logs, child.who.pid, child.who.start_ticks)
+        return logs.process_log(self._logs, child.ref.pid, child.ref.start_ticks)
 
     def keep_log(self, child: ChildHandle, attempt: Attempt, limit_bytes: int) -> None:
         """Name the log of a dead child after its task; a living child does so itself."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger.transitions import Wish
+    from bgsupervisor.ledger.transitions import ControlRequest
     from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.supervisor.forkservers import ForkServers
@@ -85,12 +85,12 @@ class Enforcement:
             self._enforce_sizes(running, now)
         for child in self._children:
             if child.leave_by is not None and now >= child.leave_by and child.target is not None:
-                log.warning("PID %d does not leave after its task has ended; killing it", child.who.pid)
+                log.warning("PID %d does not leave after its task has ended; killing it", child.ref.pid)
                 child.leave_by = now + LEAVE_SLACK_S
                 with contextlib.suppress(OSError):
                     processes.signal_tree(child.target, signal.SIGKILL)
 
-    def heed(self, wishes: Iterable[Wish]) -> None:
+    def heed(self, wishes: Iterable[ControlRequest]) -> None:
         """Ask the bodies that somebody wants cancelled to end; note which ones are to be suspended, and which not."""
         known = {wish.attempt: wish for wish in wishes}
         for attempt, child in self._children.by_attempt().items():
@@ -169,23 +169,23 @@ class Enforcement:
             return
         try:
             if termination.stage is Stage.TERM:
-                log.info("sending SIGTERM to PID %d: %s", child.who.pid, termination.why)
+                log.info("sending SIGTERM to PID %d: %s", child.ref.pid, termination.why)
                 child.target.send_signal(signal.SIGTERM)
             else:
                 self._kill(child, termination.why)
         except OSError as error:  # another user's process by now, or no descriptors left
-            log.error("PID %d cannot be signalled: %s", child.who.pid, error)  # noqa: TRY400 - the sentence says it
+            log.error("PID %d cannot be signalled: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
         failpoints.at("supervisor.struck")
 
     def suspend(self, child: ChildHandle) -> None:
         """Have a child and all that it started stand still; that it does is in the row."""
         if child.target is None or not child.suspension.lasts:
             return
-        log.info("stopping PID %d and all that it started, until somebody resumes it", child.who.pid)
+        log.info("stopping PID %d and all that it started, until somebody resumes it", child.ref.pid)
         try:
             processes.signal_tree(child.target, signal.SIGSTOP)
         except OSError as error:
-            log.error("PID %d cannot be stopped: %s", child.who.pid, error)  # noqa: TRY400 - the sentence says it
+            log.error("PID %d cannot be stopped: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
     def let_the_suspended_go_on(self) -> None:
         """While the database stays locked, have those go on that stand still: one of them may keep it locked.
@@ -195,19 +195,19 @@ class Enforcement:
         for child in self._children:
             if child.suspension.lasts and child.target is not None:
                 with contextlib.suppress(OSError):
-                    if processes.is_stopped(child.who.pid):
-                        log.warning("letting PID %d go on: perhaps it is who keeps the database locked", child.who.pid)
+                    if processes.is_stopped(child.ref.pid):
+                        log.warning("letting PID %d go on: perhaps it is who keeps the database locked", child.ref.pid)
                     processes.signal_tree(child.target, signal.SIGCONT)
                     child.suspension_unsaved = True
 
     def _kill(self, child: ChildHandle, why: str) -> None:
-        log.info("sending SIGKILL to PID %d and all that it started: %s", child.who.pid, why)
+        log.info("sending SIGKILL to PID %d and all that it started: %s", child.ref.pid, why)
         if child.target is None:
             return
         try:
             processes.signal_tree(child.target, signal.SIGKILL)
         except OSError as error:  # no descriptors left, or no process table; what it started falls to the fork server
-            log.error("what PID %d started cannot be seen: %s; killing it alone", child.who.pid, error)  # noqa: TRY400 - the sentence says it
+            log.error("what PID %d started cannot be seen: %s; killing it alone", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
             child.target.send_signal(signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
@@ -226,7 +226,7 @@ class Enforcement:
         if fork_server is None or fork_server.peer.channel.closed:
             return False
         number = signal.SIGTERM if termination.stage is Stage.TERM else signal.SIGKILL
-        self._sources.send(fork_server.peer, messages.KillOrder(child.who, number, termination.reason))
+        self._sources.send(fork_server.peer, messages.Kill(child.ref, number, termination.reason))
         return True
 
     def expect_to_leave(self, child: ChildHandle) -> None:
@@ -294,7 +294,7 @@ class Enforcement:
             # The other way round: were this supervisor to die in between, the next would do the same once more.
             with contextlib.suppress(OSError):
                 processes.signal_tree(child.target, signal.SIGCONT)
-                log.info("letting PID %d go on", child.who.pid)
+                log.info("letting PID %d go on", child.ref.pid)
                 child.suspension = child.suspension.ended(self._clock.machine_monotonic())
                 child.suspension_unsaved = child.attempt is not None
                 child.got_on_at = now
@@ -342,11 +342,11 @@ class Enforcement:
             sampled += [child for child in busy if child not in sampled]
         usage: dict[int, processes.Usage] = {}
         with contextlib.suppress(OSError):  # no descriptors left: the next look may see
-            usage = processes.tree_usage([child.who.pid for child in sampled]) if sampled else {}
+            usage = processes.tree_usage([child.ref.pid for child in sampled]) if sampled else {}
         for child in sampled:
-            if child.who.pid in usage:
-                self._note_usage(child, usage[child.who.pid], now)
-                self._enforce_memory(child, usage[child.who.pid].rss_bytes)
+            if child.ref.pid in usage:
+                self._note_usage(child, usage[child.ref.pid], now)
+                self._enforce_memory(child, usage[child.ref.pid].rss_bytes)
 
     def _enforce_memory(self, child: ChildHandle, rss_bytes: int) -> None:
         limit = self._fork_servers.options(child.name).memory_limit_bytes

@@ -25,9 +25,9 @@ from bgsupervisor.ipc.messages import (
     ChildHello,
     ForkServerHello,
     Message,
+    ProcessRef,
     WaitManagerBeat,
     WaitManagerHello,
-    Who,
 )
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.system.files import open_own_dir
@@ -64,12 +64,12 @@ NOTIFY_BYTES = 4096
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Peer:
-    """One connection; `who` is None until its hello has been heard."""
+    """One connection; `ref` is None until its hello has been heard."""
 
     channel: Channel
     pid: int
     since: float
-    who: Who | None = None
+    ref: ProcessRef | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -77,7 +77,7 @@ class Events:
     """What came in since the last pass."""
 
     messages: list[tuple[Peer, Message]] = dataclasses.field(default_factory=list)
-    deaths: list[Who] = dataclasses.field(default_factory=list)
+    deaths: list[ProcessRef] = dataclasses.field(default_factory=list)
     signals: list[int] = dataclasses.field(default_factory=list)
     woken: bool = False
     keys: list[str] = dataclasses.field(default_factory=list)
@@ -114,7 +114,7 @@ class EventSources:
         self._dir_fd = open_own_dir(state_dir.path)
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, Peer] = {}
-        self._handles: dict[Who, ProcessHandle] = {}
+        self._handles: dict[ProcessRef, ProcessHandle] = {}
         self._watch: Watch | None = None
         self._refused: set[tuple[int, str]] = set()
         self._deaf = False
@@ -158,8 +158,8 @@ class EventSources:
             self._selector.register(self._control, selectors.EVENT_READ, self._accept)
             self._deaf = False
         now = self._clock.monotonic()
-        for peer in [peer for peer in self._peers.values() if peer.who is None and now - peer.since > HELLO_S]:
-            self.let_go(peer)
+        for peer in [peer for peer in self._peers.values() if peer.ref is None and now - peer.since > HELLO_S]:
+            self.disconnect(peer)
 
     def listen_to_signals(self, numbers: tuple[int, ...]) -> None:
         """Have these signals end the rest and be heard; nothing else happens in the handler."""
@@ -180,15 +180,15 @@ class EventSources:
             self._watch = make()
             self._selector.register(self._watch.fileno(), selectors.EVENT_READ, self._on_database_write)
 
-    def watch_process(self, who: Who, handle: ProcessHandle) -> None:
+    def watch_process(self, ref: ProcessRef, handle: ProcessHandle) -> None:
         """Hear of the death of the process that *handle* holds."""
-        if who not in self._handles:
-            self._handles[who] = handle
-            self._selector.register(handle, selectors.EVENT_READ, lambda events, _mask: self._on_death(events, who))
+        if ref not in self._handles:
+            self._handles[ref] = handle
+            self._selector.register(handle, selectors.EVENT_READ, lambda events, _mask: self._on_death(events, ref))
 
-    def unwatch_process(self, who: Who) -> None:
+    def unwatch_process(self, ref: ProcessRef) -> None:
         """Hear nothing more of that process; its handle stays the caller's."""
-        handle = self._handles.pop(who, None)
+        handle = self._handles.pop(ref, None)
         if handle is not None:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(handle)
@@ -225,10 +225,10 @@ class EventSources:
         with contextlib.suppress(WireError):
             # guard: the last messages of a dead child are read
             messages = peer.channel.receive_all()
-        self.let_go(peer)
+        self.disconnect(peer)
         return messages
 
-    def let_go(self, peer: Peer) -> None:
+    def disconnect(self, peer: Peer) -> None:
         """Close a connection."""
         descriptor = next((number for number, one in self._peers.items() if one is peer), None)
         if descriptor is not None:
@@ -299,7 +299,7 @@ class EventSources:
             peer.channel.closed = True
         if peer.channel.closed:
             events.someone_left = True
-            self.let_go(peer)
+            self.disconnect(peer)
         else:
             self._want(peer)
 
@@ -313,18 +313,18 @@ class EventSources:
     def _check(self, peer: Peer, message: Message) -> None:
         """See that a hello comes first, of our version, from the process that the kernel names."""
         if not isinstance(message, ChildHello | ForkServerHello | CallerHello | WaitManagerHello):
-            if peer.who is None:
+            if peer.ref is None:
                 raise WireError("it did not say hello first")
             return
         if message.version != PROTOCOL_VERSION:
             raise WireError(f"it speaks protocol {message.version}, this supervisor speaks {PROTOCOL_VERSION}")
-        if message.who.pid != peer.pid:
-            raise WireError(f"it says that it is PID {message.who.pid}")
-        peer.who = message.who
+        if message.ref.pid != peer.pid:
+            raise WireError(f"it says that it is PID {message.ref.pid}")
+        peer.ref = message.ref
 
-    def _on_death(self, events: Events, who: Who) -> None:
-        self.unwatch_process(who)
-        events.deaths.append(who)
+    def _on_death(self, events: Events, ref: ProcessRef) -> None:
+        self.unwatch_process(ref)
+        events.deaths.append(ref)
 
     def _on_wake_up(self, events: Events, mask: int) -> None:
         del mask

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor import failpoints
 from bgsupervisor.ipc import exit_journal, messages
-from bgsupervisor.ipc.messages import TaskOptions, Who
+from bgsupervisor.ipc.messages import ProcessRef, TaskOptions
 from bgsupervisor.system import processes
 from bgsupervisor.system.fingerprint import code_fingerprint, write_fingerprint
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
@@ -61,7 +61,7 @@ class ForkServerHandle:
     peer: Peer
     ordered: int = 0
     ordered_at: float = 0.0
-    expected: dict[Who, float] = dataclasses.field(default_factory=dict)
+    expected: dict[ProcessRef, float] = dataclasses.field(default_factory=dict)
 
     @property
     def coming(self) -> int:
@@ -77,7 +77,7 @@ class _Started:
     """A fork server process of ours; *callers* wait for what becomes of it, *fingerprint* is of the code that it loads."""
 
     process: SpawnProcess
-    who: Who
+    ref: ProcessRef
     handle: ProcessHandle | None
     force: bool
     callers: list[Peer]
@@ -92,7 +92,7 @@ class ForkServers:
     present one has loaded.
 
     Attributes:
-        our_who: The one that starts new children.
+        our_ref: The one that starts new children.
         one_died: A fork server of ours died and may have left its children to this process.
         rejected: What failed to load in the last candidate that was not let in.
     """
@@ -105,36 +105,36 @@ class ForkServers:
         self._own = own
         self._sources = sources
         self._clock = clock
-        self._handles: dict[Who, ForkServerHandle] = {}
-        self._started: dict[Who, _Started] = {}
+        self._handles: dict[ProcessRef, ForkServerHandle] = {}
+        self._started: dict[ProcessRef, _Started] = {}
         self._candidate: _Started | None = None
         self._deaths = 0
         self._start_at = 0.0
-        self.our_who: Who | None = None
+        self.our_ref: ProcessRef | None = None
         self.one_died = False
         self.rejected: list[messages.LoadFailure] = []
         self._sweep_until = 0.0
         # Such as the other half of `gunicorn & exec bgsupervisor run`.
         self._not_ours = forkserver.strays_of_this_process(set())
-        self._awaited = {who for who in self._records() if not self._is_dead(who)}
-        for who in self._awaited:
-            self._wake(who)
+        self._awaited = {ref for ref in self._records() if not self._is_dead(ref)}
+        for ref in self._awaited:
+            self._wake(ref)
         self._awaited_until = clock.monotonic() + FIRST_HELLO_S
 
     # What the supervisor asks
 
     def ours(self) -> ForkServerHandle | None:
         """Return the fork server that starts new children; None while there is none that can be spoken to."""
-        fork_server = self._handles.get(self.our_who) if self.our_who is not None else None
+        fork_server = self._handles.get(self.our_ref) if self.our_ref is not None else None
         return fork_server if fork_server is not None and not fork_server.peer.channel.closed else None
 
-    def get(self, who: Who | None) -> ForkServerHandle | None:
+    def get(self, ref: ProcessRef | None) -> ForkServerHandle | None:
         """Return one fork server that has said hello, or None."""
-        return None if who is None else self._handles.get(who)
+        return None if ref is None else self._handles.get(ref)
 
     def options(self, name: str) -> TaskOptions:
         """Return the options of a task's class as our fork server, or else an older one, has loaded it."""
-        ours = None if self.our_who is None else self._handles.get(self.our_who)
+        ours = None if self.our_ref is None else self._handles.get(self.our_ref)
         if ours is not None and name in ours.hello.catalogue:
             return ours.hello.catalogue[name]
         older = (fork_server.hello.catalogue for fork_server in self._handles.values())
@@ -155,26 +155,26 @@ class ForkServers:
         if self._clock.monotonic() >= self._awaited_until:
             return False
         # One that has died since, of which nobody told this supervisor, has nothing more to say.
-        dead = {who for who in self._awaited if self._is_dead(who)}
+        dead = {ref for ref in self._awaited if self._is_dead(ref)}
         # guard: a dead fork server is not awaited
         self._awaited -= dead
         return bool(self._awaited)
 
-    def can_report_no_more(self, parent: Who | None) -> bool:
+    def can_report_no_more(self, parent: ProcessRef | None) -> bool:
         """Whether the fork server of a dead child is dead as well; *parent* is None where the child never named it.
 
         A child that no supervisor has heard may be of any fork server that an earlier supervisor has started.
         """
         if parent is not None:
             return self._is_dead(parent)
-        earlier = {who for who in (*self._records(), *self._handles) if who not in self._started}
-        return bool(earlier) and all(self._is_dead(who) for who in earlier)
+        earlier = {ref for ref in (*self._records(), *self._handles) if ref not in self._started}
+        return bool(earlier) and all(self._is_dead(ref) for ref in earlier)
 
     def die_again_and_again(self) -> bool:
         """Whether no fork server has come up in a row of tries."""
         return self._deaths > len(RESTART_S)
 
-    def written_exit(self, child: Who) -> Exited | None:
+    def written_exit(self, child: ProcessRef) -> Exited | None:
         """Return what a fork server has written down of a child's exit, None without; it may be dead by now."""
         for record in self._records().values():
             exited = exit_journal.read(record).get(child)
@@ -186,16 +186,16 @@ class ForkServers:
 
     def take_hello(self, peer: Peer, hello: messages.ForkServerHello) -> bool:
         """Get to know a fork server; return whether it is ours from now on. All others are retired."""
-        self._handles[hello.who] = ForkServerHandle(hello, peer, ordered_at=self._clock.monotonic())
-        self._awaited.discard(hello.who)
+        self._handles[hello.ref] = ForkServerHandle(hello, peer, ordered_at=self._clock.monotonic())
+        self._awaited.discard(hello.ref)
         for warning in hello.warnings:
             log.warning("%s", warning)
         for danger in hello.dangers:
             log.error("%s", danger)
-        if hello.who == self.our_who:
+        if hello.ref == self.our_ref:
             return True
         candidate = self._candidate
-        if candidate is None or candidate.who != hello.who:
+        if candidate is None or candidate.ref != hello.ref:
             self._sources.send(peer, messages.Retire())
             return False
         self._candidate = None
@@ -209,26 +209,26 @@ class ForkServers:
 
     def take_spawned(self, peer: Peer, message: messages.Spawned) -> None:
         """Note that an ordered child is there."""
-        fork_server = self.get(peer.who)
+        fork_server = self.get(peer.ref)
         if fork_server is not None:
             fork_server.ordered = max(0, fork_server.ordered - 1)
-            fork_server.ordered_at = fork_server.expected[message.who] = self._clock.monotonic()
+            fork_server.ordered_at = fork_server.expected[message.ref] = self._clock.monotonic()
 
     def take_spawn_failure(self, peer: Peer, message: messages.SpawnFailed) -> None:
         """Note that ordered children will not come."""
-        fork_server = self.get(peer.who)
+        fork_server = self.get(peer.ref)
         if fork_server is not None:
             fork_server.ordered = max(0, fork_server.ordered - message.count)
         log.error("the fork server cannot fork children (%s); trying again", message.error)
 
-    def met(self, child: Who) -> None:
+    def met(self, child: ProcessRef) -> None:
         """Note that a child said hello, or died before it could."""
         for fork_server in self._handles.values():
             fork_server.expected.pop(child, None)
 
-    def died(self, who: Who) -> None:
+    def died(self, ref: ProcessRef) -> None:
         """Note a death. If it was our fork server, another starts after a pause, and its children are ours to reap."""
-        started = self._started.pop(who, None)
+        started = self._started.pop(ref, None)
         if started is None:
             return
         started.process.join(0.5)
@@ -237,7 +237,7 @@ class ForkServers:
             started.process.close()
         if started.handle is not None:
             started.handle.close()
-        self._handles.pop(who, None)
+        self._handles.pop(ref, None)
         if exit_code != 0:
             self.one_died = True
             self._sweep_until = self._clock.monotonic() + SWEEP_S
@@ -246,9 +246,9 @@ class ForkServers:
             self._answer(
                 started, done=False, detail=f"the new fork server died with exit code {exit_code} while loading"
             )
-        if who == self.our_who or self.our_who is None:
+        if ref == self.our_ref or self.our_ref is None:
             log.error("the fork server died with exit code %s; running bodies go on", exit_code)
-            self.our_who = None
+            self.our_ref = None
             self._start_at = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
             self._deaths += 1
 
@@ -256,19 +256,19 @@ class ForkServers:
 
     def start_if_missing(self) -> None:
         """Start a fork server if there is none and its time has come."""
-        if self.our_who is None and self._candidate is None and self._clock.monotonic() >= self._start_at:
+        if self.our_ref is None and self._candidate is None and self._clock.monotonic() >= self._start_at:
             self._start(force=True, callers=[])
 
     def start_due_at(self) -> float | None:
         """Return when a missing fork server is to be started, monotonic."""
-        return self._start_at if self.our_who is None and self._candidate is None else None
+        return self._start_at if self.our_ref is None and self._candidate is None else None
 
     def reload(self, *, force: bool, caller: Peer | None) -> None:
         """Start a fork server with the present code; it takes over when it has loaded. The callers are answered."""
         callers = [] if caller is None else [caller]
         if self._candidate is not None:  # it may have read half of the new code
             callers += self._candidate.callers
-        self._start(force=force or self.our_who is None, callers=callers)
+        self._start(force=force or self.our_ref is None, callers=callers)
         failpoints.at("supervisor.reloading")
 
     def spawn(self, count: int) -> None:
@@ -287,23 +287,23 @@ class ForkServers:
         now, fork_server = self._clock.monotonic(), self.ours()
         if fork_server is None:
             return
-        for who in [who for who, since in fork_server.expected.items() if now - since > CHILD_HELLO_S]:
-            log.error("PID %d was forked %.0f s ago and does not begin; killing it", who.pid, CHILD_HELLO_S)
-            fork_server.expected.pop(who)
-            _, handle = processes.look(self._identity_of(who))
+        for ref in [ref for ref, since in fork_server.expected.items() if now - since > CHILD_HELLO_S]:
+            log.error("PID %d was forked %.0f s ago and does not begin; killing it", ref.pid, CHILD_HELLO_S)
+            fork_server.expected.pop(ref)
+            _, handle = processes.look(self._identity_of(ref))
             if handle is not None:
                 with handle, contextlib.suppress(OSError):
                     processes.signal_tree(handle, signal.SIGKILL)
         if fork_server.ordered and now - fork_server.ordered_at > FORK_S:
-            log.error("the fork server, PID %d, does not fork any more; starting another", fork_server.hello.who.pid)
+            log.error("the fork server, PID %d, does not fork any more; starting another", fork_server.hello.ref.pid)
             fork_server.ordered_at = now
             self.reload(force=True, caller=None)
 
     def forget_the_dead(self) -> None:
         """Remove the records of dead fork servers; no task must depend on what is written there."""
-        for who, record in self._records().items():
-            fork_server = self._handles.get(who)
-            if (fork_server is None or fork_server.peer.channel.closed) and self._is_dead(who):
+        for ref, record in self._records().items():
+            fork_server = self._handles.get(ref)
+            if (fork_server is None or fork_server.peer.channel.closed) and self._is_dead(ref):
                 with contextlib.suppress(OSError):
                     record.unlink()
 
@@ -317,7 +317,7 @@ class ForkServers:
         """Kill what a dead task left when its fork server was dead too: it was reparented to this process."""
         if self._clock.monotonic() > self._sweep_until or os.getpid() == 1:
             return  # to PID 1 all orphans of the container come, and not only what tasks have left
-        known = {*known, *self._not_ours, *(who.pid for who in self._started)}
+        known = {*known, *self._not_ours, *(ref.pid for ref in self._started)}
         for pid in forkserver.strays_of_this_process(known):
             log.info("killing PID %d, which a dead task has left", pid)
             with contextlib.suppress(ProcessLookupError):
@@ -345,12 +345,12 @@ class ForkServers:
             return
         pid = process.pid or 0
         processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
-        who = Who(pid, processes.start_ticks(pid) or -1)
-        _, handle = processes.look(self._identity_of(who))
+        ref = ProcessRef(pid, processes.start_ticks(pid) or -1)
+        _, handle = processes.look(self._identity_of(ref))
         if handle is not None:
-            self._sources.watch_process(who, handle)
-        self._candidate = self._started[who] = _Started(
-            process, who, handle, force, callers, fingerprint, fingerprinted_at_ns
+            self._sources.watch_process(ref, handle)
+        self._candidate = self._started[ref] = _Started(
+            process, ref, handle, force, callers, fingerprint, fingerprinted_at_ns
         )
 
     def _note_code(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
@@ -371,7 +371,7 @@ class ForkServers:
 
     def _let_in(self, candidate: _Started, hello: messages.ForkServerHello) -> None:
         old = self.ours()
-        self.our_who = hello.who
+        self.our_ref = hello.ref
         if old is not None:
             failpoints.at("supervisor.reloaded")
             self._sources.send(old.peer, messages.Retire())
@@ -392,7 +392,7 @@ class ForkServers:
         detail = f"{names} failed to load ({''.join(last)}); the code that works stays in force"
         log.error("%s", detail)
         self._sources.send(peer, messages.Leave())
-        del self._handles[hello.who]
+        del self._handles[hello.ref]
         self._answer(candidate, done=False, detail=detail, failures=missing)
 
     def _answer(
@@ -402,23 +402,23 @@ class ForkServers:
             if not caller.channel.closed:
                 self._sources.send(caller, messages.Reloaded(done, detail, list(failures)))
 
-    def _records(self) -> dict[Who, Path]:
+    def _records(self) -> dict[ProcessRef, Path]:
         found = {}
         for path in self._state_dir.path.glob("forkserver-*-*"):
             _, pid, ticks = path.name.split("-", 2)
             if pid.isascii() and pid.isdecimal() and ticks.isascii() and ticks.isdecimal():
-                found[Who(int(pid), int(ticks))] = path
+                found[ProcessRef(int(pid), int(ticks))] = path
         return found
 
-    def _is_dead(self, who: Who) -> bool:
-        return processes.verdict(self._identity_of(who)) is Verdict.DEAD
+    def _is_dead(self, ref: ProcessRef) -> bool:
+        return processes.verdict(self._identity_of(ref)) is Verdict.DEAD
 
-    def _wake(self, who: Who) -> None:
+    def _wake(self, ref: ProcessRef) -> None:
         """Have a fork server look whom it talks to: a supervisor that is stopped would never let go of it."""
-        _, handle = processes.look(self._identity_of(who))
+        _, handle = processes.look(self._identity_of(ref))
         if handle is not None:
             with handle, contextlib.suppress(OSError):
                 handle.send_signal(signal.SIGCHLD)  # which ends its rest, and does nothing where it is not awaited
 
-    def _identity_of(self, who: Who) -> ProcessIdentity:
-        return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)
+    def _identity_of(self, ref: ProcessRef) -> ProcessIdentity:
+        return dataclasses.replace(self._own, pid=ref.pid, start_ticks=ref.start_ticks)

@@ -26,9 +26,9 @@ from bgsupervisor.config import masked
 from bgsupervisor.database.store import Store, SupervisorRecord, is_locked
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import Exited, Who
+from bgsupervisor.ipc.messages import Exited, ProcessRef
 from bgsupervisor.ipc.statedir import StopMark
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Note, Return
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, SlotGrant, Telemetry
 from bgsupervisor.ledger.waits import DUE
 from bgsupervisor.sanitize import escaped, quoted
 from bgsupervisor.statuses import Reason
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
     from bgsupervisor.config import Config
     from bgsupervisor.ipc.lock import Lock
-    from bgsupervisor.ipc.messages import End
+    from bgsupervisor.ipc.messages import AttemptResult
     from bgsupervisor.ipc.statedir import StateDir
-    from bgsupervisor.ledger.transitions import Due, Outcome, Suspension
+    from bgsupervisor.ledger.transitions import DueTask, Outcome, Suspension
     from bgsupervisor.supervisor.children import ChildHandle
     from bgsupervisor.supervisor.events import Events, Peer
     from bgsupervisor.system.sd_notify import Notifier
@@ -146,7 +146,7 @@ class Supervisor:
         self._enforcement = Enforcement(config, self._children, self._fork_servers, self._sources, clock)
         self._housekeeping = Housekeeping(self._ledger, state_dir, clock)
         self._wait_manager = WaitManager(state_dir, self._recovery.identity_of, self._sources, clock)
-        self._exits: dict[Who, Exited] = {}
+        self._exits: dict[ProcessRef, Exited] = {}
         self._started_at = clock.now()
         self._unattended_since: datetime | None = self._started_at - timedelta(
             seconds=clock.monotonic() - lock.unattended_since - TOUCH_SLACK_S
@@ -161,7 +161,7 @@ class Supervisor:
         self._looked_at: datetime | None = None
         self._passing_over_until: float | None = None
         self._next_due_at: datetime | None = None
-        self._flawed: list[Due] = []
+        self._flawed: list[DueTask] = []
         self._put_aside: set[int] = set()
         self._recover_at = self._notes_at = self._net_at = self._put_off_until = 0.0
         self._beat_at = -math.inf
@@ -233,7 +233,7 @@ class Supervisor:
             self._look_if_changed()
 
     def _take(self, peer: Peer, message: messages.Message) -> None:
-        child = self._children.get(peer.who)
+        child = self._children.get(peer.ref)
         if isinstance(message, messages.ChildHello):
             self._take_child(peer, message)
         elif isinstance(message, messages.ForkServerHello):
@@ -246,28 +246,28 @@ class Supervisor:
             self._wait_manager.take(peer, message)
         elif child is not None and isinstance(message, messages.Waiting | messages.Resumed | messages.WantSlot):
             self._take_waiting(child, message)
-        elif child is not None and isinstance(message, messages.Ended):
+        elif child is not None and isinstance(message, messages.ResultReport):
             self._take_end(child, message)
         elif child is not None and isinstance(message, messages.Beat | messages.Progress):
             self._take_note(child, message)
 
     def _take_of_fork_server(self, peer: Peer, message: Exited | messages.Spawned | messages.SpawnFailed) -> None:
         if isinstance(message, Exited):
-            self._exits[message.who] = message
-            self._fork_servers.met(message.who)
+            self._exits[message.ref] = message
+            self._fork_servers.met(message.ref)
         elif isinstance(message, messages.Spawned):
             self._fork_servers.take_spawned(peer, message)
-            self._children.vouch_for([message.who])
-            if message.who in self._children:
-                self._fork_servers.met(message.who)  # its own hello came first, by another socket
+            self._children.vouch_for([message.ref])
+            if message.ref in self._children:
+                self._fork_servers.met(message.ref)  # its own hello came first, by another socket
         else:
             self._fork_servers.take_spawn_failure(peer, message)
             self._spawn_at = self._clock.monotonic() + PUT_OFF_S[-1]
 
     def _take_child(self, peer: Peer, hello: messages.ChildHello) -> None:
-        self._fork_servers.met(hello.who)
-        self._children.vouch_for([hello.who])
-        child = self._children.meet(self._recovery.identity_of(hello.who))
+        self._fork_servers.met(hello.ref)
+        self._children.vouch_for([hello.ref])
+        child = self._children.meet(self._recovery.identity_of(hello.ref))
         child.connect(peer, hello)
         if hello.end is None:
             child.leave_by = None
@@ -278,7 +278,7 @@ class Supervisor:
             if child.end is not None:
                 child.become_free()  # it has recorded its end itself, else it would not be idle
             elif child.attempt is not None:
-                self._recovery.unbegun.add(child.attempt)
+                self._recovery.not_started.add(child.attempt)
             return
         said = Attempt(hello.id, hello.attempt)
         if child.attempt != said:
@@ -290,14 +290,14 @@ class Supervisor:
             child.end = hello.end
 
     def _take_fork_server(self, peer: Peer, hello: messages.ForkServerHello) -> None:
-        self._exits.update({exited.who: exited for exited in hello.exits})
+        self._exits.update({exited.ref: exited for exited in hello.exits})
         self._children.vouch_for(hello.children)
         if self._fork_servers.take_hello(peer, hello):
             self._look = True
             self._send_away_unneeded()
         self._beat_at = -math.inf
 
-    def _take_end(self, child: ChildHandle, message: messages.Ended) -> None:
+    def _take_end(self, child: ChildHandle, message: messages.ResultReport) -> None:
         attempt = Attempt(message.id, message.attempt)
         if attempt in (child.attempt, child.says):
             child.end = message.end
@@ -411,18 +411,18 @@ class Supervisor:
     def _reap(self, events: Events) -> None:
         """Find out how the dead died; what cannot be known yet is asked again in the next pass."""
         now = self._clock.monotonic()
-        for who in events.deaths:
-            self._fork_servers.died(who)
-            self._wait_manager.died(who)
-            self._fork_servers.met(who)
-            child = self._children.get(who)
+        for ref in events.deaths:
+            self._fork_servers.died(ref)
+            self._wait_manager.died(ref)
+            self._fork_servers.met(ref)
+            child = self._children.get(ref)
             if child is not None and child.dead_since is None:
                 child.dead_since = now
         for child in self._children:
             if child.dead_since is not None:
                 self._examine(child, now)
         if self._recovery.done_once:
-            self._acknowledge([who for who in self._exits if who not in self._children])
+            self._acknowledge([ref for ref in self._exits if ref not in self._children])
 
     def _examine(self, child: ChildHandle, now: float) -> None:
         if child.peer is not None and not child.peer.channel.closed:
@@ -434,26 +434,26 @@ class Supervisor:
             is_alone = self._fork_servers.can_report_no_more(
                 child.fork_server
             )  # first: a dead one has written all it knows
-            exited = self._exits.get(child.who) or self._fork_servers.written_exit(child.who)
+            exited = self._exits.get(child.ref) or self._fork_servers.written_exit(child.ref)
             if exited is not None:
-                self._exits[child.who] = exited  # its fork server is to be told that it is recorded, heard or read
+                self._exits[child.ref] = exited  # its fork server is to be told that it is recorded, heard or read
             wait_s = FIRST_HELLO_S if self._fork_servers.awaited() else postmortem.EXIT_WAIT_S
             wait_s = 0.0 if is_alone else wait_s
             inherited = self._fork_servers.one_died or is_alone
             exit = postmortem.exit_of(child, exited, now=now, wait_s=wait_s, inherited=inherited)
             if exit is not None:
-                child.end = postmortem.end_of(child, exit, exited, self._children.oom)
+                child.end = postmortem.result_of_exception(child, exit, exited, self._children.oom)
 
     def _never_began(self, child: ChildHandle) -> bool:
         """Whether it is known that its claim is to be given back, however its process has ended since."""
-        return child.never_told or child.attempt in self._recovery.unbegun
+        return child.undelivered or child.attempt in self._recovery.not_started
 
-    def _acknowledge(self, whos: list[Who]) -> None:
+    def _acknowledge(self, refs: list[ProcessRef]) -> None:
         """Let fork servers forget exits that no task depends on: of idle children, and of ends that are recorded."""
-        if whos:
-            for who in whos:
-                del self._exits[who]
-            self._fork_servers.tell_all(messages.ExitsSeen(whos))
+        if refs:
+            for ref in refs:
+                del self._exits[ref]
+            self._fork_servers.tell_all(messages.ExitsSeen(refs))
 
     # recover
 
@@ -531,7 +531,7 @@ class Supervisor:
         if fork_server is None or not self._may_admit() or now < self._put_off_until:
             return []
         free = self._free_slots()[len(self._returning()) :]  # those who come back go before new tasks
-        due: list[Due] = []
+        due: list[DueTask] = []
         if self._next_due_at is not None and self._clock.now() >= self._next_due_at:
             self._look = True
         if self._passing_over_until is not None and now >= self._passing_over_until:
@@ -554,7 +554,7 @@ class Supervisor:
             self._flawed = [one for one in due if one.flaw and one.id not in self._put_aside]
             due = [one for one in due if not one.flaw]
             self._look, self._backlog = bool(self._flawed), bool(due)  # what they stand before is looked for next
-        idle = [child for child in self._children if child.idle and child.fork_server == fork_server.hello.who]
+        idle = [child for child in self._children if child.idle and child.fork_server == fork_server.hello.ref]
         self._missing = min(len(due), len(free)) + self._config.spares - len(idle)
         pairs = zip(due, idle, free, strict=False)
         started_mono = self._clock.machine_monotonic()
@@ -614,7 +614,7 @@ class Supervisor:
         if self._last_complaint:
             self._last_complaint = ""
             log.info("the database can be written again")
-        self._notes_at = now + NOTES_EVERY_S if batch.notes else self._notes_at
+        self._notes_at = now + NOTES_EVERY_S if batch.telemetry else self._notes_at
         self._beat_at = now if batch.supervisor is not None else self._beat_at
         self._take_effect(batch, outcome)
         if outcome.passed_over and self._passing_over_until is None:
@@ -625,7 +625,7 @@ class Supervisor:
             self._start(claim, child, claimed=claim in outcome.claimed)
         started = [child for claim, child in claims if claim in outcome.claimed]
         for child, counters in zip(
-            started, self._children.oom.counters(child.who.pid for child in started), strict=True
+            started, self._children.oom.counters(child.ref.pid for child in started), strict=True
         ):
             child.oom = counters
 
@@ -633,13 +633,13 @@ class Supervisor:
         batch = Batch(
             claims=claims,
             ends=dict(self._recovery.ends),
-            unclaims=set(self._recovery.unbegun),
+            unclaims=set(self._recovery.not_started),
             flawed=self._flawed,
         )
         for attempt, child in self._children.by_attempt().items():
             if child.end is not None:
                 batch.ends[attempt] = child.end
-            elif child.never_told:
+            elif child.undelivered:
                 batch.unclaims.add(attempt)
             elif child.termination is not None and child.termination.unsent:
                 # guard, -> self._enforcement.carry_out(child, child.termination): the reason is committed before the
@@ -649,12 +649,12 @@ class Supervisor:
                 batch.suspensions[attempt] = child.suspension
         for child, slot in zip(self._returning(), self._free_slots(), strict=False):
             if child.attempt is not None and child.dead_since is None and child.wants_slot is not None:
-                batch.returns[child.attempt] = Return(child.wants_slot, slot)
+                batch.returns[child.attempt] = SlotGrant(child.wants_slot, slot)
         if now >= self._beat_at + self._beat_every_s() and self._is_worth_a_row():
             batch.supervisor = self._own_record()  # with all heartbeats: they are compared with it
         if batch or now >= self._notes_at:
             noted = {attempt: child.note for attempt, child in self._children.by_attempt().items() if child.end is None}
-            batch.notes = {attempt: note for attempt, note in noted.items() if note}
+            batch.telemetry = {attempt: note for attempt, note in noted.items() if note}
         return batch
 
     def _take_effect(self, batch: Batch, outcome: Outcome) -> None:
@@ -668,7 +668,7 @@ class Supervisor:
             self._recovery.ends.pop(attempt, None)
             self._conclude(by_attempt.get(attempt), attempt, end, recorded=attempt in outcome.ended)
         for attempt in batch.unclaims:
-            self._recovery.unbegun.discard(attempt)
+            self._recovery.not_started.discard(attempt)
             self._recovery.unordered.discard(attempt)
             if attempt in by_attempt:
                 by_attempt[attempt].become_free()
@@ -687,12 +687,12 @@ class Supervisor:
             self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
         for attempt, back in batch.returns.items():
             self._give_slot(by_attempt[attempt], attempt, back, granted=attempt in outcome.returned)
-        for attempt in batch.notes:
-            by_attempt[attempt].note = Note()
+        for attempt in batch.telemetry:
+            by_attempt[attempt].note = Telemetry()
         self._wait_manager.notify(outcome.keys)
         self._look = self._look or DUE in outcome.keys
 
-    def _set_aside(self, due: Due, *, struck: bool) -> None:
+    def _set_aside(self, due: DueTask, *, struck: bool) -> None:
         """Log a row that cannot be read; pass it over from now on if its end could not be written."""
         log.error("task %d (%s) cannot run: its row cannot be read: %s", due.id, due.name, due.flaw)
         if not struck:
@@ -712,7 +712,7 @@ class Supervisor:
         elif not recorded:
             self._recover_at = 0.0  # the row is not running any more
 
-    def _give_slot(self, child: ChildHandle, attempt: Attempt, back: Return, *, granted: bool) -> None:
+    def _give_slot(self, child: ChildHandle, attempt: Attempt, back: SlotGrant, *, granted: bool) -> None:
         """Let a body go on that has waited."""
         child.wants_slot = None
         child.got_on_at = self._clock.monotonic()
@@ -722,15 +722,15 @@ class Supervisor:
         elif not granted:
             self._recover_at = 0.0  # our picture of the slots is wrong; the child asks again
 
-    def _conclude(self, child: ChildHandle | None, attempt: Attempt, end: End, *, recorded: bool) -> None:
+    def _conclude(self, child: ChildHandle | None, attempt: Attempt, end: AttemptResult, *, recorded: bool) -> None:
         if recorded:
             _log_end(attempt, child.name if child is not None else self._recovery.names.get(attempt, ""), end)
         if child is None:
             return
         child.become_free()
         if child.dead_since is not None:
-            if child.who not in self._exits:
-                self._fork_servers.tell_all(messages.ExitsSeen([child.who]))  # its fork server's word is needed no more
+            if child.ref not in self._exits:
+                self._fork_servers.tell_all(messages.ExitsSeen([child.ref]))  # its fork server's word is needed no more
             self._children.keep_log(child, attempt, self._config.log_max_bytes)
             self._children.forget(child)
         elif child.peer is not None:
@@ -747,13 +747,13 @@ class Supervisor:
         assert child.peer is not None  # noqa: S101 - an idle child has one
         self._recovery.unordered.discard(claim.attempt)
         if child.handle is not None and child.handle.is_dead():  # since the claim was composed: nothing has begun
-            self._recovery.unbegun.add(claim.attempt)
+            self._recovery.not_started.add(claim.attempt)
             return
         due, attempt = claim.due, claim.attempt
         run_place = self._sources.send(child.peer, claim.assignment())
         child.begin(claim, run_place, child.peer.channel.queued_bytes, self._clock.monotonic())
         failpoints.at("supervisor.ordered")
-        log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.who.pid)
+        log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.ref.pid)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:
         """The database is locked, full or away: nothing is lost, the next pass composes the same and more."""
@@ -829,12 +829,12 @@ class Supervisor:
 
     def _write_due_at(self) -> float | None:
         """Return when what is decided and not written is to be written, monotonic."""
-        if self._recovery.ends or self._recovery.unbegun or (self._look and self._may_admit()):
+        if self._recovery.ends or self._recovery.not_started or (self._look and self._may_admit()):
             return self._put_off_until
         moments = []
         for child in self._children.running():
             is_ordered = child.termination is not None and child.termination.unsent
-            if child.end is not None or child.never_told or is_ordered or child.suspension_unsaved:
+            if child.end is not None or child.undelivered or is_ordered or child.suspension_unsaved:
                 return self._put_off_until
             if child.note.tells_progress:  # signs of life and usage go with whatever is written next
                 moments.append(max(self._notes_at, self._put_off_until))
@@ -866,7 +866,7 @@ class Supervisor:
             self._lock.touch()
         self._check_files()
         self._look_if_changed()
-        self._fork_servers.sweep_inherited({child.who.pid for child in self._children} | self._wait_manager.pids)
+        self._fork_servers.sweep_inherited({child.ref.pid for child in self._children} | self._wait_manager.pids)
         self._send_away_unneeded()
         self._fork_servers.give_up_on_the_silent()
         if self._recovery.done_once and not any(child.dead_since is not None for child in self._children):
@@ -920,7 +920,7 @@ class Supervisor:
     def _send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of other fork servers, whose exits would not be seen."""
         idle = [child for child in self._children if child.idle]
-        ours = [child for child in idle if child.fork_server == self._fork_servers.our_who]
+        ours = [child for child in idle if child.fork_server == self._fork_servers.our_ref]
         kept = set(ours if self._backlog else ours[: self._config.spares])
         for child in idle:
             if child not in kept and child.peer is not None:
@@ -937,7 +937,7 @@ class Supervisor:
                 self._sources.send(child.peer, messages.Leave())
         # guard, always: no exit is acknowledged before all rows are compared
         if self._recovery.done_once:  # else a row may depend on one of them
-            self._acknowledge([who for who in self._exits if who not in self._children])
+            self._acknowledge([ref for ref in self._exits if ref not in self._children])
         self._fork_servers.tell_all(messages.Retire())
         if not self._children.running():
             self._wait_manager.leave()
@@ -958,7 +958,7 @@ def _is_left_waiting(child: ChildHandle) -> bool:
     return child.slot is None and child.end is None and child.termination is None
 
 
-def _log_end(attempt: Attempt, name: str, end: End) -> None:
+def _log_end(attempt: Attempt, name: str, end: AttemptResult) -> None:
     """Log an end; one line for each that is not DONE, in a form that a log shipper can read (docs/operating.md)."""
     if end.reason is None:
         log.info("task %d (%s) ended: DONE", attempt.id, name)

@@ -23,9 +23,9 @@ import psutil
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import Store, SupervisorRecord
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import End, LoadFailure, TaskOptions
+from bgsupervisor.ipc.messages import AttemptResult, LoadFailure, TaskOptions
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Note
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Telemetry
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.children import Stage, Termination
@@ -94,7 +94,7 @@ class _Child:
     over: bool = False
     dismissed: bool = False
     termination: Termination | None = None
-    note: Note = dataclasses.field(default_factory=Note)
+    note: Telemetry = dataclasses.field(default_factory=Telemetry)
     peak_rss_bytes: int = 0
 
     @property
@@ -220,7 +220,7 @@ class Runner:
                 self._note_loaded(message)
         elif isinstance(message, messages.Notify):
             self._notify(message.keys)
-        elif isinstance(message, messages.Ended):
+        elif isinstance(message, messages.ResultReport):
             child.over = True
         elif isinstance(message, messages.Waiting):
             child.waits = True
@@ -288,7 +288,7 @@ class Runner:
             if attempt not in own and record.boot_id == BOOT_ID and not _lives(record.pid, record.start_ticks):
                 detail = "its process is gone and nobody could see how it ended"
                 keys: list[str] = []
-                self._ledger.end(attempt, End(reason=Reason.VANISHED, detail=detail), keys)
+                self._ledger.end(attempt, AttemptResult(reason=Reason.VANISHED, detail=detail), keys)
                 self._notify(keys)
 
     # enforce
@@ -451,9 +451,9 @@ class Runner:
         if now >= self._notes_at:
             self._notes_at = now + NOTES_EVERY_S
             noted = [child for child in self._children if child.runs and child.note]
-            batch.notes = {child.attempt: child.note for child in noted if child.attempt is not None}
+            batch.telemetry = {child.attempt: child.note for child in noted if child.attempt is not None}
             for child in noted:
-                child.note = Note()
+                child.note = Telemetry()
         runs = any(child.runs for child in self._children)
         beat_every_s = min(BEAT_EVERY_S, self._config.heartbeat_s) if runs else BEAT_EVERY_S
         if now >= self._beat_at + beat_every_s and max(self._known, self._lost) >= 0:
@@ -541,11 +541,11 @@ def _kill_tree(child: _Child) -> None:
             process.kill()
 
 
-def _end_of_dead(child: _Child) -> End:
+def _end_of_dead(child: _Child) -> AttemptResult:
     """Return what is recorded of a child that died before it recorded its end; the row's own `ending` comes first."""
     exitcode = child.process.exitcode or 0
     if child.termination is not None and child.termination.stage >= Stage.TERM:
-        return End(
+        return AttemptResult(
             reason=child.termination.reason,
             detail=child.termination.detail(),
             signal=-exitcode if exitcode < 0 else None,
@@ -553,6 +553,6 @@ def _end_of_dead(child: _Child) -> End:
     if exitcode < 0:
         name = signal.Signals(-exitcode).name if -exitcode in set(signal.Signals) else "a signal"
         detail = f"killed by {name} ({-exitcode}), which bgsupervisor did not send"
-        return End(reason=Reason.SIGNALLED, detail=detail, signal=-exitcode)
+        return AttemptResult(reason=Reason.SIGNALLED, detail=detail, signal=-exitcode)
     detail = f"the process exited with code {exitcode} before it reported an end"
-    return End(reason=Reason.EXITED, detail=detail, exit_code=exitcode)
+    return AttemptResult(reason=Reason.EXITED, detail=detail, exit_code=exitcode)

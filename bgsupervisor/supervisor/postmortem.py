@@ -6,7 +6,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.children import Stage
 from bgsupervisor.system import processes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bgsupervisor.system.oom import OomWatch
     from bgsupervisor.system.processes import ProcessHandle
 
-__all__ = ["EXIT_WAIT_S", "end_of", "exit_of"]
+__all__ = ["EXIT_WAIT_S", "exit_of", "result_of_exception"]
 
 EXIT_WAIT_S = 0.5
 """How long the fork server's word on a dead child is waited for before other evidence is taken."""
@@ -53,7 +53,7 @@ def exit_of(child: ChildHandle, exited: Exited | None, *, now: float, wait_s: fl
     return Exit(None, None)
 
 
-def end_of(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> End:
+def result_of_exception(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> AttemptResult:
     """Return what is recorded of a child that died before it reported."""
     facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
     termination = child.termination
@@ -66,19 +66,19 @@ def end_of(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch)
             if termination is not None
             else "ended by its supervisor, which could not record it before"
         )
-        return End(reason=ordered, detail=detail, **facts)
+        return AttemptResult(reason=ordered, detail=detail, **facts)
     if exit.signal is not None:
         evidence = _oom_evidence(child, exit, oom)
         if evidence is not None:
-            return End(reason=Reason.OUT_OF_MEMORY, detail=evidence, **facts)
+            return AttemptResult(reason=Reason.OUT_OF_MEMORY, detail=evidence, **facts)
         detail = f"killed by {_signal_name(exit.signal)}, which bgsupervisor did not send"
         if child.suspension.lasts:
             detail += ", while it was suspended"
-        return End(reason=Reason.SIGNALLED, detail=detail, **facts)
+        return AttemptResult(reason=Reason.SIGNALLED, detail=detail, **facts)
     if exit.exit_code is not None:
         detail = f"the process exited with code {exit.exit_code} before it reported an end"
-        return End(reason=Reason.EXITED, detail=detail, **facts)
-    return End(reason=Reason.VANISHED, detail="its process is gone and nobody could see how it ended")
+        return AttemptResult(reason=Reason.EXITED, detail=detail, **facts)
+    return AttemptResult(reason=Reason.VANISHED, detail="its process is gone and nobody could see how it ended")
 
 
 def _oom_evidence(child: ChildHandle, exit: Exit, oom: OomWatch) -> str | None:

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import End, Who
+from bgsupervisor.ipc.messages import AttemptResult, ProcessRef
 from bgsupervisor.ledger.transitions import Attempt, Suspension
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.children import Termination
@@ -36,7 +36,7 @@ class Recovery:
 
     Attributes:
         ends: Attempts that nobody runs any more, and how they ended.
-        unbegun: Attempts that were claimed for a child which says that it began nothing.
+        not started: Attempts that were claimed for a child which says that it began nothing.
         unordered: Attempts whose claim may be committed, or may not; no child has been given the order.
         foreign_slots: Slots held by rows that this supervisor cannot judge.
         names: The name of each task that had a START row at the last look.
@@ -51,8 +51,8 @@ class Recovery:
         self._children = children
         self._sources = sources
         self._clock = clock
-        self.ends: dict[Attempt, End] = {}
-        self.unbegun: set[Attempt] = set()
+        self.ends: dict[Attempt, AttemptResult] = {}
+        self.not_started: set[Attempt] = set()
         self.unordered: set[Attempt] = set()
         self.foreign_slots: set[int] = set()
         self.names: dict[Attempt, str] = {}
@@ -88,23 +88,25 @@ class Recovery:
     def _compare_row(self, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)
         if None in (record.start_ticks, record.boot_id, record.pid_ns) or not record.pid or record.pid < 0:
-            self.ends[attempt] = End(reason=Reason.VANISHED, detail="the row names no process; it was written by hand")
+            self.ends[attempt] = AttemptResult(
+                reason=Reason.VANISHED, detail="the row names no process; it was written by hand"
+            )
         elif record.boot_id != self._own.boot_id:
             detail = "the machine was started anew while the task ran (its boot id differs)"
-            self.ends[attempt] = End(reason=Reason.HOST_REBOOTED, detail=detail)
+            self.ends[attempt] = AttemptResult(reason=Reason.HOST_REBOOTED, detail=detail)
         elif record.pid_ns != self._own.pid_ns:
             self._judge_by_lease(record)
         elif attempt in self.unordered:
-            self.unbegun.add(attempt)
+            self.not_started.add(attempt)
         else:
             # Whatever host name the row has: a SQLite file has only ever been used on this one.
-            who = Who(record.pid, record.start_ticks or 0)
+            ref = ProcessRef(record.pid, record.start_ticks or 0)
             # guard: running bodies are adopted
-            self._adopt(self._children.meet(self.identity_of(who)), record)
+            self._adopt(self._children.meet(self.identity_of(ref)), record)
 
-    def identity_of(self, who: Who) -> ProcessIdentity:
+    def identity_of(self, ref: ProcessRef) -> ProcessIdentity:
         """Return who a process of this host, boot and PID namespace is."""
-        return dataclasses.replace(self._own, pid=who.pid, start_ticks=who.start_ticks)
+        return dataclasses.replace(self._own, pid=ref.pid, start_ticks=ref.start_ticks)
 
     def _adopt(self, child: ChildHandle, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)
@@ -112,20 +114,20 @@ class Recovery:
             self._children.look_again(child)
         self._children.recognise(child)
         if self._children.is_stranger(child):
-            detail = f"its row names PID {child.who.pid}, which bgsupervisor did not start; it was written by hand"
-            self.ends[attempt] = End(reason=Reason.VANISHED, detail=detail)
+            detail = f"its row names PID {child.ref.pid}, which bgsupervisor did not start; it was written by hand"
+            self.ends[attempt] = AttemptResult(reason=Reason.VANISHED, detail=detail)
             return
         if child.attempt == attempt:
             child.slot = record.slot  # it may have given it to others, or taken one again
         if child.attempt is not None or (child.says is not None and child.says != attempt):
             return  # known, or its last end is on the way: the next look will tell
         if child.says is None and child.idle:
-            self.unbegun.add(attempt)
+            self.not_started.add(attempt)
         if child.says is not None or not child.idle:
             log.info(
                 "task %d (%s), attempt %d, is run by PID %d; looking after it",
                 *attempt_of(attempt, record),
-                child.who.pid,
+                child.ref.pid,
             )
         child.attempt, child.name, child.slot = attempt, record.name, record.slot
         child.started_at = self._clock.attended(record.started_mono or self._clock.machine_monotonic())
@@ -160,7 +162,7 @@ class Recovery:
         else:
             log.warning(
                 "PID %d runs task %d, attempt %d, but the row says otherwise",
-                child.who.pid,
+                child.ref.pid,
                 child.says.id,
                 child.says.attempt,
             )
@@ -173,7 +175,7 @@ class Recovery:
         may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
         if self._silent_s(record) > self.config.lease_s and not may_be_silent:
             detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
-            self.ends[Attempt(record.id, record.attempt)] = End(reason=Reason.HOST_LOST, detail=detail)
+            self.ends[Attempt(record.id, record.attempt)] = AttemptResult(reason=Reason.HOST_LOST, detail=detail)
         elif record.slot is not None:
             self.foreign_slots.add(record.slot)
 

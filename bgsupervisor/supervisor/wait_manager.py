@@ -9,7 +9,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ledger.waits import EVERYBODY
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
@@ -42,14 +42,18 @@ class WaitManager:
     """At most one wait manager; notifies are sent to it and never waited for."""
 
     def __init__(
-        self, state_dir: StateDir, identity_of: Callable[[Who], ProcessIdentity], sources: EventSources, clock: Clock
+        self,
+        state_dir: StateDir,
+        identity_of: Callable[[ProcessRef], ProcessIdentity],
+        sources: EventSources,
+        clock: Clock,
     ) -> None:
         self._folder = state_dir.path
         self._identity_of = identity_of
         self._sources = sources
         self._clock = clock
         self._process: SpawnProcess | None = None
-        self._who: Who | None = None
+        self._ref: ProcessRef | None = None
         self._handle: ProcessHandle | None = None
         self._peer: Peer | None = None
         self._deadline = 0.0
@@ -59,11 +63,11 @@ class WaitManager:
     @property
     def pids(self) -> set[int]:
         """The wait manager's PID, as one of this process's children."""
-        return set() if self._who is None else {self._who.pid}
+        return set() if self._ref is None else {self._ref.pid}
 
     def want(self) -> None:
         """Have a wait manager from the next `check` on: a task waits."""
-        if self._who is None and not self._wanted:
+        if self._ref is None and not self._wanted:
             self._wanted, self._deadline = True, self._clock.monotonic()
 
     def expect(self) -> None:
@@ -87,15 +91,15 @@ class WaitManager:
 
     def take_hello(self, peer: Peer, hello: messages.WaitManagerHello) -> None:
         """Get to know a wait manager: the one that was started, or one that an earlier supervisor has left."""
-        if self._who not in (None, hello.who):
+        if self._ref not in (None, hello.ref):
             self._sources.send(peer, messages.Leave())
             return
-        if self._who is None:
-            verdict, self._handle = processes.look(self._identity_of(hello.who))
+        if self._ref is None:
+            verdict, self._handle = processes.look(self._identity_of(hello.ref))
             if verdict is not Verdict.ALIVE or self._handle is None:
                 return
-            self._who = hello.who
-            self._sources.watch_process(hello.who, self._handle)
+            self._ref = hello.ref
+            self._sources.watch_process(hello.ref, self._handle)
         self._peer = peer
         self._deaths = 0
         self._wanted = True
@@ -106,9 +110,9 @@ class WaitManager:
         """Note that the wait manager lives."""
         self._deadline = self._clock.monotonic() + SILENT_S
 
-    def died(self, who: Who) -> None:
+    def died(self, ref: ProcessRef) -> None:
         """Note a death; another is started if tasks still wait."""
-        if who != self._who:
+        if ref != self._ref:
             return
         if self._process is not None:
             self._process.join(0.5)
@@ -116,7 +120,7 @@ class WaitManager:
                 self._process.close()
         if self._handle is not None:
             self._handle.close()
-        self._process = self._who = self._handle = self._peer = None
+        self._process = self._ref = self._handle = self._peer = None
         log.warning("the wait manager died; waiters look by themselves until the next one is there")
         self._deadline = self._clock.monotonic() + RESTART_S[min(self._deaths, len(RESTART_S) - 1)]
         self._deaths += 1
@@ -129,13 +133,13 @@ class WaitManager:
         """Kill a wait manager that does not beat; start one that is missing."""
         if not self._wanted or self._clock.monotonic() < self._deadline:
             return
-        if self._who is None:
+        if self._ref is None:
             self._start()
             return
         if self._handle is None:
             self._deadline = self._clock.monotonic() + FIRST_HELLO_S
             return
-        log.warning("the wait manager, PID %d, does not answer; replacing it", self._who.pid)
+        log.warning("the wait manager, PID %d, does not answer; replacing it", self._ref.pid)
         self._handle.send_signal(signal.SIGKILL)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
 
@@ -160,8 +164,8 @@ class WaitManager:
             return
         pid = self._process.pid or 0
         processes.restore_descriptor_limit(pid)
-        self._who = Who(pid, processes.start_ticks(pid) or -1)
+        self._ref = ProcessRef(pid, processes.start_ticks(pid) or -1)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
-        _, self._handle = processes.look(self._identity_of(self._who))
+        _, self._handle = processes.look(self._identity_of(self._ref))
         if self._handle is not None:
-            self._sources.watch_process(self._who, self._handle)
+            self._sources.watch_process(self._ref, self._handle)

@@ -93,10 +93,10 @@ class Answering:
         with contextlib.suppress(OSError):
             if wake_ups is None or memory is None or _wake_ups_of(f"/proc/self/fd/{memory}") is None:
                 return
-            for who in os.read(wake_ups, 4096).split():
-                os.write(memory, BEGIN + who + b"\n")
+            for ref in os.read(wake_ups, 4096).split():
+                os.write(memory, BEGIN + ref + b"\n")
                 faulthandler.dump_traceback(memory, all_threads=True)
-                os.write(memory, END + who + b"\n")
+                os.write(memory, END + ref + b"\n")
 
 
 class Question:
@@ -106,7 +106,7 @@ class Question:
         self._pid = pid
         self._memory = memory
         self._notified = False
-        self._who = secrets.token_hex(8).encode()
+        self._ref = secrets.token_hex(8).encode()
         self._start = self._size = os.fstat(memory).st_size
         self._grown_at = 0.0
         self._looked_at: float | None = None
@@ -156,15 +156,15 @@ class Question:
         is_time = now - self._looked_at >= SILENT_S if size == self._start else now - self._grown_at >= SETTLED_S
         if not self._notified and is_time:
             self._notified, self._grown_at = True, now
-            _notify(self._pid, self._memory, self._who)
+            _notify(self._pid, self._memory, self._ref)
         said = self._said()
-        is_nobody_coming = BEGIN + self._who not in said and now - self._grown_at >= QUIET_S
-        return (self.text() or None) if self._notified and (END + self._who in said or is_nobody_coming) else None
+        is_nobody_coming = BEGIN + self._ref not in said and now - self._grown_at >= QUIET_S
+        return (self.text() or None) if self._notified and (END + self._ref in said or is_nobody_coming) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
         said = self._said()
-        of_all, ended, _ = said.partition(BEGIN + self._who + b"\n")[2].partition(END + self._who)
+        of_all, ended, _ = said.partition(BEGIN + self._ref + b"\n")[2].partition(END + self._ref)
         if ended:
             # The thread that answers says nothing of interest; the main one comes last.
             blocks = reversed(of_all.strip(b"\n").split(b"\n\n"))
@@ -231,7 +231,7 @@ def _open_memory(pid: int) -> int | None:
     return None
 
 
-def _notify(pid: int, memory: int, who: bytes) -> None:
+def _notify(pid: int, memory: int, ref: bytes) -> None:
     """Ring the wake-up that the memory's name tells of; nothing if something else is there by now."""
     descriptor, inode = _wake_ups_of(f"/proc/self/fd/{memory}") or (-1, 0)
     with contextlib.suppress(OSError):
@@ -239,7 +239,7 @@ def _notify(pid: int, memory: int, who: bytes) -> None:
         try:
             # Not a file that the process itself may only read: its memory's name is its own choice.
             if _inode(wake_ups) == inode and stat.S_ISFIFO(os.fstat(wake_ups).st_mode):
-                os.write(wake_ups, who + b"\n")
+                os.write(wake_ups, ref + b"\n")
         finally:
             os.close(wake_ups)
 

@@ -29,14 +29,14 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import MIB, Config, load
 from bgsupervisor.database.store import Store, SupervisorRecord
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ledger.external import recognised
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Note
+from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Telemetry
 from bgsupervisor.statuses import Status
 from bgsupervisor.system.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
 from bgsupervisor.testing.folders import remove, run_folder
-from bgsupervisor.worker.outcome import Progress, end_of
+from bgsupervisor.worker.outcome import Progress, result_of_exception
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.ledger.external import ExternalConnection
-    from bgsupervisor.ledger.transitions import Due, Request
+    from bgsupervisor.ledger.transitions import DueTask, Request
     from bgsupervisor.service import Backing, Key, Origin, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]
@@ -330,9 +330,9 @@ class TaskBox:
 
     def _settle(self) -> None:
         """Bring the rows to what is known here: progress of running bodies, and rollbacks of the application."""
-        notes = {context.token: note for context in self._running if (note := context.take_note())}
-        if notes:
-            self._ledger().apply(Batch(notes=notes))
+        telemetry = {context.token: note for context in self._running if (note := context.take_note())}
+        if telemetry:
+            self._ledger().apply(Batch(telemetry=telemetry))
         with self._lock:
             found = outcomes(one.mark for one in self._uncommitted)
             known = [(one, found[one.mark]) for one in self._uncommitted]
@@ -360,7 +360,7 @@ class TaskBox:
             if due.id in ids:
                 self._run(due, raise_errors=None)
 
-    def _due(self, *, limit: int) -> list[Due]:
+    def _due(self, *, limit: int) -> list[DueTask]:
         self._settle()
         return self._ledger().due(tasks.definitions(), limit=limit)
 
@@ -379,7 +379,7 @@ class TaskBox:
         if missing:
             log.warning("not loaded in this test, so not run: %s", ", ".join(sorted(missing)))
 
-    def _run(self, due: Due, *, raise_errors: bool | None) -> None:
+    def _run(self, due: DueTask, *, raise_errors: bool | None) -> None:
         ledger = self._ledger()
         with self._lock:
             taken = {context.slot for context in self._running}
@@ -401,7 +401,7 @@ class TaskBox:
         if error is not None and self._is_raised(error, raise_errors=raise_errors):
             raise error
 
-    def _perform(self, due: Due, context: _Context) -> tuple[End, BaseException | None]:
+    def _perform(self, due: DueTask, context: _Context) -> tuple[AttemptResult, BaseException | None]:
         definition = tasks.definitions()[due.name]
         try:
             data = payload.decode_data(due.data, definition.signature, name=due.name, secret=definition.options.secret)
@@ -410,9 +410,9 @@ class TaskBox:
                 value = body(**data)
                 if inspect.iscoroutine(value):
                     value = _awaited(value)
-            return End(result=payload.encode_result(value, limit_bytes=self._data_max_bytes)), None
+            return AttemptResult(result=payload.encode_result(value, limit_bytes=self._data_max_bytes)), None
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
-            return end_of(error, how="the body ended when it was asked"), error
+            return result_of_exception(error, how="the body ended when it was asked"), error
 
     def _is_raised(self, error: BaseException, *, raise_errors: bool | None) -> bool:
         """Whether the test gets what the body raised: if it wants to, or if it was meant for the test run."""
@@ -493,14 +493,14 @@ class _BoxLedger(Ledger):
 
     def supervisors(self) -> list[SupervisorRecord]:
         """Return one that was seen just now, so that nothing warns of its absence; it vouches for no task."""
-        who, now = _identity(), self._box.clock.now()
+        ref, now = _identity(), self._box.clock.now()
         return [
             SupervisorRecord(
-                host=who.host,
-                boot_id=who.boot_id,
-                pid_ns=who.pid_ns,
-                pid=who.pid,
-                start_ticks=who.start_ticks,
+                host=ref.host,
+                boot_id=ref.boot_id,
+                pid_ns=ref.pid_ns,
+                pid=ref.pid,
+                start_ticks=ref.start_ticks,
                 started_at=now,
                 heartbeat_at=now,
                 slots=16,
@@ -538,13 +538,13 @@ class _Context(tasks.Context):
         """Let the next call of `progress` raise Cancelled."""
         self._asked = Cancelled("CANCELLED", by)
 
-    def take_note(self) -> Note | None:
+    def take_note(self) -> Telemetry | None:
         """Return the progress that is not in the row yet."""
         if self.last == self._noted:
             return None
         self._noted = self.last
         done, total, message = self.last
-        return Note(progress_done=done, progress_total=total, message=message)
+        return Telemetry(progress_done=done, progress_total=total, message=message)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -28,9 +28,9 @@ from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.database.store import Store, roll_back_abandoned
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import End, Run, Who
+from bgsupervisor.ipc.messages import AttemptResult, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt, Batch, Ledger, Note
+from bgsupervisor.ledger.transitions import Attempt, Batch, Ledger, Telemetry
 from bgsupervisor.system import descriptors, logs, processes, stacks
 from bgsupervisor.system.syscalls import set_child_subreaper
 from bgsupervisor.system.titles import IDLE, set_title, task_title
@@ -38,7 +38,7 @@ from bgsupervisor.worker import inherited, leftovers, reporting
 from bgsupervisor.worker.application import call_by_path
 from bgsupervisor.worker.connection import Link
 from bgsupervisor.worker.coordination import AWAY_S, Coordination
-from bgsupervisor.worker.outcome import Progress, end_of
+from bgsupervisor.worker.outcome import Progress, result_of_exception
 
 if sys.platform != "win32":  # a body on Windows loads this module too
     import resource
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttemptContext",
-    "Birth",
     "Child",
+    "ChildSpec",
     "awaited",
     "configure_default_logging",
     "loaded_definition",
@@ -99,7 +99,7 @@ KNOWN_WAIT_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Birth:
+class ChildSpec:
     """What a fork server hands to a child; picklable, for the spawn method.
 
     Attributes:
@@ -112,7 +112,7 @@ class Birth:
     """
 
     config: Config
-    fork_server: Who
+    fork_server: ProcessRef
     not_its_own: descriptors.Own
     handlers: Mapping[int, Any]
     load: bool
@@ -120,37 +120,37 @@ class Birth:
     left_in_order: Any
 
 
-def main(birth: Birth) -> NoReturn:
+def main(spec: ChildSpec) -> NoReturn:
     """Live as a child; never returns."""
     with contextlib.suppress(KeyboardInterrupt):
-        _become_child(birth)
+        _become_child(spec)
         set_title(IDLE)
-        logs.leave_dead_output(StateDir(birth.config.state_dir).own_log)  # the fork server's terminal may be closed
-        if birth.load:
+        logs.leave_dead_output(StateDir(spec.config.state_dir).own_log)  # the fork server's terminal may be closed
+        if spec.load:
             # Only a spawned child loads by itself.
             from bgsupervisor.worker.application import import_what_children_need, load_application  # noqa: PLC0415
 
             leftovers.open_standard_streams()
             reporting.prepare()
-            load_application(birth.config)
+            load_application(spec.config)
             import_what_children_need()
             leftovers.note_inherited()
         inherited.reseed()
-        Child(birth, SystemClock()).live()
+        Child(spec, SystemClock()).live()
     os._exit(0)
 
 
-def _become_child(birth: Birth) -> None:
+def _become_child(spec: ChildSpec) -> None:
     os.setsid()
     set_child_subreaper()
     signal.set_wakeup_fd(-1)  # before the descriptor that it names is closed
-    birth.not_its_own.close()  # one forgotten copy of a peer's socket keeps that peer connected after its death
+    spec.not_its_own.close()  # one forgotten copy of a peer's socket keeps that peer connected after its death
     descriptors.open_standard()
     null = os.open(os.devnull, os.O_RDONLY)
     number = descriptors.redirect(null, 0)
     os.close(null)
     sys.stdin = open(number, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the life of the process
-    inherited.set_signals(birth.handlers)
+    inherited.set_signals(spec.handlers)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     inherited.forget_exit_callbacks()
 
@@ -248,18 +248,18 @@ class AttemptContext(tasks.Context):
 class Child:
     """The main thread of a child: waits for an order, runs the body, reports, leaves."""
 
-    def __init__(self, birth: Birth, clock: Clock) -> None:
-        self._config = birth.config
+    def __init__(self, spec: ChildSpec, clock: Clock) -> None:
+        self._config = spec.config
         self._clock = clock
-        self._held = birth.held
-        self._left_in_order = birth.left_in_order
+        self._held = spec.held
+        self._left_in_order = spec.left_in_order
         self._pid = os.getpid()
-        self._identity = processes.own_identity(processes.host_id(birth.config.host))
-        self._logs = StateDir(birth.config.state_dir).logs
+        self._identity = processes.own_identity(processes.host_id(spec.config.host))
+        self._logs = StateDir(spec.config.state_dir).logs
         self._log_path = logs.process_log(self._logs, self._identity.pid, self._identity.start_ticks)
-        who = Who(self._identity.pid, self._identity.start_ticks)
-        heartbeat_s = birth.config.heartbeat_s
-        self._link = Link(birth.config.state_dir, who, birth.fork_server, heartbeat_s=heartbeat_s, clock=clock)
+        ref = ProcessRef(self._identity.pid, self._identity.start_ticks)
+        heartbeat_s = spec.config.heartbeat_s
+        self._link = Link(spec.config.state_dir, ref, spec.fork_server, heartbeat_s=heartbeat_s, clock=clock)
         self._phase = "idle"
         self._term_came = self._is_unrecorded = False
         self._surroundings: leftovers.Surroundings | None = None
@@ -287,7 +287,7 @@ class Child:
         for more in reversed(range(self._config.reuse)):
             assignment = self._link.assignments.get()
             if assignment is None:
-                self._give_back_unbegun()
+                self._give_back_not_started()
                 break
             last = assignment
             failpoints.at("child.beginning")
@@ -311,7 +311,7 @@ class Child:
 
     # One attempt
 
-    def _perform(self, assignment: Run) -> End:
+    def _perform(self, assignment: Run) -> AttemptResult:
         used_before = _own_usage()
         descriptors.open_standard()  # the last body may have closed them
         with contextlib.suppress(OSError):
@@ -356,7 +356,7 @@ class Child:
             message=message,
         )
 
-    def _guarded_body(self, assignment: Run, context: AttemptContext) -> End:
+    def _guarded_body(self, assignment: Run, context: AttemptContext) -> AttemptResult:
         definition = None
         try:
             definition = loaded_definition(assignment.name)
@@ -375,18 +375,18 @@ class Child:
                         value = asyncio.run(awaited(value))
             leftovers.write()  # as part of the body: its limits hold while a pipe is full
             self._phase = "encoding"
-            return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
+            return AttemptResult(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             self._phase = "encoding"
             leftovers.write(quietly=True, regular_only=True)  # a full pipe may be why it was cancelled
             return self._end_of(error)
 
-    def _end_of(self, error: BaseException) -> End:
+    def _end_of(self, error: BaseException) -> AttemptResult:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
         self._ended_by = error, contextvars.copy_context()
-        return end_of(error, how=how)
+        return result_of_exception(error, how=how)
 
-    def _report_error(self, assignment: Run, end: End) -> None:
+    def _report_error(self, assignment: Run, end: AttemptResult) -> None:
         """Report what ended the body to the application; let go of it, for its frames keep open what the body had."""
         ended_by, self._ended_by = self._ended_by, None
         if ended_by is not None:
@@ -428,15 +428,15 @@ class Child:
         def hold() -> None:
             held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
-        def let_go() -> None:
+        def disconnect() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, held.mask)
 
         def be_another() -> None:
             if signal.getsignal(signal.SIGTERM) == self._on_term:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            let_go()
+            disconnect()
 
-        os.register_at_fork(before=hold, after_in_parent=let_go, after_in_child=be_another)
+        os.register_at_fork(before=hold, after_in_parent=disconnect, after_in_child=be_another)
 
     def _open_log(self) -> None:
         _flush_streams()
@@ -447,7 +447,7 @@ class Child:
 
     # Reporting
 
-    def _report(self, assignment: Run, end: End) -> None:
+    def _report(self, assignment: Run, end: AttemptResult) -> None:
         """Return when the end is recorded: by the supervisor, or by ourselves if nobody acknowledges."""
         link = self._link
         link.report(end)
@@ -465,7 +465,7 @@ class Child:
         self._keep_log(assignment)
         self._phase = "idle"
 
-    def _record(self, attempt: Attempt, end: End) -> None:
+    def _record(self, attempt: Attempt, end: AttemptResult) -> None:
         failpoints.at("child.recording")
         ledger = self._ledger()
         keys: list[str] = []
@@ -514,7 +514,11 @@ class Child:
             ledger = self._ledger(busy_timeout_s=BEAT_WAIT_S)
             with contextlib.suppress(BgSupervisorError, OSError):
                 ledger.apply(
-                    Batch(notes={Attempt(assignment.id, assignment.attempt): Note(heartbeat_at=ledger.clock.now())})
+                    Batch(
+                        telemetry={
+                            Attempt(assignment.id, assignment.attempt): Telemetry(heartbeat_at=ledger.clock.now())
+                        }
+                    )
                 )
             ledger.store.close()
 
@@ -524,7 +528,7 @@ class Child:
             if self._log_path.stat().st_size:
                 self._log_path.rename(logs.task_log(self._logs, assignment.id, assignment.attempt))
 
-    def _give_back_unbegun(self) -> None:
+    def _give_back_not_started(self) -> None:
         """Give back what was claimed for this child and never came; a database that is away is come back to."""
         if not self._link.disconnected.is_set():
             return
@@ -533,7 +537,7 @@ class Child:
         ledger, until = self._ledger(), self._clock.monotonic() + GIVE_BACK_S
         for pause in repeat_last(RECORD_RETRY_S):
             try:
-                ledger.unclaim_unbegun(self._identity, keys)
+                ledger.unclaim_not_started(self._identity, keys)
                 break
             except (BgSupervisorError, OSError):
                 with contextlib.suppress(Exception):

@@ -20,7 +20,7 @@ from bgsupervisor import failpoints
 from bgsupervisor.errors import WireError
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import REDIAL_S, UNRESPONSIVE_BYTES, Channel, Redial
-from bgsupervisor.ipc.messages import Run, Who
+from bgsupervisor.ipc.messages import ProcessRef, Run
 from bgsupervisor.ipc.sockets import connect, notify_waiters
 from bgsupervisor.system.files import inode_of, is_another
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bgsupervisor.clock import Clock
-    from bgsupervisor.ipc.messages import End
+    from bgsupervisor.ipc.messages import AttemptResult
     from bgsupervisor.system.stacks import Answering
 
 __all__ = ["Line", "Link"]
@@ -102,11 +102,13 @@ class Link(threading.Thread):
         main_inside: The main thread is writing a frame, and must not be torn out of it by a signal.
     """
 
-    def __init__(self, state_dir: Path, who: Who, fork_server: Who, *, heartbeat_s: float, clock: Clock) -> None:
+    def __init__(
+        self, state_dir: Path, ref: ProcessRef, fork_server: ProcessRef, *, heartbeat_s: float, clock: Clock
+    ) -> None:
         super().__init__(name="bgsupervisor link", daemon=True)
         self._heartbeat_s = heartbeat_s
         self._fork_server = fork_server
-        self._who = who
+        self._ref = ref
         self._clock = clock
         self._folder = state_dir
         self._dialled: int | None = None
@@ -115,7 +117,7 @@ class Link(threading.Thread):
         self._parent = os.getppid()
         self.assignments: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self.assignment: Run | None = None
-        self.end_report: End | None = None
+        self.end_report: AttemptResult | None = None
         self.acknowledged = threading.Event()
         self.disconnected = threading.Event()
         self.cancel_message: messages.Cancel | None = None
@@ -138,12 +140,12 @@ class Link(threading.Thread):
 
     # For the main thread
 
-    def report(self, end: End) -> None:
+    def report(self, end: AttemptResult) -> None:
         """Tell the end of the present attempt, now and in every later hello, until it is acknowledged."""
         with self._lock:
             self.end_report = end
             if self._channel is not None and self.assignment is not None:
-                self._channel.send(messages.Ended(self.assignment.id, self.assignment.attempt, end))
+                self._channel.send(messages.ResultReport(self.assignment.id, self.assignment.attempt, end))
                 self._forget_if_closed(self._channel)
 
     def push(self, timeout_s: float) -> None:
@@ -384,7 +386,7 @@ class Link(threading.Thread):
         assignment = self.assignment
         return messages.ChildHello(
             version=messages.PROTOCOL_VERSION,
-            who=self._who,
+            ref=self._ref,
             fork_server=self._fork_server,
             id=None if assignment is None else assignment.id,
             attempt=0 if assignment is None else assignment.attempt,

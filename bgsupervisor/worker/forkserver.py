@@ -25,7 +25,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.ipc import exit_journal, messages
 from bgsupervisor.ipc.channel import REDIAL_S, Channel, Redial
-from bgsupervisor.ipc.messages import Exited, Who
+from bgsupervisor.ipc.messages import Exited, ProcessRef
 from bgsupervisor.ipc.sockets import connect
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.system import descriptors, processes
@@ -100,14 +100,14 @@ class ForkServer:
         self._config = config
         self._clock = clock
         self._identity = processes.own_identity(processes.host_id(config.host))
-        self._who = Who(self._identity.pid, self._identity.start_ticks)
+        self._ref = ProcessRef(self._identity.pid, self._identity.start_ticks)
         self._state_dir = StateDir(config.state_dir)
-        self._record = self._state_dir.fork_server_path(self._who.pid, self._who.start_ticks)
+        self._record = self._state_dir.fork_server_path(self._ref.pid, self._ref.start_ticks)
         self._channel: Channel | None = None
         self._dialled: int | None = None
         self._children: dict[int, _Forked] = {}
-        self._exits: dict[Who, Exited] = {}
-        self._seen: set[Who] = set()
+        self._exits: dict[ProcessRef, Exited] = {}
+        self._seen: set[ProcessRef] = set()
         self._retired = False
         self._leave = False
         self._stray_left = False
@@ -127,7 +127,7 @@ class ForkServer:
         self._places = loaded_places()
         set_title("fork server")  # the application may have set its own
         import_what_children_need()
-        self._application_pids = set(processes.descendants(self._who.pid))
+        self._application_pids = set(processes.descendants(self._ref.pid))
         leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
         self._redial = Redial(clock)  # only now: loading may take longer than a fork server bears to be alone
         failpoints.at("forkserver.loaded")
@@ -175,12 +175,12 @@ class ForkServer:
         self._channel.send(
             messages.ForkServerHello(
                 version=messages.PROTOCOL_VERSION,
-                who=self._who,
+                ref=self._ref,
                 catalogue=self._loaded.catalogue(),
                 failures=self._loaded.failures,
                 warnings=self._loaded.warnings,
                 dangers=self._loaded.dangers,
-                children=[forked.who for forked in self._children.values()],
+                children=[forked.ref for forked in self._children.values()],
                 exits=list(self._exits.values()),
                 places=self._places,
             )
@@ -224,11 +224,11 @@ class ForkServer:
         if isinstance(message, messages.Spawn):
             self._fork(message.count)
         elif isinstance(message, messages.ExitsSeen):
-            for who in message.whos:
-                self._exits.pop(who, None)
-            self._seen.update(forked.who for forked in self._children.values() if forked.who in message.whos)
+            for ref in message.refs:
+                self._exits.pop(ref, None)
+            self._seen.update(forked.ref for forked in self._children.values() if forked.ref in message.refs)
             exit_journal.keep(self._record, self._exits.values())
-        elif isinstance(message, messages.KillOrder):
+        elif isinstance(message, messages.Kill):
             self._kill(message)
         elif isinstance(message, messages.Retire):
             self._retired = True
@@ -243,12 +243,12 @@ class ForkServer:
             exited = _exit_of(forked, descriptor)
             self._own.forget(descriptor, *_pipes_of(forked.process))
             os.close(descriptor)
-            if not forked.left_in_order.value and forked.who not in self._seen:
+            if not forked.left_in_order.value and forked.ref not in self._seen:
                 # guard: an exit is kept until it is acknowledged
-                self._exits[forked.who] = exited
+                self._exits[forked.ref] = exited
                 # guard: an exit is written to disk before it is forgotten
                 exit_journal.write(self._record, exited)
-            self._seen.discard(forked.who)
+            self._seen.discard(forked.ref)
             _ = forked.process.exitcode  # only now is it reaped; join would wait for its sentinel, see above
             with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
                 forked.process.close()  # without it every later start gets slower
@@ -272,7 +272,7 @@ class ForkServer:
         self._stray_left = bool(self._strays())
 
     def _strays(self) -> list[int]:
-        return strays_of_this_process({forked.who.pid for forked in self._children.values()} | self._application_pids)
+        return strays_of_this_process({forked.ref.pid for forked in self._children.values()} | self._application_pids)
 
     def _is_over(self) -> bool:
         if self._children:
@@ -300,16 +300,16 @@ class ForkServer:
         context: Any = multiprocessing.get_context(self._config.start_method)
         spawns = self._config.start_method == "spawn"
         held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
-        birth = child.Birth(
+        spec = child.ChildSpec(
             config=self._config,
-            fork_server=self._who,
+            fork_server=self._ref,
             not_its_own=descriptors.Own() if spawns else self._own,
             handlers={} if spawns else self._loaded.handlers,
             load=spawns,
             held=held,
             left_in_order=left_in_order,
         )
-        process = context.Process(target=child.main, args=(birth,), daemon=False, name="bgsupervisor child")
+        process = context.Process(target=child.main, args=(spec,), daemon=False, name="bgsupervisor child")
         process.start()
         failpoints.at("forkserver.forked")
         with contextlib.ExitStack() as undo:
@@ -320,36 +320,36 @@ class ForkServer:
             undo.pop_all()
         processes.restore_descriptor_limit(process.pid)
         self._own.note(pidfd, *_pipes_of(process))
-        forked = _Forked(process, Who(process.pid, -1 if ticks is None else ticks), left_in_order)
+        forked = _Forked(process, ProcessRef(process.pid, -1 if ticks is None else ticks), left_in_order)
         self._children[pidfd] = forked
         self._poll.register(pidfd, select.POLLIN)
         if self._channel is not None:
-            self._channel.send(messages.Spawned(forked.who))
+            self._channel.send(messages.Spawned(forked.ref))
         held.value = 1
 
-    def _kill(self, assignment: messages.KillOrder) -> None:
+    def _kill(self, assignment: messages.Kill) -> None:
         for descriptor, forked in self._children.items():
-            if forked.who == assignment.who:
+            if forked.ref == assignment.ref:
                 forked.ordered = assignment.reason
                 failpoints.at("forkserver.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,
                     self._identity.pid_ns,
-                    assignment.who.pid,
-                    assignment.who.start_ticks,
+                    assignment.ref.pid,
+                    assignment.ref.start_ticks,
                 )
                 try:
                     with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
                         processes.signal_tree(handle, assignment.signal)
                 except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
-                    log.error("cannot send signal %d to PID %d: %s", assignment.signal, assignment.who.pid, error)  # noqa: TRY400 - the sentence says it
+                    log.error("cannot send signal %d to PID %d: %s", assignment.signal, assignment.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
 
 @dataclasses.dataclass(slots=True)
 class _Forked:
     process: Any
-    who: Who
+    ref: ProcessRef
     left_in_order: Any
     ordered: Reason | None = None
 
@@ -377,7 +377,7 @@ def _exit_of(forked: _Forked, pidfd: int) -> Exited:
     else:
         code = forked.process.exitcode
         exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
-    return Exited(who=forked.who, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
+    return Exited(ref=forked.ref, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
 
 
 def _pipes_of(process: Any) -> tuple[int, ...]:  # noqa: ANN401 - of any start method

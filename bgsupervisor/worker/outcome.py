@@ -6,10 +6,10 @@ import traceback
 from typing import NamedTuple
 
 from bgsupervisor.errors import Cancelled, DataInvalid, DataTooLarge, Deadlock
-from bgsupervisor.ipc.messages import End
+from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.statuses import Reason
 
-__all__ = ["Progress", "end_of", "exit_code", "exit_text", "storable"]
+__all__ = ["Progress", "exit_code", "exit_text", "result_of_exception", "storable"]
 
 MESSAGE_CHARS = 1000
 ERROR_CHARS = 64 * 1024
@@ -32,23 +32,23 @@ class Progress(NamedTuple):
         )
 
 
-def end_of(error: BaseException, *, how: str) -> End:
+def result_of_exception(error: BaseException, *, how: str) -> AttemptResult:
     """Say how an attempt ended whose body let *error* out; *how* says by what a cancelled one was brought to it."""
     trace = _traceback(error)
     cancelled = _cancelled_in(error)
     if cancelled is not None and cancelled.reason in set(Reason):
         why = cancelled.why or (f"cancelled by {cancelled.by}" if cancelled.by else "cancelled")
-        return End(reason=Reason(cancelled.reason), detail=f"{why}; {how}", error=trace)
+        return AttemptResult(reason=Reason(cancelled.reason), detail=f"{why}; {how}", error=trace)
     if isinstance(error, SystemExit):
         code = exit_code(error)
-        return End(reason=Reason.EXITED, detail=_exit_detail(error, code), exit_code=code, error=trace)
+        return AttemptResult(reason=Reason.EXITED, detail=_exit_detail(error, code), exit_code=code, error=trace)
     if isinstance(error, Deadlock):
-        return End(reason=Reason.DEADLOCKED, detail=storable(str(error))[:1000], error=trace)
+        return AttemptResult(reason=Reason.DEADLOCKED, detail=storable(str(error))[:1000], error=trace)
     if isinstance(error, (DataInvalid, DataTooLarge)):
-        return End(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
+        return AttemptResult(reason=Reason.RAISED, detail=storable(str(error))[:1000], error=trace)
     lines = traceback.format_exception_only(error)
     text = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines).strip()  # before it come file and line
-    return End(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
+    return AttemptResult(reason=Reason.RAISED, detail=storable(text)[:1000], error=trace)
 
 
 def storable(text: str) -> str:

@@ -13,7 +13,7 @@ from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.sanitize import clean
 
 if TYPE_CHECKING:
-    from bgsupervisor.ipc.messages import End, Run
+    from bgsupervisor.ipc.messages import AttemptResult, Run
 
 __all__ = ["flush", "headline", "prepare", "report"]
 
@@ -36,7 +36,7 @@ def prepare() -> None:
         _hook_before, sys.excepthook = sys.excepthook, _last_hook
 
 
-def report(error: BaseException, end: End, assignment: Run) -> None:
+def report(error: BaseException, end: AttemptResult, assignment: Run) -> None:
     """Log what ended a body, and call the excepthook that the application has set.
 
     Both get the frames of the application alone: ours hold the task's data, and an error tracker may send on the local

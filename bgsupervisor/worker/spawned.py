@@ -23,7 +23,7 @@ from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ipc import messages
-from bgsupervisor.ipc.messages import End, LoadFailure, Run, TaskOptions
+from bgsupervisor.ipc.messages import AttemptResult, LoadFailure, Run, TaskOptions
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt, Ledger
 from bgsupervisor.statuses import Reason
@@ -40,7 +40,7 @@ from bgsupervisor.worker.child import (
     run_exit_callbacks,
 )
 from bgsupervisor.worker.coordination import AWAY_S, Coordination, WakeUps
-from bgsupervisor.worker.outcome import end_of
+from bgsupervisor.worker.outcome import result_of_exception
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -255,7 +255,7 @@ class _Performance:
         done, total, message = context.last
         self._record(msgspec.structs.replace(end, progress_done=done, progress_total=total, message=message))
 
-    def _guarded_body(self, context: AttemptContext) -> End:
+    def _guarded_body(self, context: AttemptContext) -> AttemptResult:
         assignment, line = self._assignment, self._line
         try:
             definition = loaded_definition(assignment.name)
@@ -275,7 +275,7 @@ class _Performance:
                     value = asyncio.run(awaited(value))
             leftovers.write()  # as part of the body: its limits hold while a pipe is full
             line.in_body = False
-            return End(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
+            return AttemptResult(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
             line.in_body = False
             leftovers.write(quietly=True, regular_only=True)
@@ -283,10 +283,10 @@ class _Performance:
         finally:
             leftovers.stop_timers()
 
-    def _end_of(self, error: BaseException) -> End:
+    def _end_of(self, error: BaseException) -> AttemptResult:
         how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
         self._ended_by = error
-        return end_of(error, how=how)
+        return result_of_exception(error, how=how)
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -298,7 +298,7 @@ class _Performance:
         if assignment is not None and self._line.in_body and not self._line.connected:
             raise Cancelled(assignment.reason, assignment.by, assignment.why)
 
-    def _record(self, end: End) -> None:
+    def _record(self, end: AttemptResult) -> None:
         """Record the end; while the database is away, at most for AWAY_S, again and again."""
         ledger, attempt = self._ledger(), Attempt(self._assignment.id, self._assignment.attempt)
         deadline = self._clock.monotonic() + AWAY_S
@@ -315,7 +315,7 @@ class _Performance:
                     ledger.store.close()
             self._clock.sleep(pause)
         self._line.notify(keys)
-        self._line.say(messages.Ended(attempt.id, attempt.attempt, End(reason=end.reason)))
+        self._line.say(messages.ResultReport(attempt.id, attempt.attempt, AttemptResult(reason=end.reason)))
 
     def _ledger(self, patience_s: float = 0.0) -> Ledger:
         config = self._config

@@ -27,7 +27,7 @@ from bgsupervisor.clock import Rate, SystemClock
 from bgsupervisor.errors import WireError
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import REDIAL_S, Channel, Redial
-from bgsupervisor.ipc.messages import Who
+from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ipc.sockets import NOTIFY_SOCKET_NAME, bind, check_peer, connect
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.waits import EVERYBODY
@@ -321,8 +321,8 @@ class _Caretaker:
             self._channel = Channel(connect(self._folder.path, "control.sock", socket.SOCK_STREAM))
             self._redial.connected()
             pid = os.getpid()
-            who = Who(pid, processes.start_ticks(pid) or 0)
-            self._channel.send(messages.WaitManagerHello(version=messages.PROTOCOL_VERSION, who=who))
+            ref = ProcessRef(pid, processes.start_ticks(pid) or 0)
+            self._channel.send(messages.WaitManagerHello(version=messages.PROTOCOL_VERSION, ref=ref))
 
     def _serve(self, channel: Channel | None) -> None:
         poll = select.poll()

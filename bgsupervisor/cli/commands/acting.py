@@ -55,8 +55,8 @@ def suspend(session: Session, *, ids: tuple[int, ...], by: str | None) -> None:
         before = service.get(id)
         service.suspend(id, by=by or own_user())
         if before is not None and before.suspend_requested_at is not None:
-            who = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
-            return f"task {id} had been suspended already{who}", True
+            ref = f" by {before.suspend_requested_by}" if before.suspend_requested_by else ""
+            return f"task {id} had been suspended already{ref}", True
         return f"task {id} is to stand still until `bgsupervisor resume {id}`; it keeps its slot and its locks", True
 
     _for_each(session, ids, suspend_one, ", which then stops it")

@@ -55,8 +55,8 @@ def why(session: Session, *, id: int, as_json: bool) -> None:
         print_json({"id": id, "status": record.status, "because": told})
         return
     for number, one in enumerate(found):
-        who = f"task {id} is {record.status}" if number == 0 else "also"
-        say(clean(f"{who}: {one.sentence}"))
+        ref = f"task {id} is {record.status}" if number == 0 else "also"
+        say(clean(f"{ref}: {one.sentence}"))
 
 
 def because(record: TaskRecord, service: Service) -> list[Because]:

@@ -268,13 +268,21 @@ class Ties:
 
     def arrived(self, id: int, name: str) -> tuple[int, int] | None:
         """Return how many are at the barrier at which a task waits, and how many must be; None if it is open."""
-        party = self._store.tables.Party
-        own = self._dicts(party.select().where((party.task_id == id) & (party.name == name) & party.outcome.is_null()))
+        participant = self._store.tables.Participant
+        own = self._dicts(
+            participant.select().where(
+                (participant.task_id == id) & (participant.name == name) & participant.outcome.is_null()
+            )
+        )
         if not own or own[-1]["generation"] is None or own[-1]["parties"] is None:
             return None
-        same = (party.scope == own[-1]["scope"]) & (party.name == name) & (party.generation == own[-1]["generation"])
+        same = (
+            (participant.scope == own[-1]["scope"])
+            & (participant.name == name)
+            & (participant.generation == own[-1]["generation"])
+        )
         with self._store.connected():
-            return int(party.select().where(same).count()), int(own[-1]["parties"])
+            return int(participant.select().where(same).count()), int(own[-1]["parties"])
 
     def _waits(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         wait = self._store.tables.Wait

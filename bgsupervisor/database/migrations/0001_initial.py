@@ -155,9 +155,9 @@ CREATE TABLE "{p}dependency" (
 )
 """
 
-# One row per party of the present generation; the last one that arrives takes all rows away at once.
+# One row per participant of the present generation; the last one that arrives takes all rows away at once.
 PARTY = """
-CREATE TABLE "{p}party" (
+CREATE TABLE "{p}participant" (
     "id" INTEGER PRIMARY KEY AUTOINCREMENT,
     "scope" TEXT NOT NULL,
     "name" TEXT NOT NULL,
@@ -191,8 +191,8 @@ INDEXES = (
     'CREATE INDEX "{p}wait_target" ON "{p}wait" ("kind", "target")',
     'CREATE UNIQUE INDEX "{p}dependency_pair" ON "{p}dependency" ("task_id", "on_id")',
     'CREATE INDEX "{p}dependency_on" ON "{p}dependency" ("on_id")',
-    'CREATE UNIQUE INDEX "{p}party_once" ON "{p}party" ("scope", "name", "generation", "task_id")',
-    'CREATE INDEX "{p}party_task" ON "{p}party" ("task_id")',
+    'CREATE UNIQUE INDEX "{p}participant_once" ON "{p}participant" ("scope", "name", "generation", "task_id")',
+    'CREATE INDEX "{p}participant_task" ON "{p}participant" ("task_id")',
 )
 
 
