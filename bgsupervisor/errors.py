@@ -306,12 +306,12 @@ class Deadlock(BgSupervisorError):
     """The wait would have closed a cycle of tasks that wait for each other; it was not begun.
 
     Attributes:
-        cycle: (task, what it waits for), each waiting for the next and the last for the first.
+        circle: (task, what it waits for), each waiting for the next and the last for the first.
     """
 
-    def __init__(self, cycle: list[tuple[int, str]]) -> None:
-        super().__init__("deadlock: " + "; ".join(f"task {id} waits for {what}" for id, what in cycle))
-        self.cycle = cycle
+    def __init__(self, circle: list[tuple[int, str]]) -> None:
+        super().__init__("deadlock: " + "; ".join(f"task {id} waits for {what}" for id, what in circle))
+        self.circle = circle
 
 
 class LockHeld(BgSupervisorError):

@@ -165,8 +165,8 @@ def test_what_stack_says_is_what_the_page_says():
     assert [words for words in told if words not in said] == []
 
 
-def test_a_stall_is_told_as_late_as_the_page_says():
-    assert f"A stall is told {STALL_SLACK_S:g} s later" in SECTIONS["Tasks that hang"]
+def test_a_stall_is_reported_as_late_as_the_page_says():
+    assert f"A stall is reported {STALL_SLACK_S:g} s later" in SECTIONS["Tasks that hang"]
 
 
 # ---- backup and restore ----

@@ -77,7 +77,7 @@ def waits(ids: list[int], part: str | None = None, timeout_s: float | None = Non
         say("told")
         return ["WaitTimeout", str(error)]
     except Deadlock as error:
-        return ["Deadlock", error.cycle]
+        return ["Deadlock", error.circle]
     except Cancelled:
         say("cancelled")
         raise
@@ -141,7 +141,7 @@ def crosses(first: str, second: str, other_gate: str, mine: str, caught: bool) -
         except Deadlock as error:
             if not caught:
                 raise
-            return error.cycle
+            return error.circle
 
 @task
 def meets(name: str, parties: int, rounds: int = 1, scope: str | None = None, timeout_s: float | None = None) -> object:
@@ -200,7 +200,7 @@ def waits_for_itself(caught: bool) -> object:
     except Deadlock as error:
         if not caught:
             raise
-        return error.cycle
+        return error.circle
 
 @task
 def plays_ping_pong(go: str, other: int | None, rounds: int, first: bool) -> int:
@@ -331,7 +331,7 @@ class Waiting(App):
         os.kill(self.service.get(handle).pid, number)
 
     def wait_manager(self):
-        """Return the wait manager's PID: the child of the supervisor, or of whoever inherited it, which serves manager.sock."""
+        """Return the wait manager's PID: the child of the supervisor, or of its heir, that serves manager.sock."""
 
         def look():
             for process in psutil.process_iter(["pid", "cmdline"]):

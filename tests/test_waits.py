@@ -240,7 +240,7 @@ def test_a_wait_that_would_close_a_cycle_leaves_all_as_it_was(rows):
     rows.wait(first, Waiting("part", second, "loaded"))
     with pytest.raises(Deadlock) as raised:
         rows.wait(second, Waiting("end", first))
-    assert raised.value.cycle == [(second, f"the end of task {first}"), (first, f'part "loaded" of task {second}')]
+    assert raised.value.circle == [(second, f"the end of task {first}"), (first, f'part "loaded" of task {second}')]
     assert [row["task_id"] for row in rows.waits.rows()] == [first]
     assert rows.slot(second) == 1
 
@@ -285,7 +285,7 @@ def test_a_dependent_that_has_not_started_is_part_of_a_cycle(rows):
     dependent = rows.planned(first)
     with pytest.raises(Deadlock) as raised:
         rows.wait(first, Waiting("end", dependent))
-    assert raised.value.cycle == [
+    assert raised.value.circle == [
         (first, f"the end of task {dependent}"),
         (dependent, f"the end of task {first}"),
     ]

@@ -65,7 +65,7 @@ TESTS = {
     "a zombie is dead": "test_a_zombie_is_dead_and_its_exit_is_readable",
     "UNKNOWN is not DEAD": "test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
     "an exit is written to disk before it is forgotten": (
-        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork server]"
+        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork_server]"
     ),
     "a second look precedes VANISHED": "test_without_an_exit_nobody_is_called_vanished_before_a_second_look",
     "the fork server's report is awaited before VANISHED": (
@@ -83,7 +83,7 @@ TESTS = {
     "only an order that was surely not read is given back": "test_never_told_of_an_order_that_was_read_is_false",
     "a child gives back only its own claims": "test_a_child_gives_back_only_what_was_claimed_for_itself",
     "the acknowledgement follows the commit": "test_an_end_is_not_acknowledged_before_it_is_committed",
-    "the reason is committed before the signal": "test_no_signal_is_sent_before_its_reason_is_in_the_row",
+    "the reason precedes the signal": "test_no_signal_is_sent_before_its_reason_is_in_the_row",
     "a supervisor whose lock was replaced leaves": (
         "test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on"
     ),

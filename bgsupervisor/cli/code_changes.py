@@ -29,7 +29,7 @@ STOP_S = 2.0
 
 
 class Changes:
-    """Compares fingerprints of the code (`fingerprint`): when watchfiles says that a file has changed, and now and then.
+    """Compares fingerprints of the code: when watchfiles reports that a file has changed, and now and then.
 
     Args:
         config: Names the modules, the folders and the files.
@@ -47,7 +47,7 @@ class Changes:
             self._watch(list(code_places(config)))
 
     def found(self, config: Config) -> bool:
-        """Whether the code differs from what it was at the last call. Blocks for reading folders, as `code_fingerprint`."""
+        """Whether the code has changed since the last call. Blocks for reading folders, as `code_fingerprint`."""
         if not self._touched.is_set() and self._clock.monotonic() < self._due_at:
             return False
         self._touched.clear()

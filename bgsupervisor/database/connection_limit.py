@@ -1,4 +1,4 @@
-"""A connection limit of a few places: so many processes of a host may be inside at once. Knows nothing of what they do there."""
+"""A limit of the connections that processes of a host have at once; knows nothing of what they do with them."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ _limits: dict[Path, ConnectionLimit] = {}
 
 
 def limit_of(folder: Path) -> ConnectionLimit:
-    """Return this process's connection limit of a state directory; there must be but one, for locks are the process's."""
+    """Return this process's connection limit of a state directory; only one, since locks are the process's."""
     return _limits.setdefault(folder, ConnectionLimit(folder))

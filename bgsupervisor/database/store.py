@@ -770,7 +770,7 @@ class Store:
                 is_outermost = stack.enter_context(self._connection_limit.connected(self._server.timeout))
             except TimeoutError:
                 raise DatabaseError(
-                    f"all {self._connection_limit.places} connections that this host's children may have to the database "
+                    f"all {self._connection_limit.places} connections of this host's children to the database "
                     f"{self.place} are in use for longer than {self._server.timeout:g} s; try again"
                 ) from None
             if is_outermost:

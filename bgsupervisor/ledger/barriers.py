@@ -70,7 +70,7 @@ class Barriers:
             return self._outcome(self._place(id, scope, name, generation))
 
     def leave(self, id: int, scope: str, name: str, generation: int) -> str | None:
-        """Take this participant's row away, after it has gone through or given up; return what had become of the barrier."""
+        """Delete this participant's row after it went through or gave up; return what became of the barrier."""
         with self._store.writing():
             place = self._place(id, scope, name, generation)
             outcome = self._outcome(place)

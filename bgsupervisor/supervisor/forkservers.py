@@ -74,7 +74,7 @@ _NO_OPTIONS = TaskOptions()
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Started:
-    """A fork server process of ours; *callers* wait for what becomes of it, *fingerprint* is of the code that it loads."""
+    """A fork server of ours; *callers* wait for its result, *fingerprint* is that of the code it loads."""
 
     process: SpawnProcess
     ref: ProcessRef

@@ -642,8 +642,7 @@ class Supervisor:
             elif child.undelivered:
                 batch.unclaims.add(attempt)
             elif child.termination is not None and child.termination.unsent:
-                # guard, -> self._enforcement.carry_out(child, child.termination): the reason is committed before the
-                # signal
+                # guard, -> self._enforcement.carry_out(child, child.termination): the reason precedes the signal
                 batch.endings[attempt] = Ending(attempt, child.termination.reason, child.termination.detail())
             if child.suspension_unsaved and child.end is None:
                 batch.suspensions[attempt] = child.suspension

@@ -31,7 +31,7 @@ log = logging.getLogger("bgsupervisor")
 SILENT_S = 0.7
 """A wait manager that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
 RETRY_S = 1.0
-"""A wait manager that could not be started is tried again after so long; one that an earlier supervisor left is waited for."""
+"""Pause before a wait manager is started again, and time that one of an earlier supervisor has to connect."""
 RESTART_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before a wait manager that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
@@ -71,7 +71,7 @@ class WaitManager:
             self._wanted, self._deadline = True, self._clock.monotonic()
 
     def expect(self) -> None:
-        """Have a wait manager before long: tasks waited before this supervisor came, and an earlier one's may dial first."""
+        """Expect a wait manager: tasks waited before this supervisor came, and an earlier one may connect first."""
         if not self._wanted:
             self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
 

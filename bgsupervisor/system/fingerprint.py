@@ -1,4 +1,4 @@
-"""A fingerprint of the code that a supervisor's fork server loads: has it changed on disk since? Imports nothing of it."""
+"""The fingerprint of the code that a fork server loads: has it changed on disk since? Imports nothing of it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Fingerprint:
         )
 
     def extended(self, places: Iterable[str], *, since_ns: int) -> Fingerprint:
-        """Return this fingerprint with more places; one that was changed after *since_ns* (st_ctime_ns) counts as changed."""
+        """Return this fingerprint with more places; one changed after *since_ns* (st_ctime_ns) counts as changed."""
         found = dict(self.digests)
         for place in places:
             if place not in found:
@@ -82,7 +82,7 @@ def code_fingerprint(config: Config) -> Fingerprint:
 
 
 def newer_code(file: Path) -> list[str]:
-    """Return the names of the places whose code has changed since the fingerprint in *file*; empty where nothing is known.
+    """Return the names of the places whose code differs from the fingerprint in *file*; empty where nothing is known.
 
     Nothing is known in another container, of a place that this user may not read, or of one with more than
     LISTING_ENTRIES files and folders. bgsupervisor itself is left out: its upgrade needs another supervisor.

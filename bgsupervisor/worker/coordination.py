@@ -1,4 +1,4 @@
-"""Parts, waiting, locks and barriers, as a body calls them: rows tell the truth, the wait manager's wake-up spares the polling.
+"""Parts, waits, locks and barriers, as a body calls them: rows hold the truth, wake-ups spare the polling.
 
 Called in the child, in the body's thread. While a body waits its slot is given to others; it takes one again before it
 goes on.
@@ -74,7 +74,7 @@ AWAY_S = 600.0
 
 
 class WakeUps:
-    """A client of the wait manager that never hangs longer than CALL_S, whatever the wait manager does. For one thread at a time."""
+    """A client of the wait manager that never hangs longer than CALL_S. For one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

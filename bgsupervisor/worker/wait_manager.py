@@ -61,7 +61,7 @@ KEY_CHARS = 8000
 """A longer key is not heard: its waiters look by themselves."""
 WAKE_UPS_AT_ONCE = 10
 WAKE_UPS_PER_S = 4.0
-"""After WAKE_UPS_AT_ONCE notifies of one key its waiters are woken at most at this rate: hundreds may listen to the same."""
+"""Rate of wake-ups for one key after WAKE_UPS_AT_ONCE of them: hundreds may wait for the same key."""
 KEYS_MAX = 100_000
 """Beyond so many wake-ups all counts are forgotten but one: every waiter then looks once for nothing."""
 
