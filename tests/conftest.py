@@ -26,6 +26,8 @@ from bgsupervisor.system.files import open_dir
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from torture.database import Database
 
+pytest_plugins = ["left_behind"]
+
 LIMIT_S = 15.0
 ADD_COLUMN = """
 def up(migrator, db):

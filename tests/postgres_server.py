@@ -23,6 +23,7 @@ import psutil
 import psycopg
 import pytest
 from as_user import NOBODY
+from left_behind import SHARED
 
 from bgsupervisor.database.store import Store
 
@@ -79,6 +80,7 @@ class Server:
                 preexec_fn=_end_with_parent,  # noqa: PLW1509 - it calls one function of the kernel
                 **self.user,
             )
+        SHARED.add(self.process.pid)
         deadline = time.monotonic() + START_LIMIT_S
         while True:
             try:
@@ -235,7 +237,11 @@ def main():
     """Run a command while there is a server, and leave as it does."""
     with running_server() as server:
         url = server.socket_url(server.make_database())
-        return subprocess.run([url if word == "URL" else word for word in sys.argv[1:]], check=False).returncode
+        with subprocess.Popen([url if word == "URL" else word for word in sys.argv[1:]]) as process:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, lambda number, _: process.send_signal(number))
+            return process.wait()
 
 
 if __name__ == "__main__":

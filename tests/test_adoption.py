@@ -15,6 +15,8 @@ import psutil
 import pytest
 from conftest import App, pausing_path, wait_until
 
+pytestmark = pytest.mark.any_database
+
 SOURCE = """
 import os, time
 from pathlib import Path

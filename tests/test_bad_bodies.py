@@ -13,6 +13,8 @@ import psutil
 import pytest
 from conftest import App, wait_until
 
+pytestmark = pytest.mark.any_database
+
 BODIES = r"""
 import asyncio, atexit, concurrent.futures, contextlib, io, json, logging, multiprocessing, os, signal, socket
 import sqlite3, subprocess, sys, threading, time

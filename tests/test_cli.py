@@ -15,6 +15,8 @@ from conftest import wait_until
 
 from bgsupervisor.statuses import Reason, Status
 
+pytestmark = pytest.mark.any_database
+
 TASKS = """
     import os, sys, time
     from bgsupervisor import Task, task, current

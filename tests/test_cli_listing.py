@@ -19,6 +19,8 @@ from rich.cells import cell_len
 from bgsupervisor.cli.display import text
 from bgsupervisor.system import processes
 
+pytestmark = pytest.mark.any_database
+
 LIMIT_S = 20.0
 RUNNING = {"status": "START", "pid": 4711, "start_ticks": 1, "slot": 3}
 """A process that cannot be: no other one started at the first tick of this boot."""

@@ -26,6 +26,8 @@ from bgsupervisor.cli.commands import cron, systemd
 from bgsupervisor.cli.program import program
 from bgsupervisor.errors import AccessError, ConfigError
 
+pytestmark = pytest.mark.any_database
+
 ROOT = Path(__file__).parent.parent
 SOURCE = """
 import os, time

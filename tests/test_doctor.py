@@ -27,7 +27,10 @@ from bgsupervisor.ipc.lock import Lock
 from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.system.users import user_name
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 
 NOW = datetime(2030, 5, 1, 12, tzinfo=UTC)
 

@@ -16,6 +16,8 @@ from conftest import App, wait_until
 from bgsupervisor.errors import Interrupted
 from bgsupervisor.system import processes, syscalls
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import contextlib, ctypes, os, signal, subprocess, sys, time
 from pathlib import Path

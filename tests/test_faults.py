@@ -37,7 +37,10 @@ from bgsupervisor.supervisor.wait_manager import WaitManager
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make namespaces and mount")
 
 TASKS = """

@@ -23,7 +23,10 @@ from bgsupervisor.system import processes
 from bgsupervisor.system.files import open_dir
 from bgsupervisor.worker import forkserver
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 
 TASKS = """
 import errno, os, pathlib, resource, signal, threading, time

@@ -44,6 +44,8 @@ from bgsupervisor.system.files import open_dir
 from bgsupervisor.system.processes import Exit, Verdict
 from bgsupervisor.worker.connection import Link
 
+pytestmark = pytest.mark.any_database
+
 SOURCE = """
 import os, signal, time
 from pathlib import Path

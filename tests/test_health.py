@@ -14,7 +14,10 @@ from conftest import wait_until
 
 from bgsupervisor.cli.commands import health
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
 TASKS = """
@@ -96,7 +99,12 @@ def test_one_that_was_stopped_on_purpose_is_a_warning_that_names_who_and_when(ap
 def test_without_configuration_or_database_nothing_is_known(app, tmp_path):
     code, sentence, numbers = ask(app)
     store = app.service.ledger.store
-    assert (code, sentence, numbers) == (UNKNOWN, f"UNKNOWN - there is no database yet, {store.place} is missing", {})
+    what = (
+        f"{store.place} has none of our tables yet"
+        if app.own
+        else f"there is no database yet, {store.place} is missing"
+    )
+    assert (code, sentence, numbers) == (UNKNOWN, f"UNKNOWN - {what}", {})
     assert not store.is_there()
     code, sentence, _ = ask(app, "--config", str(tmp_path / "absent.toml"))
     assert code == UNKNOWN

@@ -21,7 +21,10 @@ from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS, 
 from bgsupervisor.system import logs
 from torture.database import Database
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 
 DAY_S = 86400.0
 ENDED = (Status.DONE, Status.INTERRUPTED)

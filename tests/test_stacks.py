@@ -19,6 +19,8 @@ from bgsupervisor.supervisor.enforcement import STACK_WAIT_S
 from bgsupervisor.system import processes, stacks
 from bgsupervisor.system.processes import ProcessHandle
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import asyncio, ctypes, faulthandler, os, pathlib, signal, threading, time
 from bgsupervisor import Task, current, task

@@ -13,6 +13,8 @@ from conftest import App, wait_until
 
 from bgsupervisor.supervisor.enforcement import STALL_SLACK_S
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import asyncio, os, pathlib, threading, time
 from bgsupervisor import Task, current, task

@@ -11,6 +11,8 @@ from conftest import LIMIT_S, wait_until
 
 from bgsupervisor import Reason, Status
 
+pytestmark = pytest.mark.any_database
+
 SOURCE = """
 import os, time
 from bgsupervisor import Task, task

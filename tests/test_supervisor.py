@@ -23,6 +23,8 @@ from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, ForkServerHandle, ForkServers
 from bgsupervisor.system import processes
 
+pytestmark = pytest.mark.any_database
+
 SOURCE = """
 import os, time
 from bgsupervisor import Task, task, current

@@ -16,6 +16,8 @@ from conftest import App, wait_until
 from bgsupervisor import NotSuspendable, UnknownTask
 from bgsupervisor.clock import SystemClock
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import os, pathlib, signal, subprocess, sys, time
 from bgsupervisor import Task, current, task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import secrets
@@ -10,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import wait_until
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,29 @@ def test_twenty_seconds_of_torture_break_no_promise(request, kind):
         command += ["--database", request.getfixturevalue("postgres_url")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"seed {seed}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_torture_ends_all_that_it_started_also_what_is_stopped(tmp_path, number):
+    command = [sys.executable, "-m", "torture", "--seconds", "300", "--rate", "0.1"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    torture = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def supervisor():
+        for one in psutil.Process(torture.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if one.children():
+                    return one
+        return None
+
+    wait_until(supervisor, "the torture has a supervisor, and that has children").suspend()
+    started = psutil.Process(torture.pid).children(recursive=True)
+    torture.send_signal(number)
+    _, said = torture.communicate(timeout=40)
+
+    assert (torture.returncode, said) == (130, f"{number.name}: ending the run, killing its processes\n")
+    assert [one for one in started if one.is_running()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_chaos_signals_its_own_descendants_alone_and_only_who_is_meant():

@@ -23,7 +23,10 @@ from bgsupervisor.ipc.channel import REDIAL_MAX_S, Redial
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system import syscalls
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
+pytestmark = [
+    pytest.mark.any_database,
+    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
+]
 
 TASKS = """
     import os, pathlib, time

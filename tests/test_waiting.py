@@ -19,6 +19,8 @@ from conftest import App, wait_until
 from bgsupervisor.errors import UnknownTask
 from bgsupervisor.tasks import Context, entered
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import asyncio, json, os, threading, time
 from pathlib import Path

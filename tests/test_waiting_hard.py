@@ -15,6 +15,8 @@ from test_waiting import Waiting, unique
 from bgsupervisor import Handle
 from bgsupervisor.config import is_postgres
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import asyncio, os, threading, time
 from pathlib import Path

@@ -20,6 +20,8 @@ from bgsupervisor.ledger.waits import Waiter, Waiting
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system import processes
 
+pytestmark = pytest.mark.any_database
+
 TASKS = """
     import time
     from pathlib import Path

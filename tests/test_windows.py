@@ -25,6 +25,8 @@ from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.wait_manager import WaitManager
 from bgsupervisor.system import processes
 
+pytestmark = pytest.mark.any_database
+
 BODIES = """
 import atexit, os, sqlite3, time
 from pathlib import Path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.config import masked
-from torture import invariants
+from torture import interrupts, invariants
 from torture.arena import Arena
 from torture.course import Plan, torture
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run one torture."""
+    interrupts.heed()
     options = _options()
     seed = options.seed or secrets.token_hex(4)
     replay = (
@@ -41,10 +42,16 @@ def main() -> int:
         slots=int(configuration["slots"]),
     )
     arena = Arena(folder, configuration, options.database)
+    known = None
     try:
         known = torture(arena, plan)
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt}: ending the run, killing its processes", file=sys.stderr)
     finally:
         arena.end()
+    if known is None:
+        shutil.rmtree(folder)
+        return interrupts.CODE
     found = invariants.violations(known)
     tell(known, found)
     if found or options.keep:

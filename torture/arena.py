@@ -175,7 +175,6 @@ class Arena:
 
     def end(self) -> None:
         """End all that is left, and see it gone."""
-        self.service.close()
         deadline = time.monotonic() + 20
         while (left := self.ours()) and time.monotonic() < deadline:
             for ref in left:
@@ -183,6 +182,7 @@ class Arena:
             self.reap()
             time.sleep(0.05)
         self.reap()
+        self.service.close()
 
 
 def stat(pid: int) -> Sequence[bytes]:

@@ -61,14 +61,16 @@ def torture(arena: Arena, plan: Plan) -> Evidence:
     quiet = threading.Event()
     watchers = _start([observer.run, prober.run], quiet.is_set)
     cron = Cron(arena, plan.seed)
-    _let_loose(arena, plan, cron)
     complaints = []
-    if not cron.keep_one(lambda: _is_quiet(arena), QUIET_S):
-        complaints.append(f"all is not quiet {QUIET_S:g} s after chaos has ended")
-    time.sleep(0.2)  # the observer's last look
-    quiet.set()
-    for thread in watchers:
-        thread.join(10)
+    try:
+        _let_loose(arena, plan, cron)
+        if not cron.keep_one(lambda: _is_quiet(arena), QUIET_S):
+            complaints.append(f"all is not quiet {QUIET_S:g} s after chaos has ended")
+        time.sleep(0.2)  # the observer's last look
+    finally:
+        quiet.set()
+        for thread in watchers:
+            thread.join(10)
     daemons = _send_home(arena)
     complaints += [f"PID {ref.pid} is still there: {command_of(ref.pid)}" for ref in arena.ours()]
     known = _evidence(arena, plan)

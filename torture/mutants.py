@@ -22,16 +22,20 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torture import interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +49,8 @@ LEFT_OUT = (".git", ".venv", ".demo", ".*_cache", ".hypothesis", "__pycache__", 
 LIMIT_S = 700
 RATE = 8
 MARK = re.compile(r"\s*# guard(?:, (?P<how>.+?))?: (?P<name>.+)")
+ENDING_S = 60
+"""Limit of what an interrupted test needs to end all that it has started, in seconds."""
 TABLE_BEGIN, TABLE_END = "<!-- guards -->\n", "<!-- end of guards -->"
 
 TESTS = {
@@ -65,7 +71,7 @@ TESTS = {
     "a zombie is dead": "test_a_zombie_is_dead_and_its_exit_is_readable",
     "UNKNOWN is not DEAD": "test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
     "an exit is written to disk before it is forgotten": (
-        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork_server]"
+        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork server]"
     ),
     "a second look precedes VANISHED": "test_without_an_exit_nobody_is_called_vanished_before_a_second_look",
     "the fork server's report is awaited before VANISHED": (
@@ -83,7 +89,7 @@ TESTS = {
     "only an order that was surely not read is given back": "test_never_told_of_an_order_that_was_read_is_false",
     "a child gives back only its own claims": "test_a_child_gives_back_only_what_was_claimed_for_itself",
     "the acknowledgement follows the commit": "test_an_end_is_not_acknowledged_before_it_is_committed",
-    "the reason precedes the signal": "test_no_signal_is_sent_before_its_reason_is_in_the_row",
+    "the reason is committed before the signal": "test_no_signal_is_sent_before_its_reason_is_in_the_row",
     "a supervisor whose lock was replaced leaves": (
         "test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on"
     ),
@@ -162,6 +168,7 @@ class Guard:
 
 def main() -> int:
     """Try all mutants, or those that are named, and print which survive."""
+    interrupts.heed()
     parser = argparse.ArgumentParser(prog=f"python -m {TORTURE}.mutants", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of the names of guards")
     parser.add_argument("--torture", action="store_true", help="run the torture test, not the tests of the guards")
@@ -323,16 +330,24 @@ def _run(copy: Path, arguments: Sequence[str], *, cwd: Path | None = None) -> st
     """Run Python with the copy; return what it prints if it fails, or nothing."""
     path = f"{copy}{os.pathsep}{copy / IMPORTED_FROM}"
     own = {"PYTHONPATH": path, "TMPDIR": str(copy.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd or copy,
         env={**os.environ, **own},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    return f"{process.stdout}{process.stderr} exit code {process.returncode}" if process.returncode else ""
+        start_new_session=True,  # the terminal's Ctrl-C is passed on, once
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=LIMIT_S)
+        except BaseException:
+            process.send_signal(signal.SIGINT)  # it ends what it has started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=ENDING_S)
+            process.kill()
+            raise
+    return f"{said} exit code {process.returncode}" if process.returncode else ""
 
 
 if __name__ == "__main__":
