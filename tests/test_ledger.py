@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from postgres_server import empty
 
+import bgsupervisor
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.postgres import lock_key
 from bgsupervisor.database.store import Store, SupervisorRecord, UtcField
@@ -45,7 +46,7 @@ from bgsupervisor.ledger.transitions import (
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
 
-SOURCE = str(Path(ledger_module.__file__).parents[1])
+SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 START_OF_TIME = datetime(2030, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
 HALF_A_PAIR = "\ud800"
 """Text that Python holds and no database stores."""

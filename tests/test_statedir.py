@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from as_user import NOBODY, as_nobody, needs_root, open_folder
 
+import bgsupervisor
 from bgsupervisor.errors import AccessError
 from bgsupervisor.ipc import statedir
 from bgsupervisor.ipc.lock import Lock
@@ -22,7 +23,7 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.system import users
 from bgsupervisor.system.files import open_dir
 
-SOURCE = str(Path(statedir.__file__).parents[1])
+SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 HOLD = """
 import subprocess, sys
 from pathlib import Path
