@@ -13,7 +13,7 @@ import time
 
 import psutil
 import pytest
-from conftest import App, pausing_path, wait_until
+from conftest import App, pausing_path, processes_marked, wait_until
 
 pytestmark = pytest.mark.any_database
 
@@ -27,7 +27,7 @@ def say(what):
     os.write(descriptor, f"{what} {current().id} {time.monotonic()}\\n".encode())
     os.close(descriptor)
 
-def connection limit(name):
+def latch(name):
     while not Path(name).exists():
         time.sleep(0.005)
 
@@ -35,22 +35,22 @@ def connection limit(name):
 def steps() -> str:
     current().progress(1, 10, "first")
     print("before")
-    connection limit("first")
+    latch("first")
     current().progress(7, 10, "second")
     print("after")
-    connection limit("second")
+    latch("second")
     current().progress(9, 10, "last")
     return "result"
 
 @task
 def gated(name: str):
     say("in")
-    connection limit(name)
+    latch(name)
     say("out")
 
 @task
 def exits():
-    connection limit("exits")
+    latch("exits")
     os._exit(7)
 
 @task
@@ -71,15 +71,10 @@ class Adopting(App):
         return self.service.request(f"appx:{body}", data)
 
     def processes(self):
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("ADOPTING") == str(self.folder):
-                    found.append(process)
-        return found
+        return processes_marked("ADOPTING", self.folder)
 
-    def open(self, limit):
-        (self.folder / limit).touch()
+    def open(self, latch):
+        (self.folder / latch).touch()
 
     def oracle(self):
         path = self.folder / "oracle"
@@ -160,8 +155,8 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
         id: slot for id, slot in slots.items() if id != old[0].id
     }
     assert app.service.get(new[2]).status == "REQUEST"
-    for limit in ("old-1", "old-2", "new"):
-        app.open(limit)
+    for latch in ("old-1", "old-2", "new"):
+        app.open(latch)
     for handle in [*old, *new]:
         assert app.wait(handle).status == "DONE"
     moments = sorted((at, 1 if what == "in" else -1) for what, _, at in app.oracle())
