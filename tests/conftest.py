@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked_commands import ForkedCommand, Server
+from torture.database import Database
 
 import bgsupervisor
 from bgsupervisor import Service, tasks
@@ -25,7 +25,6 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.system import processes
 from bgsupervisor.system.files import open_dir
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
-from torture.database import Database
 
 pytest_plugins = ["left_behind"]
 
@@ -45,22 +44,6 @@ def wait_until(condition, sentence, limit_s=LIMIT_S):
             pytest.fail(f"not within {limit_s:g} s: {sentence}")
         time.sleep(0.01)
     return value
-
-
-def kept_environment():
-    """Return what processes of the tests take over from this one's environment."""
-    names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "PYTHONPATH")
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
-_forking_servers = []
-
-
-def forking_server():
-    """Return the interpreter that forks for this test process; it is started when first asked for."""
-    if not _forking_servers:
-        _forking_servers.append(Server(kept_environment()))
-    return _forking_servers[0]
 
 
 class Supervising:
@@ -91,10 +74,8 @@ class App:
 
     Attributes:
         server: Of PostgreSQL, on which each application that names none gets a database; by default SQLite's file.
-        forks: Commands are forks of an interpreter, which saves most of their time; else each is started.
     """
 
-    forks = True
     server = None
     own = None
 
@@ -139,25 +120,22 @@ class App:
         return Database(self.service.config.database)
 
     def environment(self, **more):
-        return {**kept_environment(), **more}
+        names = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "PYTHONPATH")
+        kept = {name: os.environ[name] for name in names if name in os.environ}
+        return {**kept, **more}
 
-    def start(self, *arguments, wait=True, environment=None, as_child=False):
-        """Start `bgsupervisor run` and wait until it has loaded the application.
-
-        Args:
-            arguments: More of the command line.
-            wait: Return only when the application is loaded.
-            environment: More variables.
-            as_child: Start an interpreter as a child of this process, which reaps it; else whoever forks it does.
-        """
+    def start(self, *arguments, wait=True, environment=None):
+        """Start `bgsupervisor run` and wait until it has loaded the application."""
         output = self.folder / f"run-{len(self.supervisors)}.log"
-        command = [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), "run", *map(str, arguments)]
-        how = {"cwd": self.folder, "env": self.environment(**(environment or {}))}
-        with output.open("wb") as file, Path(os.devnull).open() as nothing:
-            if App.forks and not as_child and (server := forking_server()).can_run(how["env"]):
-                process = ForkedCommand(server, command, streams=[nothing, file, file], supervises=True, **how)
-            else:
-                process = subprocess.Popen(command, stdin=nothing, stdout=file, stderr=file, **how)
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), "run", *arguments],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=self.environment(**(environment or {})),
+            )
         started = Supervising(process, output)
         self.supervisors.append(started)
         if wait:
@@ -190,12 +168,17 @@ class App:
 
     def cli(self, *arguments, **options):
         """Run one command of the command line and return the finished process, with its texts."""
-        command = [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), *map(str, arguments)]
         environment = self.environment(**options.pop("environment", {}))
-        how = {"cwd": options.pop("cwd", self.folder), "env": environment, "timeout": 30}
-        if App.forks and options.keys() <= {"input"} and (server := forking_server()).can_run(environment):
-            return server.run(command, **how, **options)
-        return subprocess.run(command, capture_output=True, text=True, check=False, **how, **options)
+        return subprocess.run(
+            [sys.executable, "-m", "bgsupervisor", "--config", str(self.config), *arguments],
+            cwd=options.pop("cwd", self.folder),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+            **options,
+        )
 
     def wait(self, handle, limit_s=LIMIT_S):
         return self.service.wait(handle, timeout_s=limit_s)
@@ -247,17 +230,6 @@ class App:
                     yield self._identity(record.pid, record.start_ticks)
 
 
-def processes_marked(name, value):
-    """Return the living processes that were started with this variable in their environment; zombies have none."""
-    mark = b"\0" + os.fsencode(f"{name}={value}") + b"\0"
-    found = []
-    for pid in psutil.pids():
-        with contextlib.suppress(OSError, psutil.Error):
-            if mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
-                found.append(psutil.Process(pid))
-    return found
-
-
 def pausing_path():
     """Return the PYTHONPATH of processes that wait at armed points, with the code that this test has."""
     return os.pathsep.join([str(Path(__file__).parent / "pausing"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -292,23 +264,11 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
-def pytest_runtest_setup(item):
-    App.forks = item.get_closest_marker("real_starts") is None
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _database_of_session(request):
     """Have all applications on the database that was asked for."""
     if request.config.getoption("--database") == "postgres":
         App.server = request.getfixturevalue("postgres")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _forking_server_of_session():
-    """End the interpreter that forks, if there is one."""
-    yield
-    while _forking_servers:
-        _forking_servers.pop().close()
 
 
 @pytest.fixture(autouse=True)

@@ -135,9 +135,9 @@ def leaves_a_daemon():
 
 @task
 def leaves_a_daemon_and_lingers():
-    latch = FOLDER / f"latch-{current().id}"
+    connection limit = FOLDER / f"connection limit-{current().id}"
     def linger():
-        while not latch.exists():
+        while not connection limit.exists():
             time.sleep(0.01)
     atexit.register(linger)
     return daemon()
@@ -617,7 +617,7 @@ def test_a_daemon_is_gone_before_its_task_is_done_not_only_when_the_child_has_le
         assert record.status == "DONE"
         assert is_gone(app.service.result(record.id))
         assert not has_left(record)
-        (app.folder / f"latch-{record.id}").touch()
+        (app.folder / f"connection limit-{record.id}").touch()
 
 
 def test_a_left_process_that_obeys_sigterm_costs_no_grace(app, ends):

@@ -294,11 +294,11 @@ def test_log_follows_a_task_from_before_its_start_until_its_end(make_app):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "has not begun yet" in process.stderr.readline()
     app.start()
-    out, _ = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=20)
 
     assert out == "first line\nlast line\n"
+    assert "has not begun yet" in err
     assert process.returncode == 0
 
 

@@ -215,7 +215,7 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
 
 
 def test_a_supervisor_that_was_killed_is_not_there_though_nobody_has_reaped_it(app):
-    supervisor = app.start(as_child=True)
+    supervisor = app.start()
     app.service.request("appx:add")
     supervisor.process.kill()
     os.waitid(os.P_PID, supervisor.process.pid, os.WEXITED | os.WNOWAIT)

@@ -20,11 +20,7 @@ from test_framework_docs import files_of
 from bgsupervisor import Status
 from bgsupervisor.worker.shared_connections import Imports
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
-    pytest.mark.of_sqlite,
-    pytest.mark.real_starts,
-]
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.of_sqlite]
 
 ENDING = """
 

@@ -16,11 +16,7 @@ from conftest import Supervising, wait_until
 from bgsupervisor import Status
 from bgsupervisor.system import descriptors
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"),
-    pytest.mark.of_sqlite,
-    pytest.mark.real_starts,
-]
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.of_sqlite]
 
 LINES = 20
 TASKS = 4

@@ -28,8 +28,8 @@ def ready(what=""):
     path.with_suffix(".new").write_text(str(what))
     path.with_suffix(".new").rename(path)
 
-def latch():
-    while not Path(f"latch-{current().id}").exists():
+def connection limit():
+    while not Path(f"connection limit-{current().id}").exists():
         time.sleep(0.01)
 
 def for_ever():
@@ -81,7 +81,7 @@ def sleeps() -> None:
 @task
 def ends_at_the_gate(value: int = 0, exit_code: int | None = None) -> int:
     ready()
-    latch()
+    connection limit()
     if exit_code is not None:
         os._exit(exit_code)
     return value
@@ -178,7 +178,7 @@ class Eats(Task):
 @task
 def eats_all() -> None:
     ready()
-    latch()
+    connection limit()
     hoard = []
     while True:
         hoard.append(bytearray(b"x") * (4 << 20))
@@ -210,7 +210,7 @@ class Endings(App):
         return self.started(handle), path.read_text()
 
     def open_gate(self, handle):
-        (self.folder / f"latch-{handle.id}").touch()
+        (self.folder / f"connection limit-{handle.id}").touch()
 
     def fork_server_pid(self):
         [path] = self.state_dir.glob("forkserver-*-*")

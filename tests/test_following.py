@@ -20,7 +20,7 @@ SOURCE = """
     def waits() -> None:
         print("first line")
         for _ in range(6000):
-            if Path("latch").exists():
+            if Path("connection limit").exists():
                 return
             time.sleep(0.01)
 """
@@ -55,7 +55,7 @@ def test_log_f_whose_reader_has_gone_ends_though_nothing_is_printed(app, follow)
     process.stdout.close()
     process.stdout = None
     assert process.wait(5) == 1
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
 
 
 def test_log_f_whose_task_and_supervisor_died_ends_and_says_so(app, follow):
@@ -88,7 +88,7 @@ def test_log_f_whose_database_was_deleted_ends_and_makes_no_other(app, follow):
     assert process.returncode == 1
     assert "the database was deleted or replaced" in err
     assert not (app.folder / "bgsupervisor.db").exists()
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
 
 
 def test_log_f_of_a_silent_task_looks_at_its_row_twice_a_second(app, follow):
@@ -102,4 +102,4 @@ def test_log_f_of_a_silent_task_looks_at_its_row_twice_a_second(app, follow):
     used = seen.cpu_times()
     assert seen.io_counters().read_count - began < 400
     assert used.user + used.system - before.user - before.system < 0.5
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()

@@ -36,7 +36,7 @@ SOURCE = """
     @task
     def waits() -> str:
         for _ in range(3000):
-            if Path("latch").exists():
+            if Path("connection limit").exists():
                 return "on its own"
             time.sleep(0.01)
 """

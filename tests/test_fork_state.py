@@ -12,7 +12,7 @@ from conftest import wait_until
 
 from bgsupervisor.statuses import Reason, Status
 
-pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.real_starts]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
 DRAWS = """
 import random, secrets, tempfile, uuid

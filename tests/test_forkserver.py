@@ -30,7 +30,7 @@ pytestmark = [
 
 TASKS = """
 import errno, os, pathlib, resource, signal, threading, time
-from bgsupervisor.worker import forkserver as fork_server
+from bgsupervisor.worker import forkserver as fork server
 from bgsupervisor import task
 
 @task

@@ -61,7 +61,7 @@ def returns(value: object = None) -> object:
 @task
 def ends_at_the_gate(value: int) -> int:
     (HERE / "ready").touch()
-    while not (HERE / "latch").exists():
+    while not (HERE / "connection limit").exists():
         time.sleep(0.01)
     (HERE / "ending").touch()
     return value
@@ -196,7 +196,7 @@ def test_an_end_is_not_acknowledged_before_it_is_committed(app):
     running = app.started(handle)
     child = processes.identity_of(running.pid, "here")
     with app.database.locked():
-        (app.folder / "latch").touch()
+        (app.folder / "limit").touch()
         exists(app, "ending")
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
@@ -270,7 +270,7 @@ def test_a_supervisor_whose_lock_file_was_deleted_leaves_and_its_bodies_go_on(ap
     second = app.start(wait=False)
     wait_until(lambda: first.process.poll() is not None, "the first supervisor has left")
     assert (first.process.returncode, second.process.poll()) == (0, None)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     record = app.wait(handle)
     assert (record.status, record.result, record.attempt) == ("DONE", "7", 1)
     wait_until(lambda: app.supervisor_row(second.process.pid), "the second supervises")

@@ -10,6 +10,7 @@ from itertools import count
 
 import pytest
 from conftest import wait_until
+from torture.database import Database
 
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import Store
@@ -19,7 +20,6 @@ from bgsupervisor.statuses import Status
 from bgsupervisor.supervisor import housekeeping
 from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS, Housekeeping, rotate
 from bgsupervisor.system import logs
-from torture.database import Database
 
 pytestmark = [
     pytest.mark.any_database,

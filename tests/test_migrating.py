@@ -17,28 +17,15 @@ from bgsupervisor.database.store import Store
 
 SLOWLY = "import time\n" + ADD_COLUMN + "    time.sleep(0.7)\n"
 DO_NOTHING = "def up(migrator, db):\n    pass\n"
-# Ten forks of a process that has loaded all that they need, and let go at once; each writes what it says into a file.
+# Has loaded all that it needs before it is told to go, so that all go at once.
 MIGRATE = """
-import os, sys, playhouse.migrations, psycopg
+import sys, playhouse.migrations
 from bgsupervisor.cli.commands import migrate
 from bgsupervisor.cli import program
+print("ready", flush=True)
+input()
 sys.argv = ["bgsupervisor", "--config", sys.argv[1], "migrate"]
-waiting, latch = os.pipe()
-pids = []
-for number in range(10):
-    pids.append(os.fork())
-    if pids[-1] == 0:
-        os.close(latch)
-        for stream in (1, 2):
-            os.dup2(os.open(f"said-{number}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-        os.read(waiting, 1)
-        try:
-            program.main()
-        except SystemExit as left:
-            sys.stdout.flush()
-            os._exit(left.code)
-os.close(latch)
-print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+program.main()
 """
 
 
@@ -68,18 +55,29 @@ def tables(url):
 
 def migrate_ten_times_at_once(app, environment):
     """Return what each of ten processes said and left with."""
-    done = subprocess.run(
-        [sys.executable, "-c", MIGRATE, str(app.config)],
-        cwd=app.folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        env=app.environment(**environment),
-        text=True,
-        timeout=50,
-        check=True,
-    )
-    said = [(app.folder / f"said-{number}").read_text() for number in range(10)]
-    return list(zip(said, map(int, done.stdout.split()), strict=True))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MIGRATE, str(app.config)],
+            cwd=app.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=app.environment(**environment),
+            text=True,
+        )
+        for _ in range(10)
+    ]
+    try:
+        for process in processes:
+            assert process.stdout.readline() == "ready\n"
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return [(process.communicate(timeout=50)[0], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["empty", "a-version-behind"])

@@ -112,12 +112,6 @@ def elsewhere(request):
     return {"PYTHONPATH": str(ELSEWHERE), "ELSEWHERE": request.param, "COVERAGE_PROCESS_START": ""}
 
 
-where_systems_do_not_differ = pytest.mark.parametrize(
-    "elsewhere", ["win32", pytest.param("darwin", marks=pytest.mark.slow)], indirect=True
-)
-"""For tests of lines that no system takes another way; Windows lacks all that darwin lacks, and more."""
-
-
 @pytest.fixture
 def develop():
     """Start `dev` elsewhere, and wait until it has loaded the code."""
@@ -190,7 +184,6 @@ def test_dev_elsewhere_runs_tasks_and_prints_what_they_do(make_app, develop, els
     assert "Traceback" in app.log_of(records[1])
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_keeps_the_limits_of_tasks(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     develop(app, elsewhere)
@@ -244,7 +237,6 @@ def test_dev_elsewhere_has_tasks_wait_for_parts_ends_locks_and_barriers(make_app
     assert app.service.ledger.waits.rows() == []
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_tells_a_cycle(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     develop(app, elsewhere)
@@ -256,7 +248,6 @@ def test_dev_elsewhere_tells_a_cycle(make_app, develop, elsewhere):
     assert "DEADLOCKED" in {one.reason for one in records}
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_gives_the_slot_of_a_waiting_task_to_another(make_app, develop, elsewhere):
     app = make_app(SOURCE, slots=1)
     develop(app, elsewhere)
@@ -336,7 +327,6 @@ def test_dev_elsewhere_that_is_killed_ends_bodies_and_the_rest_vanishes(make_app
     again.says("^2 asleep INTERRUPTED after .*: VANISHED: ")
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_tells_a_kill_that_was_not_its_own(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     develop(app, elsewhere)
@@ -351,7 +341,6 @@ def test_dev_elsewhere_tells_a_kill_that_was_not_its_own(make_app, develop, else
     assert record.detail == "killed by SIGKILL (9), which bgsupervisor did not send"
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_loads_changed_code_and_says_what_fails(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     dev = develop(app, elsewhere)
@@ -365,7 +354,6 @@ def test_dev_elsewhere_loads_changed_code_and_says_what_fails(make_app, develop,
     assert ended(app, waits)[0].result == '"mended"'
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_whose_code_ends_the_process_says_so(make_app, develop, elsewhere):
     app = make_app("import os; os._exit(4)\n")
     dev = develop(app, elsewhere)
@@ -376,7 +364,6 @@ def test_dev_elsewhere_whose_code_ends_the_process_says_so(make_app, develop, el
     dev.says(r"^loaded \d\d tasks$")
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_beside_another_says_so_and_leaves_with_1(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     first = develop(app, elsewhere)
@@ -388,7 +375,6 @@ def test_dev_elsewhere_beside_another_says_so_and_leaves_with_1(make_app, develo
     assert first.process.poll() is None
 
 
-@where_systems_do_not_differ
 def test_dev_elsewhere_where_it_is_stopped_says_what_allows_it(make_app, develop, elsewhere):
     app = make_app(SOURCE)
     app.cli("stop")

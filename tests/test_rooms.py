@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import graphlib
 import importlib
 import subprocess
@@ -54,15 +53,8 @@ class Module:
     def __init__(self, path):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         self.name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        self.path = path
-
-    @functools.cached_property
-    def tree(self):
-        return ast.parse(self.path.read_text())
-
-    @functools.cached_property
-    def imports(self):
-        return set(self._imports(self.tree, lazy=False))
+        self.tree = ast.parse(path.read_text())
+        self.imports = set(self._imports(self.tree, lazy=False))
 
     def _imports(self, node, *, lazy):
         """Yield (module, whether inside a function); what only a type checker imports is left out."""

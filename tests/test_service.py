@@ -601,10 +601,10 @@ def connections_to(path):
 def test_fifty_threads_use_one_service_and_their_connections_end_with_them(service, database):
     service.counts()
     assert connections_to(database) == 1
-    latch = threading.Barrier(50)
+    limit = threading.Barrier(50)
 
     def work(number):
-        latch.wait(20)
+        limit.wait(20)
         handle = service.request(Add, {"a": number}, key=str(number))
         assert json.loads(service.get(handle).data) == {"a": number}
         assert service.status(Add, key=str(number)) is Status.REQUEST

@@ -36,7 +36,7 @@ class Import(Task):
             print("line", line)
         sys.stdout.flush()
         self.progress(40_000_000, total, "row 5")
-        while not (HERE / "latch").exists():
+        while not (HERE / "connection limit").exists():
             time.sleep(0.01)
 """
 MOMENT = r"(?:\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d \((?:\d+ s|1 min) ago\)"
@@ -92,7 +92,7 @@ def test_show_of_a_running_task_says_how_far_and_where_it_is(app):
 
     app.service.cancel(handle, by="jana")
     assert re.fullmatch(rf"{MOMENT} by jana", dict(_facts(app, handle, plain=False))["cancelled"])
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
 
 
 def test_show_of_a_done_task_has_its_result_and_how_long_it_ran(app):

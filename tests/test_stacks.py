@@ -28,16 +28,16 @@ from bgsupervisor import Task, current, task
 def ready():
     pathlib.Path(f"ready-{current().id}").touch()
 
-def latch():
-    while not pathlib.Path(f"latch-{current().id}").exists():
+def connection limit():
+    while not pathlib.Path(f"connection limit-{current().id}").exists():
         time.sleep(0.01)
 
 def in_a_deep_place():
     ready()
-    latch()
+    connection limit()
 
 def in_another_thread():
-    latch()
+    connection limit()
 
 @task
 def waits_at_the_gate() -> str:
@@ -83,7 +83,7 @@ def talks_all_the_time() -> None:
 def takes_the_signal_for_itself() -> None:
     signal.signal(signal.SIGURG, lambda *_: None)
     ready()
-    latch()
+    connection limit()
 
 @task
 def ignores_the_signal() -> None:
@@ -111,7 +111,7 @@ def closes_all_descriptors() -> None:
     os.closerange(3, 1000)
     kept = [open("precious", "a") for _ in range(50)]
     ready()
-    latch()
+    connection limit()
 
 @task
 def passes() -> int:
@@ -206,7 +206,7 @@ class Stacks(App):
         return self.started(handle)
 
     def open_gate(self, record):
-        (self.folder / f"latch-{record.id}").touch()
+        (self.folder / f"connection limit-{record.id}").touch()
 
 
 @contextlib.contextmanager
@@ -338,7 +338,7 @@ def test_no_stack_is_written_into_a_file_that_took_over_the_descriptor(app):
 @pytest.mark.parametrize(
     ("body", "place"),
     [
-        ("takes_the_signal_for_itself", "in latch"),
+        ("takes_the_signal_for_itself", "in connection limit"),
         ("ignores_the_signal", "in in_a_deep_place"),
         ("registers_the_signal_for_itself", "in in_a_deep_place"),
     ],

@@ -25,8 +25,8 @@ LONG_S = 4.5
 def ready():
     pathlib.Path(f"ready-{current().id}").touch()
 
-def latch():
-    while not pathlib.Path(f"latch-{current().id}").exists():
+def connection limit():
+    while not pathlib.Path(f"connection limit-{current().id}").exists():
         time.sleep(0.01)
 
 def until(limit_s):
@@ -149,7 +149,7 @@ class WaitsForAPart(Stalling):
 class GetsOnUntilTheGate(Stalling):
     def run(self) -> str:
         ready()
-        while not pathlib.Path(f"latch-{self.id}").exists():
+        while not pathlib.Path(f"connection limit-{self.id}").exists():
             self.progress(1)
             time.sleep(0.1)
         self.progress(2)  # raises if it was asked to end
@@ -159,7 +159,7 @@ class ReachesPartsUntilTheGate(Stalling):
     def run(self) -> str:
         ready()
         number = 0
-        while not pathlib.Path(f"latch-{self.id}").exists():
+        while not pathlib.Path(f"connection limit-{self.id}").exists():
             self.reach(f"part {(number := number + 1)}")
             time.sleep(0.1)
         self.progress(2)  # raises if it was asked to end
@@ -169,7 +169,7 @@ class HangsFromTheGate(Stalling):
     def run(self) -> None:
         self.progress(1)
         ready()
-        latch()
+        connection limit()
         time.sleep(600)
 """
 
@@ -189,7 +189,7 @@ class Stalls(App):
         return self.started(handle)
 
     def open_gate(self, record):
-        (self.folder / f"latch-{record.id}").touch()
+        (self.folder / f"connection limit-{record.id}").touch()
 
     def assert_stalled(self, record):
         assert (record.status, record.reason) == ("INTERRUPTED", "TIMED_OUT"), record

@@ -29,13 +29,13 @@ def ready(what=""):
 
 @task
 def counts() -> int:
-    '''Counts in a file until the latch is open; so does a process that it starts.'''
+    '''Counts in a file until the connection limit is open; so does a process that it starts.'''
     code = "import os, sys, time\\nwhile True: os.write(1, b'x'); time.sleep(0.01)"
     with open(f"other-{current().id}", "wb") as file:
         other = subprocess.Popen([sys.executable, "-c", code], stdout=file)
     file = open(f"count-{current().id}", "wb", buffering=0)
     number = 0
-    while not pathlib.Path(f"latch-{current().id}").exists():
+    while not pathlib.Path(f"connection limit-{current().id}").exists():
         number += 1
         file.write(b"x")
         if number == 3:
@@ -68,7 +68,7 @@ def waits(id: int) -> str:
 @task
 def at_the_gate() -> str:
     ready()
-    while not pathlib.Path(f"latch-{current().id}").exists():
+    while not pathlib.Path(f"connection limit-{current().id}").exists():
         time.sleep(0.01)
     return "opened"
 
@@ -82,7 +82,7 @@ class Stalls(Task):
     stall_s = 1.0
     def run(self) -> str:
         ready()
-        while not pathlib.Path(f"latch-{self.id}").exists():
+        while not pathlib.Path(f"connection limit-{self.id}").exists():
             self.progress(1)
             busy = time.process_time()
             while time.process_time() < busy + 0.3:  # this clock stands still with the process, unlike that of a sleep
@@ -121,7 +121,7 @@ class Suspending(App):
         )
 
     def open_gate(self, record):
-        (self.folder / f"latch-{record.id}").touch()
+        (self.folder / f"connection limit-{record.id}").touch()
 
     def text(self, kind, record):
         return (self.folder / f"{kind}-{record.id}").read_text()

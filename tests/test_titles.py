@@ -8,7 +8,7 @@ import psutil
 import pytest
 from conftest import wait_until
 
-pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux"), pytest.mark.real_starts]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
 
 SOURCE = """
     import os, pathlib, subprocess, sys, time

@@ -36,20 +36,21 @@ def say(event, **facts):
     os.write(descriptor, line.encode())
     os.close(descriptor)
 
-def latch(name):
-    while not Path(f"latch-{name}").exists():
+def connection limit(name):
+    while not Path(f"connection limit-{name}").exists():
         current().progress()
         time.sleep(0.01)
 
 @task
-def reaches(latches: list[str] | None = None, value: object = None, part: str = "loaded", raises: bool = False) -> str:
+def reaches(connection limits: list[str] | None = None, value: object = None, part: str = "loaded", raises: bool =
+False) -> str:
     say("in")
-    for name in latches or ():
-        latch(name)
+    for name in connection limits or ():
+        connection limit(name)
     if part:
         current().reach(part, value)
         say("reached")
-    latch(f"end-{current().id}")
+    connection limit(f"end-{current().id}")
     if raises:
         raise LookupError("after the part")
     return "the result"
@@ -57,7 +58,7 @@ def reaches(latches: list[str] | None = None, value: object = None, part: str = 
 @task
 def ends_at(gate_name: str, value: object = None, raises: bool = False) -> object:
     say("in")
-    latch(gate_name)
+    connection limit(gate_name)
     if raises:
         raise LookupError("no such invoice")
     return value
@@ -100,7 +101,7 @@ def holds(
     with current().lock(name, permits) as lock:
         say("in", lock=name)
         if gate_name:
-            latch(gate_name)
+            connection limit(gate_name)
         time.sleep(pause_s)
         say("out", lock=name)
         if raises:
@@ -111,8 +112,8 @@ def holds(
 def holds_and_stays(name: str, gate_name: str) -> None:
     with current().lock(name):
         say("in")
-        latch(gate_name)
-    latch(f"end-{current().id}")
+        connection limit(gate_name)
+    connection limit(f"end-{current().id}")
 
 @task
 def tries_lock(name: str, timeout_s: float) -> object:
@@ -134,8 +135,8 @@ def locks_twice(name: str) -> object:
 @task
 def crosses(first: str, second: str, other_gate: str, mine: str, caught: bool) -> object:
     with current().lock(first):
-        Path(f"latch-{mine}").touch()
-        latch(other_gate)
+        Path(f"connection limit-{mine}").touch()
+        connection limit(other_gate)
         try:
             with current().lock(second):
                 return "both"
@@ -185,10 +186,10 @@ def works(pause_s: float = 0.05) -> str:
 def waits_in_a_cycle(go: str, kind: str, what: object, mine: str | None = None) -> object:
     if mine:
         with current().lock(mine):
-            Path(f"latch-{current().id}-has").touch()
-            latch(go)
+            Path(f"connection limit-{current().id}-has").touch()
+            connection limit(go)
             return current().wait_for(int(what), "never")
-    latch(go)
+    connection limit(go)
     if kind == "lock":
         with current().lock(str(what)):
             return "got it"
@@ -205,7 +206,7 @@ def waits_for_itself(caught: bool) -> object:
 
 @task
 def plays_ping_pong(go: str, other: int | None, rounds: int, first: bool) -> int:
-    latch(go)
+    connection limit(go)
     if other is None:
         other = int(Path(f"other-of-{current().id}").read_text())
     for number in range(rounds):
@@ -297,7 +298,7 @@ class Waiting(App):
         return self.service.request(f"appx:{body}", data, **(options or {}))
 
     def open_gate(self, name):
-        (self.folder / f"latch-{name}").touch()
+        (self.folder / f"connection limit-{name}").touch()
 
     def result_of_exception(self, handle):
         self.open_gate(f"end-{handle.id}")
@@ -430,7 +431,7 @@ def test_a_part_that_was_reached_long_ago_is_had_at_once_also_after_the_others_e
 
 def test_a_part_that_is_reached_later_wakes_the_waiter_within_half_a_second(app, request):
     name = unique(request)
-    other = app.request("reaches", latches=[name], value=7)
+    other = app.request("reaches", gates=[name], value=7)
     waiter = app.request("waits", ids=[other.id], part="loaded")
     app.waiting(waiter)
     app.open_gate(name)
@@ -562,13 +563,13 @@ def test_a_wait_ends_at_its_limit_and_the_other_goes_on(app, request):
 
 def test_a_retried_task_has_no_parts_and_is_waited_for_anew(app, request):
     name = unique(request)
-    other = app.request("reaches", latches=[name], value="first", raises=True)
+    other = app.request("reaches", gates=[name], value="first", raises=True)
     app.open_gate(name)
     app.result_of_exception(other)
     assert app.wait(other).reason == "RAISED"
     assert [row for row in app.rows("part") if row["task_id"] == other.id]
     for one in (name, f"end-{other.id}"):  # so that nothing is reached before the waiter waits
-        (app.folder / f"latch-{one}").unlink()
+        (app.folder / f"connection limit-{one}").unlink()
     app.service.retry(other)
     assert not [row for row in app.rows("part") if row["task_id"] == other.id]
     waiter = app.request("waits", ids=[other.id])
@@ -809,7 +810,7 @@ def test_a_cycle_of_part_lock_and_dependency_is_named(app, request):
     third = app.request("works", options={"after": [fourth]})
     second = app.request("waits_in_a_cycle", go=f"{name}-2", kind="end", what=third.id)
     first = app.request("waits_in_a_cycle", go=f"{name}-1", kind="part", what=second.id, mine=lock)
-    wait_until((app.folder / f"latch-{first.id}-has").exists, "the first has the lock")
+    wait_until((app.folder / f"connection limit-{first.id}-has").exists, "the first has the lock")
     for number, handle in ((2, second), (1, first)):
         app.open_gate(f"{name}-{number}")
         app.waiting(handle)
@@ -1121,7 +1122,7 @@ def test_beyond_max_waiting_a_waiter_keeps_its_slot(make_waiting):
 def test_a_wait_manager_that_dies_or_hangs_costs_a_waiter_about_a_second(make_waiting, number):
     app = make_waiting(slots=6)
     app.start()
-    other = app.request("reaches", latches=["go"], value=1)
+    other = app.request("reaches", gates=["go"], value=1)
     waiters = [app.request("waits", ids=[other.id], part="loaded") for _ in range(3)]
     for waiter in waiters:
         app.waiting(waiter)
@@ -1147,7 +1148,7 @@ def test_a_wait_manager_that_dies_or_hangs_costs_a_waiter_about_a_second(make_wa
 def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_themselves(make_waiting):
     app = make_waiting(slots=3)
     supervisor = app.start()
-    other = app.request("reaches", latches=["go"], value=1)
+    other = app.request("reaches", gates=["go"], value=1)
     waiters = [app.request("works_and_waits", on_id=other.id, part="loaded") for _ in range(10)]
     for waiter in waiters:
         app.waiting(waiter)
@@ -1168,7 +1169,7 @@ def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_them
 def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     app = make_waiting(slots=6)
     supervisor = app.start()
-    other = app.request("reaches", latches=["go"], value=1)
+    other = app.request("reaches", gates=["go"], value=1)
     holder = app.request("holds", name="l", gate_name="lock")
     app.said("in", holder)
     waiter = app.request("waits", ids=[other.id], part="loaded")
@@ -1230,7 +1231,7 @@ def test_a_thousand_over_fifty_locks_with_random_kills_never_exceed_the_permits(
 def test_two_hundred_that_wait_for_one_part_all_wake(make_waiting):
     app = make_waiting(slots=8)
     app.start()
-    other = app.request("reaches", latches=["go"], value=1)
+    other = app.request("reaches", gates=["go"], value=1)
     waiters = [app.request("works_and_waits", on_id=other.id, part="loaded", pause_s=0.01) for _ in range(200)]
     wait_until(lambda: len(app.rows("wait")) == 200, "all wait", 120)
     app.open_gate("go")

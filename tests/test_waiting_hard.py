@@ -23,17 +23,17 @@ from pathlib import Path
 from bgsupervisor import current, task
 from bgsupervisor.errors import BgSupervisorError
 
-def latch(name):
-    while not Path(f"latch-{name}").exists():
+def connection limit(name):
+    while not Path(f"connection limit-{name}").exists():
         current().progress()
         time.sleep(0.01)
 
 @task
 def ends_at(gate_name: str, value: object = None, part: str | None = None) -> object:
-    latch(gate_name)
+    connection limit(gate_name)
     if part:
         current().reach(part, value)
-        latch(f"end-{current().id}")
+        connection limit(f"end-{current().id}")
     return value
 
 @task
@@ -44,14 +44,14 @@ def waits(on_id: int, part: str | None = None, timeout_s: float | None = None) -
 @task
 def goes_on_after_a_wait(on_id: int, gate_name: str) -> None:
     current().wait_for(on_id)
-    while not Path(f"latch-{gate_name}").exists():
+    while not Path(f"connection limit-{gate_name}").exists():
         time.sleep(0.01)
 
 @task
 def holds(name: str, gate_name: str, permits: int = 1) -> None:
     with current().lock(name, permits):
         Path(f"held-{current().id}").touch()
-        latch(gate_name)
+        connection limit(gate_name)
 
 @task
 def takes(name: str, timeout_s: float | None = None) -> str:
@@ -128,7 +128,7 @@ def reaches_in_a_fork(part: str) -> float:
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    latch(f"end-{current().id}")
+    connection limit(f"end-{current().id}")
 
 @task
 def asks_for_rubbish() -> dict[str, str]:

@@ -410,8 +410,8 @@ def test_the_tree_draws_children_under_parents_and_what_is_waited_for_under_who_
     _wait(app, report, *(Waiting("part", target_id=one.id, target="scanned") for one in ids))
     app.service.ledger.apply(Batch(telemetry={ids[0]: Telemetry(progress_done=61, progress_total=100)}))
     grandchild = _requested(app, name="a:Clean", parent_id=ids[0].id)
-    latch = _running(app, name="a:Connection limit")
-    late = _requested(app, name="a:Late", after=(latch.id,))
+    limit = _running(app, name="a:Connection limit")
+    late = _requested(app, name="a:Late", after=(limit.id,))
     _supervise(app, slots=3, catalogue='{"a:Report":{},"a:Index":{},"a:Clean":{},"a:Late":{}}')
     done = app.cli("ps", "--tree")
 
@@ -421,13 +421,13 @@ def test_the_tree_draws_children_under_parents_and_what_is_waited_for_under_who_
         f"│  └─ {grandchild.id} Clean",
         f"└─ {ids[1].id} Index email",
         f"{late.id} Late",
-        f"└─ {latch.id} Connection limit",
+        f"└─ {limit.id} Connection limit",
     ]
     told = [re.sub(" +", " ", _plain(line)) for line in done.stdout.splitlines()[1:]]
     assert told[0].endswith(f'START waits for part "scanned" of tasks {ids[0].id}, {ids[1].id} N s')
     assert told[1].endswith('START part "scanned" not reached N s 61%')
     assert told[2].endswith("REQUEST slots full (3 of 3)")
-    assert told[4].endswith(f"REQUEST after task {latch.id}")
+    assert told[4].endswith(f"REQUEST after task {limit.id}")
     assert all(line == line.rstrip() for line in done.stdout.splitlines())
     assert not {"\x1b", "\N{NO-BREAK SPACE}"} & set(done.stdout)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import LIMIT_S, App, pausing_path, processes_marked, wait_until
+from conftest import LIMIT_S, App, pausing_path, wait_until
 
 from bgsupervisor import Status, failpoints
 from bgsupervisor.clock import SystemClock
@@ -37,8 +37,8 @@ def say(what):
     os.write(descriptor, f"{what} {current().id} {current().attempt}\\n".encode())
     os.close(descriptor)
 
-def latch():
-    while not Path("latch").exists():
+def connection limit():
+    while not Path("connection limit").exists():
         time.sleep(0.005)
 
 @task
@@ -49,7 +49,7 @@ def plain():
 @task
 def gated():
     say("in")
-    latch()
+    connection limit()
     say("out")
 
 @task
@@ -68,7 +68,7 @@ def counts():
 def holds():
     say("in")
     with current().lock("smtp"):
-        latch()
+        connection limit()
     say("out")
 
 @task
@@ -76,7 +76,7 @@ def keeps():
     '''Still holds a lock when it ends.'''
     say("in")
     current().lock("smtp").__enter__()
-    latch()
+    connection limit()
     say("out")
 
 @task
@@ -91,7 +91,7 @@ def locks_the_database():
         time.sleep(0.005)
     connection.execute("COMMIT")
     say("unlocked")
-    latch()
+    connection limit()
     say("out")
 
 @task
@@ -149,8 +149,7 @@ class Stage(App):
         self.points = folder / "points"
         self.points.mkdir()
         self.marker = {"STAGE": str(folder), "PAUSES": str(self.points)}
-        # A supervisor may come and go before the wait manager of the one before it has found it.
-        self.more = {"FORK_SERVER_LONELY_S": "1", "WAIT_MANAGER_LONELY_S": "3"}
+        self.more = {"FORK_SERVER_LONELY_S": "1"}
 
     def start(self, *, wait=True):
         pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
@@ -175,7 +174,7 @@ class Stage(App):
         return int(path.read_text())
 
     def disconnect(self):
-        (self.folder / "latch").touch()
+        (self.folder / "limit").touch()
         for point in failpoints.POINTS:
             (self.points / f"{point}.armed").unlink(missing_ok=True)
             (self.points / f"{point}.go").touch()
@@ -192,7 +191,12 @@ class Stage(App):
 
     def processes(self):
         """Return all living processes that descend from this stage's supervisors, zombies left out."""
-        return processes_marked("STAGE", self.marker["STAGE"])
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("STAGE") == self.marker["STAGE"]:
+                    found.append(process)
+        return found
 
     def rows(self, table, where="1 = 1"):
         return self.database.rows(f"SELECT * FROM bgsupervisor_{table} WHERE {where}")
@@ -247,7 +251,7 @@ def at_its_end(app, point):
 def in_the_transaction_of_its_end(app, point):
     handle = running(app, "keeps")
     app.arm(point, S)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -255,7 +259,7 @@ def in_its_own_transaction(app, point):
     handle = running(app, "keeps")
     app.supervisor.kill()
     app.arm(point, C)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -263,7 +267,7 @@ def without_a_supervisor(app, point):
     handle = running(app)
     app.supervisor.kill()
     app.arm(point)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -330,7 +334,7 @@ def waiting_for_another(app, point):
 def giving_a_lock_back(app, point):
     handle = running(app, "holds")
     app.arm(point)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     return handle
 
 
@@ -456,7 +460,7 @@ def stop(app, pids, victims, handle, settle_s):
     elif S in pids:
         app.supervisor.kill()
     app.start(wait=False)
-    (app.folder / "latch").touch()
+    (app.folder / "limit").touch()
     deadline = time.monotonic() + settle_s
     while not app.service.get(handle).status.ended and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -878,7 +882,7 @@ def test_a_late_word_that_a_slot_is_given_does_not_count_for_the_next_wait(tmp_p
         stage.arm("supervisor.granted")
         (stage.folder / "first").touch()
         stage.said("first", keeper)
-        (stage.folder / "latch").touch()  # only a slot was missing
+        (stage.folder / "limit").touch()  # only a slot was missing
         stage.reached("supervisor.granted")
         stage.said("first", twice)  # it has taken the slot itself
         wait_until(lambda: stage.service.get(twice).slot is None, "it waits again")
@@ -961,7 +965,7 @@ def test_a_child_that_has_recorded_its_end_itself_is_an_idle_one_like_any_other(
     stage.configure(slots=1, spares=0, reuse=3, grace_s=0.4, heartbeat_s=0.5)
     handle = running(stage)
     stage.stand_still(stage.supervisor)
-    (stage.folder / "latch").touch()
+    (stage.folder / "limit").touch()
     record = stage.wait(handle)
     began = time.monotonic()
     wait_until(lambda: time.monotonic() > began + 0.5, "it has said that it is idle")

@@ -351,10 +351,10 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_link(monkeypatch):
 def test_a_wait_manager_whose_thread_fails_ends():
     code = """
 import threading, time
-from bgsupervisor.worker import wait_manager as wait_manager
+from bgsupervisor.worker import wait_manager as wait manager
 from bgsupervisor.clock import SystemClock
 
-caretaker = object.__new__(wait_manager._Caretaker)
+caretaker = object.__new__(wait manager._Caretaker)
 caretaker._clock, caretaker._channel, caretaker._used_at = SystemClock(), None, SystemClock().monotonic()
 caretaker._dial = lambda: 1 / 0
 threading.Thread(target=caretaker.run, daemon=True).start()

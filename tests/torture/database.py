@@ -22,7 +22,7 @@ __all__ = ["Connection", "Database"]
 class Connection:
     """One connection; each statement is a transaction by itself, unless within `at_once` or `alone`."""
 
-    def __init__(self, driver: Any, *, prefix: str) -> None:  # noqa: ANN401 - of sqlite3 or psycopg, which may be absent
+    def __init__(self, driver: Any, *, prefix: str) -> None:
         self._driver = driver
         self._is_sqlite = isinstance(driver, sqlite3.Connection)
         self._prefix = prefix
@@ -56,7 +56,7 @@ class Connection:
         finally:
             self._execute("ROLLBACK")
 
-    def _execute(self, statement: str, *values: object) -> Any:  # noqa: ANN401 - a cursor of either driver
+    def _execute(self, statement: str, *values: object) -> Any:
         if not self._is_sqlite:
             statement = statement.replace("%", "%%").replace("?", "%s")
         return self._driver.execute(statement, values)

@@ -136,7 +136,7 @@ class Producer:
             part = self._random.choice(("first", None))
             self._request("waiter", {"other": other, "part": part, "expected": expected})
 
-    def _request(self, kind: str, data: dict[str, Any], **options: Any) -> tuple[int, int] | None:  # noqa: ANN401 - those of Service.request
+    def _request(self, kind: str, data: dict[str, Any], **options: Any) -> tuple[int, int] | None:
         n, oracle = next(self._numbers), self._arena.oracle
         try:
             handle = self._arena.service.request(f"bodies:{kind}", {"n": n, **data}, **options)
