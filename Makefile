@@ -60,7 +60,7 @@ test-all: $(STAMP)  ## run everything there is, for a night: all tests, SEEDS=3 
 	if [ -n "$$failed" ]; then echo "failed: $${failed#, }" >&2; exit 1; fi; echo 'everything passed'
 
 torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5 DATABASE=postgres
-	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
+	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/support/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
 
 torture-mutants: $(STAMP)  ## remove one guard at a time and see a test fail for each; BY=torture has the torture test do it
 	@$(BIN)/python -m torture.mutants $(if $(filter torture,$(BY)),--torture)
