@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import os
 from typing import TYPE_CHECKING
 
@@ -21,53 +20,17 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.ipc.messages import AttemptResult, ChildHello
     from bgsupervisor.ledger.transitions import Claim
-    from bgsupervisor.statuses import Reason
     from bgsupervisor.supervisor.events import EventSources, Peer
+    from bgsupervisor.supervisor.termination import Termination
     from bgsupervisor.system.oom import Counters
     from bgsupervisor.system.processes import ProcessHandle
     from bgsupervisor.system.stacks import Question
 
-__all__ = ["ChildHandle", "Children", "Stage", "Termination"]
+__all__ = ["ChildHandle", "Children"]
 
 
 STRANGER_S = 10.0
 """How long a process that only a row names has to prove that it is a child of ours, in seconds."""
-
-
-class Stage(enum.IntEnum):
-    """How far the ending of an attempt had to go."""
-
-    ASKED = 1
-    TERM = 2
-    KILL = 3
-
-
-@dataclasses.dataclass(slots=True)
-class Termination:
-    """The decision to end an attempt before its end, carried out in stages.
-
-    Attributes:
-        next_at: When the next stage is due, monotonic.
-        unsent: The signal of this stage waits for its reason to be committed.
-        due_since: Since when it waits, monotonic.
-    """
-
-    reason: Reason
-    why: str
-    by: str | None
-    next_at: float
-    stage: Stage = Stage.ASKED
-    unsent: bool = False
-    due_since: float = 0.0
-
-    def detail(self) -> str:
-        """Return the sentence that is recorded: why, by whom, and how far it had to go."""
-        how = {
-            Stage.ASKED: "the body was asked to end",
-            Stage.TERM: "the body did not end when asked, SIGTERM was sent",
-            Stage.KILL: "SIGKILL was sent",
-        }
-        return f"{self.why}; {how[self.stage]}"
 
 
 @dataclasses.dataclass(eq=False, slots=True)

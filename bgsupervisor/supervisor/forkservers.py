@@ -94,6 +94,7 @@ class ForkServers:
     Attributes:
         our_ref: The one that starts new children.
         one_died: A fork server of ours died and may have left its children to this process.
+        exits: Reported exits of children, until they are acknowledged.
         rejected: What failed to load in the last candidate that was not let in.
     """
 
@@ -112,6 +113,7 @@ class ForkServers:
         self._start_at = 0.0
         self.our_ref: ProcessRef | None = None
         self.one_died = False
+        self.exits: dict[ProcessRef, Exited] = {}
         self.rejected: list[messages.LoadFailure] = []
         self._sweep_until = 0.0
         # Such as the other half of `gunicorn & exec bgsupervisor run`.
@@ -312,6 +314,13 @@ class ForkServers:
         for fork_server in self._handles.values():
             if not fork_server.peer.channel.closed:
                 self._sources.send(fork_server.peer, message)
+
+    def acknowledge(self, refs: Sequence[ProcessRef]) -> None:
+        """Let fork servers forget exits that no task depends on: of idle children, and of ends that are recorded."""
+        if refs:
+            for ref in refs:
+                del self.exits[ref]
+            self.tell_all(messages.ExitsSeen(list(refs)))
 
     def sweep_inherited(self, known: Iterable[int]) -> None:
         """Kill what a dead task left when its fork server was dead too: it was reparented to this process."""

@@ -28,7 +28,7 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Telemetry
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Stage, Termination
+from bgsupervisor.supervisor.termination import Stage, Termination
 from bgsupervisor.system import logs, processes
 from bgsupervisor.system.processes import ProcessIdentity
 from bgsupervisor.worker import spawned

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Stage
+from bgsupervisor.supervisor.termination import Stage
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Exit, Verdict
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bgsupervisor.system.oom import OomWatch
     from bgsupervisor.system.processes import ProcessHandle
 
-__all__ = ["EXIT_WAIT_S", "exit_of", "result_of_exception"]
+__all__ = ["EXIT_WAIT_S", "exit_of", "result_of_exit"]
 
 EXIT_WAIT_S = 0.5
 """How long the fork server's word on a dead child is waited for before other evidence is taken."""
@@ -53,7 +53,7 @@ def exit_of(child: ChildHandle, exited: Exited | None, *, now: float, wait_s: fl
     return Exit(None, None)
 
 
-def result_of_exception(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> AttemptResult:
+def result_of_exit(child: ChildHandle, exit: Exit, exited: Exited | None, oom: OomWatch) -> AttemptResult:
     """Return what is recorded of a child that died before it reported."""
     facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
     termination = child.termination

@@ -11,7 +11,7 @@ from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import AttemptResult, ProcessRef
 from bgsupervisor.ledger.transitions import Attempt, Suspension
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Termination
+from bgsupervisor.supervisor.termination import Termination
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -41,6 +41,7 @@ class Recovery:
         foreign_slots: Slots held by rows that this supervisor cannot judge.
         names: The name of each task that had a START row at the last look.
         done_once: Every row has been looked at since the start; before that nothing may be admitted.
+        due_at: When all rows are compared again, monotonic.
     """
 
     def __init__(
@@ -57,7 +58,12 @@ class Recovery:
         self.foreign_slots: set[int] = set()
         self.names: dict[Attempt, str] = {}
         self.done_once = False
+        self.due_at = 0.0
         self._passed_over: set[int] = set()
+
+    def repeat(self) -> None:
+        """Compare all rows again in the next pass."""
+        self.due_at = 0.0
 
     def compare(self, records: Iterable[TaskRecord]) -> None:
         """Take in all START rows as they are now."""

@@ -36,7 +36,8 @@ LEFTWARDS = {("service", "testing"): "under Django's test runner a Service isola
 
 SENDS_SIGNALS = {
     "system.processes": "the room for it",
-    "supervisor.enforcement": "orders, after their reason is committed",
+    "supervisor.termination": "terminations, after their reason is committed",
+    "supervisor.suspension": "suspensions, after their commit",
     "worker.forkserver": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
     "supervisor.forkservers": "strays that a dead fork server left to the supervisor",
     "supervisor.wait_manager": "a wait manager that does not answer",

@@ -19,8 +19,8 @@ from support.app import LIMIT_S
 from bgsupervisor.cli.commands import health
 from bgsupervisor.doctor import CHECKS
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.supervisor.enforcement import STALL_SLACK_S
 from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS
+from bgsupervisor.supervisor.termination import STALL_SLACK_S
 from bgsupervisor.system import stacks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")

@@ -19,7 +19,7 @@ from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.supervisor.children import Children
-from bgsupervisor.supervisor.enforcement import Enforcement
+from bgsupervisor.supervisor.termination import Terminations
 from bgsupervisor.system import processes, stacks
 
 SOURCE = """
@@ -184,10 +184,10 @@ def test_limits_of_a_process_that_only_a_row_names_are_never_due(tmp_path, stran
     child.attempt = Attempt(1, 1)
     options = SimpleNamespace(timeout_s=0.1, stall_s=None, memory_limit_bytes=1)
     clock = AttendedClock(SystemClock(), longest_s=2.0)
-    enforcement = Enforcement(None, children, SimpleNamespace(options=lambda _: options), None, clock)
+    enforcement = Terminations(None, children, SimpleNamespace(options=lambda _: options), None, clock)
     assert enforcement.next_due_at() is None, "else the supervisor would not rest"
     enforcement.enforce()
-    assert child.order is None
+    assert child.termination is None
     child.vouched = True
     assert enforcement.next_due_at() is not None
     child.handle.close()

@@ -34,11 +34,14 @@ from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
-from bgsupervisor.supervisor.children import ChildHandle, Children, Stage, Termination
-from bgsupervisor.supervisor.enforcement import Enforcement
+from bgsupervisor.supervisor.children import ChildHandle, Children
 from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import ForkServers
+from bgsupervisor.supervisor.inbox import Inbox
 from bgsupervisor.supervisor.loop import Supervisor
+from bgsupervisor.supervisor.scheduling import Scheduler
+from bgsupervisor.supervisor.suspension import Suspensions
+from bgsupervisor.supervisor.termination import Stage, Termination, Terminations
 from bgsupervisor.system import processes
 from bgsupervisor.system.files import open_dir
 from bgsupervisor.system.processes import Exit, Verdict
@@ -303,24 +306,19 @@ def supervisor_with(**parts):
 def test_nothing_is_admitted_before_all_rows_were_looked_at(done_once):
     fork_server = SimpleNamespace(hello=SimpleNamespace(ref=ProcessRef(1, 1), catalogue={}))
     asked = []
-    supervisor = supervisor_with(
-        clock=AttendedClock(SystemClock(), longest_s=2.0),
+    scheduler = Scheduler(
+        SimpleNamespace(slots=1, spares=0),
+        ledger=SimpleNamespace(due=lambda *_, **named: asked.append(named["limit"]) or []),
+        children=Children(None, None, SystemClock()),
         fork_servers=SimpleNamespace(ours=lambda: fork_server),
         recovery=SimpleNamespace(done_once=done_once, foreign_slots=set()),
-        children=Children(None, None, SystemClock()),
-        config=SimpleNamespace(slots=1, spares=0),
-        ledger=SimpleNamespace(due=lambda *_, **named: asked.append(named["limit"]) or []),
-        draining=None,
-        leaving=None,
-        put_off_until=0.0,
-        next_due_at=None,
-        passing_over_until=None,
-        look=True,
-        backlog=False,
-        put_aside=set(),
-        flawed=[],
+        terminations=None,
+        shutdown=SimpleNamespace(stays=True),
+        backoff=SimpleNamespace(until=0.0),
+        sources=None,
+        clock=AttendedClock(SystemClock(), longest_s=2.0),
     )
-    supervisor._admit()
+    scheduler.admit()
     assert bool(asked) == done_once, "before, it is not known which slots are taken"
 
 
@@ -330,13 +328,16 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
     told = []
     supervisor = supervisor_with(
         notifier=SimpleNamespace(stopping=lambda _: None),
-        leaving="it was told to",
+        shutdown=SimpleNamespace(leaving="it was told to"),
         children=Children(None, None, SystemClock()),
         recovery=SimpleNamespace(done_once=done_once),
-        exits={exited.ref: exited},
-        fork_servers=SimpleNamespace(tell_all=told.append),
+        fork_servers=SimpleNamespace(
+            exits={exited.ref: exited},
+            acknowledge=lambda refs: told.append(ExitsSeen(refs)),
+            tell_all=told.append,
+        ),
         wait_manager=SimpleNamespace(leave=lambda: None),
-        is_worth_a_row=lambda: False,
+        presence=SimpleNamespace(is_worth_a_row=lambda: False),
         store=SimpleNamespace(close=lambda: None),
         sources=SimpleNamespace(close=lambda: None),
     )
@@ -346,12 +347,17 @@ def test_no_exit_is_acknowledged_before_all_rows_were_looked_at(done_once):
 
 def test_an_end_that_was_superseded_is_acknowledged():
     sent = []
-    supervisor = supervisor_with(sources=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))))
+    inbox = Inbox(
+        **dict.fromkeys(("children", "fork_servers", "recovery", "terminations", "scheduler", "presence", "clock")),
+        wait_manager=SimpleNamespace(take=None),
+        sources=SimpleNamespace(send=lambda peer, message: sent.append((peer, message))),
+        reload=None,
+    )
     peer = SimpleNamespace(ref=None)
     child = ChildHandle(processes.own_identity("test"), None, peer=peer, attempt=Attempt(7, 2))
-    supervisor._take_end(child, ResultReport(7, 1, AttemptResult(result="1")))
+    inbox.on_result(child, ResultReport(7, 1, AttemptResult(result="1")))
     assert (child.end, sent) == (None, [(peer, Ack(7, 1))])
-    supervisor._take_end(child, ResultReport(7, 2, AttemptResult(result="2")))
+    inbox.on_result(child, ResultReport(7, 2, AttemptResult(result="2")))
     assert (child.end, len(sent)) == (AttemptResult(result="2"), 1), "that of its own attempt is, once it is recorded"
 
 
@@ -389,7 +395,7 @@ def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
 def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage():
     sent = []
     fork_server = SimpleNamespace(peer=SimpleNamespace(channel=SimpleNamespace(closed=False)))
-    enforcement = Enforcement(
+    enforcement = Terminations(
         config=None,
         children=[],
         fork_servers=SimpleNamespace(get=lambda _: fork_server),
@@ -411,11 +417,11 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
 
     clock = AttendedClock(SystemClock(), longest_s=2.0)
     child = ChildHandle(processes.own_identity("test"), None, vouched=True, to_be_suspended=True)
-    Enforcement(config=None, children=Held([child]), fork_servers=None, sources=None, clock=clock).enforce()
+    Suspensions(Held([child]), clock).enforce()
     assert not child.suspension.lasts
     assert not child.suspension_unsaved
     _, child.handle = processes.look(child.identity)
     with child.handle:
-        Enforcement(config=None, children=Held([child]), fork_servers=None, sources=None, clock=clock).enforce()
+        Suspensions(Held([child]), clock).enforce()
     assert child.suspension.lasts
     assert child.suspension_unsaved

@@ -15,7 +15,7 @@ from support.as_user import as_nobody, needs_root
 
 from bgsupervisor import NoStack
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.supervisor.enforcement import STACK_WAIT_S
+from bgsupervisor.supervisor.termination import STACK_WAIT_S
 from bgsupervisor.system import processes, stacks
 from bgsupervisor.system.processes import ProcessHandle
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from support.app import App, wait_until
 
-from bgsupervisor.supervisor.enforcement import STALL_SLACK_S
+from bgsupervisor.supervisor.termination import STALL_SLACK_S
 
 pytestmark = pytest.mark.any_database
 

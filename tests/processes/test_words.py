@@ -23,7 +23,8 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.messages import ProcessRef, Run
 from bgsupervisor.supervisor.children import ChildHandle
-from bgsupervisor.supervisor.loop import BEAT_EVERY_S, Supervisor
+from bgsupervisor.supervisor.presence import BEAT_EVERY_S
+from bgsupervisor.supervisor.shutdown import Shutdown
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
 from bgsupervisor.worker import child
@@ -187,18 +188,19 @@ def test_stop_kill_waits_for_the_end_of_a_task_without_a_slot(app):
 
 
 def test_a_task_that_is_found_after_stop_kill_was_heard_is_ended_too():
-    ordered, running = [], []
-    supervisor = object.__new__(Supervisor)
-    supervisor._look = False
-    supervisor._children = SimpleNamespace(running=lambda: running)
-    supervisor._enforcement = SimpleNamespace(
-        stalled=list, enforce=lambda: None, order=lambda child, reason, _: ordered.append((child, reason))
+    begun, running = [], []
+    shutdown = Shutdown(
+        config=None,
+        state_dir=None,
+        lock=None,
+        children=SimpleNamespace(running=lambda: running),
+        terminations=SimpleNamespace(begin=lambda child, reason, _: begun.append((child, reason))),
     )
-    supervisor._stop("kill", "stopped by jana")
+    shutdown.begin("kill", "stopped by jana")
     found = ChildHandle(processes.own_identity("here"), None)
     running.append(found)
-    supervisor._enforce()
-    assert ordered == [(found, "STOPPED")]
+    shutdown.end_running()
+    assert begun == [(found, "STOPPED")]
 
 
 def test_stop_drain_names_what_it_waits_for_and_what_is_suspended(app):

@@ -1,8 +1,10 @@
-"""Cancels, limits of time, memory and logs: who is to end, in stages, and with which reason; who is to stand still."""
+"""Cancels, and limits of time, memory and logs: which attempts to end, in stages, and with which reason."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 import logging
 import signal
 from typing import TYPE_CHECKING
@@ -12,10 +14,8 @@ import msgspec
 from bgsupervisor import failpoints
 from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc import messages
-from bgsupervisor.ledger.transitions import Suspension
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
-from bgsupervisor.supervisor.children import Stage, Termination
 from bgsupervisor.system import logs, processes
 from bgsupervisor.system.stacks import ANSWER_S, Question
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.supervisor.forkservers import ForkServers
 
-__all__ = ["Enforcement"]
+__all__ = ["Stage", "Termination", "Terminations"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -54,8 +54,44 @@ STACK_KEPT_CHARS = 65_536
 """A longer stack (100 threads) loses its end in the row."""
 
 
-class Enforcement:
-    """Decides whom to end. Signals are sent by `carry_out`, after the reason has been committed."""
+class Stage(enum.IntEnum):
+    """How far the ending of an attempt had to go."""
+
+    ASKED = 1
+    TERM = 2
+    KILL = 3
+
+
+@dataclasses.dataclass(slots=True)
+class Termination:
+    """The decision to end an attempt before its end, carried out in stages.
+
+    Attributes:
+        next_at: When the next stage is due, monotonic.
+        unsent: The signal of this stage waits for its reason to be committed.
+        due_since: Since when it waits, monotonic.
+    """
+
+    reason: Reason
+    why: str
+    by: str | None
+    next_at: float
+    stage: Stage = Stage.ASKED
+    unsent: bool = False
+    due_since: float = 0.0
+
+    def detail(self) -> str:
+        """Return the sentence that is recorded: why, by whom, and how far it had to go."""
+        how = {
+            Stage.ASKED: "the body was asked to end",
+            Stage.TERM: "the body did not end when asked, SIGTERM was sent",
+            Stage.KILL: "SIGKILL was sent",
+        }
+        return f"{self.why}; {how[self.stage]}"
+
+
+class Terminations:
+    """Decides which attempts to end. Signals are sent by `carry_out`, after the reason has been committed."""
 
     def __init__(
         self, config: Config, children: Children, fork_servers: ForkServers, sources: EventSources, clock: AttendedClock
@@ -76,8 +112,6 @@ class Enforcement:
         for child in running:
             self._enforce_time(child, now)
         for child in self._children:  # in most of hundreds there is nothing to see to
-            if child.to_be_suspended or child.suspension.lasts:
-                self._enforce_suspension(child, now)
             if child.question is not None or child.stack is not None:
                 self._keep_stack(child, now)
         if running and now >= self._limits_at:
@@ -91,14 +125,13 @@ class Enforcement:
                     processes.signal_tree(child.target, signal.SIGKILL)
 
     def heed(self, wishes: Iterable[ControlRequest]) -> None:
-        """Ask the bodies that somebody wants cancelled to end; note which ones are to be suspended, and which not."""
+        """Ask the bodies to end that are requested to be cancelled."""
         known = {wish.attempt: wish for wish in wishes}
         for attempt, child in self._children.by_attempt().items():
             wish = known.get(attempt)
-            child.to_be_suspended = wish is not None and wish.suspended
             if wish is not None and wish.cancelled and child.termination is None and child.end is None:
                 by = wish.cancelled_by
-                self.termination(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
+                self.begin(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
 
     def stalled(self) -> list[ChildHandle]:
         """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
@@ -115,13 +148,13 @@ class Enforcement:
                 child.got_on_at = self._clock.monotonic()
             else:
                 stall_s = self._fork_servers.options(child.name).stall_s or 0.0
-                self.termination(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
+                self.begin(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
 
     def put_off_stalls(self) -> None:
         """Ask later: the rows cannot be read now."""
         self._stalls_at = self._clock.monotonic() + STALL_LOOK_S
 
-    def termination(
+    def begin(
         self, child: ChildHandle, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED
     ) -> None:
         """Begin to end an attempt, or go to *stage* at once; the first reason stands.
@@ -176,29 +209,6 @@ class Enforcement:
         except OSError as error:  # another user's process by now, or no descriptors left
             log.error("PID %d cannot be signalled: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
         failpoints.at("supervisor.struck")
-
-    def suspend(self, child: ChildHandle) -> None:
-        """Have a child and all that it started stand still; that it does is in the row."""
-        if child.target is None or not child.suspension.lasts:
-            return
-        log.info("stopping PID %d and all that it started, until somebody resumes it", child.ref.pid)
-        try:
-            processes.signal_tree(child.target, signal.SIGSTOP)
-        except OSError as error:
-            log.error("PID %d cannot be stopped: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
-
-    def let_the_suspended_go_on(self) -> None:
-        """While the database stays locked, have those go on that stand still: one of them may keep it locked.
-
-        Then nobody could even resume it. They are stopped anew once the database can be written.
-        """
-        for child in self._children:
-            if child.suspension.lasts and child.target is not None:
-                with contextlib.suppress(OSError):
-                    if processes.is_stopped(child.ref.pid):
-                        log.warning("letting PID %d go on: perhaps it is who keeps the database locked", child.ref.pid)
-                    processes.signal_tree(child.target, signal.SIGCONT)
-                    child.suspension_unsaved = True
 
     def _kill(self, child: ChildHandle, why: str) -> None:
         log.info("sending SIGKILL to PID %d and all that it started: %s", child.ref.pid, why)
@@ -255,7 +265,7 @@ class Enforcement:
         due_at = self._time_due_at(child)
         if due_at is not None and child.termination is None and now >= due_at:
             timeout_s = self._fork_servers.options(child.name).timeout_s
-            self.termination(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
+            self.begin(child, Reason.TIMED_OUT, f"ran past its timeout_s of {number(timeout_s or 0)} s")
         if (
             child.termination is not None
             and now >= child.termination.next_at
@@ -279,25 +289,6 @@ class Enforcement:
         if stall_s is None or not child.connected:
             return None
         return child.got_on_at + stall_s + STALL_SLACK_S
-
-    def _enforce_suspension(self, child: ChildHandle, now: float) -> None:
-        """Have stand still who is to, after the commit; let go on who is not, or has to see that it is to end."""
-        if child.dead_since is not None:
-            return
-        must_see = child.termination is not None and child.termination.stage < Stage.KILL
-        wanted = child.to_be_suspended and child.end is None and not must_see
-        if wanted and not child.suspension.lasts and child.termination is None and child.target is not None:
-            since_mono = self._clock.machine_monotonic()
-            child.suspension = Suspension(self._clock.now(), since_mono, child.suspension.total_s)
-            child.suspension_unsaved = True
-        elif not wanted and child.suspension.lasts and child.target is not None:
-            # The other way round: were this supervisor to die in between, the next would do the same once more.
-            with contextlib.suppress(OSError):
-                processes.signal_tree(child.target, signal.SIGCONT)
-                log.info("letting PID %d go on", child.ref.pid)
-                child.suspension = child.suspension.ended(self._clock.machine_monotonic())
-                child.suspension_unsaved = child.attempt is not None
-                child.got_on_at = now
 
     def _ask_for_stack(self, child: ChildHandle) -> None:
         """Ask what it is doing, before it is asked to end; the answer is read in a later pass."""
@@ -354,7 +345,7 @@ class Enforcement:
             # No grace: it would use it to grow.
             used, allowed = compared(rss_bytes, limit)
             why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
-            self.termination(child, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
+            self.begin(child, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
 
     def _note_usage(self, child: ChildHandle, used: processes.Usage, now: float) -> None:
         if child.cpu_seen is not None and now > child.cpu_seen[0]:
