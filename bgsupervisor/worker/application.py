@@ -38,13 +38,13 @@ SIGNAL_TAKEN = "importing the application set what {} does, {}; it has been set 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loaded:
-    """What loading the application came to.
+    """The result of loading the application.
 
     Attributes:
-        failures: What could not be loaded, and why.
-        warnings: Sentences about what will not work as it seems to.
-        dangers: Those among the warnings that are about data that may be lost.
-        handlers: What the application has set for signals, by number.
+        failures: Modules and tasks that failed to load, and why.
+        warnings: Sentences about parts that do not work as they seem to.
+        dangers: The warnings about data that may be lost.
+        handlers: Signal handlers that the application set, by number.
     """
 
     failures: list[LoadFailure]
@@ -65,7 +65,7 @@ class Loaded:
 def load_application(config: Config) -> Loaded:
     """Import the application as its bodies will see it: environment, path, folder, `setup`, then the task modules.
 
-    A module that fails does not keep the others from loading; what failed, and why, is returned.
+    The other modules load even if one fails.
     """
     apply_env_file(config)
     for folder in reversed((str(config.base_dir), *config.python_path)):
@@ -111,7 +111,7 @@ def _load(config: Config, imports: shared_connections.Imports) -> tuple[list[Loa
 
 @contextlib.contextmanager
 def _outliving_the_import() -> Iterator[None]:
-    """Use no descriptor any more that the application has closed at its import, as daemons do."""
+    """Replace descriptors that the import of the application closes, as daemons do."""
     tracker = tracker_number()
     identity = None if tracker is None else descriptors.identity_of(tracker)
     yield
@@ -124,7 +124,7 @@ def _outliving_the_import() -> Iterator[None]:
 
 
 def import_what_children_need() -> None:
-    """Import all that a child uses once its body has begun: by then a deploy may have replaced the files."""
+    """Import all that a child needs after its body has begun: a deploy may have replaced the files by then."""
     modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
     ours = ("bgsupervisor.database.migrations", "bgsupervisor.service", "bgsupervisor.database.connection_limit")
     for module in ("psutil", "sqlite3", *ours, *modules):
@@ -139,14 +139,14 @@ def _try_load(name: str, load: Callable[[], object], *, kind: str = "module") ->
     except BaseException as error:  # noqa: BLE001 - a module may raise anything, sys.exit included
         trace = storable("".join(traceback.format_exception(error)))
         lines = traceback.format_exception_only(error)
-        said = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines)  # before it come file and line
-        log.error("%s failed to load: %s", name, " ".join(said.split()))  # noqa: TRY400 - the trace goes to `check`
+        detail = "".join(lines[-1:] if isinstance(error, SyntaxError) else lines)  # before it come file and line
+        log.error("%s failed to load: %s", name, " ".join(detail.split()))  # noqa: TRY400 - the trace goes to `check`
         return LoadFailure(name, trace[-8000:], kind)
     return None
 
 
 def _give_up_taken_streams() -> list[str]:
-    """Print nothing into files that the application has opened in the place of stdout and stderr; return warnings."""
+    """Print nothing into files that the application opened in place of stdout and stderr; return warnings."""
     found = []
     for number, name in ((1, "stdout"), (2, "stderr")):
         if descriptors.is_taken(number):

@@ -1,7 +1,7 @@
-"""The fork server: loads the application once, forks children on order, and learns how each one died.
+"""The fork server: loads the application once, forks children on request, and learns how each one died.
 
-It is the parent of all children, so it alone sees exit codes and signals; it keeps them until a supervisor has
-acknowledged them. It has no threads and no database connection of ours, and it outlives the supervisor. Knows no table.
+As the parent of all children it alone sees exit codes and signals, and keeps them until a supervisor acknowledges
+them. It has no threads and no database connection of ours, and outlives the supervisor. Knows no table.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ __all__ = ["ForkServer", "main", "strays_of_this_process"]
 log = logging.getLogger("bgsupervisor")
 
 LONELY_S = 10.0
-"""A fork server without children leaves when no supervisor has come for this long: the next one starts its own."""
+"""Time without a supervisor after which a fork server without children leaves, in seconds."""
 EXITS_KEPT_S = 86_400.0
-"""But it keeps exits that nobody has acknowledged for a day, so that a late supervisor still learns the truth."""
+"""Time for which it keeps unacknowledged exits, in seconds, so that a late supervisor still learns the truth."""
 STRAY_ROUNDS = 20
-"""How often in a row strays are looked for; each round kills all it sees, and a stray may fork meanwhile."""
-STRAY_LOOK_S = 1.0
-"""While a stray that was killed has not gone (uninterruptible sleep), it is looked at so often."""
+"""Rounds of killing strays; each kills all that it finds, and a stray may fork meanwhile."""
+STRAY_POLL_S = 1.0
+"""Interval of checks for a killed stray that is still there (uninterruptible sleep), in seconds."""
 
 
 def main(config: Config) -> NoReturn:
-    """Live as a fork server; never returns."""
+    """Run as a fork server; never return."""
     try:
         _die_with_the_supervisor()
         os.setsid()
@@ -66,25 +66,27 @@ def main(config: Config) -> NoReturn:
         leftovers.open_standard_streams()
         inherited.leave_unheeded()
         ForkServer(config, SystemClock()).live()
-    except BaseException as error:  # noqa: BLE001 - whatever it was, the next fork server is started when this one is gone
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the supervisor starts the next fork server
         print("the fork server crashed:", *sanitize.trace_lines(error), sep="\n", file=sys.stderr, flush=True)  # noqa: T201 - into the log
     finally:
-        os._exit(1)  # multiprocessing's own exit would join all children, deaf but with the connection open
+        os._exit(
+            1
+        )  # multiprocessing's own exit would join all children, and keep the connection open without reading it
 
 
 def strays_of_this_process(known: set[int]) -> list[int]:
     """Return the PIDs of this process's children that are neither *known* nor multiprocessing's resource tracker.
 
-    They were reparented to it, a child subreaper, because what had started them died.
+    The process that started them died, so they were reparented to this one, a child subreaper.
     """
     tracker = getattr(resource_tracker._resource_tracker, "_pid", None)  # noqa: SLF001
     return [pid for pid in _own_children() if pid not in known and pid != tracker]
 
 
 def _die_with_the_supervisor() -> None:
-    """Until the application is loaded, end with the supervisor: an import that hangs would live on for nobody.
+    """End with the supervisor until the application is loaded: an import that hangs would go on without use.
 
-    Another supervisor starts a fork server of its own, and there are no children yet.
+    Another supervisor starts its own fork server, and there are no children yet.
     """
     # guard: a loading fork server dies with its supervisor
     die_with_parent(signal.SIGKILL)
@@ -94,7 +96,7 @@ def _die_with_the_supervisor() -> None:
 
 
 class ForkServer:
-    """One loop: hear orders, fork, watch children die, report."""
+    """One loop: read messages, fork, watch children die, report."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self._config = config
@@ -121,7 +123,7 @@ class ForkServer:
         inherited.take_back_signals(self._loaded.handlers)
         processes.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
         self._poll = select.poll()
-        # Only now: an application may close at its import whatever is open, as daemons do.
+        # Only now: the import of an application may close all that is open, as daemons do.
         self._wake_read, self._wake_write = socket.socketpair()
         self._listen_to_deaths()
         self._places = loaded_places()
@@ -133,12 +135,12 @@ class ForkServer:
         failpoints.at("forkserver.loaded")
 
     def live(self) -> NoReturn:
-        """Serve until there is nothing left to serve; never returns."""
+        """Serve until no child and no exit is left; never return."""
         while not self._is_over():
             self._dial()
             self._rest()
-            self._hear()
-            self._bury()
+            self._read_messages()
+            self._reap()
             self._sweep_strays()
         with contextlib.suppress(OSError):
             self._record.unlink()
@@ -189,18 +191,18 @@ class ForkServer:
     def _rest(self) -> None:
         timeout_s = None if self._channel is not None else self._redial.wait_s() or REDIAL_S
         if self._stray_left:
-            timeout_s = STRAY_LOOK_S if timeout_s is None else min(timeout_s, STRAY_LOOK_S)
+            timeout_s = STRAY_POLL_S if timeout_s is None else min(timeout_s, STRAY_POLL_S)
         if self._channel is not None:
             self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if self._channel.unsent_bytes else 0))
         self._ready = {descriptor for descriptor, _ in self._poll.poll(None if timeout_s is None else timeout_s * 1000)}
         with contextlib.suppress(BlockingIOError):
             self._wake_read.recv(4096)
 
-    def _hear(self) -> None:
+    def _read_messages(self) -> None:
         channel = self._channel
         if channel is None:
             return
-        replaced = is_another(self._state_dir.control, self._dialled)  # the old supervisor may be stopped for ever
+        replaced = is_another(self._state_dir.control, self._dialled)  # the old supervisor may stay stopped
         if channel.fileno() not in self._ready and not replaced:
             return
         channel.flush()
@@ -235,8 +237,8 @@ class ForkServer:
         elif isinstance(message, messages.Leave):
             self._retired = self._leave = True
 
-    def _bury(self) -> None:
-        """Learn how children died. From the pidfd: multiprocessing's sentinel stays silent while grandchildren live."""
+    def _reap(self) -> None:
+        """Learn how children died, from pidfds: multiprocessing's sentinel stays silent while grandchildren live."""
         for descriptor in self._ready & self._children.keys():
             forked = self._children.pop(descriptor)
             self._poll.unregister(descriptor)
@@ -249,7 +251,7 @@ class ForkServer:
                 # guard: an exit is written to disk before it is forgotten
                 exit_journal.write(self._record, exited)
             self._seen.discard(forked.ref)
-            _ = forked.process.exitcode  # only now is it reaped; join would wait for its sentinel, see above
+            _ = forked.process.exitcode  # reaps it only now; join would wait for its sentinel, see above
             with contextlib.suppress(ValueError):  # reaped by another, so multiprocessing takes it for alive
                 forked.process.close()  # without it every later start gets slower
             self._stray_left = True
@@ -259,7 +261,7 @@ class ForkServer:
                 failpoints.at("forkserver.told")
 
     def _sweep_strays(self) -> None:
-        """Kill what a dead task left: it was reparented to us, and we did not fork it."""
+        """Kill processes of dead tasks: those that were reparented to this process, which did not fork them."""
         if not self._stray_left and self._wake_read.fileno() not in self._ready:
             return
         for _ in range(STRAY_ROUNDS):
@@ -279,7 +281,7 @@ class ForkServer:
             return False
         if self._leave:
             return True
-        if self._exits:  # somebody must still be told
+        if self._exits:  # a supervisor must still hear of them
             return self._redial.alone_s() >= EXITS_KEPT_S
         return self._retired or self._redial.alone_s() >= LONELY_S
 
@@ -299,14 +301,14 @@ class ForkServer:
         leftovers.flush_inherited()
         context: Any = multiprocessing.get_context(self._config.start_method)
         spawns = self._config.start_method == "spawn"
-        held, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
+        watched, left_in_order = (context.RawValue(ctypes.c_byte, 0) for _ in range(2))
         spec = child.ChildSpec(
             config=self._config,
             fork_server=self._ref,
             not_its_own=descriptors.Own() if spawns else self._own,
             handlers={} if spawns else self._loaded.handlers,
             load=spawns,
-            held=held,
+            watched=watched,
             left_in_order=left_in_order,
         )
         process = context.Process(target=child.main, args=(spec,), daemon=False, name="bgsupervisor child")
@@ -325,25 +327,25 @@ class ForkServer:
         self._poll.register(pidfd, select.POLLIN)
         if self._channel is not None:
             self._channel.send(messages.Spawned(forked.ref))
-        held.value = 1
+        watched.value = 1
 
-    def _kill(self, assignment: messages.Kill) -> None:
+    def _kill(self, termination: messages.Kill) -> None:
         for descriptor, forked in self._children.items():
-            if forked.ref == assignment.ref:
-                forked.ordered = assignment.reason
+            if forked.ref == termination.ref:
+                forked.intended = termination.reason
                 failpoints.at("forkserver.striking")
                 identity = ProcessIdentity(
                     self._identity.host,
                     self._identity.boot_id,
                     self._identity.pid_ns,
-                    assignment.ref.pid,
-                    assignment.ref.start_ticks,
+                    termination.ref.pid,
+                    termination.ref.start_ticks,
                 )
                 try:
                     with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
-                        processes.signal_tree(handle, assignment.signal)
+                        processes.signal_tree(handle, termination.signal)
                 except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
-                    log.error("cannot send signal %d to PID %d: %s", assignment.signal, assignment.ref.pid, error)  # noqa: TRY400 - the sentence says it
+                    log.error("cannot send signal %d to PID %d: %s", termination.signal, termination.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
 
 @dataclasses.dataclass(slots=True)
@@ -351,15 +353,15 @@ class _Forked:
     process: Any
     ref: ProcessRef
     left_in_order: Any
-    ordered: Reason | None = None
+    intended: Reason | None = None
 
 
 def _note(number: int, frame: object) -> None:
-    """Do nothing: the wake-up descriptor has already ended the rest."""
+    """Do nothing: the wake-up descriptor has already ended the poll."""
 
 
 def _undo_start(process: Any) -> None:  # noqa: ANN401 - of any start method
-    """End a child of which nobody would ever hear."""
+    """End a child that could not be watched."""
     process.kill()
     process.join(processes.KILL_WAIT_S)
     with contextlib.suppress(ValueError):
@@ -377,7 +379,7 @@ def _exit_of(forked: _Forked, pidfd: int) -> Exited:
     else:
         code = forked.process.exitcode
         exit = Exit(None, None) if code is None else Exit.from_multiprocessing(code)
-    return Exited(ref=forked.ref, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.ordered)
+    return Exited(ref=forked.ref, exit_code=exit.exit_code, signal=exit.signal, ordered=forked.intended)
 
 
 def _pipes_of(process: Any) -> tuple[int, ...]:  # noqa: ANN401 - of any start method
@@ -392,6 +394,6 @@ def _own_children() -> list[int]:
     except FileNotFoundError:  # a kernel without these lists
         with contextlib.suppress(OSError):
             return processes.children(os.getpid())
-    except OSError:  # no descriptor left: who does not know kills nobody
+    except OSError:  # no descriptor left: without a list nothing is killed
         pass
     return []

@@ -1,7 +1,7 @@
-"""What a child keeps of what the application made at import, and what it makes anew; knows no task and no table.
+"""State that a child has from the import of the application, and what it makes anew; knows no task and no table.
 
-Random numbers, exit callbacks and signal handlers. A forked child has a copy of them all; a child that is spawned loads
-the application itself.
+Random numbers, exit callbacks and signal handlers. A forked child has a copy of them all; a spawned child loads the
+application itself.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ _USES = {
     "SIGURG": "by which a task is asked for its stack",
 }
 OURS = {number: _USES[number.name] for number in _there(*_USES)}
-"""Signals that an application cannot keep, and what they are for."""
+"""Signals that an application cannot keep, and their uses."""
 RESET = _there("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD", "SIGUSR1", "SIGUSR2")
 """Signals that have their default effect in a child unless the application has set them."""
 UNHEEDED = _there("SIGINT", "SIGHUP")
-"""Signals that do nothing to a fork server, whatever the application wants of them in a child."""
+"""Signals that do nothing to a fork server, whatever they do in a child."""
 
 
 class Dispositions(NamedTuple):
-    """What each signal does to this process, as Python and the kernel know it."""
+    """The effect of each signal on this process, as Python and the kernel know it."""
 
     handlers: dict[int, Any]
     caught: int
 
     @classmethod
     def now(cls) -> Dispositions:
-        """Return those of this moment."""
+        """Return the present effects."""
         return cls({number: signal.getsignal(number) for number in signal.valid_signals()}, _caught())
 
     def changed_since(self, before: Dispositions) -> dict[int, Any]:
-        """Return what was set since *before*, by number; None is a handler in C, as faulthandler's."""
+        """Return handlers that were set since *before*, by number; None is a handler in C, as faulthandler's."""
         python = {number: now for number, now in self.handlers.items() if now != before.handlers[number]}
         in_c = self.caught & ~before.caught
         return python | {number: None for number in self.handlers if in_c >> (number - 1) & 1 and number not in python}
@@ -74,14 +74,14 @@ def leave_unheeded() -> None:
 
 
 def take_back_signals(application: Mapping[int, Any]) -> None:
-    """Set back in a fork server what the application has set for its children; a handler in C stays."""
+    """Reset, in a fork server, the handlers that the application set for its children; a handler in C stays."""
     for number in (*UNHEEDED, signal.SIGTERM):
         if application.get(number) is not None:
             signal.signal(number, _do_nothing if number in UNHEEDED else signal.SIG_DFL)
 
 
 def set_signals(application: Mapping[int, Any]) -> None:
-    """Set the signals of a new child: as the import has set them (*application*), all others to their default."""
+    """Set the signals of a new child: as the import set them (*application*), all others to their default."""
     for number in RESET:
         if number not in application or number in OURS:
             signal.signal(number, signal.SIG_DFL)
@@ -92,7 +92,7 @@ def set_signals(application: Mapping[int, Any]) -> None:
 def reseed() -> None:
     """Seed the global random generators of this process; otherwise all children draw the same numbers.
 
-    CPython does so for `random` after a fork, numpy does not. numpy is not imported for it.
+    CPython seeds `random` after a fork, numpy does not seed its own. numpy is not imported for this.
     """
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
@@ -104,9 +104,9 @@ def reseed() -> None:
 def forget_exit_callbacks() -> None:
     """Forget the exit callbacks that were registered before the fork, weakref.finalize included.
 
-    One may delete what all children share: a temporary folder, a PID file, a lock. A callback does not say whether it
-    ends what belongs to one process or to many, so the rule is the same for all. What the body registers is run. Error
-    trackers are flushed by name (`reporting.flush`).
+    A callback may delete what all children share: a temporary folder, a PID file, a lock. It does not show whether it
+    belongs to one process or to many, so one rule serves all. Callbacks of the body run. Error trackers are flushed by
+    name (`reporting.flush`).
     """
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]  # noqa: SLF001 - the public way reaches one's own only
         finalizer.atexit = False

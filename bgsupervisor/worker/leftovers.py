@@ -1,6 +1,6 @@
-"""What a body leaves behind in its own process: unwritten files, timers, changed settings. Knows no task and no table.
+"""State that a body leaves in its own process: unwritten files, timers, changed settings. Knows no task and no table.
 
-`docs/operating.md` has the list of what is written, undone, or left to the body.
+`docs/operating.md` lists what is written, what is undone, and what is left to the body.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bgsupervisor.environment import restore_environment, variables
+from bgsupervisor.worker import reporting
 from bgsupervisor.worker.outcome import exit_code, exit_text
 
 if sys.platform != "win32":  # a body on Windows loads this module too, and is not reused
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 __all__ = [
+    "LEFTOVER_GRACE_S",
     "Surroundings",
     "end_like_python",
     "ending_copies",
     "flush_inherited",
     "note_inherited",
     "open_standard_streams",
+    "run_exit_callbacks",
     "stop_timers",
     "write",
 ]
@@ -55,6 +58,10 @@ _ARCHIVES = (
     ("lzma", "LZMAFile"),
 )
 """Modules and types whose files are complete only once they are closed, outermost first."""
+LEFTOVER_GRACE_S = 2.0
+"""Time between SIGTERM and SIGKILL for processes that a body left running, in seconds."""
+STUCK_EXIT_S = 2.0
+"""Time after grace_s at which a child ends whose exit callbacks keep the interpreter's lock, in seconds."""
 _TIMERS = ("ITIMER_REAL", "ITIMER_VIRTUAL", "ITIMER_PROF")
 
 _inherited: list[weakref.ref[Any]] = []
@@ -64,11 +71,11 @@ _inherited: list[weakref.ref[Any]] = []
 
 
 class _Unbuffered(io.TextIOWrapper):
-    """A stream that holds nothing back, so that nobody needs to flush it."""
+    """A stream without a buffer, so that it needs no flush."""
 
 
 def _unbuffered(descriptor: int) -> io.TextIOWrapper:
-    """Return a text stream that keeps nothing in memory: what was printed survives SIGKILL, also without a line end.
+    """Return a text stream without a buffer: printed text survives SIGKILL, also without a line end.
 
     Costs about 2 microseconds more per printed line than a line-buffered stream.
     """
@@ -85,9 +92,9 @@ def open_standard_streams(out: int = 1, err: int = 2) -> None:
 
 
 def note_inherited() -> None:
-    """Note the files that importing the application has opened, then exclude all that is loaded from collection.
+    """Note the files that the import of the application opened, then exclude all that is loaded from collection.
 
-    Afterwards `gc.get_objects` lists only newer objects, so that a look for open files takes microseconds:
+    Afterwards `gc.get_objects` lists only newer objects, so that a search for open files takes microseconds:
     https://docs.python.org/3/library/gc.html#gc.freeze
     """
     gc.collect()
@@ -96,17 +103,17 @@ def note_inherited() -> None:
 
 
 def flush_inherited() -> None:
-    """Write what the inherited files hold, before a fork: else the child would write it again."""
+    """Write the buffers of inherited files before a fork; otherwise the child would write them again."""
     for file in _still_there():
         with contextlib.suppress(Exception):
             file.flush()
 
 
 def write(*, quietly: bool = False, regular_only: bool = False) -> None:
-    """Write what open files of this process still hold, and close archives, which are complete only then.
+    """Write the buffers of open files of this process, and close archives, which are complete only then.
 
-    A file that nothing refers to any more is closed, as by Python. Others stay open, so that exit callbacks can go on
-    writing. Without open files this takes about 50 microseconds.
+    Files without a reference are closed, as by Python. Others stay open, so that exit callbacks can still write.
+    Without open files this takes about 50 microseconds.
 
     Args:
         quietly: Ignore errors.
@@ -125,7 +132,7 @@ def write(*, quietly: bool = False, regular_only: bool = False) -> None:
 
 
 def _write_all(errors: list[Exception], *, regular_only: bool) -> bool:
-    """Write what all open files hold; return whether this process has opened any."""
+    """Write the buffers of all open files; return whether this process has opened any."""
     own = [one for one in _instances(_writers()) if _is_open(one)]
     for one in [*_still_there(), *own]:
         name = None
@@ -160,8 +167,8 @@ def _instances(types: tuple[type[Any], ...]) -> list[Any]:
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, types) and kind is not _Unbuffered}
     if not kinds:
         return []
-    assignment = {kind: next(at for at, one in enumerate(types) if issubclass(kind, one)) for kind in kinds}
-    return sorted((one for one in objects if type(one) in kinds), key=lambda one: assignment[type(one)])
+    rank = {kind: next(at for at, one in enumerate(types) if issubclass(kind, one)) for kind in kinds}
+    return sorted((one for one in objects if type(one) in kinds), key=lambda one: rank[type(one)])
 
 
 def _still_there() -> list[Any]:
@@ -204,8 +211,8 @@ def _name_of(file: Any) -> str | None:  # noqa: ANN401 - as above
 def _naming(error: Exception, name: str | None) -> Exception:
     if not isinstance(error, OSError) or error.errno is None or error.filename is not None:
         return error
-    told = f"{error.strerror}; the body left this file open, and the rest of it is not written"
-    named: Exception = OSError(error.errno, told) if name is None else OSError(error.errno, told, name)
+    detail = f"{error.strerror}; the body left this file open, and the rest of it is not written"
+    named: Exception = OSError(error.errno, detail) if name is None else OSError(error.errno, detail, name)
     return named.with_traceback(error.__traceback__)
 
 
@@ -214,7 +221,7 @@ def _naming(error: Exception, name: str | None) -> Exception:
 
 @contextlib.contextmanager
 def ending_copies() -> Iterator[None]:
-    """End a process that the block has forked: only the one that began may report how the attempt ended."""
+    """End a process that the block forked: only the original may report how the attempt ended."""
     pid, raised = os.getpid(), None
     try:
         yield
@@ -237,7 +244,7 @@ def end_like_python(error: BaseException | None) -> NoReturn:
     """
     code = 1
     try:
-        code = _say(error)
+        code = _print_error(error)
         with contextlib.suppress(BaseException):
             threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - waits as the interpreter does
         children = multiprocessing.process._children  # type: ignore[attr-defined]  # noqa: SLF001 - as below
@@ -249,8 +256,8 @@ def end_like_python(error: BaseException | None) -> NoReturn:
         os._exit(code)
 
 
-def _say(error: BaseException | None) -> int:
-    """Say on stderr what Python says of an exception that nothing has caught; return the exit code."""
+def _print_error(error: BaseException | None) -> int:
+    """Print an uncaught exception on stderr, as Python does; return the exit code."""
     if error is None:
         return 0
     if isinstance(error, SystemExit):
@@ -264,11 +271,31 @@ def _say(error: BaseException | None) -> int:
     return 1
 
 
+# Exit callbacks
+
+
+def run_exit_callbacks(limit_s: float) -> None:
+    """Flush error trackers, run exit callbacks and write open files; end the process after *limit_s*.
+
+    Trackers come first, for a callback may hang, and once more, for a callback may have reported something.
+    """
+    limit = threading.Timer(limit_s, os._exit, args=(0,))
+    limit.daemon = True
+    limit.start()
+    with contextlib.suppress(OSError):  # the timer needs the interpreter's lock, which C code may never give back
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(limit_s + STUCK_EXIT_S, exit=True, file=nowhere)
+    for step in (reporting.flush, atexit._run_exitfuncs, reporting.flush):  # noqa: SLF001 - os._exit skips them, and bodies rely on them
+        with contextlib.suppress(BaseException):
+            step()
+    write(quietly=True)
+
+
 # Timers
 
 
 def stop_timers() -> None:
-    """Stop the timers of a body that has ended: a late SIGALRM would end this process instead."""
+    """Stop the timers of a body that has ended: a late SIGALRM would end this process."""
     if hasattr(signal, "setitimer"):  # not on Windows
         for timer in _TIMERS:
             signal.setitimer(getattr(signal, timer), 0)
@@ -280,7 +307,7 @@ def stop_timers() -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The process-wide settings that the next body of this process should find again."""
+    """The process-wide settings that the next body of this process should find."""
 
     folder: Path
     umask: int
@@ -324,7 +351,7 @@ class Surroundings:
         )
 
     def restore(self) -> bool:
-        """Restore the settings; return whether that was possible, so that another body may run here.
+        """Restore the settings; return whether that was possible, so that another body can run here.
 
         Takes about 100 microseconds. Resource limits, the nice value and the allowed processors are compared
         only: a process without privileges can lower, but not always raise them.

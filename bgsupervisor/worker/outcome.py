@@ -1,4 +1,4 @@
-"""How an attempt ended, told by what came out of its body; knows no process, no table and no connection."""
+"""The result of an attempt whose body raised; knows no process, no table and no connection."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ERROR_CHARS = 64 * 1024
 
 
 class Progress(NamedTuple):
-    """How far a body says that it is."""
+    """The progress that a body has reported."""
 
     done: float | None = None
     total: float | None = None
     message: str | None = None
 
     def then(self, done: float | None, total: float | None, message: str | None) -> Progress:
-        """Return it after the body has told more; None leaves what it told before."""
+        """Return the progress after another report; None keeps the earlier value."""
         return Progress(
             self.done if done is None else float(done),
             self.total if total is None else float(total),
@@ -33,7 +33,7 @@ class Progress(NamedTuple):
 
 
 def result_of_exception(error: BaseException, *, how: str) -> AttemptResult:
-    """Say how an attempt ended whose body let *error* out; *how* says by what a cancelled one was brought to it."""
+    """Return the result of an attempt whose body raised *error*; *how* describes the end of a cancelled one."""
     trace = _traceback(error)
     cancelled = _cancelled_in(error)
     if cancelled is not None and cancelled.reason in set(Reason):
@@ -65,7 +65,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def _cancelled_in(error: BaseException | None) -> Cancelled | None:
-    """Find the Cancelled that an exception came of: a finally block may have raised another on the way."""
+    """Return the Cancelled that caused an exception: a finally block may have raised another on the way."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Cancelled):
@@ -76,14 +76,14 @@ def _cancelled_in(error: BaseException | None) -> Cancelled | None:
 
 
 def exit_code(error: SystemExit) -> int:
-    """Return the code with which a process ends that raises *error*: the low 8 bits of a number, 1 for a text."""
+    """Return the exit code of a process that raises *error*: the low 8 bits of a number, 1 for a text."""
     if error.code is None:
         return 0
     return error.code & 0xFF if isinstance(error.code, int) else 1
 
 
 def exit_text(error: SystemExit) -> str | None:
-    """Return what Python prints for *error* on stderr; None for a code."""
+    """Return the text that Python prints for *error* on stderr; None for a code."""
     if error.code is None or isinstance(error.code, int):
         return None
     try:

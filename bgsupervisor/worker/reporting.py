@@ -1,4 +1,4 @@
-"""Reports what ended a body to the application's logging, excepthook and error trackers; knows no process, no table."""
+"""Reports the error of a body to the application's logging, excepthook and error trackers; knows no process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROVIDERS = (
     ("opentelemetry.metrics", "get_meter_provider"),
     ("opentelemetry._logs", "get_logger_provider"),
 )
-"""Where OpenTelemetry's API keeps what may hold telemetry back; the SDK's providers have `force_flush`."""
+"""Getters of OpenTelemetry's providers, which may buffer telemetry; those of the SDK have `force_flush`."""
 
 _reported: BaseException | None = None
 _hook_before = sys.__excepthook__
@@ -37,11 +37,11 @@ def prepare() -> None:
 
 
 def report(error: BaseException, end: AttemptResult, assignment: Run) -> None:
-    """Log what ended a body, and call the excepthook that the application has set.
+    """Log the error that ended a body, and call the excepthook of the application.
 
-    Both get the frames of the application alone: ours hold the task's data, and an error tracker may send on the local
-    variables of each frame. An end that was wanted (`Reason.wanted`) is no error: it has no traceback, and
-    no hook is called.
+    Both get only the frames of the application: ours contain the task's data, and an error tracker may send the local
+    variables of each frame. An end that was wanted (`Reason.wanted`) is no error: it has no traceback, and no hook is
+    called.
     """
     if end.reason is None:
         return
@@ -66,7 +66,7 @@ def report(error: BaseException, end: AttemptResult, assignment: Run) -> None:
 
 
 def headline(id: int, name: str, attempt: int) -> str:
-    """Return the beginning of the record of an attempt's end; a log that holds it has the traceback."""
+    """Return the beginning of the record of an attempt's end; a log with this line has the traceback."""
     return f"task {id} ({clean(name)}), attempt {attempt}, ended: "
 
 
@@ -96,36 +96,36 @@ def _call_hook(error: BaseException) -> None:
 
 
 def _last_hook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Show nothing of the exception that was logged just now: its traceback would stand twice in the task's log."""
+    """Ignore the exception that was logged just now: its traceback would stand twice in the task's log."""
     if error is not _reported:
         _hook_before(kind, error, trace)
 
 
 def _keep_frames_of_application(error: BaseException) -> None:
-    """Cut our own frames out of the tracebacks of an exception and of all that it came of.
+    """Remove our own frames from the tracebacks of an exception and of its causes.
 
-    What it came of may have been caught by us, and never have reached the application: then nothing of it is left, for
-    its frames, and those below it, are of libraries that we gave the data to.
+    A cause that we caught never reached the application. None of its frames is kept: they, and those below them, are
+    of libraries that got the data from us.
     """
     error.__traceback__ = _chained(_of_application(error))
     seen = {id(error)}
-    waiting = [(one, False) for one in _came_of(error)]
+    waiting = [(one, False) for one in _causes_of(error)]
     while waiting:
         cause, is_below_us = waiting.pop()
         if id(cause) not in seen:
             seen.add(id(cause))
             is_below_us = is_below_us or (cause.__traceback__ is not None and _is_ours(cause.__traceback__))
             cause.__traceback__ = None if is_below_us else _chained(_of_application(cause))
-            waiting += [(one, is_below_us) for one in _came_of(cause)]
+            waiting += [(one, is_below_us) for one in _causes_of(cause)]
 
 
-def _came_of(error: BaseException) -> list[BaseException]:
+def _causes_of(error: BaseException) -> list[BaseException]:
     parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     return [one for one in (error.__cause__, error.__context__, *parts) if one is not None]
 
 
 def _of_application(error: BaseException) -> list[types.TracebackType]:
-    """Return the links of a traceback that are not ours; of an error of ours, none of what we called for it."""
+    """Return the links of a traceback that are not ours; for an error of ours, none below our frames."""
     frames, trace = [], error.__traceback__
     while trace is not None:
         if not _is_ours(trace):

@@ -1,7 +1,7 @@
-"""The connections that an application has opened at its import: all children that are forked then share each of them.
+"""Connections that the import of an application opened: all forked children share each of them.
 
 Two processes on one connection read each other's answers, share transactions and locks, and hang. SQLite forbids it
-(https://www.sqlite.org/howtocorrupt.html, section 2.6). Looks at descriptors alone, so it covers every library.
+(https://www.sqlite.org/howtocorrupt.html, section 2.6). Reads descriptors only, so it covers every library.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Connection(NamedTuple):
 
 
 class Imports:
-    """Which module's import opened which connections.
+    """The connections that the import of each module opened.
 
     Args:
         database: The supervised SQLite file, None where the tasks are in PostgreSQL.
@@ -54,7 +54,7 @@ class Imports:
         self._opened: dict[str, list[Connection]] = {}
 
     def attribute(self, module: str) -> None:
-        """Note that what is open now, and was not at the last look, was opened by the import of *module*."""
+        """Attribute the connections that were opened since the last call to the import of *module*."""
         found = [one for one in _connections(self._database) if one not in self._known]
         self._known.update(found)
         if found:
@@ -86,7 +86,7 @@ class Imports:
 
 
 def close_reopening() -> None:
-    """Close this thread's connections that open anew by themselves: those of Django, and of a `Service`."""
+    """Close this thread's connections that reopen by themselves: those of Django, and of a `Service`."""
     if models := sys.modules.get("bgsupervisor.database.store"):  # what is not imported has opened nothing
         models.close_owned()
     conf, db = sys.modules.get("django.conf"), sys.modules.get("django.db")
@@ -115,7 +115,7 @@ def _connections(database: Path | None) -> Iterator[Connection]:
 
 
 def _peer(number: int) -> str:
-    """Return the address that a stream is connected to, "" if it has none, as half of a pair."""
+    """Return the address of a stream's peer; "" without one, as for half of a pair."""
     blocks = os.get_blocking(number)
     try:
         with socket.socket(fileno=os.dup(number)) as copy:

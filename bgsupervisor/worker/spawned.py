@@ -1,46 +1,39 @@
-"""The child of `portable`: loads the application, waits for one order, runs the body, records its end, leaves.
+"""The child of `portable`: loads the application, waits for one assignment, runs the body, records its end, leaves.
 
-Needs nothing that only Linux has. A pipe leads to its parent; rows are written through the ledger, as by any child that
-no supervisor acknowledges.
+Needs nothing that only Linux has. A pipe leads to its parent. It writes rows through the ledger, as any child without
+an acknowledgement.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import inspect
 import logging
 import os
-import queue
 import signal
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from bgsupervisor import payload, tasks
+from bgsupervisor import tasks
 from bgsupervisor.clock import SystemClock, repeat_last
-from bgsupervisor.database.store import Store
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import AttemptResult, LoadFailure, Run, TaskOptions
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt, Ledger
+from bgsupervisor.ledger.transitions import Attempt
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system import logs
 from bgsupervisor.worker import leftovers, reporting
-from bgsupervisor.worker.application import call_by_path, import_what_children_need, load_application
-from bgsupervisor.worker.child import (
-    LEFTOVER_GRACE_S,
-    RECORD_RETRY_S,
-    AttemptContext,
-    awaited,
-    configure_default_logging,
-    loaded_definition,
-    run_exit_callbacks,
-)
-from bgsupervisor.worker.coordination import AWAY_S, Coordination, WakeUps
-from bgsupervisor.worker.outcome import result_of_exception
+from bgsupervisor.worker.application import import_what_children_need, load_application
+from bgsupervisor.worker.attempt import AWAY_S
+from bgsupervisor.worker.body import Body
+from bgsupervisor.worker.context import AttemptContext
+from bgsupervisor.worker.coordination import Coordination
+from bgsupervisor.worker.leftovers import LEFTOVER_GRACE_S
+from bgsupervisor.worker.mailbox import BodyConnection
+from bgsupervisor.worker.recording import RECORD_RETRY_S, open_ledger
+from bgsupervisor.worker.wait_client import WakeUps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,7 +49,7 @@ log = logging.getLogger("bgsupervisor")
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The first message of a child: what it has loaded, and what failed to load."""
+    """The first message of a child: the tasks that it loaded, and what failed to load."""
 
     catalogue: dict[str, TaskOptions]
     failures: list[LoadFailure]
@@ -67,93 +60,34 @@ decode = msgspec.msgpack.Decoder(Ready | messages.Message).decode
 
 
 def main(config: Config, pipe: Connection) -> NoReturn:
-    """Live as a child; never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which holds it back here
+    """Run as a child; never return."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the parent, which blocks it here
     if hasattr(signal, "pthread_sigmask"):  # not on Windows
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     quiet = logging.NullHandler()
     log.addHandler(quiet)  # the parent prints what failed to load
-    line = PipeLine(pipe, config)
-    line.start()  # before an import that may hang: it ends this process when the parent has gone
+    connection = PipeConnection(pipe, config)
+    connection.start()  # before an import that may hang: it ends this process when the parent is gone
     reporting.prepare()
     loaded = load_application(config)
     import_what_children_need()
     log.removeHandler(quiet)
-    line.say(Ready(loaded.catalogue(), loaded.failures))
-    assignment = line.assignments.get()
+    connection.send(Ready(loaded.catalogue(), loaded.failures))
+    assignment = connection.mailbox.assignments.get()
     if assignment is not None:
-        _Performance(config, line, assignment).perform()
+        _Performance(config, connection, assignment).perform()
     _leave(config)
 
 
-class PipeLine(threading.Thread):
-    """The connection of a child to its parent, and the thread that listens to it; see `link.Line`.
+class EventWakes:
+    """Wakes that are events of this process; see `Wakes`."""
 
-    No supervisor hands out slots and no wait manager notifies: a waiter takes its slot by the rows, and the parent
-    passes on what a child notifies. A child whose parent has gone ends its body as if that had been stopped.
-
-    Attributes:
-        orders: The order to run; None means to leave.
-        in_body: SIGTERM may end the body by an exception.
-        inside: The main thread is writing, and must not be torn out of it by a signal.
-    """
-
-    def __init__(self, pipe: Connection, config: Config) -> None:
-        super().__init__(name="bgsupervisor link", daemon=True)
-        self._pipe = pipe
-        self._heartbeat_s, self._grace_s = config.heartbeat_s, config.grace_s
-        self._turn = threading.Lock()
+    def __init__(self) -> None:
         self._wakes: set[threading.Event] = set()
-        self._assignment: Run | None = None
-        self.assignments: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
-        self.in_body = self.connected = False
-        self.cancel_message: messages.Cancel | None = None
-        self.last_progress: messages.Progress | None = None
-        self.slot_granted = threading.Event()
-        self.disconnected = threading.Event()
-        self.disconnected.set()
-
-    def run(self) -> None:
-        """Listen until the process ends."""
-        while True:
-            try:
-                if self._pipe.poll(self._heartbeat_s):
-                    self._take(decode(self._pipe.recv_bytes()))
-                elif self._assignment is not None:
-                    self.say(self.last_progress or messages.Beat(self._assignment.id, self._assignment.attempt))
-                    self.last_progress = None
-            except (EOFError, OSError):
-                self._end_orphaned()
-
-    def say(self, message: Ready | messages.Message) -> None:
-        """Send what may be lost."""
-        with self._turn, contextlib.suppress(OSError, ValueError):
-            self._pipe.send_bytes(encode(message))
-
-    def say_from_body(self, message: messages.Message) -> None:
-        """Send what may be lost, from the thread that SIGTERM interrupts: never in the middle of a message."""
-        if threading.current_thread() is not threading.main_thread():
-            self.say(message)
-            return
-        self.connected = True
-        try:
-            self.say(message)
-        finally:
-            self.connected = False
-
-    def notify(self, keys: Sequence[str]) -> None:
-        """Ask the parent to wake the waiters of all children."""
-        if keys:
-            self.say_from_body(messages.Notify(list(keys)))
-
-    def rouse(self) -> None:
-        """Wake the waiters of this child."""
-        for wake in list(self._wakes):
-            wake.set()
 
     @contextlib.contextmanager
     def waking(self) -> Iterator[threading.Event]:
-        """Yield what is set once there is news; at first, for what has come before counts."""
+        """Yield an event for one wait; it is set at first, so that earlier news count."""
         wake = threading.Event()
         wake.set()
         self._wakes.add(wake)
@@ -163,91 +97,122 @@ class PipeLine(threading.Thread):
             self._wakes.discard(wake)
 
     def quiet(self, wake: threading.Event) -> None:
-        """Clear a wake, before its cause is looked for."""
+        """Clear an event, before its cause is looked for."""
         wake.clear()
 
     def rest(self, wake: threading.Event, timeout_s: float) -> None:
         """Wait for news, at most *timeout_s*."""
         wake.wait(timeout_s)
 
+    def rouse(self) -> None:
+        """Set all events."""
+        for wake in list(self._wakes):
+            wake.set()
+
+
+class PipeConnection(BodyConnection):
+    """The connection of a child to its parent, and the thread that listens to it; see `BodyConnection`.
+
+    No supervisor hands out slots and no wait manager notifies: a waiter takes its slot by the rows, and the parent
+    passes on what a child notifies. A child whose parent is gone ends its body as stopped.
+
+    Attributes:
+        in_body: SIGTERM may end the body by an exception.
+    """
+
+    def __init__(self, pipe: Connection, config: Config) -> None:
+        super().__init__(EventWakes())
+        self._pipe = pipe
+        self._heartbeat_s, self._grace_s = config.heartbeat_s, config.grace_s
+        self._turn = threading.Lock()
+        self.mailbox.disconnected.set()
+        self.in_body = False
+
+    def run(self) -> None:
+        """Listen until the process ends."""
+        mailbox = self.mailbox
+        while True:
+            try:
+                if self._pipe.poll(self._heartbeat_s):
+                    self._take(decode(self._pipe.recv_bytes()))
+                elif mailbox.assignment is not None:
+                    self.send(mailbox.last_progress or messages.Beat(mailbox.assignment.id, mailbox.assignment.attempt))
+                    mailbox.last_progress = None
+            except (EOFError, OSError):
+                self._end_orphaned()
+
+    def send(self, message: Ready | messages.Message) -> None:
+        """Send what may be lost."""
+        with self._turn, contextlib.suppress(OSError, ValueError):
+            self._pipe.send_bytes(encode(message))
+
+    def notify(self, keys: Sequence[str]) -> None:
+        """Ask the parent to wake the waiters of all children."""
+        if keys:
+            self.send_from_body(messages.Notify(list(keys)))
+
     def set_waiting(self, waiting: bool) -> None:
         """Do nothing: the heartbeat of a waiting body costs nothing here."""
 
-    def want_slot(self, id: int, attempt: int, number: int) -> None:
-        """Do nothing: a waiter takes its slot by the rows."""
-
-    def want_no_slot(self) -> None:
-        """Do nothing, as `want_slot`."""
-
     def _take(self, message: Ready | messages.Message) -> None:
-        if isinstance(message, Run):
-            self._assignment = message
-            self.assignments.put(message)
-        elif isinstance(message, messages.Cancel):
-            self.cancel_message = message
-            self.rouse()
-        elif isinstance(message, messages.Notify):
-            self.rouse()
-        elif isinstance(message, messages.Leave):
-            self.assignments.put(None)
+        if isinstance(message, messages.Notify):
+            self.mailbox.wakes.rouse()
+        elif not isinstance(message, Ready):
+            self.mailbox.take(message)
 
     def _end_orphaned(self) -> NoReturn:
-        assignment, why = self._assignment, "`bgsupervisor dev` has gone"
-        if assignment is not None:
-            self.cancel_message = messages.Cancel(
-                id=assignment.id, attempt=assignment.attempt, reason=Reason.STOPPED, why=why
+        mailbox, why = self.mailbox, "`bgsupervisor dev` has gone"
+        if mailbox.assignment is not None:
+            mailbox.cancel_message = messages.Cancel(
+                id=mailbox.assignment.id, attempt=mailbox.assignment.attempt, reason=Reason.STOPPED, why=why
             )
-        self.assignments.put(None)
-        self.rouse()
+        mailbox.assignments.put(None)
+        mailbox.wakes.rouse()
         SystemClock().sleep(self._grace_s)
         os._exit(1)
 
 
 class _NoWakeUps(WakeUps):
-    """The wait manager that is not there: a waiter looks at the rows, when it is roused and each second."""
+    """The absent wait manager: a waiter polls the rows when it is roused, and each second."""
 
     def seen(self, keys: Sequence[str]) -> list[int] | None:
-        """Return that nothing is known."""
+        """Return None: there are no counts."""
         del keys
         return None
 
 
 class _Performance:
-    """One attempt, from its order to its recorded end."""
+    """One attempt, from its assignment to its recorded end."""
 
-    def __init__(self, config: Config, line: PipeLine, assignment: Run) -> None:
+    def __init__(self, config: Config, connection: PipeConnection, assignment: Run) -> None:
         self._config = config
-        self._line = line
+        self._connection = connection
         self._assignment = assignment
         self._clock: Clock = SystemClock()
-        self._term_came = False
-        self._ended_by: BaseException | None = None
+        self._body = Body(assignment, config)
 
     def perform(self) -> None:
         """Run the body and record how it ended."""
-        assignment, line = self._assignment, self._line
+        assignment, connection = self._assignment, self._connection
         path = logs.task_log(StateDir(self._config.state_dir).logs, assignment.id, assignment.attempt)
         with contextlib.suppress(OSError):  # a full log disk must not use up tasks
             _redirect_output(logs.open_for_append(path))
         coordination = Coordination(
             assignment,
-            line,
-            lambda: self._ledger(patience_s=AWAY_S),
+            connection,
+            lambda: open_ledger(self._config, patience_s=AWAY_S, limits_connections=False),
             self._config,
             self._clock,
             is_given_up=tasks.is_given_up,
             waits_alone=tasks.waits_alone,
             make_wake_ups=_NoWakeUps,
         )
-        context = AttemptContext(assignment, line, coordination, self._config, self._clock)
+        context = AttemptContext(assignment, connection, coordination, self._config, self._clock)
         try:
-            end = self._guarded_body(context)
+            end = self._body.run(context, before=self._take_sigterm, after=self._note_body_over)
         except BaseException as error:  # noqa: BLE001 - a signal came while another exception was on its way out
-            end = self._end_of(error)
-        if self._ended_by is not None:
-            with contextlib.suppress(Exception):
-                reporting.report(self._ended_by, end, assignment)
-            self._ended_by = None  # its frames keep open what the body had
+            end = self._body.result_of(error)
+        self._body.report_error(end)
         _end_leftovers()
         coordination.close()
         with contextlib.suppress(OSError):
@@ -255,52 +220,27 @@ class _Performance:
         done, total, message = context.last
         self._record(msgspec.structs.replace(end, progress_done=done, progress_total=total, message=message))
 
-    def _guarded_body(self, context: AttemptContext) -> AttemptResult:
-        assignment, line = self._assignment, self._line
-        try:
-            definition = loaded_definition(assignment.name)
-            data = payload.decode_data(
-                assignment.data, definition.signature, name=assignment.name, secret=definition.options.secret
-            )
-            with leftovers.ending_copies():
-                if self._config.child_setup:
-                    call_by_path(self._config.child_setup)
-            configure_default_logging()
-            signal.signal(signal.SIGTERM, self._on_term)
-            body = definition.body()
-            line.in_body = True
-            with tasks.entered(context), leftovers.ending_copies():
-                value = body(**data)
-                if inspect.iscoroutine(value):
-                    value = asyncio.run(awaited(value))
-            leftovers.write()  # as part of the body: its limits hold while a pipe is full
-            line.in_body = False
-            return AttemptResult(result=payload.encode_result(value, limit_bytes=self._config.data_max_bytes))
-        except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
-            line.in_body = False
-            leftovers.write(quietly=True, regular_only=True)
-            return self._end_of(error)
-        finally:
-            leftovers.stop_timers()
+    def _take_sigterm(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_term)
+        self._connection.in_body = True
 
-    def _end_of(self, error: BaseException) -> AttemptResult:
-        how = "the body ended after SIGTERM" if self._term_came else "the body ended when it was asked"
-        self._ended_by = error
-        return result_of_exception(error, how=how)
+    def _note_body_over(self) -> None:
+        self._connection.in_body = False
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:
         del frame
-        assignment = self._line.cancel_message
-        if assignment is None:
+        cancel = self._connection.mailbox.cancel_message
+        if cancel is None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._term_came = True
-        if assignment is not None and self._line.in_body and not self._line.connected:
-            raise Cancelled(assignment.reason, assignment.by, assignment.why)
+        self._body.was_terminated = True
+        if cancel is not None and self._connection.in_body and not self._connection.is_writing:
+            raise Cancelled(cancel.reason, cancel.by, cancel.why)
 
     def _record(self, end: AttemptResult) -> None:
-        """Record the end; while the database is away, at most for AWAY_S, again and again."""
-        ledger, attempt = self._ledger(), Attempt(self._assignment.id, self._assignment.attempt)
+        """Record the end; while the database is away, retry for at most AWAY_S."""
+        ledger = open_ledger(self._config, limits_connections=False)
+        attempt = Attempt(self._assignment.id, self._assignment.attempt)
         deadline = self._clock.monotonic() + AWAY_S
         keys: list[str] = []
         for pause in repeat_last(RECORD_RETRY_S):
@@ -314,16 +254,8 @@ class _Performance:
                 with contextlib.suppress(Exception):
                     ledger.store.close()
             self._clock.sleep(pause)
-        self._line.notify(keys)
-        self._line.say(messages.ResultReport(attempt.id, attempt.attempt, AttemptResult(reason=end.reason)))
-
-    def _ledger(self, patience_s: float = 0.0) -> Ledger:
-        config = self._config
-        wait_s = config.busy_timeout_s
-        store = Store.open(
-            config.database, config.table_prefix, busy_timeout_s=wait_s, creates=False, patience_s=patience_s
-        )
-        return Ledger(store)
+        self._connection.notify(keys)
+        self._connection.send(messages.ResultReport(attempt.id, attempt.attempt, AttemptResult(reason=end.reason)))
 
 
 def _redirect_output(descriptor: int) -> None:
@@ -334,7 +266,7 @@ def _redirect_output(descriptor: int) -> None:
 
 
 def _end_leftovers() -> None:
-    """End what the body has started and left; what has lost its parent is not found."""
+    """End the processes that the body left; those that have lost their parent are not found."""
     import psutil  # noqa: PLC0415 - costs 45 ms, and is loaded by now
 
     with contextlib.suppress(psutil.Error):
@@ -347,6 +279,6 @@ def _end_leftovers() -> None:
 
 
 def _leave(config: Config) -> NoReturn:
-    """Run exit callbacks, for at most grace_s; leave, whatever threads the body left."""
-    run_exit_callbacks(config.grace_s)
+    """Run exit callbacks, for at most grace_s, then leave, whatever threads the body left."""
+    leftovers.run_exit_callbacks(config.grace_s)
     os._exit(0)

@@ -1,9 +1,9 @@
 """The wait manager: a multiprocessing.Manager with wake-ups, so that waiters need not poll. Holds no truth.
 
-A wake-up has a key ("task:5", "lock:smtp") and a count of its notifies. A waiter asks for the counts, looks at the
-rows, and waits until a count has grown beyond what it saw; so no wake-up between the look and the wait is lost. Rings
-come as datagrams from children, and from the supervisor over the control socket. The wait manager may die or hang at
-any time: the supervisor ends and replaces it, and waiters look at the rows themselves meanwhile.
+A wake-up has a key ("task:5", "lock:smtp") and a count of its notifies. A waiter asks for the counts, polls the rows,
+and waits until a count has grown beyond what it saw. So no notify between poll and wait is lost. Notifies come as
+datagrams from children, and from the supervisor over the control socket. The wait manager may die or hang at any time:
+the supervisor ends and replaces it, and waiters poll the rows themselves meanwhile.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ __all__ = ["BEAT_S", "NotifyCounts", "NotifyManager", "OwnListener", "bounded_cl
 log = logging.getLogger("bgsupervisor")
 
 BEAT_S = 0.25
-"""The wait manager tells the supervisor so often that it lives."""
+"""Interval of heartbeats to the supervisor, in seconds."""
 LONELY_S = 60.0
-"""It leaves when no supervisor has been there and nobody has waited for so long."""
+"""Time without a supervisor and without a waiter after which the wait manager leaves, in seconds."""
 CALL_S = 0.5
-"""A call that should be answered at once is given up after this long."""
+"""Limit of a call that should be answered at once, in seconds."""
 KEY_FILE = "authkey"
 KEY_BYTES = 32
 KEY_MODE = NOTIFY_MODE = MANAGER_MODE = 0o600
 NOTIFY_BYTES = 256 * 1024
 NOTIFIES_PER_TURN = 1000
 LEFT_MAX = 1000
-"""So many waits that were left before they were heard of are remembered."""
+"""Limit of the remembered waits that were left before they arrived."""
 KEY_CHARS = 8000
-"""A longer key is not heard: its waiters look by themselves."""
+"""Limit of the characters of a key; the waiters of a longer one poll by themselves."""
 WAKE_UPS_AT_ONCE = 10
 WAKE_UPS_PER_S = 4.0
 """Rate of wake-ups for one key after WAKE_UPS_AT_ONCE of them: hundreds may wait for the same key."""
 KEYS_MAX = 100_000
-"""Beyond so many wake-ups all counts are forgotten but one: every waiter then looks once for nothing."""
+"""Limit of the counts; beyond it they are merged into one, and every waiter polls once in vain."""
 
 
 class NotifyCounts:
-    """Counts of notifies, and who waits for them. Every method may be called from any thread."""
+    """Counts of notifies, and their waiters. Every method may be called from any thread."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
@@ -77,13 +77,13 @@ class NotifyCounts:
         self._lock = threading.Lock()
         self._counts: dict[str, int] = {}
         self._base = 0
-        self._waiting: dict[str, set[threading.Event]] = {}  # hundreds wait: only those are woken who are meant
+        self._waiting: dict[str, set[threading.Event]] = {}  # hundreds wait: only those of a key are woken
         self._waits: dict[str, threading.Event] = {}
         self._left: dict[str, None] = {}
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """The number of waiters."""
         return len(self._waits)
 
     def notify(self, keys: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ class NotifyCounts:
             self._notify(due)
 
     def catch_up(self) -> None:
-        """Ring what was put off, at most WAKE_UPS_PER_S times a second; called more often than that."""
+        """Notify the keys that were put off, at most WAKE_UPS_PER_S times a second; called more often."""
         if not self._put_off:
             return
         with self._lock:
@@ -124,7 +124,7 @@ class NotifyCounts:
                     event.set()
 
     def seen(self, keys: Sequence[str]) -> list[int]:
-        """Return how often each of *keys* has been notified."""
+        """Return the number of notifies of each of *keys*."""
         with self._lock:
             return self._now(keys)
 
@@ -151,7 +151,7 @@ class NotifyCounts:
             return self._now(keys)
 
     def leave(self, wait: str) -> None:
-        """Have a call of `wait_beyond` return at once; its caller has something else to do."""
+        """End a call of `wait_beyond`, whose caller has news of another kind."""
         with self._lock:
             if wait in self._waits:
                 self._waits[wait].set()
@@ -168,7 +168,7 @@ _notify_counts = NotifyCounts()
 
 
 def bounded_client(address: str, authkey: bytes | None = None) -> connection.Connection:
-    """Connect as multiprocessing.connection.Client does, but give up after CALL_S: a wait manager may be stopped.
+    """Connect as multiprocessing.connection.Client does, for at most CALL_S: a wait manager may be stopped.
 
     Raises:
         OSError, EOFError, multiprocessing.AuthenticationError: There is no wait manager that answers, or it is another
@@ -198,10 +198,9 @@ def bounded_client(address: str, authkey: bytes | None = None) -> connection.Con
 
 
 class OwnListener:
-    """The listener of a manager: a socket of mode 0600 from the first moment, which hears this user's processes only.
+    """The listener of a manager: a socket of mode 0600 from the first moment, for processes of this user only.
 
-    The manager unpickles what they send, so neither a changed mode nor a key that was read may
-    let others in.
+    The manager unpickles what they send. So neither a changed mode nor a key that was read may let others in.
     """
 
     def __init__(self, address: Path, backlog: int) -> None:
@@ -235,7 +234,7 @@ class OwnListener:
         self._socket.close()
 
 
-# The documented way to another kind of connection would be a serializer of one's own; this is how managers keep them.
+# The documented way to another connection is a serializer of one's own; managers keep their serializers here.
 managers.listener_client["bounded"] = (OwnListener, bounded_client)  # type: ignore[attr-defined]
 
 
@@ -259,7 +258,7 @@ def read_key(dir_fd: int) -> bytes:
 
 
 def main(folder: Path) -> NoReturn:
-    """Live as the wait manager of a state directory; never returns."""
+    """Run as the wait manager of a state directory; never return."""
     os.setsid()
     set_title("wait manager")
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -285,7 +284,7 @@ def make_key(folder: Path) -> bytes:
 
 
 class _Caretaker:
-    """The thread that talks with the supervisor: takes notifies, tells that the wait manager lives."""
+    """The thread for the supervisor: takes notifies, and sends heartbeats."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = StateDir(folder)
@@ -311,7 +310,7 @@ class _Caretaker:
         except BaseException:
             log.exception("the wait manager ends: its thread for the supervisor has failed")
         finally:
-            os._exit(0)  # without this thread no wake-up would be heard, and nothing would end the process
+            os._exit(0)  # without this thread no notify would arrive, and nothing would end the process
 
     def _dial(self) -> None:
         if self._redial.wait_s() > 0:
@@ -334,22 +333,24 @@ class _Caretaker:
             self._take_notifies()
         _notify_counts.catch_up()
         if channel is not None:
-            self._exchange(channel, heard=channel.fileno() in ready)
+            self._exchange(channel, is_readable=channel.fileno() in ready)
 
     def _take_notifies(self) -> None:
         with contextlib.suppress(BlockingIOError):
             for _ in range(NOTIFIES_PER_TURN):
                 datagram = self._notifies.recv(NOTIFY_BYTES)
                 with contextlib.suppress(ValueError, TypeError, RecursionError):  # the sender is no child of ours
-                    said = json.loads(datagram)
-                    if isinstance(said, str):
-                        _notify_counts.leave(said[:KEY_CHARS])
-                    elif isinstance(said, list):
-                        _notify_counts.notify([key for key in said if isinstance(key, str) and len(key) <= KEY_CHARS])
+                    message = json.loads(datagram)
+                    if isinstance(message, str):
+                        _notify_counts.leave(message[:KEY_CHARS])
+                    elif isinstance(message, list):
+                        _notify_counts.notify(
+                            [key for key in message if isinstance(key, str) and len(key) <= KEY_CHARS]
+                        )
 
-    def _exchange(self, channel: Channel, *, heard: bool) -> None:
+    def _exchange(self, channel: Channel, *, is_readable: bool) -> None:
         with contextlib.suppress(WireError):
-            for message in channel.receive() if heard else []:
+            for message in channel.receive() if is_readable else []:
                 self._redial.heard()
                 if isinstance(message, messages.Notify):
                     _notify_counts.notify(message.keys)
@@ -359,7 +360,7 @@ class _Caretaker:
         if now - self._beat_at >= BEAT_S and not channel.unsent_bytes:
             self._beat_at = now
             channel.send(messages.WaitManagerBeat())
-        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor notifies nobody
+        if channel.closed or is_another(self._folder.control, self._dialled):  # a stopped supervisor notifies no waiter
             channel.close()
             self._channel = None
             self._redial.lost()

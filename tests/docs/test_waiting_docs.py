@@ -256,10 +256,10 @@ def test_called_directly_reach_does_nothing_and_the_others_say_so(monkeypatch, t
 
 
 def test_the_figures_of_the_page_are_the_codes():
-    from bgsupervisor.worker import coordination
+    from bgsupervisor.worker import coordination, waiting
 
     text = PAGE.read_text()
     assert f"1 to {coordination.NAME_CHARS} characters" in text
     assert f"`max_waiting` ({next(one.default for one in OPTIONS if one.name == 'max_waiting')})" in text
-    assert coordination.LOOK_S == 1.0
+    assert waiting.POLL_S == 1.0
     assert hasattr(Deadlock([(1, "x")]), "cycle")

@@ -34,7 +34,7 @@ from bgsupervisor.system import logs
 from bgsupervisor.system.files import NotOwnFile, open_dir, open_own, open_own_dir
 from bgsupervisor.system.fingerprint import Fingerprint, write_fingerprint
 from bgsupervisor.worker import wait_manager
-from bgsupervisor.worker.coordination import WakeUps
+from bgsupervisor.worker.wait_client import WakeUps
 
 __all__ = ["their_python"]
 

@@ -28,6 +28,7 @@ from bgsupervisor.ipc.messages import (
     Retire,
     Run,
     SlotGranted,
+    WantSlot,
 )
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.ipc.statedir import StateDir
@@ -45,7 +46,7 @@ from bgsupervisor.supervisor.termination import Stage, Termination, Terminations
 from bgsupervisor.system import processes
 from bgsupervisor.system.files import open_dir
 from bgsupervisor.system.processes import Exit, Verdict
-from bgsupervisor.worker.connection import Link
+from bgsupervisor.worker.connection import Connection
 
 pytestmark = pytest.mark.any_database
 
@@ -241,15 +242,15 @@ def test_a_stop_that_an_earlier_supervisor_had_begun_is_carried_to_its_end(app):
 def test_an_order_that_came_before_the_connection_broke_is_taken(tmp_path):
     ours, theirs = socket.socketpair()
     ref = ProcessRef(1, 1)
-    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
-    link._channel = Channel(ours)
+    connection = Connection(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
+    connection._channel = Channel(ours)
     supervisor = Channel(theirs)
     order = Run(id=1, attempt=1, name="appx:returns", data="{}")
     supervisor.send(order)
     supervisor.close()
-    link.say(Beat(1, 1))
-    assert (link.disconnected.is_set(), ours.fileno()) == (True, -1)
-    assert link.orders.get_nowait() == order
+    connection.send(Beat(1, 1))
+    assert (connection.mailbox.disconnected.is_set(), ours.fileno()) == (True, -1)
+    assert connection.mailbox.assignments.get_nowait() == order
 
 
 def test_a_copy_that_a_body_forked_leaves_at_once_and_records_no_end(app):
@@ -368,28 +369,28 @@ def test_a_child_that_is_to_leave_dials_no_supervisor(tmp_path):
     directory = open_dir(folder.path)
     with bind(directory, "control.sock", socket.SOCK_STREAM, 0o600):
         for is_to_leave in (True, False):
-            link = Link(folder.path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
+            connection = Connection(folder.path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
             if is_to_leave:
-                link._take(Leave())
-            link._dial()
-            assert (link._channel is None) == is_to_leave, "it would say that it is idle, and be given a task"
-            link.drop()
+                connection._take(Leave())
+            connection._dial()
+            assert (connection._channel is None) == is_to_leave, "it would say that it is idle, and be given a task"
+            connection.drop()
     os.close(directory)
 
 
 def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
     ref = ProcessRef(1, 1)
-    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
-    link._take(Run(id=1, attempt=1, name="appx:returns", data="{}"))
-    link.want_slot(1, 1, 2)
-    link._take(SlotGranted(1, 1, 1))
-    assert not link.slot_granted.is_set(), "it has taken that one itself, and waits anew"
-    link._take(SlotGranted(1, 1, 2))
-    assert link.slot_granted.is_set()
-    link.want_slot(1, 1, 3)
-    link.want_no_slot()
-    link._take(SlotGranted(1, 1, 3))
-    assert not link.slot_granted.is_set()
+    connection = Connection(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
+    connection._take(Run(id=1, attempt=1, name="appx:returns", data="{}"))
+    connection.mailbox.wanted = WantSlot(1, 1, 2)
+    connection._take(SlotGranted(1, 1, 1))
+    assert not connection.mailbox.slot_granted.is_set(), "it has taken that one itself, and waits anew"
+    connection._take(SlotGranted(1, 1, 2))
+    assert connection.mailbox.slot_granted.is_set()
+    connection.mailbox.wanted = WantSlot(1, 1, 3)
+    connection.mailbox.wanted = None
+    connection._take(SlotGranted(1, 1, 3))
+    assert not connection.mailbox.slot_granted.is_set()
 
 
 def test_who_cannot_be_held_is_signalled_by_its_fork_server_once_in_each_stage():

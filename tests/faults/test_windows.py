@@ -150,7 +150,7 @@ class Stage(App):
         self.points.mkdir()
         self.marker = {"STAGE": str(folder), "PAUSES": str(self.points)}
         # A supervisor may come and go before the wait manager of the one before it has found it.
-        self.more = {"FORK_SERVER_LONELY_S": "1", "WAIT_MANAGER_LONELY_S": "3"}
+        self.more = {"FORKSERVER_LONELY_S": "1", "WAIT_MANAGER_LONELY_S": "3"}
 
     def start(self, *, wait=True):
         pausing = {"PYTHONPATH": pausing_path(), **self.marker, **self.more}
@@ -286,7 +286,7 @@ def claimed_in_vain(app, point):
 
 
 def lonely(app, point):
-    app.more["LINK_LONELY_S"] = "0.5"
+    app.more["CONNECTION_LONELY_S"] = "0.5"
     return claimed_in_vain(app, point)
 
 
@@ -808,7 +808,7 @@ def test_an_application_that_loads_longer_than_a_fork_server_bears_to_be_alone_i
 
 
 def test_a_claim_is_given_back_though_the_database_is_locked_when_its_lonely_child_is_to_leave(stage):
-    stage.more["LINK_LONELY_S"] = "0.3"
+    stage.more["CONNECTION_LONELY_S"] = "0.3"
     handle = claimed_in_vain(stage, "child.unclaiming")
     stage.reached("child.unclaiming")
     with stage.database.locked():

@@ -165,7 +165,7 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
 
 
 def test_an_exit_is_kept_by_a_fork_server_that_waits_alone_longer_than_one_that_knows_nothing(app):
-    supervisor = app.start(FORK_SERVER_LONELY_S="0.3", LINK_LONELY_S="0.3")
+    supervisor = app.start(FORKSERVER_LONELY_S="0.3", CONNECTION_LONELY_S="0.3")
     exiting, killed = app.request("exits"), app.request("gated", name="never")
     pids = [app.started(handle).pid for handle in (exiting, killed)]
     [fork_server] = fork_servers(app)
@@ -190,7 +190,7 @@ def fork_servers(app):
 
 
 def test_idle_children_fork_server_and_wait_manager_leave_when_no_supervisor_comes_but_not_before_the_last_body(app):
-    supervisor = app.start(LINK_LONELY_S="0.5", FORK_SERVER_LONELY_S="0.5", WAIT_MANAGER_LONELY_S="0.5")
+    supervisor = app.start(CONNECTION_LONELY_S="0.5", FORKSERVER_LONELY_S="0.5", WAIT_MANAGER_LONELY_S="0.5")
     body = app.request("gated", name="go")
     waiter = app.request("waits", id=body.id)
     app.started(waiter)

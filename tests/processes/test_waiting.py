@@ -553,7 +553,7 @@ def test_a_wait_ends_at_its_limit_and_the_other_goes_on(app, request):
     other = app.request("ends_at", gate_name=name)
     waiter = app.request("waits", ids=[other.id], part="loaded", timeout_s=0.3)
     kind, words = app.result_of(waiter)
-    assert (kind, words) == ("WaitTimeout", f'part "loaded" of task {other.id} was waited for in vain for 0.3 s')
+    assert (kind, words) == ("WaitTimeout", f'timed out after 0.3 s waiting for part "loaded" of task {other.id}')
     assert app.said("out", waiter)["at"] - app.said("in", waiter)["at"] < 1.0
     assert app.service.get(other).status == "START"
     app.open_gate(name)
@@ -699,7 +699,7 @@ def test_a_lock_that_was_waited_for_in_vain_leaves_no_row_and_the_next_has_its_t
     app.waiting(first)
     second = app.request("holds", name=name)
     app.waiting(second)
-    assert app.result_of(first) == ["WaitTimeout", f'lock "{name}" was waited for in vain for 0.4 s']
+    assert app.result_of(first) == ["WaitTimeout", f'timed out after 0.4 s waiting for lock "{name}"']
     assert [row["task_id"] for row in app.rows("wait") if row["target"] == name] == [second.id]
     app.open_gate(name)
     app.result_of(second)

@@ -27,8 +27,8 @@ from bgsupervisor.supervisor.presence import BEAT_EVERY_S
 from bgsupervisor.supervisor.shutdown import Shutdown
 from bgsupervisor.system import processes
 from bgsupervisor.system.processes import Verdict
-from bgsupervisor.worker import child
-from bgsupervisor.worker.connection import Link
+from bgsupervisor.worker import recording
+from bgsupervisor.worker.connection import Connection
 
 SOURCE = """
 import atexit, ctypes, pathlib, time
@@ -331,29 +331,29 @@ def test_a_child_whose_exit_callback_keeps_the_interpreter_leaves(app):
         kill(child)
 
 
-def test_a_link_that_fails_lets_nobody_wait_for_it(tmp_path, monkeypatch):
+def test_a_connection_that_fails_lets_nobody_wait_for_it(tmp_path, monkeypatch):
     ref = ProcessRef(1, 1)
-    link = Link(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
-    monkeypatch.setattr(link, "_serve_once", lambda: 1 / 0)
+    connection = Connection(tmp_path, ref, ref, heartbeat_s=1.0, clock=SystemClock())
+    monkeypatch.setattr(connection, "_serve_once", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        link.run()
-    assert link.disconnected.is_set()
-    assert link.orders.get_nowait() is None
+        connection.run()
+    assert connection.mailbox.disconnected.is_set()
+    assert connection.mailbox.assignments.get_nowait() is None
 
 
-def test_a_heartbeat_that_cannot_be_written_ends_no_link(monkeypatch):
+def test_a_heartbeat_that_cannot_be_written_ends_no_connection(monkeypatch):
     def raises(_, **__):
         raise DatabaseError("the folder is gone")
 
-    monkeypatch.setattr(child.Child, "_ledger", raises)
+    monkeypatch.setattr(recording.Recorder, "_ledger", raises)
     order = Run(id=1, attempt=1, name="appx:until", data="{}")
-    assert object.__new__(child.Child)._beat_alone(order) is None
+    assert object.__new__(recording.Recorder).beat(order) is None
 
 
 def test_a_wait_manager_whose_thread_fails_ends():
     code = """
 import threading, time
-from bgsupervisor.worker import wait_manager as wait_manager
+from bgsupervisor.worker import wait_manager
 from bgsupervisor.clock import SystemClock
 
 caretaker = object.__new__(wait_manager._Caretaker)

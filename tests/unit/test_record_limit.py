@@ -12,13 +12,13 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.messages import AttemptResult, Beat, ProcessRef, Run
 from bgsupervisor.ledger.transitions import Attempt
-from bgsupervisor.worker.child import Child
-from bgsupervisor.worker.connection import Link
+from bgsupervisor.worker.connection import Connection
+from bgsupervisor.worker.recording import Recorder
 
 DAY_S = 86_400.0
 
 
-def child_whose_database(*, inode, keep_days, back_after_days):
+def recorder_whose_database(*, inode, keep_days, back_after_days):
     """Return a child without a process, and the days that it has tried so far."""
     time = SimpleNamespace(days=0.0)
 
@@ -31,13 +31,12 @@ def child_whose_database(*, inode, keep_days, back_after_days):
         return False
 
     store = SimpleNamespace(inode=lambda: inode, close=lambda: None)
-    child = object.__new__(Child)
-    child._is_unrecorded = False
-    child._clock = SimpleNamespace(monotonic=lambda: time.days * DAY_S)
-    child._config = SimpleNamespace(keep_days=keep_days)
-    child._link = SimpleNamespace(acknowledged=SimpleNamespace(wait=wait), notify=lambda _: None)
-    child._ledger = lambda: SimpleNamespace(end=end, store=store)
-    return child, time
+    mailbox = SimpleNamespace(acknowledged=SimpleNamespace(wait=wait))
+    connection = SimpleNamespace(mailbox=mailbox, notify=lambda _: None)
+    clock = SimpleNamespace(monotonic=lambda: time.days * DAY_S)
+    recorder = Recorder(SimpleNamespace(keep_days=keep_days), None, connection, clock)
+    recorder._ledger = lambda: SimpleNamespace(end=end, store=store)
+    return recorder, time
 
 
 @pytest.mark.parametrize(
@@ -54,47 +53,49 @@ def child_whose_database(*, inode, keep_days, back_after_days):
 def test_record_of_an_end_is_given_up_only_where_nobody_wants_it(
     inode, keep_days, back_after_days, given_up_after_days
 ):
-    child, time = child_whose_database(inode=inode, keep_days=keep_days, back_after_days=back_after_days)
+    recorder, time = recorder_whose_database(inode=inode, keep_days=keep_days, back_after_days=back_after_days)
 
-    child._record(Attempt(1, 1), AttemptResult(result="7"))
+    recorder.record(Attempt(1, 1), AttemptResult(result="7"))
 
-    assert child._is_unrecorded == (given_up_after_days is not None)
+    assert recorder.is_unrecorded == (given_up_after_days is not None)
     assert time.days == (given_up_after_days or back_after_days)
 
 
 @pytest.fixture
 def beating(tmp_path):
-    """A link whose heartbeat waits for a server that is away, until the test lets it."""
+    """A connection whose heartbeat waits for a server that is away, until the test lets it."""
     ref = ProcessRef(os.getpid(), 1)
-    link = Link(tmp_path, ref, ref, heartbeat_s=0.0, clock=SystemClock())
+    connection = Connection(tmp_path, ref, ref, heartbeat_s=0.0, clock=SystemClock())
     begun, go_on = threading.Event(), threading.Event()
 
     def beat(_):
         begun.set()
         go_on.wait(10)
 
-    link.beat_alone = beat
+    connection.beat_alone = beat
     order = Run(id=1, attempt=1, name="appx:returns", data="{}")
-    thread = threading.Thread(target=link._beat_alone, args=(order,))
+    thread = threading.Thread(target=connection._beat_alone, args=(order,))
     thread.start()
     assert begun.wait(10)
-    yield link, go_on
+    yield connection, go_on
     go_on.set()
     thread.join(10)
 
 
-def test_say_does_not_wait_for_a_heartbeat_that_waits_for_a_server(beating):
-    link, _ = beating
-    said = threading.Thread(target=link.say, args=(Beat(1, 1),), daemon=True)
+def test_send_does_not_wait_for_a_heartbeat_that_waits_for_a_server(beating):
+    connection, _ = beating
+    said = threading.Thread(target=connection.send, args=(Beat(1, 1),), daemon=True)
     said.start()
     said.join(5)
     assert not said.is_alive(), "progress of a body never blocks"
 
 
 def test_fork_waits_for_a_heartbeat_and_takes_no_connection_along(beating):
-    link, go_on = beating
+    connection, go_on = beating
     forked = threading.Event()
-    thread = threading.Thread(target=lambda: (link._before_fork(), forked.set(), link._after_fork()), daemon=True)
+    thread = threading.Thread(
+        target=lambda: (connection._before_fork(), forked.set(), connection._after_fork()), daemon=True
+    )
     thread.start()
     assert not forked.wait(0.2), "the heartbeat has a connection open"
     go_on.set()

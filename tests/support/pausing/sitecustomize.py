@@ -4,8 +4,8 @@ Python imports this file at its start when its folder is on PYTHONPATH. A test a
 names the kind of process which is to wait there; the first such process that comes by takes the file, writes its PID
 into POINT.reached, and waits until there is a file POINT.go.
 
-LINK_LONELY_S, FORK_SERVER_LONELY_S and WAIT_MANAGER_LONELY_S in the environment are how long idle children, fork server
-and wait manager wait for a supervisor.
+CONNECTION_LONELY_S, FORKSERVER_LONELY_S and WAIT_MANAGER_LONELY_S in the environment are how long idle children,
+fork server and wait manager wait for a supervisor.
 """
 
 import importlib
@@ -45,6 +45,8 @@ if "PAUSES" in os.environ:
     from bgsupervisor import failpoints
 
     failpoints.at = at
-for module in ("link", "fork_server", "wait_manager"):
+for module in ("connection", "forkserver", "wait_manager"):
     if f"{module.upper()}_LONELY_S" in os.environ:
-        importlib.import_module(f"bgsupervisor.{module}").LONELY_S = float(os.environ[f"{module.upper()}_LONELY_S"])
+        importlib.import_module(f"bgsupervisor.worker.{module}").LONELY_S = float(
+            os.environ[f"{module.upper()}_LONELY_S"]
+        )
