@@ -6,7 +6,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.errors import (
         AccessError,
         AlreadyLive,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         UnsupportedSystem,
         WaitTimeout,
     )
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
     from bgsupervisor.statuses import Reason, Status
     from bgsupervisor.tasks import Handle, Task, current, task
@@ -88,7 +88,7 @@ _ROOMS = {
     "Service": "service",
     **dict.fromkeys(("Reason", "Status"), "statuses"),
     **dict.fromkeys(("Handle", "Task", "current", "task"), "tasks"),
-    "TaskRecord": "database.store",
+    "TaskRecord": "ledger.records",
 }
 """Where a name lives, if not in errors."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
 
-    from bgsupervisor.database.store import SupervisorRecord
+    from bgsupervisor.ledger.records import SupervisorRecord
 
 __all__ = ["SUPERVISOR_SILENT_S", "Catalogue", "Known", "listed", "names_of"]
 

@@ -40,7 +40,8 @@ from bgsupervisor.errors import (
 )
 from bgsupervisor.ipc.sockets import send_datagram
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Ledger, Request
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.requests import Request
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.tasks import Handle
 
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.ledger.external import ExternalConnections
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.system.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from bgsupervisor.cli.commands.dev import Interrupts
     from bgsupervisor.cli.session import Session
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import SupervisorRecord
     from bgsupervisor.ipc.channel import Channel
     from bgsupervisor.ipc.messages import Reloaded
+    from bgsupervisor.ledger.records import SupervisorRecord
     from bgsupervisor.service import Service
 
 __all__ = ["Development"]

@@ -1,4 +1,4 @@
-"""The tables and the database that holds them; knows no transition and no process.
+"""A database and its connections: opened when first used, in every thread and after every fork.
 
 Peewee classes are made per database and prefix (`Tables`): two Services on two databases work at once in one
 process, which binding shared classes to the database of the moment would mix up.
@@ -7,10 +7,8 @@ process, which binding shared classes to the database of the moment would mix up
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import gc
-import math
 import os
 import sqlite3
 import stat
@@ -22,18 +20,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 import peewee
 
 from bgsupervisor import sanitize
 from bgsupervisor.clock import ServerClock, SystemClock, repeat_last
 from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.database import postgres
+from bgsupervisor.database.errors import (
+    LOCKED,
+    driver_error,
+    first_error,
+    forget_frames,
+    is_locked,
+    sqlite_code,
+    translated,
+)
+from bgsupervisor.database.tables import Tables
+from bgsupervisor.database.values import readable
 from bgsupervisor.errors import AccessError, BgSupervisorError, DatabaseError, LockedByCaller, ServerAway, Undecided
-from bgsupervisor.statuses import Reason, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.database.callers import OpenTransaction
@@ -41,21 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Store",
-    "SupervisorRecord",
-    "Tables",
-    "TaskRecord",
-    "UtcField",
     "close_owned",
-    "is_locked",
-    "is_passing",
-    "read_pid",
-    "read_reason",
-    "read_status",
-    "read_text",
-    "read_time",
-    "read_whole",
     "roll_back_abandoned",
-    "translated",
 ]
 
 log = sanitize.logger()
@@ -74,488 +68,10 @@ OWN_LOCK_S = 0.2
 COME_BACK_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Pauses between tries to reach a server that has hung up; the last one repeats."""
 
-# SQLite's primary result codes after which the same write can succeed later.
-LOCKED = 5
-_PASSING_CODES = {
-    LOCKED: "locked",
-    6: "locked",
-    8: "read-only",
-    10: "failing to read or write",
-    13: "full",
-    14: "not to be opened",
-}
-
-
-_OF_ONE_ROW = (peewee.IntegrityError, peewee.DataError, peewee.InterfaceError, peewee.ProgrammingError)
-"""What is wrong with a row's values, not with the database."""
-
 
 _FULL = "the disk is full; free some space and try again"
 FULL_BYTES = 64 * 1024
 """With less room than this no transaction fits."""
-
-_REASONS = frozenset(str(reason) for reason in Reason)
-_STATUSES = frozenset(str(status) for status in Status)
-WHOLE_MAX = 2**63 - 1
-"""Limit of a whole number in a row."""
-PID_MAX = 2**31 - 1
-"""Limit of a PID: pid_t is an int."""
-_FIRST, _LAST = datetime(2, 1, 1, tzinfo=UTC), datetime(9998, 12, 31, tzinfo=UTC)
-
-
-def read_text(value: object) -> str:
-    """Return the text that a row holds, whatever bytes it is of; a number is its digits."""
-    if isinstance(value, str):
-        return value
-    return _readable(bytes(value)) if isinstance(value, bytes | bytearray | memoryview) else str(value)
-
-
-def read_whole(value: object) -> int | None:
-    """Return the whole number that a row holds; None if it holds something else, as any column of SQLite may."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and -WHOLE_MAX - 1 <= value <= WHOLE_MAX else None
-
-
-def read_pid(value: object) -> int | None:
-    """Return the PID that a row holds; None if it can be none."""
-    pid = read_whole(value)
-    return pid if pid is not None and 0 < pid <= PID_MAX else None
-
-
-def read_real(value: object) -> float | None:
-    """Return the number that a row holds; None if it holds something else, NaN or infinity."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def read_time(value: object) -> datetime | None:
-    """Return the moment that a row holds, in UTC; None if it holds none.
-
-    Text without a zone, as hand-written SQL stores it, is UTC. The first and the last year that Python knows become
-    the ones beside them, so that every zone can show it.
-    """
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else value
-        if not isinstance(moment, datetime):
-            return None
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except (ValueError, OverflowError):
-        return None
-    return min(max(moment, _FIRST), _LAST)
-
-
-def read_status(value: object) -> Status | None:
-    """Return the status that a row holds; None if it is a word of a later version, or written by hand."""
-    return Status(value) if value in _STATUSES else None
-
-
-def read_reason(value: object) -> Reason | None:
-    """Return the reason that a row holds; None as `read_status`."""
-    return Reason(value) if value in _REASONS else None
-
-
-class _Text(peewee.TextField):
-    def python_value(self, value: object) -> str | None:
-        return None if value is None else read_text(value)
-
-    def adapt(self, value: Any) -> Any:  # noqa: ANN401 - as a StrEnum, or what a row holds
-        return str(value) if isinstance(value, str) else value
-
-
-class _Whole(peewee.IntegerField):
-    def python_value(self, value: object) -> int | None:
-        return read_whole(value)
-
-    def adapt(self, value: Any) -> Any:  # noqa: ANN401 - a compare-and-set names what a row holds, whatever that is
-        return value
-
-
-class _BigWhole(_Whole, peewee.BigIntegerField):
-    pass
-
-
-class _Real(peewee.DoubleField):
-    def python_value(self, value: object) -> float | None:
-        return read_real(value)
-
-
-class UtcField(peewee.DateTimeField):
-    """An aware datetime; in SQLite text that sorts: YYYY-MM-DD HH:MM:SS.ffffff+00:00."""
-
-    def db_value(self, value: datetime | str | None) -> str | None:
-        """Convert to UTC before storing; a naive datetime is an error of ours."""
-        if value is None or isinstance(value, str):
-            return value
-        if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone")
-        return value.astimezone(UTC).isoformat(sep=" ", timespec="microseconds")
-
-    def python_value(self, value: object) -> datetime | None:
-        """Return an aware datetime, None for what is none."""
-        return read_time(value)
-
-
-class Tables:
-    """The Peewee classes of one installation: one database, one prefix."""
-
-    def __init__(self, database: peewee.Database, prefix: str) -> None:
-        self.prefix = prefix
-
-        class Base(peewee.Model):
-            class Meta:
-                legacy_table_names = False
-
-        class Task(Base):
-            id = peewee.AutoField()
-            name = _Text()
-            data = _Text()
-            queue = _Text()
-            priority = _Whole()
-            status = _Text()
-            reason = _Text(null=True)
-            detail = _Text(null=True)
-            key = _Text(null=True)
-            unique_key = _Text(null=True)
-            serial = _Text(null=True)
-            run_at = UtcField()
-            expires_at = UtcField(null=True)
-            requested_at = UtcField()
-            started_at = UtcField(null=True)
-            started_mono = _Real(null=True)
-            ended_at = UtcField(null=True)
-            heartbeat_at = UtcField(null=True)
-            attempt = _Whole()
-            tries = _Whole()
-            max_attempts = _Whole()
-            ending = _Text(null=True)
-            host = _Text(null=True)
-            boot_id = _Text(null=True)
-            pid_ns = _BigWhole(null=True)
-            pid = _Whole(null=True)
-            start_ticks = _BigWhole(null=True)
-            slot = _Whole(null=True)
-            progress_done = _Real(null=True)
-            progress_total = _Real(null=True)
-            message = _Text(null=True)
-            result = _Text(null=True)
-            error = _Text(null=True)
-            exit_code = _Whole(null=True)
-            signal = _Whole(null=True)
-            cpu_s = _Real(null=True)
-            cpu_percent = _Real(null=True)
-            rss_bytes = _BigWhole(null=True)
-            peak_rss_bytes = _BigWhole(null=True)
-            cancel_requested_at = UtcField(null=True)
-            cancel_requested_by = _Text(null=True)
-            suspend_requested_at = UtcField(null=True)
-            suspend_requested_by = _Text(null=True)
-            suspended_at = UtcField(null=True)
-            suspended_mono = _Real(null=True)
-            suspended_s = _Real(null=True)
-            stack = _Text(null=True)
-            parent_id = _Whole(null=True)
-
-        class Interruption(Base):
-            id = peewee.AutoField()
-            task_id = _Whole()
-            attempt = _Whole()
-            reason = _Text()
-            detail = _Text(null=True)
-            error = _Text(null=True)
-            stack = _Text(null=True)
-            exit_code = _Whole(null=True)
-            signal = _Whole(null=True)
-            host = _Text(null=True)
-            pid = _Whole(null=True)
-            started_at = UtcField(null=True)
-            ended_at = UtcField()
-
-        class Supervisor(Base):
-            host = _Text(primary_key=True)
-            boot_id = _Text()
-            pid_ns = _BigWhole()
-            pid = _Whole()
-            start_ticks = _BigWhole()
-            started_at = UtcField()
-            heartbeat_at = UtcField()
-            slots = _Whole()
-            version = _Text()
-            catalogue = _Text()
-            code_error = _Text(null=True)
-            left_at = UtcField(null=True)
-
-        class Part(Base):
-            id = peewee.AutoField()
-            task_id = _Whole()
-            name = _Text()
-            value = _Text()
-            reached_at = UtcField()
-
-        class Hold(Base):
-            id = peewee.AutoField()
-            name = _Text()
-            permit = _Whole()
-            task_id = _Whole(null=True)
-            attempt = _Whole(null=True)
-            since = UtcField()
-            abandoned_by = _Whole(null=True)
-
-        class Wait(Base):
-            id = peewee.AutoField()
-            task_id = _Whole()
-            attempt = _Whole()
-            number = _Whole(default=0)
-            whole = peewee.BooleanField(default=True)
-            kind = _Text()
-            target_id = _Whole(null=True)
-            target = _Text(null=True)
-            permits = _Whole(null=True)
-            since = UtcField()
-
-        class Dependency(Base):
-            id = peewee.AutoField()
-            task_id = _Whole()
-            on_id = _Whole()
-            any_end = peewee.BooleanField()
-
-        class Participant(Base):
-            id = peewee.AutoField()
-            scope = _Text()
-            name = _Text()
-            generation = _Whole()
-            task_id = _Whole()
-            attempt = _Whole()
-            parties = _Whole()
-            outcome = _Text(null=True)
-
-        self.Task: Any = Task
-        self.Interruption: Any = Interruption
-        self.Supervisor: Any = Supervisor
-        self.Part: Any = Part
-        self.Hold: Any = Hold
-        self.Wait: Any = Wait
-        self.Dependency: Any = Dependency
-        self.Participant: Any = Participant
-        for model in (Task, Interruption, Supervisor, Part, Hold, Wait, Dependency, Participant):
-            meta: Any = model._meta  # noqa: SLF001 - Peewee's documented place for table options
-            meta.set_database(database)
-            meta.set_table_name(prefix + model.__name__.lower())
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class TaskRecord:
-    """A task as it was when it was read: every column of its row. Times are aware, in UTC."""
-
-    id: int
-    name: str
-    data: str
-    queue: str
-    priority: int
-    status: Status
-    reason: Reason | None
-    detail: str | None
-    key: str | None
-    unique_key: str | None
-    serial: str | None
-    run_at: datetime
-    expires_at: datetime | None
-    requested_at: datetime
-    started_at: datetime | None
-    started_mono: float | None
-    ended_at: datetime | None
-    heartbeat_at: datetime | None
-    attempt: int
-    tries: int
-    max_attempts: int
-    ending: Reason | None
-    host: str | None
-    boot_id: str | None
-    pid_ns: int | None
-    pid: int | None
-    start_ticks: int | None
-    slot: int | None
-    progress_done: float | None
-    progress_total: float | None
-    message: str | None
-    result: str | None
-    error: str | None
-    exit_code: int | None
-    signal: int | None
-    cpu_s: float | None
-    cpu_percent: float | None
-    rss_bytes: int | None
-    peak_rss_bytes: int | None
-    cancel_requested_at: datetime | None
-    cancel_requested_by: str | None
-    suspend_requested_at: datetime | None
-    suspend_requested_by: str | None
-    suspended_at: datetime | None
-    suspended_mono: float | None
-    suspended_s: float | None
-    stack: str | None
-    parent_id: int | None
-    position: int | None = None
-    """Place in the queue, 1 is next; known for a waiting task that `Service.get` returned."""
-    no_supervisor_since: datetime | None = None
-    """When a supervisor was last seen, if that is too long ago; known for a task that `Service.get` returned."""
-    unreadable: tuple[str, ...] = ()
-    """The columns that hold what they cannot mean, as rows written by hand may; None or a default stands for each."""
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> TaskRecord:
-        """Make a record of a row as the driver gives it (`Store.raw`); never fails, whatever it holds."""
-        values, unreadable = dict[str, Any](), []
-        for column, held in row.items():
-            value = None if held is None else _READERS[column](held)
-            if value is None and (held is not None or column in _INSTEAD):
-                unreadable.append(column)
-                value = _INSTEAD.get(column)
-            values[column] = value
-        return cls(**values, unreadable=tuple(unreadable))
-
-    def __repr__(self) -> str:
-        """Name the task, without data, result and texts of errors: they may hold what no log should."""
-        key = "" if self.key is None else f", key={self.key!r}"
-        reason = "" if self.reason is None else f" / {self.reason}"
-        return (
-            f"TaskRecord(id={self.id}, name={self.name!r}{key}, status={self.status}{reason}, attempt={self.attempt})"
-        )
-
-    @property
-    def ended(self) -> bool:
-        """Whether it is DONE or INTERRUPTED."""
-        return self.status.ended
-
-    @property
-    def fraction(self) -> float | None:
-        """How much is done, 0.0 to 1.0; None when its body has not said."""
-        if self.status is Status.DONE:
-            return 1.0
-        if self.progress_done is None or not self.progress_total:
-            return None
-        return min(max(self.progress_done / self.progress_total, 0.0), 1.0)
-
-    def public(self) -> dict[str, Any]:
-        """Return what a browser may see, ready for JSON: no data, no result, no error text, no machine facts."""
-        since = self.no_supervisor_since
-        return {
-            "id": self.id,
-            "status": str(self.status),
-            "reason": None if self.reason is None else str(self.reason),
-            "ended": self.ended,
-            "fraction": self.fraction,
-            "message": None if self.status is Status.DONE else self.message,
-            "requested_at": self.requested_at.isoformat(),
-            "started_at": None if self.started_at is None else self.started_at.isoformat(),
-            "ended_at": None if self.ended_at is None else self.ended_at.isoformat(),
-            "cancel_requested": self.cancel_requested_at is not None,
-            "suspended": self.suspended_at is not None,
-            "position": self.position,
-            "no_supervisor_since": None if since is None else since.isoformat(),
-        }
-
-
-_BY_TYPE: dict[str, Callable[[object], object]] = {
-    "str": read_text,
-    "int": read_whole,
-    "float": read_real,
-    "datetime": read_time,
-    "Status": read_status,
-    "Reason": read_reason,
-}
-_READERS = {
-    field.name: _BY_TYPE[str(field.type).removesuffix(" | None")]
-    for field in dataclasses.fields(TaskRecord)
-    if field.name != "unreadable"
-} | {"pid": read_pid}
-_INSTEAD: dict[str, Any] = {
-    "id": 0,
-    "name": "?",
-    "data": "",
-    "queue": "",
-    "priority": 0,
-    "status": Status.INTERRUPTED,
-    "run_at": datetime(1970, 1, 1, tzinfo=UTC),
-    "requested_at": datetime(1970, 1, 1, tzinfo=UTC),
-    "attempt": 0,
-    "tries": 0,
-    "max_attempts": 1,
-}
-"""What stands for each column that is never NULL, where it cannot be read."""
-
-
-class _Told(msgspec.Struct):
-    """What is used of a task's options in a catalogue."""
-
-    secret: list[str] = []
-
-
-class _Failed(msgspec.Struct):
-    """What is used of an error in `code_error`."""
-
-    module: str
-    error: str
-    kind: str = "module"
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisorRecord:
-    """The supervisor that was last seen on a host; `catalogue` and `code_error` are JSON text.
-
-    `left_at` is set by one that leaves in order; after a kill only the silence tells.
-    """
-
-    host: str
-    boot_id: str
-    pid_ns: int
-    pid: int
-    start_ticks: int
-    started_at: datetime
-    heartbeat_at: datetime
-    slots: int
-    version: str
-    catalogue: str
-    code_error: str | None
-    left_at: datetime | None = None
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> SupervisorRecord | None:
-        """Make a record of a row as Peewee's `dicts()` gives it; None of one that names no process and no times.
-
-        A catalogue, or errors, that are no JSON of ours are left out.
-        """
-        values = {**row, "pid": read_pid(row["pid"])}
-        if any(
-            values[one.name] is None for one in dataclasses.fields(cls) if one.name not in ("code_error", "left_at")
-        ):
-            return None
-        if not _is_json(values["catalogue"], dict[str, _Told]):
-            values["catalogue"] = "{}"
-        if values["code_error"] is not None and not _is_json(values["code_error"], list[_Failed]):
-            values["code_error"] = None
-        return cls(**values)
-
-
-def _is_json(text: str, kind: Any) -> bool:  # noqa: ANN401 - a type
-    try:
-        msgspec.json.decode(text, type=kind)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return False
-    return True
-
-
-def is_passing(error: BaseException) -> bool:
-    """Whether the same write may succeed later: the database is locked, full, read-only or away."""
-    driver = _of_driver(_first(error))
-    return _sqlite_code(driver) in _PASSING_CODES or postgres.is_passing(driver)
-
-
-def is_locked(error: BaseException) -> bool:
-    """Whether another writer keeps the database locked: it may be one that stands still."""
-    if error.__cause__ is None:
-        return False
-    driver = _of_driver(_first(error.__cause__))
-    return _sqlite_code(driver) == LOCKED or postgres.is_locked(driver)
 
 
 def roll_back_abandoned(*, for_good: bool) -> None:
@@ -581,55 +97,6 @@ def roll_back_abandoned(*, for_good: bool) -> None:
 def _only_rollback(action: int, what: str | None, *_: object) -> int:
     is_rollback = action == sqlite3.SQLITE_TRANSACTION and what == "ROLLBACK"
     return sqlite3.SQLITE_OK if is_rollback else sqlite3.SQLITE_DENY
-
-
-def _of_driver(error: BaseException) -> BaseException:
-    """Return the database driver's own error behind one of Peewee's."""
-    return error.__cause__ or error.__context__ or error
-
-
-def _sqlite_code(driver: BaseException) -> int | None:
-    """Return SQLite's primary result code of an error of the driver."""
-    code: int | None = getattr(driver, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
-
-
-def _first(error: BaseException) -> BaseException:
-    """Return what went wrong, not the rollback that failed after it.
-
-    With a full disk SQLite has rolled back itself; a connection to PostgreSQL that is lost cannot roll back.
-    """
-    told = ("no transaction is active", "no such savepoint", "connection is closed", "connection is lost")
-    while error.__context__ is not None and any(text in str(error) for text in told):
-        error = error.__context__
-    return error
-
-
-@contextlib.contextmanager
-def translated(store: Store) -> Iterator[None]:
-    """Turn Peewee's errors of a database that is away into one clear sentence; those of a single row pass.
-
-    Raises:
-        DatabaseError: Locked, full, damaged or away; says which, and what to do.
-        AccessError: This user lacks a right; says which on what.
-    """
-    try:
-        yield
-    except (peewee.PeeweeException, sqlite3.Error) as error:  # Peewee wraps a query, but not the stepping of its rows
-        first = _first(error)
-        if isinstance(first, BgSupervisorError):
-            raise first from None  # within a transaction it was explained, and then that could not be rolled back
-        of_one_row = postgres.is_of_one_row(_of_driver(first))
-        if isinstance(error, _OF_ONE_ROW) if of_one_row is None else of_one_row:
-            raise
-        raise store.explain(error) from error
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go what the frames of an error hold: a cursor keeps a connection's files open after its close."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 class _StillLocked(Exception):
@@ -937,7 +404,7 @@ class Store:
             yield
         except DatabaseError as error:
             if is_locked(error):
-                _forget_frames(error)
+                forget_frames(error)
                 raise _StillLocked from None
             raise
 
@@ -1104,8 +571,8 @@ class Store:
     def explain(self, error: peewee.PeeweeException | sqlite3.Error) -> DatabaseError | AccessError:
         """Say in one sentence what is wrong with the database and what to do."""
         if not self._is_sqlite:
-            return postgres.explain(_of_driver(_first(error)), self.database)
-        text = str(_first(error))
+            return postgres.explain(driver_error(first_error(error)), self.database)
+        text = str(first_error(error))
         access = self._missing_right()
         if access is not None:
             return access
@@ -1173,9 +640,9 @@ class Store:
         while True:
             try:
                 self.database.connect(reuse_if_open=True)
-                self.database.connection().text_factory = _readable
+                self.database.connection().text_factory = readable
             except peewee.OperationalError as error:
-                if _sqlite_code(_of_driver(error)) != LOCKED or clock.monotonic() >= deadline:
+                if sqlite_code(driver_error(error)) != LOCKED or clock.monotonic() >= deadline:
                     raise
             else:
                 return
@@ -1277,11 +744,6 @@ def _is_full(path: Path | None) -> bool:
     if found is None:
         return False
     return found.f_frsize * (found.f_bavail if os.geteuid() else found.f_bfree) < FULL_BYTES
-
-
-def _readable(text: bytes) -> str:
-    """Read a text whatever bytes somebody stored in it: one bad row must not keep the others from being read."""
-    return text.decode("utf-8", "replace")
 
 
 def _create_file(path: Path) -> None:

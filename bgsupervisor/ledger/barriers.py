@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
+from bgsupervisor.database.tables import IS_START
 from bgsupervisor.errors import NotInTask
 from bgsupervisor.ledger.waitgraph import parent_of, parent_scope
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PASSED", "Barriers", "barrier_key"]
 
-_IS_START = peewee.SQL("\"status\" = 'START'")
 PASSED = "passed"
 
 
@@ -41,7 +41,7 @@ class Barriers:
         """
         participant, task = self._participant, self._task
         with self._store.writing():
-            running = task.select(task.id).where(_IS_START & (task.id == id) & (task.attempt == attempt))
+            running = task.select(task.id).where(IS_START & (task.id == id) & (task.attempt == attempt))
             if not running.exists():
                 raise NotInTask(f"attempt {attempt} of task {id} has ended; it cannot come to a barrier any more")
             here = (participant.scope == scope) & (participant.name == name)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peewee
 
 from bgsupervisor.database.callers import origins, same_file
-from bgsupervisor.database.store import Store, translated
+from bgsupervisor.database.errors import translated
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, RequestRefused
-from bgsupervisor.ledger.transitions import Ledger
+from bgsupervisor.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import peewee
 
+from bgsupervisor.database.tables import IS_LIVE, IS_REQUEST, IS_START
 from bgsupervisor.ledger.cycles import WaitEdge, cycle
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["WaitGraph", "parent_of", "parent_scope"]
 
-_IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
-_IS_START = peewee.SQL("\"status\" = 'START'")
-_IS_LIVE = peewee.SQL("\"status\" IN ('REQUEST', 'START')")
 IDS_AT_ONCE = 500
 COMING_MAX = 10_000
 """More parties than this are not told apart from so many: a row may name any number."""
@@ -49,7 +47,7 @@ class WaitGraph:
     def who_has_slots(self, slots: int) -> list[int]:
         """Return who has the slots if all are taken, else nobody: then one is free."""
         task = self._task
-        holders = [id for (id,) in task.select(task.id).where(_IS_START & task.slot.is_null(False)).tuples()]
+        holders = [id for (id,) in task.select(task.id).where(IS_START & task.slot.is_null(False)).tuples()]
         return holders if len(holders) >= slots else []
 
     def coming(self, row: dict[str, Any]) -> WaitEdge:
@@ -58,7 +56,7 @@ class WaitGraph:
         here = (participant.scope == row["scope"]) & (participant.name == row["name"]) & participant.outcome.is_null()
         arrived = {id for (id,) in participant.select(participant.task_id).where(here).tuples()}
         parent_id = parent_of(row["scope"])
-        live = task.select(task.id).where(_IS_LIVE & ((task.parent_id == parent_id) | (task.id == parent_id)))
+        live = task.select(task.id).where(IS_LIVE & ((task.parent_id == parent_id) | (task.id == parent_id)))
         missing = min(max(row["parties"] - len(arrived), 0), COMING_MAX)
         sources = [id for (id,) in live.tuples() if id not in arrived and id != parent_id]
         if live.where(task.id == parent_id).exists():
@@ -81,7 +79,7 @@ class WaitGraph:
             for id, on_id in query.tuples():
                 if id is not None and on_id is not None:  # else the row was written by hand, and means nothing
                     edges.setdefault(id, []).append(WaitEdge(f"the end of task {on_id}", (on_id,)))
-            planned = self._task.select(self._task.id).where(_IS_REQUEST & self._task.id.in_(some))
+            planned = self._task.select(self._task.id).where(IS_REQUEST & self._task.id.in_(some))
             for (id,) in planned.tuples() if slot_holders else ():
                 edges.setdefault(id, []).append(_slot_edge(slot_holders))
         return edges

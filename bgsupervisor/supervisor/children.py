@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from bgsupervisor.ipc.messages import ProcessRef
-from bgsupervisor.ledger.transitions import Attempt, Suspension, Telemetry
+from bgsupervisor.ledger.attempts import Attempt, Suspension, Telemetry
 from bgsupervisor.system import logs, processes, stacks
 from bgsupervisor.system.oom import OomWatch
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.ipc.messages import AttemptResult, ChildHello
-    from bgsupervisor.ledger.transitions import Claim
+    from bgsupervisor.ledger.attempts import Claim
     from bgsupervisor.supervisor.events import EventSources, Peer
     from bgsupervisor.supervisor.termination import Termination
     from bgsupervisor.system.oom import Counters

@@ -9,10 +9,10 @@ import logging
 from typing import TYPE_CHECKING
 
 from bgsupervisor import failpoints
-from bgsupervisor.database.store import is_locked
+from bgsupervisor.database.errors import is_locked
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.ipc import messages
-from bgsupervisor.ledger.transitions import Batch, Ending, SlotGrant, Telemetry
+from bgsupervisor.ledger.attempts import Batch, IntendedEnd, SlotGrant, Telemetry
 from bgsupervisor.ledger.waits import DUE
 from bgsupervisor.sanitize import escaped, quoted
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from bgsupervisor.errors import BgSupervisorError
     from bgsupervisor.ipc.lock import Lock
     from bgsupervisor.ipc.messages import AttemptResult
-    from bgsupervisor.ledger.transitions import Attempt, Claim, Ledger, Outcome, Suspension
+    from bgsupervisor.ledger.attempts import Attempt, BatchResult, Claim, Suspension
+    from bgsupervisor.ledger.requests import Ledger
     from bgsupervisor.supervisor.backoff import Backoff
     from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import EventSources
@@ -116,7 +117,7 @@ class Decisions:
             elif child.termination is not None and child.termination.unsent:
                 termination = child.termination
                 # guard, -> self.terminations.carry_out(child, termination): the reason is committed before the signal
-                batch.endings[attempt] = Ending(attempt, termination.reason, termination.detail())
+                batch.intended_ends[attempt] = IntendedEnd(termination.reason, termination.detail())
             if child.suspension_unsaved and child.end is None:
                 batch.suspensions[attempt] = child.suspension
         for child, slot in zip(self.scheduler.returning(), self.scheduler.free_slots(), strict=False):
@@ -129,7 +130,7 @@ class Decisions:
             batch.telemetry = {attempt: note for attempt, note in noted.items() if note}
         return batch
 
-    def _take_effect(self, batch: Batch, outcome: Outcome) -> None:
+    def _take_effect(self, batch: Batch, outcome: BatchResult) -> None:
         """Do what had to wait for the commit: acknowledge, free, send signals."""
         by_attempt = self.children.by_attempt()
         _pause_after(batch)
@@ -148,9 +149,9 @@ class Decisions:
         self.scheduler.flawed = []
         for due in batch.flawed:
             self.scheduler.set_aside(due, struck=due.id in outcome.struck)
-        for attempt in batch.endings:
+        for attempt in batch.intended_ends:
             child = by_attempt[attempt]
-            if child.termination is not None and attempt in outcome.endings:
+            if child.termination is not None and attempt in outcome.intended_ends:
                 self.terminations.carry_out(child, child.termination)
             elif child.termination is not None:
                 child.termination.unsent = False
@@ -263,7 +264,7 @@ def _pause_before(batch: Batch) -> None:
         failpoints.at("supervisor.ending")
     if batch.unclaims:
         failpoints.at("supervisor.unclaiming")
-    if batch.endings:
+    if batch.intended_ends:
         failpoints.at("supervisor.condemning")
 
 
@@ -272,7 +273,7 @@ def _pause_after(batch: Batch) -> None:
         failpoints.at("supervisor.ended")
     if batch.unclaims:
         failpoints.at("supervisor.unclaimed")
-    if batch.endings:
+    if batch.intended_ends:
         failpoints.at("supervisor.condemned")
     if batch.returns:
         failpoints.at("supervisor.granted")

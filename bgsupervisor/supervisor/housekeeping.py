@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.ipc.statedir import StateDir
-    from bgsupervisor.ledger.transitions import Ledger
+    from bgsupervisor.ledger import Ledger
 
 __all__ = ["LOG_ROTATED_BYTES", "Housekeeping", "prune", "rotate"]
 

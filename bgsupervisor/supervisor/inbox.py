@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor.ipc import messages
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable

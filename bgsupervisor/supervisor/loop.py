@@ -22,7 +22,8 @@ from bgsupervisor.config import masked
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.ipc import messages
-from bgsupervisor.ledger.transitions import Batch, Ledger
+from bgsupervisor.ledger.attempts import Batch
+from bgsupervisor.ledger.requests import Ledger
 from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.backoff import PUT_OFF_S, Backoff
 from bgsupervisor.supervisor.children import Children

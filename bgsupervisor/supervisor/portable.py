@@ -21,11 +21,13 @@ import msgspec
 import psutil
 
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.database.store import Store, SupervisorRecord
+from bgsupervisor.database.store import Store
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import AttemptResult, LoadFailure, TaskOptions
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ending, Ledger, Telemetry
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, IntendedEnd, Telemetry
+from bgsupervisor.ledger.records import SupervisorRecord
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.termination import Stage, Termination
@@ -313,12 +315,12 @@ class Runner:
         }
         if not due:
             return
-        endings = {
-            attempt: Ending(attempt, child.termination.reason, child.termination.detail())
+        intended_ends = {
+            attempt: IntendedEnd(child.termination.reason, child.termination.detail())
             for attempt, child in due.items()
             if attempt is not None and child.termination is not None
         }
-        self._ledger.apply(Batch(endings=endings))
+        self._ledger.apply(Batch(intended_ends=intended_ends))
         for child in due.values():
             self._carry_out(child)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from bgsupervisor.database.store import SupervisorRecord
 from bgsupervisor.ipc import messages
+from bgsupervisor.ledger.records import SupervisorRecord
 
 if TYPE_CHECKING:
     from bgsupervisor.clock import AttendedClock

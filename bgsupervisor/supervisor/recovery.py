@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import AttemptResult, ProcessRef
-from bgsupervisor.ledger.transitions import Attempt, Suspension
+from bgsupervisor.ledger.attempts import Attempt, Suspension
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor.termination import Termination
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.system.processes import ProcessIdentity

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.ipc import messages
-from bgsupervisor.ledger.transitions import Claim
+from bgsupervisor.ledger.attempts import Claim
 from bgsupervisor.supervisor.backoff import PUT_OFF_S
 
 if TYPE_CHECKING:
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger.transitions import DueTask, Ledger
+    from bgsupervisor.ledger.attempts import DueTask
+    from bgsupervisor.ledger.requests import Ledger
     from bgsupervisor.supervisor.backoff import Backoff
     from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import EventSources

@@ -7,7 +7,7 @@ import logging
 import signal
 from typing import TYPE_CHECKING
 
-from bgsupervisor.ledger.transitions import Suspension
+from bgsupervisor.ledger.attempts import Suspension
 from bgsupervisor.supervisor.termination import Stage
 from bgsupervisor.system import processes
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from bgsupervisor.clock import AttendedClock
-    from bgsupervisor.ledger.transitions import ControlRequest
+    from bgsupervisor.ledger.attempts import ControlRequest
     from bgsupervisor.supervisor.children import ChildHandle, Children
 
 __all__ = ["Suspensions"]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import AttendedClock
     from bgsupervisor.config import Config
-    from bgsupervisor.ledger.transitions import ControlRequest
+    from bgsupervisor.ledger.attempts import ControlRequest
     from bgsupervisor.supervisor.children import ChildHandle, Children
     from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.supervisor.forkservers import ForkServers

@@ -27,11 +27,13 @@ from bgsupervisor import __version__, payload, service, tasks
 from bgsupervisor.catalogue import Catalogue, Known
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import MIB, Config, load
-from bgsupervisor.database.store import Store, SupervisorRecord
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
 from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, Telemetry
 from bgsupervisor.ledger.external import recognised
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Telemetry
+from bgsupervisor.ledger.records import SupervisorRecord
 from bgsupervisor.statuses import Status
 from bgsupervisor.system.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
@@ -42,9 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.attempts import DueTask
     from bgsupervisor.ledger.external import ExternalConnection
-    from bgsupervisor.ledger.transitions import DueTask, Request
+    from bgsupervisor.ledger.records import TaskRecord
+    from bgsupervisor.ledger.requests import Request
     from bgsupervisor.service import Backing, Key, Origin, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]

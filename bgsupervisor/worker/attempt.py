@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ipc.messages import Run
-    from bgsupervisor.ledger.transitions import Ledger
+    from bgsupervisor.ledger.requests import Ledger
     from bgsupervisor.ledger.waits import Waits
     from bgsupervisor.worker.mailbox import BodyConnection
 

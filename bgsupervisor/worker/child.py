@@ -24,7 +24,7 @@ from bgsupervisor.database.store import roll_back_abandoned
 from bgsupervisor.errors import Cancelled
 from bgsupervisor.ipc.messages import AttemptResult, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.system import descriptors, logs, processes, stacks
 from bgsupervisor.system.syscalls import set_child_subreaper
 from bgsupervisor.system.titles import IDLE, set_title, task_title

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from bgsupervisor import failpoints, payload
 from bgsupervisor.errors import BarrierBroken, Cancelled, PartNotReached, UnknownTask, WaitTimeout
+from bgsupervisor.ledger.attempts import ID_MAX
 from bgsupervisor.ledger.barriers import PASSED, barrier_key
-from bgsupervisor.ledger.transitions import ID_MAX
+from bgsupervisor.ledger.locks import Held, Queued, turn_key
+from bgsupervisor.ledger.slots import Waiter, Waiting
 from bgsupervisor.ledger.waitgraph import parent_scope
-from bgsupervisor.ledger.waits import Held, Queued, Waiter, Waiting, task_key, turn_key
+from bgsupervisor.ledger.waits import task_key
 from bgsupervisor.worker.attempt import RunningAttempt
 from bgsupervisor.worker.slot import Slot
 from bgsupervisor.worker.wait_client import WakeUps
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ipc.messages import Run
-    from bgsupervisor.ledger.transitions import Ledger
-    from bgsupervisor.ledger.waits import Found
+    from bgsupervisor.ledger.parts import Found
+    from bgsupervisor.ledger.requests import Ledger
     from bgsupervisor.worker.mailbox import BodyConnection
 
 __all__ = ["Coordination"]

@@ -10,7 +10,8 @@ from bgsupervisor import failpoints
 from bgsupervisor.clock import repeat_last
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import BgSupervisorError
-from bgsupervisor.ledger.transitions import Attempt, Batch, Ledger, Telemetry
+from bgsupervisor.ledger.attempts import Attempt, Batch, Telemetry
+from bgsupervisor.ledger.requests import Ledger
 
 if TYPE_CHECKING:
     from bgsupervisor.clock import Clock

@@ -12,7 +12,7 @@ from bgsupervisor.ipc import messages
 if TYPE_CHECKING:
     from typing import Any
 
-    from bgsupervisor.ledger.waits import Waiter
+    from bgsupervisor.ledger.slots import Waiter
     from bgsupervisor.worker.attempt import RunningAttempt
 
 __all__ = ["Slot"]

@@ -21,7 +21,7 @@ from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import AttemptResult, LoadFailure, Run, TaskOptions
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system import logs
 from bgsupervisor.worker import leftovers, reporting

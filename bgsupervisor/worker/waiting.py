@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from bgsupervisor.ledger.waits import Waiter, Waiting
+    from bgsupervisor.ledger.slots import Waiter, Waiting
     from bgsupervisor.worker.attempt import RunningAttempt
     from bgsupervisor.worker.slot import Slot
     from bgsupervisor.worker.wait_client import WakeUps

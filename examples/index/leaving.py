@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from bgsupervisor import Service, TaskRecord
-    from bgsupervisor.database.store import SupervisorRecord
+    from bgsupervisor.ledger.records import SupervisorRecord
 
 GONE_S = 5.0
 """Who is killed is waited for no longer; one in uninterruptible sleep stays a while."""

@@ -19,7 +19,8 @@ from support.app import LIMIT_S, Supervising, wait_until
 from bgsupervisor.cli.code_changes import Changes
 from bgsupervisor.cli.display.following import Lines
 from bgsupervisor.config import load
-from bgsupervisor.ledger.transitions import Ledger, Request
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.requests import Request
 from bgsupervisor.supervisor import portable
 from bgsupervisor.testing import FakeClock
 

@@ -15,7 +15,7 @@ import pytest
 from support.app import LIMIT_S, wait_until
 from test_dev import Dev
 
-from bgsupervisor.database.store import SupervisorRecord
+from bgsupervisor.ledger.records import SupervisorRecord
 from bgsupervisor.supervisor import portable
 
 ELSEWHERE = Path(__file__).parents[1] / "support" / "elsewhere"

@@ -9,8 +9,8 @@ import pytest
 
 from bgsupervisor.cli.display import rows
 from bgsupervisor.cli.program import program
-from bgsupervisor.database.store import SupervisorRecord
-from bgsupervisor.ledger.transitions import Batch
+from bgsupervisor.ledger.attempts import Batch
+from bgsupervisor.ledger.records import SupervisorRecord
 from bgsupervisor.statuses import Status
 from bgsupervisor.system import processes
 

@@ -12,11 +12,12 @@ import pytest
 from support.app import wait_until
 
 from bgsupervisor.cli.commands.why import because
-from bgsupervisor.database.store import SupervisorRecord
 from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ipc.statedir import StateDir, StopMark
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ending, Request, Telemetry
-from bgsupervisor.ledger.waits import Waiter, Waiting
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, DueTask, IntendedEnd, Telemetry
+from bgsupervisor.ledger.records import SupervisorRecord
+from bgsupervisor.ledger.requests import Request
+from bgsupervisor.ledger.slots import Waiter, Waiting
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system import processes
 
@@ -290,7 +291,7 @@ def test_a_task_that_is_being_ended_tells_who_wants_it_or_why(app):
     app.service.cancel(task.id, by="jana")
     assert _why(app, task) == [("ending", "its end was asked for by jana N s ago")]
 
-    app.service.ledger.apply(Batch(endings={task: Ending(task, Reason.TIMED_OUT, "past 5 s")}))
+    app.service.ledger.apply(Batch(intended_ends={task: IntendedEnd(Reason.TIMED_OUT, "past 5 s")}))
     assert _why(app, task) == [("ending", "it is being ended: TIMED_OUT")]
 
 

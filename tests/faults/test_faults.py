@@ -28,7 +28,7 @@ from support.users import DEPLOY, their_python  # noqa: F401 - a fixture
 import bgsupervisor
 from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import FORK_S

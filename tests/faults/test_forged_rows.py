@@ -17,7 +17,7 @@ from support.as_user import as_nobody, needs_root
 from bgsupervisor.clock import AttendedClock, SystemClock
 from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc.messages import ProcessRef
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.supervisor.children import Children
 from bgsupervisor.supervisor.termination import Terminations
 from bgsupervisor.system import processes, stacks

@@ -32,7 +32,7 @@ from bgsupervisor.ipc.messages import (
 )
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.statuses import Reason
 from bgsupervisor.supervisor import postmortem
 from bgsupervisor.supervisor.children import ChildHandle, Children

@@ -15,10 +15,11 @@ from bgsupervisor import Service
 from bgsupervisor.cli.commands import doctor
 from bgsupervisor.cli.program import program
 from bgsupervisor.cli.session import Session
-from bgsupervisor.database.store import Store, TaskRecord
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Attempt, Batch
+from bgsupervisor.ledger.attempts import Attempt, Batch
+from bgsupervisor.ledger.records import TaskRecord
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system import processes
 

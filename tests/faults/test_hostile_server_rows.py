@@ -13,7 +13,7 @@ from bgsupervisor import Service
 from bgsupervisor.cli.commands import doctor
 from bgsupervisor.cli.session import Session
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Attempt, Batch
+from bgsupervisor.ledger.attempts import Attempt, Batch
 from bgsupervisor.system import processes
 
 TEXTS = [

@@ -39,8 +39,11 @@ from bgsupervisor.database.connection_limit import CONNECTIONS_MAX, ConnectionLi
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError, ServerAway, Undecided
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Batch, Claim, DueTask, Ledger, Request, Telemetry
-from bgsupervisor.ledger.waits import Held, Waiter, Waiting
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Batch, Claim, DueTask, Telemetry
+from bgsupervisor.ledger.locks import Held
+from bgsupervisor.ledger.requests import Request
+from bgsupervisor.ledger.slots import Waiter, Waiting
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
 

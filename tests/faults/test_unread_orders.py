@@ -16,7 +16,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.ipc.channel import Channel
 from bgsupervisor.ipc.messages import Beat, Cancel, ChildHello, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import ForkServers

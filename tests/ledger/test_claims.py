@@ -14,8 +14,10 @@ from support.app import LIMIT_S, only_postgres, wait_until
 
 from bgsupervisor.database.store import Store
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ledger, Request, Telemetry
-from bgsupervisor.ledger.waits import Waiter, Waiting
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, DueTask, Telemetry
+from bgsupervisor.ledger.requests import Request
+from bgsupervisor.ledger.slots import Waiter, Waiting
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
 

@@ -26,23 +26,25 @@ from support.postgres_server import empty
 import bgsupervisor
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.postgres import lock_key
-from bgsupervisor.database.store import Store, SupervisorRecord, UtcField
+from bgsupervisor.database.store import Store
+from bgsupervisor.database.tables import UtcField
 from bgsupervisor.errors import AlreadyLive, DatabaseError, NotRetryable, NotSuspendable, UnknownTask
 from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger import Ledger
 from bgsupervisor.ledger import transitions as ledger_module
-from bgsupervisor.ledger.transitions import (
-    TRANSITIONS,
+from bgsupervisor.ledger.attempts import (
     Attempt,
     Batch,
     Claim,
     ControlRequest,
     DueTask,
-    Ending,
-    Ledger,
-    Request,
+    IntendedEnd,
     Suspension,
     Telemetry,
 )
+from bgsupervisor.ledger.records import ATTEMPT_COLUMNS, SupervisorRecord
+from bgsupervisor.ledger.requests import Request
+from bgsupervisor.ledger.transitions import TRANSITIONS
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
 
@@ -266,10 +268,10 @@ def test_an_event_of_another_attempt_changes_nothing_in_any_status(ledger, raw, 
     outcome = ledger.apply(
         Batch(
             telemetry={other: Telemetry(progress_done=0.5)},
-            endings={other: Ending(other, Reason.TIMED_OUT, "too long")},
+            intended_ends={other: IntendedEnd(Reason.TIMED_OUT, "too long")},
         )
     )
-    assert not outcome.endings
+    assert not outcome.intended_ends
     assert rows(raw) == before
 
 
@@ -277,8 +279,8 @@ def test_an_event_of_another_attempt_changes_nothing_in_any_status(ledger, raw, 
 def test_notes_and_endings_reach_running_rows_only(ledger, raw, status):
     attempt = task_in(ledger, status)
     before = rows(raw)
-    note, ending = Telemetry(message="late"), Ending(attempt, Reason.TIMED_OUT, "too long")
-    assert not ledger.apply(Batch(telemetry={attempt: note}, endings={attempt: ending})).endings
+    note, ending = Telemetry(message="late"), IntendedEnd(Reason.TIMED_OUT, "too long")
+    assert not ledger.apply(Batch(telemetry={attempt: note}, intended_ends={attempt: ending})).intended_ends
     assert rows(raw) == before
 
 
@@ -356,7 +358,7 @@ def test_an_interruption_is_kept_when_the_task_is_retried(ledger, raw, clock):
     clock.sleep(60)
     record = ledger.retry(attempt.id)
     assert (record.status, record.key, record.data, record.run_at) == (Status.REQUEST, "k", "{}", clock.now())
-    for column in ledger_module._ATTEMPT_COLUMNS:
+    for column in ATTEMPT_COLUMNS:
         assert getattr(record, column) is None, column
     (kept,) = ledger.interruptions(attempt.id)
     assert (kept["attempt"], kept["reason"], kept["detail"]) == (1, "SIGNALLED", "killed by SIGKILL")
@@ -376,8 +378,8 @@ def test_an_end_leaves_out_what_it_does_not_know(ledger):
 
 def test_a_reason_that_was_recorded_before_the_death_wins_over_what_the_death_looks_like(ledger):
     attempt = started(ledger)
-    ending = Ending(attempt, Reason.TIMED_OUT, "ran past its timeout_s")
-    assert ledger.apply(Batch(endings={attempt: ending})).endings == {attempt}
+    ending = IntendedEnd(Reason.TIMED_OUT, "ran past its timeout_s")
+    assert ledger.apply(Batch(intended_ends={attempt: ending})).intended_ends == {attempt}
     ledger.end(attempt, AttemptResult(reason=Reason.SIGNALLED, detail="killed by SIGKILL", signal=9))
     record = ledger.get(attempt.id)
     assert (record.reason, record.detail, record.signal) == (Reason.TIMED_OUT, "ran past its timeout_s", 9)
@@ -386,7 +388,7 @@ def test_a_reason_that_was_recorded_before_the_death_wins_over_what_the_death_lo
 
 def test_a_body_that_returned_anyway_is_done_whatever_was_ordered(ledger):
     attempt = started(ledger)
-    ledger.apply(Batch(endings={attempt: Ending(attempt, Reason.CANCELLED, "cancelled by jana")}))
+    ledger.apply(Batch(intended_ends={attempt: IntendedEnd(Reason.CANCELLED, "cancelled by jana")}))
     assert ledger.end(attempt, AttemptResult(result="1"))
     record = ledger.get(attempt.id)
     assert (record.status, record.reason, record.detail, record.ending) == (Status.DONE, None, None, None)
@@ -394,7 +396,7 @@ def test_a_body_that_returned_anyway_is_done_whatever_was_ordered(ledger):
 
 def test_the_ending_of_one_attempt_does_not_colour_the_next(ledger):
     attempt = started(ledger)
-    ledger.apply(Batch(endings={attempt: Ending(attempt, Reason.TIMED_OUT, "too long")}))
+    ledger.apply(Batch(intended_ends={attempt: IntendedEnd(Reason.TIMED_OUT, "too long")}))
     ledger.apply(Batch(unclaims={attempt}))
     again = claim(ledger, attempt.id)
     ledger.end(again, AttemptResult(reason=Reason.SIGNALLED, detail="killed", signal=9))
@@ -471,7 +473,7 @@ def test_only_a_running_task_is_suspended_and_resume_changes_no_other(ledger, st
 def test_a_task_that_is_being_ended_is_not_suspended(ledger):
     cancelled, ending = started(ledger), started(ledger)
     ledger.cancel(cancelled.id, by=None)
-    ledger.apply(Batch(endings={ending: Ending(ending, Reason.TIMED_OUT, "too long")}))
+    ledger.apply(Batch(intended_ends={ending: IntendedEnd(Reason.TIMED_OUT, "too long")}))
     for attempt in (cancelled, ending):
         with pytest.raises(NotSuspendable, match="it is being ended"):
             ledger.suspend(attempt.id, by="jana")
@@ -576,13 +578,16 @@ def test_a_batch_of_everything_says_what_it_changed(ledger, clock):
         Batch(
             ends={ending: AttemptResult(result="1"), late: AttemptResult(result="2")},
             unclaims={given_back, late},
-            endings={noted: Ending(noted, Reason.STOPPED, "stop"), late: Ending(late, Reason.STOPPED, "stop")},
+            intended_ends={
+                noted: IntendedEnd(Reason.STOPPED, "stop"),
+                late: IntendedEnd(Reason.STOPPED, "stop"),
+            },
             telemetry={noted: Telemetry(progress_done=2.0), late: Telemetry(progress_done=3.0)},
             claims=[claim_of(attempt_of(ledger.get(waiting)), slot=900)],
             supervisor=supervisor,
         )
     )
-    assert (outcome.ended, outcome.unclaimed, outcome.endings) == ({ending}, {given_back}, {noted})
+    assert (outcome.ended, outcome.unclaimed, outcome.intended_ends) == ({ending}, {given_back}, {noted})
     assert [one.due.id for one in outcome.claimed] == [waiting]
     assert ledger.get(noted.id).progress_done == 2.0
     assert ledger.supervisors() == [supervisor]
@@ -676,13 +681,13 @@ def test_a_note_or_an_ending_that_cannot_be_stored_spoils_nothing(ledger):
     outcome = ledger.apply(
         Batch(
             telemetry={spoiled: Telemetry(message=HALF_A_PAIR), good: Telemetry(message="half")},
-            endings={
-                spoiled: Ending(spoiled, Reason.CANCELLED, f"cancelled by {HALF_A_PAIR}"),
-                good: Ending(good, Reason.CANCELLED, "cancelled by jana"),
+            intended_ends={
+                spoiled: IntendedEnd(Reason.CANCELLED, f"cancelled by {HALF_A_PAIR}"),
+                good: IntendedEnd(Reason.CANCELLED, "cancelled by jana"),
             },
         )
     )
-    assert outcome.endings == {good}
+    assert outcome.intended_ends == {good}
     assert (ledger.get(good.id).message, ledger.get(spoiled.id).message) == ("half", None)
     assert (ledger.get(good.id).ending, ledger.get(spoiled.id).ending) == (Reason.CANCELLED, None)
 
@@ -880,8 +885,8 @@ def test_the_indexes_have_their_names(raw):
         "bgsupervisor_wait_target",
         "bgsupervisor_dependency_pair",
         "bgsupervisor_dependency_on",
-        "bgsupervisor_party_once",
-        "bgsupervisor_party_task",
+        "bgsupervisor_participant_once",
+        "bgsupervisor_participant_task",
     }
 
 
@@ -1129,7 +1134,8 @@ def test_what_becomes_due_between_the_looks_at_what_is_and_at_what_will_be_is_in
 CLAIMER = """
 import sys
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.ledger.transitions import Batch, Claim, Ledger
+from bgsupervisor.ledger.attempts import Batch, Claim
+from bgsupervisor.ledger import Ledger
 from bgsupervisor.database.store import Store
 from bgsupervisor.system.processes import ProcessIdentity
 
@@ -1305,7 +1311,7 @@ class LedgerMachine(RuleBasedStateMachine):
         attempt, fresh = self.attempt(data, id)
         row = self.model[id]
         reason = data.draw(st.sampled_from([Reason.TIMED_OUT, Reason.STOPPED]))
-        condemned = self.at(which).apply(Batch(endings={attempt: Ending(attempt, reason, "why")})).endings
+        condemned = self.at(which).apply(Batch(intended_ends={attempt: IntendedEnd(reason, "why")})).intended_ends
         assert bool(condemned) is (fresh and row["status"] == "START")
         if condemned:
             row["ending"] = reason

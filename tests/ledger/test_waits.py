@@ -11,10 +11,15 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import Deadlock, LockHeld, NotInTask
 from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, SlotGrant
 from bgsupervisor.ledger.barriers import barrier_key
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, Ledger, Request, SlotGrant
+from bgsupervisor.ledger.locks import Held, Queued, turn_key
+from bgsupervisor.ledger.parts import Found
+from bgsupervisor.ledger.requests import Request
+from bgsupervisor.ledger.slots import Waiter, Waiting
 from bgsupervisor.ledger.waitgraph import parent_scope
-from bgsupervisor.ledger.waits import DUE, Found, Held, Queued, Waiter, Waiting, task_key, turn_key
+from bgsupervisor.ledger.waits import DUE, task_key
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.processes import ProcessIdentity
 

@@ -15,7 +15,7 @@ from torture.database import Database
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import Store
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.ledger.transitions import Ledger
+from bgsupervisor.ledger import Ledger
 from bgsupervisor.statuses import Status
 from bgsupervisor.supervisor import housekeeping
 from bgsupervisor.supervisor.housekeeping import LOG_ROTATED_BYTES, PRUNE_ROWS, Housekeeping, rotate

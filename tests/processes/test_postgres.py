@@ -25,7 +25,9 @@ from bgsupervisor.database import migrations
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, AlreadyLive, DatabaseError
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Ledger, Request, Telemetry
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, DueTask, Telemetry
+from bgsupervisor.ledger.requests import Request
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
 

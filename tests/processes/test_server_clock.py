@@ -19,7 +19,8 @@ from bgsupervisor import clock as clock_module
 from bgsupervisor.clock import ServerClock
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import DatabaseError
-from bgsupervisor.ledger.transitions import Ledger, Request
+from bgsupervisor.ledger import Ledger
+from bgsupervisor.ledger.requests import Request
 from bgsupervisor.statuses import Status
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])

@@ -146,7 +146,8 @@ def test_a_socket_that_cannot_be_bound_again_is_tried_again(app):
 
 
 def test_very_many_priorities_cost_next_to_nothing(store):
-    from bgsupervisor.ledger.transitions import Ledger, Request
+    from bgsupervisor.ledger import Ledger
+    from bgsupervisor.ledger.requests import Request
 
     ledger = Ledger(store, SystemClock())
     later = SystemClock().now().replace(year=2200)

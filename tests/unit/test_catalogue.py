@@ -9,7 +9,7 @@ import pytest
 
 from bgsupervisor import tasks
 from bgsupervisor.catalogue import Catalogue, Known
-from bgsupervisor.database.store import SupervisorRecord
+from bgsupervisor.ledger.records import SupervisorRecord
 
 NOW = datetime(2027, 1, 31, 12, 0, tzinfo=UTC)
 

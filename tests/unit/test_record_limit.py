@@ -11,7 +11,7 @@ import pytest
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.messages import AttemptResult, Beat, ProcessRef, Run
-from bgsupervisor.ledger.transitions import Attempt
+from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.worker.connection import Connection
 from bgsupervisor.worker.recording import Recorder
 

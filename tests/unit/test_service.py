@@ -25,7 +25,6 @@ from support.app import wait_until
 
 import bgsupervisor
 from bgsupervisor import Handle, Service, Status, Task, task
-from bgsupervisor.database.store import SupervisorRecord, TaskRecord
 from bgsupervisor.errors import (
     AlreadyLive,
     ConfigError,
@@ -42,7 +41,8 @@ from bgsupervisor.errors import (
     WaitTimeout,
 )
 from bgsupervisor.ipc.messages import AttemptResult
-from bgsupervisor.ledger.transitions import Attempt, Batch, Claim, DueTask, Telemetry
+from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, DueTask, Telemetry
+from bgsupervisor.ledger.records import SupervisorRecord, TaskRecord
 from bgsupervisor.statuses import Reason
 from bgsupervisor.system.processes import ProcessIdentity
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn
 
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["cancel", "resume", "retry", "suspend"]

@@ -8,11 +8,11 @@ import click
 import msgspec
 
 from bgsupervisor.cli.display.output import print_json, say, warn
-from bgsupervisor.cli.display.text import clean
 from bgsupervisor.cli.display.traces import folded
 from bgsupervisor.cli.load_check import load_apart
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.config import remarks
+from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import number, size
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ import click
 from bgsupervisor.cli.commands.check import LOAD_LIMIT_S
 from bgsupervisor.cli.display.output import print_json
 from bgsupervisor.cli.display.supervisors import last_line, watch
-from bgsupervisor.cli.display.text import clean
 from bgsupervisor.cli.load_check import load_apart
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.config import is_postgres, shown, sqlite_path
 from bgsupervisor.database.store import Store
 from bgsupervisor.doctor import Finding, Grade, Machine, Scene, examine
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, UnsupportedSystem
+from bgsupervisor.sanitize import clean
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:

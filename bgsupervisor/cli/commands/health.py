@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.cli.display.columns import Facts
-from bgsupervisor.cli.display.text import clean, duration
+from bgsupervisor.cli.display.text import duration
 from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.errors import BgSupervisorError
+from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import size
 from bgsupervisor.statuses import Status
 from bgsupervisor.system import processes

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
     from bgsupervisor.tasks import Handle
 

@@ -15,11 +15,12 @@ from bgsupervisor.cli.display import waiting
 from bgsupervisor.cli.display.columns import Facts, percent
 from bgsupervisor.cli.display.output import print_json, say, to_json, warn
 from bgsupervisor.cli.display.rows import Rows, Ties, columns_of
-from bgsupervisor.cli.display.text import age, clean, duration, local
+from bgsupervisor.cli.display.text import age, duration, local
 from bgsupervisor.cli.display.traces import FULL_HINT, folded
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.errors import DataInvalid, UnknownTask
 from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import number, size
 from bgsupervisor.statuses import Status
 from bgsupervisor.system import logs, processes
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.cli.display.rows import Cause
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["show"]

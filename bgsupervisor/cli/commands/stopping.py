@@ -10,20 +10,20 @@ import click
 
 from bgsupervisor.cli.control_client import ask_to_reload, await_reload
 from bgsupervisor.cli.display.output import say, warn
-from bgsupervisor.cli.display.text import clean
 from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AccessError, DatabaseError
 from bgsupervisor.ipc.lock import Lock
 from bgsupervisor.ipc.sockets import send_datagram
 from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.sanitize import clean
 from bgsupervisor.system.users import user_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from bgsupervisor.clock import Clock
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
 
 __all__ = ["reload", "start", "stop"]
 

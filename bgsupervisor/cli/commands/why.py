@@ -13,15 +13,16 @@ from bgsupervisor.cli.display import waiting
 from bgsupervisor.cli.display.columns import Facts, percent
 from bgsupervisor.cli.display.output import print_json, say, to_json
 from bgsupervisor.cli.display.rows import Rows, Ties
-from bgsupervisor.cli.display.text import age, clean, duration, local
+from bgsupervisor.cli.display.text import age, duration, local
 from bgsupervisor.cli.session import Session, pass_session
 from bgsupervisor.errors import UnknownTask
+from bgsupervisor.sanitize import clean
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["Because", "because", "why"]

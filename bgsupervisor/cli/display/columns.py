@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from bgsupervisor.cli.display import waiting
 from bgsupervisor.cli.display.supervisors import Watch, watch
 from bgsupervisor.cli.display.table import DROPPED, Column, terminal_columns
-from bgsupervisor.cli.display.text import age, clean, duration, short_duration, size, width
+from bgsupervisor.cli.display.text import age, duration, short_duration, size, width
+from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import number
 from bgsupervisor.statuses import Status
 from bgsupervisor.system import processes
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.cli.display.rows import Cause
     from bgsupervisor.clock import Clock
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["NARROWING", "SMALL_BAR_COLUMNS", "STYLES", "Facts", "advance", "columns", "ended", "percent", "short_names"]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.cli.commands.log import log_path
-from bgsupervisor.cli.display.text import clean, short_duration
+from bgsupervisor.cli.display.text import short_duration
 from bgsupervisor.cli.display.traces import folded
 from bgsupervisor.environment import wants_no_colour
-from bgsupervisor.ledger.transitions import Attempt
-from bgsupervisor.sanitize import clean_line_keeping_colours
+from bgsupervisor.ledger.attempts import Attempt
+from bgsupervisor.sanitize import clean, clean_line_keeping_colours
 from bgsupervisor.statuses import Reason, Status
 from bgsupervisor.system.logs import Reader
 from bgsupervisor.worker.reporting import headline
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from bgsupervisor.config import Config
-    from bgsupervisor.database.store import TaskRecord
     from bgsupervisor.ipc.messages import LoadFailure
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
 __all__ = ["Following", "Lines", "echo", "tell_failures"]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import peewee
 
-from bgsupervisor.database.store import TaskRecord
+from bgsupervisor.database.tables import IS_REQUEST, IS_START
+from bgsupervisor.ledger.records import TaskRecord
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ NAMES_MAX = 1000
 """So many different names are looked through for a short one."""
 IDS_AT_ONCE = 1000
 """SQLite takes a limited number of parameters."""
-
-# Literals: SQLite uses a partial index only where it can see that the query implies the index's condition.
-_IS_START = peewee.SQL("\"status\" = 'START'")
-_IS_REQUEST = peewee.SQL("\"status\" = 'REQUEST'")
 
 
 def columns_of(record: TaskRecord, service: Service) -> dict[str, Any]:
@@ -87,7 +84,7 @@ class Rows:
         """Return what runs, in order of id, then what waits, in the order in which it will start."""
         found: list[TaskRecord] = []
         if Status.START in self.statuses:
-            found += self._select(_IS_START, order=[self._task.id], limit=limit)
+            found += self._select(IS_START, order=[self._task.id], limit=limit)
         if Status.REQUEST in self.statuses:
             found += self._due(limit - len(found))
             found += self._later(limit - len(found))
@@ -120,7 +117,7 @@ class Rows:
         """Return the running and waiting tasks that one of these requested, at most *limit*."""
         task, found = self._task, list[TaskRecord]()
         for some in _chunks(sorted(set(ids))):
-            for status in (_IS_START, _IS_REQUEST):
+            for status in (IS_START, IS_REQUEST):
                 mine = task.parent_id.in_(some)
                 found += self._select(status, mine, order=[task.id], limit=limit - len(found))
         return found
@@ -134,7 +131,7 @@ class Rows:
         """Return how many slots are taken."""
         task = self._task
         with self.store.connected():
-            return int(task.select(peewee.fn.COUNT(task.id)).where(_IS_START & task.slot.is_null(False)).scalar())
+            return int(task.select(peewee.fn.COUNT(task.id)).where(IS_START & task.slot.is_null(False)).scalar())
 
     def positions(self) -> dict[int, int]:
         """Return the place of the tasks that may start, 1 is next; of all, whatever these rows are limited to.
@@ -147,7 +144,7 @@ class Rows:
         with self.store.connected():
             for priority in self._priorities():
                 query = task.select(task.id).where(
-                    _IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now) & ~peewee.fn.EXISTS(after)
+                    IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now) & ~peewee.fn.EXISTS(after)
                 )
                 query = query.order_by(task.run_at, task.id).limit(POSITIONS_MAX - len(found))
                 found += [id for (id,) in query.tuples()]
@@ -166,19 +163,19 @@ class Rows:
             for priority in self._priorities():
                 if len(found) >= limit:
                     break
-                is_due = _IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now)
+                is_due = IS_REQUEST & (task.priority == priority) & (task.run_at <= self.now)
                 found += self._select(is_due, order=[task.run_at, task.id], limit=limit - len(found))
         return found
 
     def _later(self, limit: int) -> list[TaskRecord]:
         task = self._task
         order = [task.run_at, task.priority.desc(), task.id]
-        return self._select(_IS_REQUEST & (task.run_at > self.now), order=order, limit=limit)
+        return self._select(IS_REQUEST & (task.run_at > self.now), order=order, limit=limit)
 
     def _priorities(self) -> Iterator[object]:
         """Yield the priorities of what waits as rows hold them, the highest first: each is a range of an index."""
         task = self._task
-        highest = task.select(peewee.fn.MAX(task.priority).coerce(False)).where(_IS_REQUEST)
+        highest = task.select(peewee.fn.MAX(task.priority).coerce(False)).where(IS_REQUEST)
         query = highest
         for _ in range(PRIORITIES_MAX):  # after what is no valid text nothing can be said to come
             if (priority := query.scalar()) is None:

@@ -10,9 +10,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor.catalogue import SUPERVISOR_SILENT_S, names_of
-from bgsupervisor.cli.display.text import clean, local
+from bgsupervisor.cli.display.text import local
 from bgsupervisor.ipc.lock import STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.sanitize import clean
 from bgsupervisor.system import processes
 from bgsupervisor.system.fingerprint import newer_code
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
@@ -20,7 +21,7 @@ from bgsupervisor.system.processes import ProcessIdentity, Verdict
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from bgsupervisor.database.store import SupervisorRecord
+    from bgsupervisor.ledger.records import SupervisorRecord
     from bgsupervisor.service import Service
 
 __all__ = ["Watch", "last_line", "stale_code", "watch"]

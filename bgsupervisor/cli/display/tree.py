@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from bgsupervisor.cli.display import columns, waiting
 from bgsupervisor.cli.display.rows import Ties
 from bgsupervisor.cli.display.table import DROPPED, Column, terminal_columns
-from bgsupervisor.cli.display.text import age, clean, duration
+from bgsupervisor.cli.display.text import age, duration
+from bgsupervisor.sanitize import clean
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from bgsupervisor.cli.display.rows import Cause, Rows
-    from bgsupervisor.database.store import TaskRecord
+    from bgsupervisor.ledger.records import TaskRecord
 
 __all__ = ["NARROWING", "Tree", "columns"]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bgsupervisor.cli.display.output import to_json
-from bgsupervisor.cli.display.text import clean, duration, width
+from bgsupervisor.cli.display.text import duration, width
+from bgsupervisor.sanitize import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
