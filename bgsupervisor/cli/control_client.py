@@ -1,4 +1,4 @@
-"""How a command speaks to the living supervisor over its control socket."""
+"""Requests of a command to the living supervisor, over its control socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ask_to_reload(state_dir: StateDir, *, force: bool) -> Channel:
     """Ask the living supervisor to load code and configuration anew; the answer comes over the channel.
 
     Raises:
-        OSError: Nobody listens, or this user may not ask.
+        OSError: No supervisor listens, or this user may not ask.
     """
     channel = Channel(connect(state_dir.path, state_dir.control.name, socket.SOCK_STREAM))
     ref = messages.ProcessRef(os.getpid(), start_ticks(os.getpid()) or 0)

@@ -1,4 +1,4 @@
-"""Loads the application in a process of its own and says what came of it; `bgsupervisor check` starts it.
+"""Loads the application in a process of its own and reports the result; `bgsupervisor check` starts it.
 
 The configuration and the path of a file for the answer come pickled on stdin; the answer is JSON. What the application
 prints goes to stderr.
@@ -33,7 +33,7 @@ POLL_S = 0.02
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What loading the application came to."""
+    """The result of loading the application."""
 
     tasks: dict[str, TaskOptions]
     failures: list[LoadFailure]
@@ -60,28 +60,27 @@ def load_apart(config: Config, *, limit_s: float) -> Answer:
         finally:
             _end(process)
         text = answered.read()
-    try:
+    with contextlib.suppress(msgspec.DecodeError):
         return msgspec.json.decode(text, type=Answer)
-    except msgspec.DecodeError:
-        told = f"the process that loads it ended with exit code {process.returncode} before it could tell"
-        if not in_time:
-            told = f"it was not loaded within {limit_s:g} s"
-        what = LoadFailure(", ".join(config.tasks) or str(config.setup), told, "modules" if config.tasks else "setup")
-        return Answer({}, [what], [], [])
+    error = f"the process that loads it ended with exit code {process.returncode} before it could report"
+    if not in_time:
+        error = f"it was not loaded within {limit_s:g} s"
+    name, kind = (", ".join(config.tasks), "modules") if config.tasks else (str(config.setup), "setup")
+    return Answer({}, [LoadFailure(name, error, kind)], [], [])
 
 
 def python_command(code: str) -> list[str]:
     """Return the command that runs *code* in another Python with this one's path; arguments may follow.
 
-    The path is set before anything is imported: else both -c and -m import from the working folder, which may be
-    anybody's.
+    The path is set before anything is imported: else both -c and -m import from the working folder, which any user
+    may own.
     """
     path = [str(folder) for folder in sys.path]
     return [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; sys.argv[0] = 'bgsupervisor'; {code}"]
 
 
 def _hand_over(process: subprocess.Popen[bytes], config: Config, answer: str) -> None:
-    assert process.stdin is not None  # noqa: S101 - it was asked for
+    assert process.stdin is not None  # noqa: S101 - a pipe was requested
     with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(pickle.dumps((config, answer, os.getpid())))
 
@@ -110,14 +109,14 @@ def main() -> None:
 
         die_with_parent(signal.SIGKILL)  # an import that hangs should not outlive the command that is killed meanwhile
     config, answer, parent = pickle.loads(sys.stdin.buffer.read())  # noqa: S301 - our own parent wrote it
-    if os.getppid() != parent:  # it has died before
+    if os.getppid() != parent:  # the parent has died before
         os._exit(1)
-    logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer tells it
+    logging.getLogger("bgsupervisor").addHandler(logging.NullHandler())  # the answer has its messages
     from bgsupervisor.worker.application import load_application  # noqa: PLC0415 - only this process needs it
 
     loaded = load_application(config)
-    told = Answer(loaded.catalogue(), loaded.failures, loaded.warnings, loaded.dangers)
-    Path(answer).write_bytes(msgspec.json.encode(told))  # opened only now: an import may close whatever is open
+    result = Answer(loaded.catalogue(), loaded.failures, loaded.warnings, loaded.dangers)
+    Path(answer).write_bytes(msgspec.json.encode(result))  # opened only now: an import may close whatever is open
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -17,44 +17,28 @@ from bgsupervisor.cli.session import Session, config_option
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.system import descriptors
 
-__all__ = ["main", "program", "tell_error"]
+__all__ = ["main", "program", "report_error"]
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 and the signal's number."""
 EXIT_USAGE = 2
 EXIT_PIPE_CLOSED = 1
-"""Whoever read our output has left, as `head` does; click leaves so too where it is the first to notice."""
+"""The reader of our output has left, as `head` does; click uses the same code where it notices first."""
 
-_COMMANDS = {
-    "init": "bgsupervisor.cli.commands.init:init",
-    "run": "bgsupervisor.cli.commands.run:run",
-    "dev": "bgsupervisor.cli.commands.dev:dev",
-    "ps": "bgsupervisor.cli.commands.ps:ps",
-    "show": "bgsupervisor.cli.commands.show:show",
-    "why": "bgsupervisor.cli.commands.why:why",
-    "log": "bgsupervisor.cli.commands.log:log",
-    "stack": "bgsupervisor.cli.commands.stack:stack",
-    "request": "bgsupervisor.cli.commands.request:request",
-    "cancel": "bgsupervisor.cli.commands.acting:cancel",
-    "suspend": "bgsupervisor.cli.commands.acting:suspend",
-    "resume": "bgsupervisor.cli.commands.acting:resume",
-    "retry": "bgsupervisor.cli.commands.acting:retry",
-    "stop": "bgsupervisor.cli.commands.stopping:stop",
-    "start": "bgsupervisor.cli.commands.stopping:start",
-    "reload": "bgsupervisor.cli.commands.stopping:reload",
-    "prune": "bgsupervisor.cli.commands.prune:prune",
-    "migrate": "bgsupervisor.cli.commands.migrate:migrate",
-    "health": "bgsupervisor.cli.commands.health:health",
-    "check": "bgsupervisor.cli.commands.check:check",
-    "doctor": "bgsupervisor.cli.commands.doctor:doctor",
-    "cron": "bgsupervisor.cli.commands.cron:cron",
-    "systemd": "bgsupervisor.cli.commands.systemd:systemd",
-}
+_COMMANDS = (
+    *("init", "run", "dev", "ps", "show", "why", "log", "stack", "request", "cancel", "suspend", "resume", "retry"),
+    *("stop", "start", "reload", "prune", "migrate", "health", "check", "doctor", "cron", "systemd"),
+)
 """In the order of the help; each is imported when it is called or described."""
+_MODULES = {
+    **dict.fromkeys(("cancel", "suspend", "resume", "retry"), "acting"),
+    **dict.fromkeys(("stop", "start", "reload"), "stopping"),
+}
+"""The modules of commands that share one; any other command has a module of its name."""
 
 
 class _Commands(click.Group):
-    """The commands of `_COMMANDS`; each also takes --config after its own name, where people look for it first."""
+    """The commands of `_COMMANDS`; each also takes --config after its own name, where people expect it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -62,8 +46,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - the same
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(f"bgsupervisor.cli.commands.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
         if all(param.name != "config" for param in command.params):
             command.params.append(config_option())
         return command
@@ -73,7 +57,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="bgsupervisor", message="%(prog)s %(version)s")
 @click.pass_context
 def program(ctx: click.Context) -> None:
-    """Background tasks for a web app: request them, supervise them, see what became of them."""
+    """Background tasks for a web app: request them, supervise them, see how they end."""
     ctx.ensure_object(Session)
 
 
@@ -90,9 +74,9 @@ def main() -> NoReturn:
         code = program.main(prog_name="bgsupervisor", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        told = io.StringIO()
-        error.show(told)  # what was typed stands in it
-        say(told.getvalue().rstrip("\n"), err=True)
+        message = io.StringIO()
+        error.show(message)  # it quotes what was typed
+        say(message.getvalue().rstrip("\n"), err=True)
         code = error.exit_code
     except click.exceptions.Exit as error:
         code = error.exit_code
@@ -102,10 +86,10 @@ def main() -> NoReturn:
         code = EXIT_PIPE_CLOSED
         _silence_output()
     except BgSupervisorError as error:
-        code = tell_error(error)
+        code = report_error(error)
     except UnicodeEncodeError:
         code = EXIT_USAGE
-        click.echo("bgsupervisor: an argument is no valid text in this locale's encoding", err=True)
+        click.echo("bgsupervisor: an argument is not valid text in this locale's encoding", err=True)
     except OSError as error:
         code = 1
         _silence_output()
@@ -114,14 +98,14 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def tell_error(error: BgSupervisorError) -> int:
-    """Say on stderr what is wrong, in one sentence; return the exit code."""
+def report_error(error: BgSupervisorError) -> int:
+    """Print on stderr what is wrong, in one sentence; return the exit code."""
     warn(f"bgsupervisor: {error}")
     return error.exit_code
 
 
 def _open_standard_streams() -> None:
-    """Have descriptors 0 to 2 lead somewhere: a caller may have closed them, and what we open must not become them."""
+    """Open descriptors 0 to 2 that a caller has closed: files that we open later must not become them."""
     descriptors.open_standard()
     sys.stdin = sys.stdin or open(_standard(0), closefd=False)  # noqa: SIM115 - for the life of the process
     sys.stdout = sys.stdout or open(_standard(1), "w", closefd=False)  # noqa: SIM115 - as above
@@ -129,12 +113,12 @@ def _open_standard_streams() -> None:
 
 
 def _standard(number: int) -> int:
-    """Return a descriptor to read from or print to, where the caller has closed the usual one."""
+    """Return a descriptor in place of a standard one, where the caller has closed that."""
     return os.open(os.devnull, os.O_RDWR) if descriptors.is_taken(number) else number
 
 
 def _silence_output() -> None:
-    """Have the interpreter's last flush go nowhere, since nobody reads any more."""
+    """Discard the interpreter's last flush, since the reader has gone."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

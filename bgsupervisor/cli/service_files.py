@@ -43,7 +43,7 @@ __all__ = [
 
 CRONTAB, CRON_D, UNIT = "cron/bgsupervisor.crontab", "cron/bgsupervisor.cron.d", "systemd/bgsupervisor.service"
 
-# What the templates have in the place of ours.
+# Examples in the templates that `fill` replaces.
 _EXAMPLE_COMMAND = "/srv/myapp/venv/bin/bgsupervisor"
 _EXAMPLE_CONFIG = "/srv/myapp/current/bgsupervisor.toml"
 _EXAMPLE_USER = "deploy"
@@ -60,7 +60,7 @@ class Installation:
         command: The words that start this program.
         config: The configuration file, absolute.
         state_dir: The state directory.
-        owner: The user to supervise as: the state directory's owner, before there is one the configuration file's.
+        owner: The user to supervise as: the state directory's owner, or the configuration file's before that exists.
     """
 
     command: tuple[str, ...]
@@ -70,7 +70,7 @@ class Installation:
 
     @classmethod
     def of(cls, config: Config, *, warns: bool = True) -> Installation:
-        """Return what to name for a configuration, and warn of settings that the entry would not have.
+        """Return what an entry for a configuration names; warn of settings that it would lack.
 
         Raises:
             ConfigError: There is no configuration file, or a path cannot stand in an entry.
@@ -78,14 +78,12 @@ class Installation:
         if config.path is None:
             raise ConfigError(
                 "an entry needs a configuration file to name; write one with `bgsupervisor init`, "
-                "because cron and systemd do not know this environment"
+                "because cron and systemd do not have this environment"
             )
-        here = [key for key, origin in config.origins.items() if re.fullmatch(r"environment \w+", origin)]
+        here = ", ".join(key for key, origin in config.origins.items() if re.fullmatch(r"environment \w+", origin))
         if here and warns:
-            warn(
-                f"warning: {', '.join(here)} came from the environment, which cron and systemd do not have; "
-                f"write it into {config.path}, or into its env_file"
-            )
+            missing = f"{here} came from the environment, which cron and systemd do not have"
+            warn(f"warning: {missing}; write it into {config.path}, or into its env_file")
         found = cls(_command(), config.path, config.state_dir, _owner(config.state_dir, config.path))
         for text in (*found.command, str(found.config)):
             if not text.isprintable():
@@ -99,13 +97,13 @@ def marker(config: Path) -> str:
 
 
 def fill(template: str, found: Installation, user: str, quote: Callable[[str], str]) -> str:
-    """Return a template with the paths and the user of an installation in the place of the examples.
+    """Return a template with the paths and the user of an installation in place of the examples.
 
     Args:
         template: CRONTAB, CRON_D or UNIT.
         found: What to name.
-        user: Whom to supervise as.
-        quote: Makes one word of any text; comments are not quoted.
+        user: The user to supervise as.
+        quote: Quotes any text as one word; comments are not quoted.
     """
     examples = {_EXAMPLE_COMMAND: found.command, _EXAMPLE_CONFIG: (str(found.config),), _EXAMPLE_USER: (user,)}
 
@@ -121,13 +119,13 @@ def fill(template: str, found: Installation, user: str, quote: Callable[[str], s
 def cron_quoted(word: str) -> str:
     r"""Return *word* for a crontab's command: quoted for the shell, and with a backslash before each %.
 
-    cron takes that backslash away before the shell sees it, but not one that another backslash precedes.
+    cron removes that backslash before the shell sees it, but not one that another backslash precedes.
     """
     return shlex.quote(word).replace("\\%", "\\''%").replace("%", "\\%")
 
 
 def unit_quoted(word: str) -> str:
-    """Return *word* for a unit's command line: % and $ are doubled, what else could mean something is quoted."""
+    """Return *word* for a unit's command line: % and $ are doubled, other special characters are quoted."""
     text = word.replace("%", "%%").replace("$", "$$")
     if _UNIT_SAFE.fullmatch(text):
         return text
@@ -140,7 +138,7 @@ def user_option(help: str) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def check_user(user: str) -> None:
-    """Refuse a user that this machine does not know; the entry would fail in silence."""
+    """Refuse a user that this machine does not have; cron and systemd would fail silently."""
     import pwd  # noqa: PLC0415 - absent on Windows, where this module must import
 
     try:
@@ -159,15 +157,15 @@ def is_of(path: Path, found: Installation) -> bool:
 
 
 def replace_file(path: Path, text: str, found: Installation) -> None:
-    """Write an entry's file in one step, 0644 whatever the umask, in the place of an older one of this installation.
+    """Write an entry's file in one step, 0644 whatever the umask, in place of an older one of this installation.
 
     Raises:
-        ConfigError: A file of that name is another installation's, or not ours at all.
+        ConfigError: A file of that name is another installation's, or not ours.
         OSError: It cannot be written.
     """
     if path.exists() and not is_of(path, found):
         raise ConfigError(
-            f"{path} is not of {found.config} and was left alone; print this entry without --install, "
+            f"{path} is not of {found.config} and was not changed; print this entry without --install, "
             "and write it under another name"
         )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -205,5 +203,5 @@ def _owner(state_dir: Path, config: Path) -> str:
 
 def _check_word(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:  # noqa: ARG001 - click's
     if value is not None and not re.fullmatch(r"[\w.@-]+\$?", value):
-        raise click.BadParameter(f"{value!r} is no user's name")
+        raise click.BadParameter(f"{value!r} is not a user's name")
     return value

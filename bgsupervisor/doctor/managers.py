@@ -1,4 +1,4 @@
-"""Checks of who supervises and what keeps it so: the lock, a stop, cron's entry, systemd's unit."""
+"""Checks of the supervisor and of what restarts it: the lock, a stop, cron's entry, systemd's unit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
-from bgsupervisor.ipc.lock import Lock
+from bgsupervisor.ipc.lock import STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StopMark
 from bgsupervisor.system.fingerprint import newer_code
 from bgsupervisor.system.users import user_name
@@ -20,62 +20,61 @@ from bgsupervisor.system.users import user_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bgsupervisor.doctor.findings import Machine, Scene, Told
+    from bgsupervisor.doctor.findings import Machine, Result, Site
 
 __all__ = ["PROCESSES_PER_SLOT", "cron_runs", "entry", "loaded_code", "lock", "lock_holder", "stop_mark", "unit"]
 
-STUCK_S = 60.0
-"""A supervisor touches its lock file once a second; one that has not for so long hangs."""
 CRONTAB_LIMIT_S = 30.0
+"""Longest wait for the crontab program, in seconds."""
 _CRON_DAEMONS = ("cron", "crond", "fcron", "bcron-sched")
 """The daemons of Debian, cronie, dcron and busybox (by a link), fcron and bcron."""
 PROCESSES_PER_SLOT = 4
-"""A child and its thread, and room for what its body starts; threads count as processes do."""
+"""Processes and threads per slot: a child, its thread, and room for those that its body starts."""
 
 
-def lock(scene: Scene) -> Iterator[Told]:
-    """Tell who holds the lock, and whether it still moves."""
-    path = scene.state_dir.lock
-    if scene.config.state_dir.exists() and not os.access(scene.config.state_dir, os.X_OK):
-        yield note(f"user {user_name(os.geteuid())} may not look into {scene.config.state_dir}")
+def lock(site: Site) -> Iterator[Result]:
+    """Report which process holds the lock, and whether its loop still turns."""
+    path = site.state_dir.lock
+    if site.config.state_dir.exists() and not os.access(site.config.state_dir, os.X_OK):
+        yield note(f"user {user_name(os.geteuid())} may not enter {site.config.state_dir}")
         return
-    age_s = Lock(path, scene.machine.clock).age_s()
+    age_s = Lock(path, site.machine.clock).age_s()
     if age_s is None:
-        yield note("nobody has supervised here yet")
+        yield note("no supervisor has run here yet")
         return
-    holder = lock_holder(scene)
+    holder = lock_holder(site)
     if holder is None:
-        yield note(f"nobody holds it; it was last touched {age_s:.0f} s ago")
+        yield note(f"no process holds it; it was last touched {age_s:.0f} s ago")
     elif age_s > STUCK_S:
         yield wrong(
             f"PID {holder} holds it and has shown no sign of life for {age_s:.0f} s; "
-            "look at that process, and end it if it hangs: its tasks live on"
+            "check that process, and end it if it hangs: its tasks live on"
         )
     else:
         yield ok(f"PID {holder} holds it, touched {age_s:.0f} s ago")
 
 
-def loaded_code(scene: Scene) -> Iterator[Told]:
-    """See that the living supervisor has loaded the code that is on disk."""
-    if lock_holder(scene) is None:
+def loaded_code(site: Site) -> Iterator[Result]:
+    """Check that the living supervisor has loaded the code that is on disk."""
+    if lock_holder(site) is None:
         yield ok("no supervisor is alive; the next one loads the code on disk")
         return
-    names = newer_code(scene.state_dir.fingerprint)
+    names = newer_code(site.state_dir.fingerprint)
     if names:
         yield note(f"code on disk is newer than what is loaded ({', '.join(names)}); `bgsupervisor reload` loads it")
     else:
         yield ok("no code was changed since it was loaded")
 
 
-def lock_holder(scene: Scene) -> int | None:
-    """Return the PID of the supervisor that holds the lock, None if nobody does; takes no lock itself.
+def lock_holder(site: Site) -> int | None:
+    """Return the PID of the supervisor that holds the lock, None if none does.
 
-    The kernel's list is read, because trying the lock could be in the way of a `run` that starts just now.
+    Reads the kernel's list, because trying the lock could disturb a `run` that starts at this moment.
     """
-    path = scene.state_dir.lock
+    path = site.state_dir.lock
     try:
         state = path.stat()
-        lines = (scene.machine.proc / "locks").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = (site.machine.proc / "locks").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
     noted = Lock(path).holder()
@@ -91,34 +90,34 @@ def lock_holder(scene: Scene) -> int | None:
     return None
 
 
-def stop_mark(scene: Scene) -> Iterator[Told]:
-    """Tell whether somebody has stopped it."""
-    mark = StopMark.read(scene.state_dir.stop_mark)
+def stop_mark(site: Site) -> Iterator[Result]:
+    """Report a stop."""
+    mark = StopMark.read(site.state_dir.stop_mark)
     if mark is None:
-        yield ok("nobody has stopped it")
+        yield ok("it is not stopped")
     else:
         yield note(f"stopped by {mark.by} at {mark.at}, until `bgsupervisor start`")
 
 
-def entry(scene: Scene) -> Iterator[Told]:
-    """See that cron or systemd brings a supervisor back, and tell when one was last seen."""
-    found = [*_cron_entries(scene), *_units(scene)]
+def entry(site: Site) -> Iterator[Result]:
+    """Check that cron or systemd restarts a supervisor, and report when one was last seen."""
+    found = [*_cron_entries(site), *_units(site)]
     names = ", ".join(map(str, found))
     seen = "none has ever been seen"
-    if scene.alive:
+    if site.alive:
         seen = "a supervisor is alive"
-    elif scene.seen_at is not None:
-        seen = f"one was last seen at {scene.seen_at.isoformat(timespec='seconds')}"
+    elif site.seen_at is not None:
+        seen = f"one was last seen at {site.seen_at.isoformat(timespec='seconds')}"
     how = "`bgsupervisor cron --install` or `bgsupervisor systemd --install`"
-    if found and (scene.alive or StopMark.read(scene.state_dir.stop_mark) is not None):
+    if found and (site.alive or StopMark.read(site.state_dir.stop_mark) is not None):
         yield ok(f"{names}; {seen}")
     elif found:
-        hint = "see that cron runs, or that the unit is enabled"
-        if cron_runs(scene.machine.proc) is False:
-            hint = "no cron daemon runs; start it, or see that the unit is enabled"
+        hint = "check that cron runs, or that the unit is enabled"
+        if cron_runs(site.machine.proc) is False:
+            hint = "no cron daemon runs; start it, or enable the unit"
         yield wrong(f"{names}, but no supervisor is alive, {seen}; {hint}")
-    elif scene.alive:
-        yield note(f"{seen}, but neither cron nor systemd was found to bring it back; {how} does that")
+    elif site.alive:
+        yield note(f"{seen}, but neither cron nor systemd was found to restart it; {how} does that")
     else:
         yield wrong(f"neither cron nor systemd was found to start a supervisor, and {seen}; {how} does that")
 
@@ -138,40 +137,40 @@ def cron_runs(proc: Path) -> bool | None:
     return False
 
 
-def unit(scene: Scene) -> Iterator[Told]:
-    """See that systemd, where it supervises, neither kills tasks at a restart nor counts their memory as its own."""
-    units = _units(scene)
+def unit(site: Site) -> Iterator[Result]:
+    """Check that systemd, where it is used, neither kills tasks at a restart nor stops the unit for their memory."""
+    units = _units(site)
     if not units:
         yield ok("no unit of systemd is used")
     for path, settings in units.items():
         kill_mode = settings.get("KillMode", "control-group")
         oom_policy = settings.get("OOMPolicy", "stop")
         tasks_max = settings.get("TasksMax", "")
-        needed = scene.config.slots * PROCESSES_PER_SLOT
+        needed = site.config.slots * PROCESSES_PER_SLOT
         if kill_mode != "process":
             yield wrong(f"{path} has KillMode={kill_mode}: each restart of it kills the tasks; set KillMode=process")
         elif tasks_max.isdigit() and int(tasks_max) < needed:
-            yield wrong(f"{path} has TasksMax={tasks_max}; {scene.config.slots} slots need {needed}, raise it")
+            yield wrong(f"{path} has TasksMax={tasks_max}; {site.config.slots} slots need {needed}, raise it")
         elif oom_policy != "continue":
             yield note(
-                f"{path} has OOMPolicy={oom_policy}: a task that the kernel kills for want of memory may stop the "
+                f"{path} has OOMPolicy={oom_policy}: a task that the kernel kills for lack of memory may stop the "
                 "unit; set OOMPolicy=continue"
             )
         else:
             yield ok(f"{path}: KillMode=process, OOMPolicy=continue")
 
 
-def _cron_entries(scene: Scene) -> Iterator[str]:
-    for path in scene.machine.cron_files:
+def _cron_entries(site: Site) -> Iterator[str]:
+    for path in site.machine.cron_files:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        yield from (str(file) for file in files if _names_us(_lines(file), scene))
-    owner = user_name(_owner(scene))
-    if _names_us(_crontab(scene.machine, owner), scene):
+        yield from (str(file) for file in files if _names_us(_lines(file), site))
+    owner = user_name(_owner(site))
+    if _names_us(_crontab(site.machine, owner), site):
         yield f"the crontab of {owner}"
 
 
 def _crontab(machine: Machine, owner: str) -> list[str]:
-    """Return the crontab of who supervises, as far as this user may see it."""
+    """Return the crontab of the supervising user, as far as this user may read it."""
     program = shutil.which(machine.crontab)
     me = user_name(os.geteuid())
     if program is None or (owner != me and os.geteuid() != 0):
@@ -191,19 +190,19 @@ def _crontab(machine: Machine, owner: str) -> list[str]:
     return []
 
 
-def _owner(scene: Scene) -> int:
-    """Return the user who supervises, or will."""
+def _owner(site: Site) -> int:
+    """Return the user that supervises, or will."""
     with contextlib.suppress(OSError):
-        return scene.config.state_dir.stat().st_uid
+        return site.config.state_dir.stat().st_uid
     return os.geteuid()
 
 
-def _names_us(lines: list[str], scene: Scene) -> bool:
-    return any(_runs_us(line.replace("\\%", "%"), scene) for line in lines if not line.lstrip().startswith("#"))
+def _names_us(lines: list[str], site: Site) -> bool:
+    return any(_runs_us(line.replace("\\%", "%"), site) for line in lines if not line.lstrip().startswith("#"))
 
 
-def _runs_us(command: str, scene: Scene) -> bool:
-    """Whether a command line runs a supervisor of this configuration, or of one that it does not name."""
+def _runs_us(command: str, site: Site) -> bool:
+    """Whether a command line runs a supervisor of this configuration, or of an unnamed one."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -211,7 +210,7 @@ def _runs_us(command: str, scene: Scene) -> bool:
     if "run" not in words or not any("bgsupervisor" in Path(word).name for word in words[: words.index("run")]):
         return False
     named = re.search(r"--config[= ](.+)", "\n".join(words).replace("--config\n", "--config "))
-    return named is None or scene.config.path is None or _is_same(Path(named[1]), scene.config.path)
+    return named is None or site.config.path is None or _is_same(Path(named[1]), site.config.path)
 
 
 def _is_same(named: Path, known: Path) -> bool:
@@ -220,19 +219,19 @@ def _is_same(named: Path, known: Path) -> bool:
     return False
 
 
-def _units(scene: Scene) -> dict[Path, dict[str, str]]:
+def _units(site: Site) -> dict[Path, dict[str, str]]:
     """Return the settings of the units that run our supervisor."""
     found = {}
-    for folder in scene.machine.unit_folders:
+    for folder in site.machine.unit_folders:
         for path in sorted(folder.glob("*.service")):
             settings = _settings(path)
-            if _runs_us(settings.get("ExecStart", "").replace("%%", "%").replace("$$", "$"), scene):
+            if _runs_us(settings.get("ExecStart", "").replace("%%", "%").replace("$$", "$"), site):
                 found[path] = settings
     return found
 
 
 def _settings(path: Path) -> dict[str, str]:
-    """Return the [Service] part of a unit and its drop-ins; the last word counts."""
+    """Return the [Service] part of a unit and its drop-ins; the last value counts."""
     settings: dict[str, str] = {}
     for file in (path, *sorted(path.with_name(f"{path.name}.d").glob("*.conf"))):
         section = ""

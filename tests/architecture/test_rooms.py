@@ -44,7 +44,7 @@ SENDS_SIGNALS = {
     "system.stacks": "a question for a stack, by a signal that who has no handler for it ignores",
     "worker.child": "itself, when SIGTERM is to do what it does to any process",
     "supervisor.portable": "children of its own, which it has not reaped, and what psutil sees below them",
-    "cli.development": "its own child, the supervisor, which it has not reaped",
+    "cli.dev.linux": "its own child, the supervisor, which it has not reaped",
     "cli.load_check": "the process that `check` loads the application in",
 }
 

@@ -51,7 +51,7 @@ def test_a_mistake_is_one_sentence_and_an_exit_code(make_app, tmp_path):
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["show", "seven"], 2, "'seven' is not a valid integer"),
         (["request", "appx:add", '{"a": 1'], 2, "not JSON: Expecting ',' delimiter, line 1, column 8"),
-        (["request", "appx:add", "{}", "--at", "soon"], 2, "--at 'soon' is no time"),
+        (["request", "appx:add", "{}", "--at", "soon"], 2, "--at 'soon' is not a time"),
         (["request", "appx:add", "--unique", '{"a": 1}'], 2, "--unique took the data"),
         (["request", "appx:add", '{"b": 1}'], 1, "bgsupervisor: data for appx:add is invalid"),
         (["request", "appx:add", "[1]"], 1, "must be a mapping"),
@@ -294,7 +294,7 @@ def test_log_follows_a_task_from_before_its_start_until_its_end(make_app):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert "has not begun yet" in process.stderr.readline()
+    assert "has not started yet" in process.stderr.readline()
     app.start()
     out, _ = process.communicate(timeout=20)
 
@@ -341,10 +341,10 @@ def test_cancel_says_what_it_did_to_each(make_app):
     assert told.stdout.splitlines() == [
         f"task {waiting.id} was waiting; it is INTERRUPTED now",
         f"task {done.id} had ended DONE; nothing changed",
-        f"task {running.id} is asked to end; after 1 s it gets SIGTERM, 1 s later SIGKILL",
+        f"cancelling task {running.id}; after 1 s it gets SIGTERM, 1 s later SIGKILL",
     ]
     assert "no task has the id 99" in told.stderr
-    assert "start one with `bgsupervisor run`, which then asks for the end" in told.stderr
+    assert "start one with `bgsupervisor run`, which then cancels what runs" in told.stderr
     assert "already by jana" in app.cli("cancel", str(running.id)).stdout
 
     app.start()

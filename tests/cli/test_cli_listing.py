@@ -185,7 +185,7 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     app.state_dir.mkdir()
     lock.write_text(json.dumps({"pid": os.getpid()}))
     told = app.cli("ps").stderr
-    assert f"a supervisor, PID {os.getpid()}, is there and has written nothing yet" in told
+    assert f"a supervisor, PID {os.getpid()}, has started and written nothing yet" in told
     assert "start one" not in told
     assert "no supervisor is alive" not in app.cli("why", "1").stdout
 
@@ -193,7 +193,7 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     lock.touch()
     told = app.cli("ps").stderr
     assert re.search(
-        rf"the supervisor, PID {os.getpid()}, lives but could not write to the database since .*\d\d:\d\d", told
+        rf"the supervisor, PID {os.getpid()}, is alive but has not written to the database since .*\d\d:\d\d", told
     )
     assert "no supervisor" not in told
     _supervise(app, heartbeat_at=_ago(0))
@@ -204,7 +204,8 @@ def test_a_supervisor_that_lives_and_cannot_write_is_told_from_one_that_is_not_t
     _supervise(app, heartbeat_at=_ago(50))
     told = app.cli("ps").stderr
     assert re.search(
-        rf"the supervisor, PID {os.getpid()}, has stood still since .*\d\d:\d\d:\d\d: it hangs, or the", told
+        rf"the supervisor, PID {os.getpid()}, has been unresponsive since .*\d\d:\d\d:\d\d; if that lasts, `kill -KILL",
+        told,
     )
     assert "could not write" not in told
     _supervise(app, heartbeat_at=_ago(50), start_ticks=1)
@@ -228,7 +229,7 @@ def test_what_keeps_everybody_from_writing_is_told(app):
     app.service.request("appx:add")
     with app.database.locked():
         told = app.cli("ps", "--json")
-        assert "is locked by another writer for longer than 1 s; try again. Bodies go on" in told.stderr
+        assert "is locked by another writer for longer than 1 s; try again. Bodies continue" in told.stderr
         assert len(json.loads(told.stdout)) == 1
     assert "locked" not in app.cli("ps").stderr
 

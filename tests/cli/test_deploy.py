@@ -191,7 +191,7 @@ def test_an_entry_needs_a_configuration_file(tmp_path):
 
 def test_a_name_that_is_none_is_refused(app):
     for command in (["cron", "--cron-d"], ["systemd"]):
-        assert "is no user's name" in app.cli(*command, "--user", "root\nroot").stderr
+        assert "is not a user's name" in app.cli(*command, "--user", "root\nroot").stderr
     assert app.cli("cron", "--user", "root").returncode == 2
 
 
@@ -309,7 +309,7 @@ def test_an_entry_of_another_configuration_is_left_alone(make_app, tmp_path, mon
     first, second = make_app(SOURCE, name="first"), make_app(SOURCE, name="second")
     invoke("cron", "--config", first.config, "--cron-d", "--install", "--user", user)
 
-    with pytest.raises(ConfigError, match=f"is not of {second.config} and was left alone"):
+    with pytest.raises(ConfigError, match=f"is not of {second.config} and was not changed"):
         invoke("cron", "--config", second.config, "--cron-d", "--install", "--user", user)
 
 

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from support.app import LIMIT_S, Supervising, wait_until
 
-from bgsupervisor.cli.code_changes import Changes
-from bgsupervisor.cli.display.following import Lines
+from bgsupervisor.cli.dev.code_changes import Changes
+from bgsupervisor.cli.dev.following import Lines
 from bgsupervisor.config import load
 from bgsupervisor.ledger import Ledger
 from bgsupervisor.ledger.requests import Request

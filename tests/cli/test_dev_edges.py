@@ -14,8 +14,8 @@ import test_dev
 from support.app import LIMIT_S
 from test_portable import ELSEWHERE, develop, elsewhere
 
-from bgsupervisor.cli import elsewhere as command_elsewhere
-from bgsupervisor.cli.display.following import Following
+from bgsupervisor.cli.dev import elsewhere as command_elsewhere
+from bgsupervisor.cli.dev.following import Following
 from bgsupervisor.config import load
 from bgsupervisor.ipc.lock import Lock
 from bgsupervisor.ipc.statedir import StateDir
@@ -99,10 +99,10 @@ def test_following_prints_no_end_from_before_it_began(make_app):
     lines = []
     app.service.cancel(app.service.request("appx:forks"))
     following = Following(app.service, lines.append)
-    following.look()
+    following.print_new()
     app.service.cancel(app.service.request("appx:forks"))
 
-    following.look()
+    following.print_new()
 
     assert [click.unstyle(line).partition(":")[0] for line in lines] == ["2 forks INTERRUPTED"]
 
@@ -155,7 +155,7 @@ def test_ctrl_c_that_comes_while_the_first_is_announced_kills(monkeypatch):
         end=lambda *, kill: ended.append(kill),
         tick=lambda: None,
     )
-    still = SimpleNamespace(look=lambda: None, found=lambda _: False)
+    still = SimpleNamespace(print_new=lambda: None, found=lambda _: False)
 
     command_elsewhere._run(runner, still, still, interrupts, None)
 

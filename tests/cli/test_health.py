@@ -93,7 +93,7 @@ def test_one_that_was_stopped_on_purpose_is_a_warning_that_names_who_and_when(ap
     assert app.cli("stop").returncode == 0
     code, sentence, _ = ask(app)
     assert code == WARNING
-    assert re.match(r"WARNING - stopped by \S+ at 2\d{3}-.*; `bgsupervisor start` lifts that", sentence)
+    assert re.match(r"WARNING - stopped by \S+ at 2\d{3}-.*; `bgsupervisor start` allows it again", sentence)
 
 
 def test_without_configuration_or_database_nothing_is_known(app, tmp_path):
@@ -125,7 +125,7 @@ def test_a_supervisor_that_has_not_been_able_to_write_for_long_is_a_warning(app)
     sql(app, "UPDATE bgsupervisor_supervisor SET heartbeat_at = ?", ago(50))
     code, sentence, _ = ask(app)
     assert code == WARNING
-    assert "lives but could not write to the database since" in sentence
+    assert "is alive but has not written to the database since" in sentence
 
 
 def test_wrong_usage_is_unknown_and_not_critical(app):

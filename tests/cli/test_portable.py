@@ -416,7 +416,7 @@ def test_commands_elsewhere_work_on_the_same_rows(make_app, develop, elsewhere):
     dev.says(r"^2 Long \| begun$")
     running = json.loads(call("ps", "--json"))
     assert [(one["id"], one["status"]) for one in running] == [(2, "START"), (1, "DONE")]
-    assert "task 2 is asked to end" in call("cancel", "2")
+    assert "cancelling task 2" in call("cancel", "2")
     dev.says("^2 Long INTERRUPTED after .*: CANCELLED: ")
     refused = app.cli("run", environment=elsewhere)
     assert refused.returncode == 1

@@ -60,7 +60,7 @@ def test_wait_without_a_supervisor_says_so_at_once_and_gives_up(app):
     assert len(lines[:-1]) >= 3  # at once, then each half second
     assert lines[-1] == (
         "bgsupervisor: task 1 has not ended within 1.5 s and still waits to start; `bgsupervisor show 1` shows it, "
-        "`bgsupervisor why 1` what keeps it, and --timeout-s waits longer"
+        "`bgsupervisor why 1` explains what delays it, and --timeout-s waits longer"
     )
     assert app.service.status(1) == "REQUEST"
 
@@ -92,7 +92,7 @@ def test_wait_for_a_task_that_runs_is_silent_until_it_gives_up(app):
     out, said = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (1, "")
-    assert re.fullmatch(r"bgsupervisor: task 1 has not ended within 2 s and goes on; .*\n", said), said
+    assert re.fullmatch(r"bgsupervisor: task 1 has not ended within 2 s and continues; .*\n", said), said
 
 
 def test_wait_of_a_wrong_name_is_refused_at_once(app):

@@ -54,7 +54,7 @@ def test_stop_leaves_running_tasks_alone_and_keeps_run_away_until_start(app):
     stopped = app.cli("stop")
 
     assert stopped.returncode == 0, stopped.stderr
-    assert "no supervisor is running now; 1 task goes on" in stopped.stdout
+    assert "supervisor stopped; 1 task still running" in stopped.stdout
     assert supervising.process.poll() == 0
     again = app.cli("run")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
@@ -349,7 +349,7 @@ def test_ps_says_who_stopped(app):
     app.cli("stop")
 
     app.service.request("appx:hello")
-    assert "`bgsupervisor start` lifts that" in app.cli("ps").stderr
+    assert "`bgsupervisor start` allows it again" in app.cli("ps").stderr
 
 
 def test_a_drain_leaves_bodies_that_wait_for_what_does_not_start_any_more(make_app):

@@ -188,7 +188,7 @@ def test_systemd_uninstall_removes_the_unit_and_its_link(apps, tmp_path, monkeyp
 
     other = invoke("systemd", "--config", second.config, "--uninstall")
     assert (other.exit_code, path.exists(), link.is_symlink()) == (0, True, True)
-    assert f"is not of {second.config} and was left alone" in other.output
+    assert f"is not of {second.config} and was not changed" in other.output
 
     told = invoke("systemd", "--config", first.config, "--uninstall")
 

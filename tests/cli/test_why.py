@@ -11,7 +11,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from support.app import wait_until
 
-from bgsupervisor.cli.commands.why import because
+from bgsupervisor.cli.display.explain import explain
+from bgsupervisor.cli.display.snapshot import Snapshot
 from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, DueTask, IntendedEnd, Telemetry
@@ -80,7 +81,7 @@ def test_without_a_supervisor_it_tells_since_when_and_who_stopped_it(app):
 
     _stop(app, "leave")
     found = _because(app, task)[0]
-    assert "stopped by jana at 2026-07-01T10:00:00+00:00; `bgsupervisor start` lifts that" in found.sentence
+    assert "stopped by jana at 2026-07-01T10:00:00+00:00; `bgsupervisor start` allows it again" in found.sentence
     assert found.facts["stopped_by"] == "jana"
 
 
@@ -88,9 +89,9 @@ def test_a_supervisor_that_drains_starts_nothing_more(app):
     task = _requested(app)
     _supervise(app)
     _stop(app, "drain")
-    told = "the supervisor starts nothing more, it is to drain: stopped by jana at 2026-07-01T10:00:00+00:00;"
+    told = "the supervisor starts nothing more and will drain: stopped by jana at 2026-07-01T10:00:00+00:00;"
 
-    assert _why(app, task)[0] == ("draining", f"{told} `bgsupervisor start` lifts that")
+    assert _why(app, task)[0] == ("draining", f"{told} `bgsupervisor start` allows it again")
 
 
 def test_a_supervisor_that_still_loads_is_waited_for(app):
@@ -207,7 +208,7 @@ def test_a_task_that_nothing_keeps_will_start_at_once(app):
     task = _requested(app)
     _supervise(app)
 
-    assert _why(app, task) == [("nothing", "nothing keeps it; it will start at once")]
+    assert _why(app, task) == [("nothing", "nothing delays it; it will start at once")]
 
 
 # why, of a task that runs
@@ -289,7 +290,7 @@ def test_a_task_that_is_being_ended_tells_who_wants_it_or_why(app):
     task = _running(app)
     _supervise(app)
     app.service.cancel(task.id, by="jana")
-    assert _why(app, task) == [("ending", "its end was asked for by jana N s ago")]
+    assert _why(app, task) == [("ending", "its end was requested by jana N s ago")]
 
     app.service.ledger.apply(Batch(intended_ends={task: IntendedEnd(Reason.TIMED_OUT, "past 5 s")}))
     assert _why(app, task) == [("ending", "it is being ended: TIMED_OUT")]
@@ -588,7 +589,8 @@ def _in_an_hour():
 
 
 def _because(app, task):
-    return because(app.service.ledger.get(task.id), app.service)
+    record = app.service.ledger.get(task.id)
+    return explain(record, Snapshot.around(record, app.service))
 
 
 def _why(app, task):

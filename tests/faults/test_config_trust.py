@@ -14,7 +14,7 @@ from support.as_user import NOBODY, as_nobody, needs_root, open_folder
 
 from bgsupervisor import Service, config
 from bgsupervisor.config import load, remarks
-from bgsupervisor.doctor import Grade, Machine, Scene, files
+from bgsupervisor.doctor import Grade, Machine, Site, files
 from bgsupervisor.errors import ConfigError
 
 pytestmark = needs_root  # only root can make what is another user's
@@ -303,7 +303,7 @@ def test_run_imports_nothing_from_the_working_folder(outer, command):
 
 
 def scene_of(folder):
-    return Scene(config=load(folder / "bgsupervisor.toml", environ={}), machine=Machine())
+    return Site(config=load(folder / "bgsupervisor.toml", environ={}), machine=Machine())
 
 
 def test_doctor_says_wrong_where_every_user_may_write_the_code(outer):

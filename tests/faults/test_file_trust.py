@@ -22,7 +22,7 @@ from support.users import COMMON, WEB, as_user, ask_as, their_python
 from bgsupervisor import Service, Status
 from bgsupervisor.config import load
 from bgsupervisor.database import connection_limit
-from bgsupervisor.doctor import Grade, Machine, Scene, files, system
+from bgsupervisor.doctor import Grade, Machine, Site, files, system
 from bgsupervisor.errors import AccessError
 from bgsupervisor.ipc import exit_journal
 from bgsupervisor.ipc.lock import Lock
@@ -310,7 +310,7 @@ def test_doctor_notes_root(make_app):
 
 
 def _scene(app):
-    return Scene(config=load(app.config, environ={}), machine=Machine())
+    return Site(config=load(app.config, environ={}), machine=Machine())
 
 
 def _worst(check, app):

@@ -170,7 +170,7 @@ def test_where_keep_days_keeps_all_prune_wants_to_be_told_how_old(make_app):
     ids = rows.add(Status.DONE, 1000)
     done = app.cli("prune")
     assert done.returncode == 2
-    assert "keep_days is 0, which keeps all; say --older-than-days" in done.stderr
+    assert "keep_days is 0, which keeps all; give --older-than-days" in done.stderr
     assert rows.left() == ids
     assert app.cli("prune", "--older-than-days", "999").stdout.startswith("DONE: 1 task(s) deleted")
 

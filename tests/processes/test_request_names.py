@@ -91,7 +91,7 @@ def test_request_by_a_wrong_name_is_refused_with_the_nearest(app, name, nearest)
     assert (done.returncode, done.stdout) == (2, "")
     assert "cannot request this: the " in done.stderr
     assert nearest in done.stderr
-    assert re.search(r"(\?|tasks\.) --force records it all the same$", done.stderr.strip())
+    assert re.search(r"(\?|tasks\.) --force records it anyway$", done.stderr.strip())
     assert "Traceback" not in done.stderr
     assert rows(app) == []
 

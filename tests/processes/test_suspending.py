@@ -211,7 +211,7 @@ def test_ps_why_and_show_say_that_a_task_is_suspended_and_by_whom(app):
     assert row["suspended_at"].endswith("+00:00")
     assert "suspended by jana for " in app.cli("show", str(record.id)).stdout
     assert why.stdout.startswith(f"task {record.id} is START: it has been suspended by jana for ")
-    assert f"`bgsupervisor resume {record.id}` lets it go on" in why.stdout
+    assert f"`bgsupervisor resume {record.id}` continues it" in why.stdout
     assert (because["kind"], because["by"], because["since"]) == ("suspended", "jana", row["suspended_at"])
     assert (health.returncode, "unresponsive=0;" in health.stdout) == (0, True), health.stdout
 
@@ -230,8 +230,8 @@ def test_suspend_and_resume_say_what_they_did_to_each(app):
 
     told = app.cli("suspend", str(running.id), str(planned.id), str(done.id), "999", "--by", "jana")
     assert told.returncode == 1
-    words = f"is to stand still until `bgsupervisor resume {running.id}`; it keeps its slot and its locks"
-    assert told.stdout == f"task {running.id} {words}\n"
+    words = f"which keeps its slot and its locks; `bgsupervisor resume {running.id}` continues it"
+    assert told.stdout == f"suspending task {running.id}, {words}\n"
     assert told.stderr.splitlines() == [
         f"bgsupervisor: task {planned.id} cannot be suspended: it is REQUEST, only a running task can be",
         f"bgsupervisor: task {done.id} cannot be suspended: it is DONE, only a running task can be",
@@ -245,7 +245,7 @@ def test_suspend_and_resume_say_what_they_did_to_each(app):
     told = app.cli("resume", str(running.id), str(planned.id), str(done.id), "999")
     assert told.returncode == 1
     assert told.stdout.splitlines() == [
-        f"task {running.id} is to go on",
+        f"resuming task {running.id}",
         f"task {planned.id} is not suspended; nothing changed",
         f"task {done.id} had ended DONE; nothing changed",
     ]
@@ -402,16 +402,16 @@ def test_without_a_supervisor_the_next_one_suspends_and_the_command_says_so(tmp_
         app.supervisors[-1].kill()
         told = app.cli("suspend", str(record.id), "--by", "jana")
         assert told.returncode == 0
-        assert "start one with `bgsupervisor run`, which then stops it" in told.stderr
-        assert "to be suspended by jana" in app.cli("ps").stdout
-        assert "it is to be suspended by jana" in app.cli("why", str(record.id)).stdout
+        assert "start one with `bgsupervisor run`, which then suspends it" in told.stderr
+        assert "suspend requested by jana" in app.cli("ps").stdout
+        assert "suspend requested by jana; " in app.cli("why", str(record.id)).stdout
         assert not app.is_still(record)
         app.start(wait=False)
         wait_until(lambda: app.is_still(record), "the next supervisor has stopped it")
         wait_until(lambda: app.service.get(record.id).suspended_at, "its row says so")
         app.supervisors[-1].kill()
         told = app.cli("resume", str(record.id))
-        assert "start one with `bgsupervisor run`, which then lets it go on" in told.stderr
+        assert "start one with `bgsupervisor run`, which then resumes it" in told.stderr
         assert app.is_still(record)
         app.start(wait=False)
         wait_until(lambda: not app.is_still(record), "the next supervisor lets it go on")

@@ -18,7 +18,7 @@ import pytest
 from support.app import LIMIT_S, wait_until
 
 from bgsupervisor.catalogue import SUPERVISOR_SILENT_S
-from bgsupervisor.cli import development
+from bgsupervisor.cli.dev import linux as development
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.messages import ProcessRef, Run
@@ -150,10 +150,10 @@ def test_a_stopped_supervisor_is_not_said_to_be_unable_to_write(app, age_s, code
         stop_and_age(app, supervisor, age_s, age_s)
         told = app.cli("health")
         assert told.returncode == code, told.stdout
-        sentence = rf"the supervisor, PID {pid}, has stood still since .*: it is stopped; `kill -CONT {pid}` lets it"
+        sentence = rf"the supervisor, PID {pid}, has been stopped since .*; `kill -CONT {pid}` resumes it"
         assert re.search(sentence, told.stdout)
-        assert told.stdout.count("stood still") == 1
-        assert "could not write" not in told.stdout
+        assert told.stdout.count("has been stopped") == 1
+        assert "has not written" not in told.stdout
         assert "no supervisor has been seen" not in app.cli("ps").stderr
     finally:
         supervisor.process.send_signal(signal.SIGCONT)
@@ -165,8 +165,8 @@ def test_a_supervisor_that_cannot_write_is_not_said_to_stand_still(app):
     stop_and_age(app, supervisor, SUPERVISOR_SILENT_S + 5, 0)
     with app.database.locked():
         told = app.cli("health").stdout
-    assert "lives but could not write" in told
-    assert "stood still" not in told
+    assert "is alive but has not written" in told
+    assert "has been stopped since" not in told
 
 
 # ---- what a stop waits for ----
@@ -183,7 +183,7 @@ def test_stop_kill_waits_for_the_end_of_a_task_without_a_slot(app):
 
     record = app.service.get(waiting)
     assert (record.status, record.reason) == ("INTERRUPTED", "STOPPED"), done.stdout
-    assert done.stdout == "no supervisor is running now. `bgsupervisor start` lifts the stop\n"
+    assert done.stdout == "supervisor stopped; `bgsupervisor start` allows it again\n"
     assert supervisor.process.poll() == 0
 
 
@@ -214,9 +214,7 @@ def test_stop_drain_names_what_it_waits_for_and_what_is_suspended(app):
     assert told.returncode == 1
     names = f"{running.id} (appx:until), {still.id} (appx:until)"
     assert told.stderr.count(f"still running: {names}; `bgsupervisor stop --kill` ends them") == 2, told.stderr
-    sentence = (
-        f"suspended, and not going to end: {still.id} (appx:until); `bgsupervisor resume {still.id}` lets it go on"
-    )
+    sentence = f"suspended, so it cannot end: {still.id} (appx:until); `bgsupervisor resume {still.id}` continues it"
     assert told.stderr.count(sentence) == 2
     assert f"waiting for suspended tasks until they are resumed or cancelled: {still.id}" in supervisor.log
     (app.folder / "end").touch()
@@ -312,7 +310,7 @@ def test_dev_kills_a_supervisor_that_does_not_leave(monkeypatch):
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         dev = object.__new__(development.Development)
-        dev._clock, dev._look = SystemClock(), lambda _: None
+        dev._clock, dev._print_new = SystemClock(), lambda _: None
         dev._config, dev._interrupts = SimpleNamespace(grace_s=0.1), SimpleNamespace(count=1)
         dev._end(process, SimpleNamespace(running=list))
         assert process.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""`bgsupervisor check`: the configuration, where each value came from, and whether the task modules load."""
+"""`bgsupervisor check`: the configuration with the origin of each value, and whether the task modules load."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from bgsupervisor.cli.display.output import print_json, say, warn
+from bgsupervisor.cli.display.output import counted, print_json, say, warn
 from bgsupervisor.cli.display.traces import folded
 from bgsupervisor.cli.load_check import load_apart
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.session import Session, json_option, pass_session
 from bgsupervisor.config import remarks
 from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import number, size
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["check"]
 
 LOAD_LIMIT_S = 120.0
+"""Longest wait for the application to load, in seconds."""
 
 
 @click.command()
 @click.option("--full", is_flag=True, help="Every frame of a traceback, also those of libraries.")
-@click.option("--json", "as_json", is_flag=True, help="One object.")
+@json_option("One object.")
 @pass_session
 def check(session: Session, *, full: bool, as_json: bool) -> None:
     """Show the configuration, load the modules.
@@ -49,22 +50,22 @@ def check(session: Session, *, full: bool, as_json: bool) -> None:
     for warning in answer.warnings:
         warn(f"warning: {warning}")
     for failure in () if as_json else answer.failures:
-        _tell_failure(failure, config, full=full)
+        _print_failure(failure, config, full=full)
     raise click.exceptions.Exit(bool(answer.failures or answer.dangers) or not config.tasks)
 
 
 def _print_configuration(config: Config) -> None:
-    rows = [(name, _written(value), origin) for name, value, origin in config.describe()]
+    rows = config.describe()
     names = max(len(name) for name, _, _ in rows)
     for name, value, origin in rows:
-        say(f"{name:<{names}} = {value}  ({origin})")
+        say(f"{name:<{names}} = {clean(msgspec.json.encode(value).decode())}  ({origin})")
 
 
 def _print_tasks(answer: Answer) -> None:
-    say(f"\n{len(answer.tasks)} task{'s' * (len(answer.tasks) != 1)}")
+    say(f"\n{counted(len(answer.tasks), 'task')}")
     for name, options in sorted(answer.tasks.items()):
-        told = ", ".join(f"{key} {_option(key, value)}" for key, value in msgspec.to_builtins(options).items())
-        say(f"  {clean(name)}{f'  ({clean(told)})' if told else ''}")
+        text = ", ".join(f"{key} {_option(key, value)}" for key, value in msgspec.to_builtins(options).items())
+        say(f"  {clean(name)}{f'  ({clean(text)})' if text else ''}")
 
 
 def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of several kinds
@@ -73,15 +74,11 @@ def _option(key: str, value: Any) -> str:  # noqa: ANN401 - options are of sever
     return " and ".join(value) if isinstance(value, tuple | list) else number(value)
 
 
-def _tell_failure(failure: LoadFailure, config: Config, *, full: bool) -> None:
+def _print_failure(failure: LoadFailure, config: Config, *, full: bool) -> None:
     warn(f"{failure.kind} {failure.module} failed to load:")
     text = failure.error.rstrip()
     for line in (text if full else folded(text, config)).splitlines():
         say(f"  {line}", err=True)
-
-
-def _written(value: Any) -> str:  # noqa: ANN401 - options are of several kinds
-    return clean(msgspec.json.encode(value).decode())
 
 
 def _object(config: Config, answer: Answer) -> dict[str, Any]:

@@ -31,26 +31,26 @@ __all__ = ["cron"]
 
 CRON_D_FOLDER = Path("/etc/cron.d")
 PROC = Path("/proc")
-_GOES_ON = "a supervisor that runs goes on until `bgsupervisor stop`"
+_CONTINUES = "a running supervisor continues until `bgsupervisor stop`"
 CRONTAB_LIMIT_S = 30.0
-"""The crontab program copies a small file."""
+"""Longest wait for the crontab program, which copies a small file, in seconds."""
 _NO_CRONTAB = re.compile("no crontab|no such file", re.IGNORECASE)
-"""What `crontab -l` says, with exit code 1, to whoever has none yet."""
+"""The message of `crontab -l`, with exit code 1, for a user without a crontab."""
 _OURS = " run --config "
-"""What stands in every entry; the line below our mark is only replaced if it does."""
+"""Part of every entry; the line below our mark is only replaced if it has it."""
 
 
 @click.command()
 @click.option("--install", is_flag=True, help="Put it into your crontab, or with --cron-d into /etc/cron.d.")
 @click.option("--uninstall", is_flag=True, help="Remove what --install has written; with --cron-d from /etc/cron.d.")
 @click.option("--cron-d", "as_file", is_flag=True, help="A file for /etc/cron.d, which names the user.")
-@user_option("Who supervises, with --cron-d; else the state directory's owner.")
+@user_option("The user to supervise as, with --cron-d; else the state directory's owner.")
 @pass_session
 def cron(session: Session, *, install: bool, uninstall: bool, as_file: bool, user: str | None) -> None:
     """Print, install or remove the entry by which cron keeps a supervisor alive.
 
     A second --install replaces the entry of this configuration and touches no other line; --uninstall removes it. A
-    supervisor that runs goes on.
+    running supervisor continues.
     """
     if install and uninstall:
         raise click.UsageError("--install writes the entry and --uninstall removes it; give one of them")
@@ -85,11 +85,11 @@ def _write_file(text: str, found: Installation, user: str) -> None:
 
 
 def _file_name(user: str) -> str:
-    return f"bgsupervisor-{re.sub(r'[^A-Za-z0-9_-]', '_', user)}"  # cron passes over names with dots
+    return f"bgsupervisor-{re.sub(r'[^A-Za-z0-9_-]', '_', user)}"  # cron ignores names with dots
 
 
 def _remove_files(found: Installation, user: str | None) -> None:
-    """Remove the files of this installation, whichever users they name, or of one user."""
+    """Remove the files of this installation, of one user or of all."""
     pattern = "bgsupervisor-*" if user is None else _file_name(user)
     paths = [path for path in sorted(CRON_D_FOLDER.glob(pattern)) if is_of(path, found)]
     for path in paths:
@@ -97,7 +97,7 @@ def _remove_files(found: Installation, user: str | None) -> None:
             path.unlink()
         except OSError as error:
             raise access_error(path, "write", error, "remove it as root") from error
-        click.echo(f"removed {path}; {_GOES_ON}")
+        click.echo(f"removed {path}; {_CONTINUES}")
     if not paths:
         click.echo(f"nothing to remove: {CRON_D_FOLDER} has no entry of {found.config}")
 
@@ -124,16 +124,16 @@ def _edit_crontab(text: str, found: Installation, *, removes: bool = False) -> N
         warn("there is no `crontab` program here; install cron, or print the entry without --install")
         raise click.exceptions.Exit(1)
     mark, line = text.splitlines()[-2:]
-    old = _ask([program, "-l"]).removesuffix("\n")
+    old = _run_crontab([program, "-l"]).removesuffix("\n")
     lines = old.split("\n") if old else []
     kept, place = _without_entry(lines, mark, line)
     new = kept if removes else [*kept[:place], mark, line, *kept[place:]]
     if new != lines:
-        _ask([program, "-"], "".join(f"{one}\n" for one in new))
+        _run_crontab([program, "-"], "".join(f"{one}\n" for one in new))
     user = user_name(os.geteuid())
     if removes:
         none = f"nothing to remove: the crontab of {user} has no entry of {found.config}"
-        click.echo(none if new == lines else f"removed from the crontab of {user}; {_GOES_ON}")
+        click.echo(none if new == lines else f"removed from the crontab of {user}; {_CONTINUES}")
         return
     done = "it is there already" if new == lines else "installed"
     click.echo(f"{done} in the crontab of {user}; {_outlook(user)}:\n{line}")
@@ -143,7 +143,7 @@ def _edit_crontab(text: str, found: Installation, *, removes: bool = False) -> N
 
 
 def _without_entry(lines: list[str], mark: str, entry: str) -> tuple[list[str], int]:
-    """Return *lines* without the entry, or an older one, and its mark; and where it was, else the end."""
+    """Return *lines* without the entry, or an older one, and its mark; and its place, else the end."""
     kept: list[str] = []
     place = None
     before = ""
@@ -156,8 +156,8 @@ def _without_entry(lines: list[str], mark: str, entry: str) -> tuple[list[str], 
     return kept, len(kept) if place is None else place
 
 
-def _ask(command: list[str], text: str = "") -> str:
-    """Run the crontab program and return what it prints; nothing where there is no crontab yet."""
+def _run_crontab(command: list[str], text: str = "") -> str:
+    """Run the crontab program and return its output; nothing where there is no crontab yet."""
     answer = subprocess.run(
         command,
         input=text,
@@ -168,7 +168,7 @@ def _ask(command: list[str], text: str = "") -> str:
         timeout=CRONTAB_LIMIT_S,
     )
     if answer.returncode != 0 and not _NO_CRONTAB.search(answer.stderr):
-        told = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
-        warn(f"the `crontab` program refused: {told}; nothing was changed")
+        cause = " ".join(answer.stderr.split()) or f"exit code {answer.returncode}"
+        warn(f"the `crontab` program refused: {cause}; nothing was changed")
         raise click.exceptions.Exit(1)
     return answer.stdout

@@ -27,11 +27,11 @@ def dev(session: Session, *, slots: int | None) -> None:
     """
     interrupts = Interrupts()
     if sys.platform.startswith("linux"):
-        from bgsupervisor.cli.development import Development  # noqa: PLC0415 - one of the two
+        from bgsupervisor.cli.dev.linux import Development  # noqa: PLC0415 - one of the two
 
-        code = Development(session, slots, interrupts).live()
+        code = Development(session, slots, interrupts).run()
     else:
-        from bgsupervisor.cli.elsewhere import develop_elsewhere  # noqa: PLC0415 - the other
+        from bgsupervisor.cli.dev.elsewhere import develop_elsewhere  # noqa: PLC0415 - the other
 
         code = develop_elsewhere(session, slots, interrupts)
     raise click.exceptions.Exit(code)

@@ -22,8 +22,8 @@ def init() -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(template())
     except FileExistsError:
-        raise ConfigError(f"{path.absolute()} exists already and was left alone; edit it, or move it away") from None
+        raise ConfigError(f"{path.absolute()} exists already and was not changed; edit it, or move it away") from None
     except OSError as error:
         raise access_error(path.absolute(), "create", error, "choose another folder") from error
-    say(f"wrote {path.absolute()}; name the modules of your tasks in it, and see that `bgsupervisor check` finds them")
-    say("then start `bgsupervisor run`, and look at your tasks with `bgsupervisor ps`")
+    say(f"wrote {path.absolute()}; name the modules of your tasks in it, and check it with `bgsupervisor check`")
+    say("then start `bgsupervisor run`, and see your tasks with `bgsupervisor ps`")

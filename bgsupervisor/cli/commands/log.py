@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.cli.display.output import warn
-from bgsupervisor.cli.display.supervisors import watch
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.display.supervisors import Supervisors, identity_in
+from bgsupervisor.cli.session import Session, pass_session, task_of
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.errors import DatabaseError, UnknownTask
+from bgsupervisor.errors import DatabaseError
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.sanitize import clean_line_keeping_colours
 from bgsupervisor.statuses import Status
 from bgsupervisor.system import logs, processes
 from bgsupervisor.system.files import access_error
-from bgsupervisor.system.processes import ProcessIdentity, Verdict
+from bgsupervisor.system.processes import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -30,29 +30,27 @@ if TYPE_CHECKING:
 __all__ = ["log", "log_path"]
 
 ROW_EVERY_S = 0.5
-"""Interval between looks at the row of a task whose log is followed, in seconds."""
+"""Interval between readings of the row of a task whose log is followed, in seconds."""
 ABANDONED_S = 5.0
-"""How long a dead process may be unrecorded before its log is no longer followed, in seconds; a supervisor takes 2."""
+"""Time after which an unrecorded death ends the following of a log, in seconds; a supervisor takes 2."""
 
 
 @click.command()
 @click.argument("id", type=int)
-@click.option("-f", "--follow", is_flag=True, help="Go on until the attempt has ended; Ctrl-C leaves it running.")
-@click.option("--raw", is_flag=True, help="On a terminal too print it as it is, with all that can steer a terminal.")
-@click.option("--attempt", type=click.IntRange(min=1), help="Of an earlier attempt than the last.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the attempt has ended; Ctrl-C leaves it running.")
+@click.option("--raw", is_flag=True, help="Print it unchanged on a terminal too, with all that can control a terminal.")
+@click.option("--attempt", type=click.IntRange(min=1), help="The log of an earlier attempt.")
 @pass_session
 def log(session: Session, *, id: int, follow: bool, raw: bool, attempt: int | None) -> None:
     """Print what a task wrote to stdout and stderr.
 
     On a terminal only its colours have an effect; in a pipe it is as it was written.
     """
-    service = session.existing_service()
-    record = None if service is None else service.get(id)
-    if service is None or record is None:
-        raise UnknownTask(id)
-    wanted = attempt or _last_attempt(record, follow=follow)
+    service = session.service_with(id)
+    record = task_of(service, id)
+    wanted = attempt or record.attempt + (follow and record.status is Status.REQUEST)
     if follow and record.status is Status.REQUEST and wanted > record.attempt:
-        warn(f"task {id} has not begun yet; waiting for it")
+        warn(f"task {id} has not started yet; waiting for it")
     path = None
     try:
         path = log_path(service, record, wanted)
@@ -67,20 +65,13 @@ def log(session: Session, *, id: int, follow: bool, raw: bool, attempt: int | No
 
 def _traceback(service: Service, id: int, attempt: int) -> str:
     """Return where the traceback of an attempt is, if its body left one."""
-    record = service.get(id)
-    if record is None:
-        return ""
     past = service.ledger.interruptions(id)
     has_one = any(one["attempt"] == attempt and one["error"] for one in past)
     return f"; `bgsupervisor show {id}` prints its traceback" if has_one else ""
 
 
-def _last_attempt(record: TaskRecord, *, follow: bool) -> int:
-    return record.attempt + (follow and record.status is Status.REQUEST)
-
-
 def log_path(service: Service, record: TaskRecord, attempt: int) -> Path | None:
-    """Return the log of an attempt, None if it has none. Raises PermissionError where this user may not look."""
+    """Return the log of an attempt, None if it has none. Raises PermissionError for a user without the right."""
     is_last = attempt == record.attempt
     return logs.find(
         StateDir(service.config.state_dir).logs,
@@ -92,7 +83,7 @@ def log_path(service: Service, record: TaskRecord, attempt: int) -> Path | None:
 
 
 class _WhileRead(SystemClock):
-    """A clock whose sleep ends once nobody reads stdout: a follower must not live on for itself."""
+    """A clock whose sleep ends once stdout has no reader: a follower must not outlive its reader."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -135,9 +126,9 @@ class _Followed:
         if now - self._read_at < ROW_EVERY_S:
             return False
         self._read_at = now
-        if self._service.ledger.store.inode() != self._database:  # a look would make an empty file in its place
+        if self._service.ledger.store.inode() != self._database:  # reading would create an empty file in its place
             raise DatabaseError(
-                f"cannot follow task {self._id} any more: the database was deleted or replaced; look at the new one"
+                f"cannot follow task {self._id} any more: the database was deleted or replaced; use the new one"
             )
         self._record = record = self._service.get(self._id)
         if record is None or record.attempt > self._attempt:
@@ -148,14 +139,13 @@ class _Followed:
 
     def _is_abandoned(self, record: TaskRecord, now: float) -> bool:
         """Return whether the task's process is dead, and no supervisor is there to record that."""
-        named = (record.boot_id, record.pid_ns, record.pid, record.start_ticks)
-        identity = None if None in named else ProcessIdentity(record.host or "", *named)  # type: ignore[arg-type]
+        identity = identity_in(record)
         if identity is None or processes.verdict(identity) is not Verdict.DEAD:
             self._dead_since = None
             return False
         if self._dead_since is None:
             self._dead_since = now
-        if now - self._dead_since < ABANDONED_S or watch(self._service, now=self._clock.now()).alive:
+        if now - self._dead_since < ABANDONED_S or Supervisors.read(self._service).alive:
             return False
         warn(f"the process of task {self._id} has ended, and no supervisor is running to record how")
         return True
@@ -167,12 +157,12 @@ def _follow(service: Service, id: int, attempt: int) -> Iterator[str]:
 
 
 def _for_terminal(piece: str) -> str:
-    """Return a piece of a log without what could steer a terminal; a carriage return rewrites a line of its own."""
+    """Return a piece of a log without what could control a terminal; carriage returns keep rewriting their line."""
     return "\n".join("\r".join(map(clean_line_keeping_colours, line.split("\r"))) for line in piece.split("\n"))
 
 
 def _print(pieces: Iterable[str]) -> bool:
-    """Print what comes, at once; tell whether anything came."""
+    """Print each piece at once; return whether there was any."""
     printed = False
     for piece in pieces:
         if piece:

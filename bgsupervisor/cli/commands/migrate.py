@@ -1,4 +1,4 @@
-"""`bgsupervisor migrate`: bring the tables to this version, or only say whether they are."""
+"""`bgsupervisor migrate`: brings the tables to this version, or only checks whether they are."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["migrate"]
 
 QUEUE_S = 60.0
-"""How long to wait for another `migrate`, which may change large tables; then this one says so and leaves with 1."""
+"""Longest wait for another `migrate`, which may change large tables, in seconds; then this one leaves with 1."""
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; say what the tables lack, and leave with 1 if anything.")
+@click.option("--check", is_flag=True, help="Change nothing; print what the tables lack, and leave with 1 if anything.")
 @pass_session
 def migrate(session: Session, *, check: bool) -> None:
     """Create the tables, or change older ones to this version's."""
@@ -44,7 +44,7 @@ def _migrate(store: Store, config: Config) -> None:
             raise SchemaError(_newer(newer))
         try:
             with store.alone():
-                # Its turn has come. Whoever waits for a table now has all others wait who come after.
+                # Its turn has come. A long wait for a table would now block all that want the table after it.
                 store.set_busy_timeout(config.busy_timeout_s)
                 applied = migrations.migrate(store)
         except peewee.IntegrityError as error:
@@ -53,7 +53,7 @@ def _migrate(store: Store, config: Config) -> None:
 
 
 def _check(store: Store) -> None:
-    """Say what the tables lack, or that they are ahead, and leave with 1 if either is true."""
+    """Print what the tables lack, or that they are newer, and leave with 1 if either is true."""
     if store.inode() == 0:  # no file, and none is made
         missing, newer = migrations.Standing(missing=migrations.available(), newer=[])
     else:

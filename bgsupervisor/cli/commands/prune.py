@@ -1,4 +1,4 @@
-"""`bgsupervisor prune`: delete ended tasks and their logs now."""
+"""`bgsupervisor prune`: deletes ended tasks and their logs now."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENDED = (Status.DONE, Status.INTERRUPTED)
     "--status", "statuses", multiple=True, type=click.Choice(ENDED, case_sensitive=False), help="Only this status."
 )
 @click.option("--name", "names", multiple=True, help="Only tasks of this name; the part after the colon is enough.")
-@click.option("--dry-run", is_flag=True, help="Only say how many.")
+@click.option("--dry-run", is_flag=True, help="Only print how many.")
 @pass_session
 def prune(
     session: Session,
@@ -54,7 +54,7 @@ def prune(
     wanted_names = _full_names(names, service)
     days = service.config.keep_days if older_than_days is None else older_than_days
     if older_than_days is None and days == 0:
-        raise click.UsageError("keep_days is 0, which keeps all; say --older-than-days")
+        raise click.UsageError("keep_days is 0, which keeps all; give --older-than-days")
     before = service.ledger.clock.now() - timedelta(days=days)
     for status in statuses or ENDED:
         wanted = {"before": before, "statuses": [Status(status)], "names": wanted_names if names else None}
@@ -67,7 +67,7 @@ def prune(
 
 
 def _full_names(names: tuple[str, ...], service: Service) -> list[str]:
-    """Return the full names that *names* mean: as they are, or as the part after the colon.
+    """Return the full names that *names* mean, by themselves or as the part after the colon.
 
     Raises:
         click.UsageError: One means several.

@@ -1,4 +1,4 @@
-"""`bgsupervisor request`: request a task from a shell."""
+"""`bgsupervisor request`: requests a task from a shell."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import msgspec
 from bgsupervisor import tasks
 from bgsupervisor.catalogue import Catalogue, Known
 from bgsupervisor.cli.display.output import print_json, say, warn
-from bgsupervisor.cli.display.supervisors import stale_code, watch
+from bgsupervisor.cli.display.supervisors import Supervisors, stale_code
 from bgsupervisor.cli.display.traces import folded
-from bgsupervisor.cli.session import Finite, Session, pass_session
+from bgsupervisor.cli.session import Finite, Session, json_option, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import apply_env_file
 from bgsupervisor.errors import Interrupted, UnknownTaskName, WaitTimeout
@@ -56,10 +56,10 @@ REMIND_S = 60.0
 @click.option("--priority", type=int, default=0, help="Larger is sooner.")
 @click.option("--at", metavar="TIME", help="Not before 14:30, 2027-01-31 14:30 (local time) or an ISO time with zone.")
 @click.option("--delay-s", type=Finite(min=0), help="Not before so many seconds from now.")
-@click.option("--force", is_flag=True, help="Record it although no supervisor or task module has NAME.")
+@click.option("--force", is_flag=True, help="Record it even if no supervisor or task module has NAME.")
 @click.option("--wait", is_flag=True, help="Wait for the end and print the result as JSON; 1 if it was interrupted.")
 @click.option("--timeout-s", type=Finite(min=0), default=WAIT_S, show_default=True, help="How long --wait waits.")
-@click.option("--json", "as_json", is_flag=True, help="Print id and created as JSON.")
+@json_option("Print id and created as JSON.")
 @pass_session
 def request(
     session: Session,
@@ -77,8 +77,8 @@ def request(
 ) -> None:
     """Request a task.
 
-    NAME is as "myapp.tasks:ImportInvoices"; the part after the colon is enough where it means one task. JSON is an
-    object of its body's arguments.
+    NAME is written as "myapp.tasks:ImportInvoices"; the part after the colon is enough where it means one task. JSON
+    is an object of its body's arguments.
 
     With - the JSON comes from stdin, where other users of this machine cannot see it.
     """
@@ -91,11 +91,9 @@ def request(
     try:
         handle = service.request(name, values, run_at=run_at, unique=True if unique == "" else unique, **options)
     except UnknownTaskName as error:
-        sentence = (
-            f"cannot request this: {error}{'' if str(error).endswith('?') else '.'} --force records it all the same"
-        )
+        sentence = f"cannot request this: {error}{'' if str(error).endswith('?') else '.'} --force records it anyway"
         raise UnknownTaskName(sentence, name=error.name, candidates=error.candidates) from None
-    _tell(handle, service, quietly=wait, as_json=as_json and not wait)
+    _report(handle, service, quietly=wait, as_json=as_json and not wait)
     if wait:
         _wait(handle, service, timeout_s)
 
@@ -130,7 +128,7 @@ def _fault(given: bytes, error: Exception) -> str:
 
 
 def _moment(text: str) -> datetime:
-    """Return the moment that *text* means; without a zone it is local time, without a date the next such time."""
+    """Return the moment that *text* names: in local time without a zone, the next such time without a date."""
     now = SystemClock().now().astimezone()
     with contextlib.suppress(ValueError, OverflowError):
         return datetime.fromisoformat(text).astimezone()
@@ -138,17 +136,17 @@ def _moment(text: str) -> datetime:
         clock_time = datetime.strptime(text, "%H:%M").time()  # noqa: DTZ007 - local time is meant
     except ValueError:
         raise click.UsageError(
-            f"--at {text!r} is no time; write 14:30, 2027-01-31 14:30 or 2027-01-31T14:30:00+01:00"
+            f"--at {text!r} is not a time; write 14:30, 2027-01-31 14:30 or 2027-01-31T14:30:00+01:00"
         ) from None
     today = datetime.combine(now.date(), clock_time).astimezone()
     return today if today > now else datetime.combine(now.date() + timedelta(days=1), clock_time).astimezone()
 
 
 def _load(name: str, service: Service) -> None:
-    """Import the configured modules as far as *name* needs it, so that name and data are checked now.
+    """Import the configured modules that *name* needs, so that name and data are checked now.
 
-    The module that the name begins with, and the others only if neither that one nor a supervisor has the name. What
-    they print goes to stderr. What cannot be imported here leaves less known, and that is no error.
+    First the module that the name begins with; the others only if neither that one nor a supervisor has the name.
+    Their output goes to stderr. A module that cannot be imported here is not an error: less is checked then.
     """
     config = service.config
     own = name.partition(":")[0]
@@ -164,7 +162,7 @@ def _import(modules: Iterable[str], service: Service) -> None:
     config = service.config
     apply_env_file(config)
     sys.path[:0] = [one for one in (str(config.base_dir), *config.python_path) if one not in sys.path]
-    # An import may close what is open, as daemons do, and a file of its own then gets the number.
+    # An import may close what is open, as daemons do, and its own file then gets the number.
     service.close()
     with descriptors.keeping_output(), contextlib.redirect_stdout(sys.stderr):
         for module in modules:
@@ -176,38 +174,34 @@ def _import(modules: Iterable[str], service: Service) -> None:
                 pass
 
 
-def _tell(handle: Handle, service: Service, *, quietly: bool, as_json: bool) -> None:
+def _report(handle: Handle, service: Service, *, quietly: bool, as_json: bool) -> None:
     record = service.ledger.get(handle.id)
     name = "pruned" if record is None else clean(record.name)
     if as_json:
         print_json({"id": handle.id, "created": handle.created})
     else:
-        told = f"requested task {handle.id} ({name})"
+        message = f"requested task {handle.id} ({name})"
         if not handle.created:
-            told = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
-        if not quietly or sys.stderr.isatty():  # what cron prints it mails, and success is no news
-            say(told, err=quietly)
+            message = f"task {handle.id} ({name}) is live and holds the unique key; nothing new was requested"
+        if not quietly or sys.stderr.isatty():  # cron mails all output, and success is no news
+            say(message, err=quietly)
     _warn_if_nothing_runs(record, service)
-    if record is not None and record.status is not Status.REQUEST:
-        stale = stale_code(service)
-        if stale is not None:
-            warn(stale)
 
 
 def _warn_if_nothing_runs(record: TaskRecord | None, service: Service) -> None:
-    """Say on stderr that there is no supervisor, or none that has the code of a task which has yet to start."""
-    if record is None or record.status is not Status.REQUEST:
+    """Warn if no supervisor lives, or none has the code of a task that has yet to start, or its code is stale."""
+    if record is None:
         return
-    now = service.ledger.clock.now()
-    seen = watch(service, now=now)
-    if not seen.alive:
-        warn(seen.absence(now=now))
+    supervisors = Supervisors.read(service)
+    waits = record.status is Status.REQUEST
+    if waits and not supervisors.alive:
+        warn(supervisors.absence())
         return
-    stale = stale_code(service)
+    stale, lacks = stale_code(service), waits and supervisors.lacks(record.name)
     if stale is not None:
-        warn(f"no supervisor has loaded {record.name} yet; {stale}" if seen.lacks(record.name) else stale)
-    elif seen.lacks(record.name):
-        nearest = Known(Catalogue(seen.catalogue), ()).nearest(record.name)
+        warn(f"no supervisor has loaded {record.name} yet; {stale}" if lacks else stale)
+    elif lacks:
+        nearest = Known(Catalogue(supervisors.catalogue), ()).nearest(record.name)
         hint = f"did you mean {nearest}?" if nearest else "see `bgsupervisor check`"
         warn(f"no supervisor has code for {record.name}, so it waits until one has; {hint}")
 
@@ -224,7 +218,7 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
             except WaitTimeout:
                 _remind(handle, service, timeout_s, is_over=left_s <= REMIND_S)
     except KeyboardInterrupt:
-        warn(f"task {handle.id} goes on; `bgsupervisor show {handle.id}` tells about it")
+        warn(f"task {handle.id} continues; `bgsupervisor show {handle.id}` shows it")
         raise
     if record.error is not None:
         for line in folded(record.error, service.config).splitlines():
@@ -235,12 +229,13 @@ def _wait(handle: Handle, service: Service, timeout_s: float) -> None:
 
 
 def _remind(handle: Handle, service: Service, timeout_s: float, *, is_over: bool) -> None:
-    """Say if nothing can run the task. Raises WaitTimeout when the limit is reached."""
+    """Warn if nothing can run the task. Raises WaitTimeout when the limit is reached."""
     record = service.ledger.get(handle.id)
-    _warn_if_nothing_runs(record, service)
+    if record is not None and record.status is Status.REQUEST:
+        _warn_if_nothing_runs(record, service)
     if is_over:
-        goes_on = "still waits to start" if record and record.status is Status.REQUEST else "goes on"
+        state = "still waits to start" if record and record.status is Status.REQUEST else "continues"
         raise WaitTimeout(
-            f"task {handle.id} has not ended within {timeout_s:g} s and {goes_on}; `bgsupervisor show {handle.id}` "
-            f"shows it, `bgsupervisor why {handle.id}` what keeps it, and --timeout-s waits longer"
+            f"task {handle.id} has not ended within {timeout_s:g} s and {state}; `bgsupervisor show {handle.id}` "
+            f"shows it, `bgsupervisor why {handle.id}` explains what delays it, and --timeout-s waits longer"
         )

@@ -1,4 +1,4 @@
-"""`bgsupervisor run`: become the supervisor, or leave at once if there is one."""
+"""`bgsupervisor run`: becomes the supervisor, or leaves at once if there is one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 import click
 
 from bgsupervisor import __version__
-from bgsupervisor.cli.display.output import warn
-from bgsupervisor.cli.session import Session, pass_session
+from bgsupervisor.cli.display.output import stopped_by, warn
+from bgsupervisor.cli.session import Session, own_state_dir, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import remarks
 from bgsupervisor.environment import take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, ConfigError, UnsupportedSystem
 from bgsupervisor.ipc.lock import STUCK_S, Lock
-from bgsupervisor.ipc.statedir import StateDir, StopMark
+from bgsupervisor.ipc.statedir import StopMark
 from bgsupervisor.sanitize import LineFormatter, trace_lines
 from bgsupervisor.system import descriptors
 from bgsupervisor.system.files import access_error
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.errors import AccessError
+    from bgsupervisor.ipc.statedir import StateDir
 
 __all__ = ["run", "supervise"]
 
-LOCK_LOOK_S = 1.0
-"""Under a service manager the lock is tried so often while another supervisor holds it."""
-HANG_LOOK_S = 1.5
-"""The lock file of a living supervisor is touched within a second, also when the clock was set or the machine slept."""
+LOCK_RETRY_S = 1.0
+"""Interval between tries of a lock that another supervisor holds, under a service manager, in seconds."""
+HANG_CHECK_S = 1.5
+"""Wait before a lock file that looks old is read again, in seconds: after sleep a supervisor touches it within one."""
 TAKE_OVER_S = 5.0
-"""A supervisor of another installation leaves within a second; one that hangs is not waited for any longer."""
+"""Longest wait for a supervisor of another installation, which leaves within a second, in seconds."""
 PROGRAM = f"{sys.prefix} {__version__}"
-"""Which installation this is: a supervisor of another virtualenv or version cannot load what this one has."""
+"""The name of this installation: a supervisor of another virtualenv or version cannot load its code."""
 STOPPED_EXIT = 100
-"""What a service manager sees when nobody is to supervise, so that it does not try again; the unit names it."""
+"""Exit code during a stop, for a service manager: the unit names it, so that it does not try again."""
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -66,21 +66,21 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None, log_to_stderr: bool) -> None:
     """Supervise: start tasks, watch them, record their ends.
 
-    Leaves at once, with success, if a supervisor is there already. Its log is logs/supervisor.log in the state
+    Leaves at once, with success, if a supervisor is already running. Its log is logs/supervisor.log in the state
     directory.
     """
-    from bgsupervisor.cli.program import EXIT_INTERRUPTED, tell_error  # noqa: PLC0415 - the program imports us
+    from bgsupervisor.cli.program import EXIT_INTERRUPTED, report_error  # noqa: PLC0415 - the program imports us
 
     if session.test_config() is not None:
         raise ConfigError(
-            "cannot supervise: this process runs tests, which keep their tasks to themselves; run them with "
-            "run_pending(), or turn the isolation off for this test"
+            "cannot supervise: this process runs tests, whose tasks are isolated; run them with run_pending(), "
+            "or turn the isolation off for this test"
         )
     try:
         load = functools.partial(session.config, slots=slots, on_term=on_term)
         code = supervise(load, burst=burst, log_to_stderr=log_to_stderr)
     except BgSupervisorError as error:
-        code = tell_error(error)
+        code = report_error(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - a bug of ours; an ordinary exit would wait for the fork server and its children
@@ -90,7 +90,7 @@ def run(session: Session, *, burst: bool, slots: int | None, on_term: str | None
 
 
 def _leave(code: int) -> NoReturn:
-    """Leave without multiprocessing's own exit, which would join the fork server, that is meant to live on."""
+    """Leave without multiprocessing's own exit, which would wait for the fork server; that one must live on."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -98,24 +98,21 @@ def _leave(code: int) -> NoReturn:
 
 
 def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = False) -> int:
-    """Supervise until told to leave; return the exit code. The caller must leave by os._exit.
+    """Supervise until a signal or a stop; return the exit code. The caller must leave by os._exit.
 
     Args:
         load: Loads the configuration; called again for each reload.
         burst: Leave when nothing is due and nothing runs.
-        log_to_stderr: Log to stderr too, though nothing is known to collect it.
+        log_to_stderr: Log to stderr too, also where nothing is known to collect it.
     """
     if not sys.platform.startswith("linux"):
         raise UnsupportedSystem(
             f"supervising needs Linux (pidfd, the process table, child subreapers); this is {sys.platform}. "
             "`bgsupervisor dev` runs tasks here, with fewer promises"
         )
-    notifier = Notifier(take_notify_socket())  # out of the environment: bodies must not speak to the service manager
+    notifier = Notifier(take_notify_socket())  # out of the environment: bodies must not reach the service manager
     config, clock = load(), SystemClock()
-    state_dir = StateDir(config.state_dir)
-    state_dir.create()
-    state_dir.check_owner()
-    state_dir.check_private()
+    state_dir = own_state_dir(config)
     lock = Lock(state_dir.lock, clock, program=PROGRAM)
     mark = StopMark.read(state_dir.stop_mark)
     if mark is None and not lock.acquire():
@@ -124,11 +121,14 @@ def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = 
         elif not _takes_over(lock, config):
             return _leave_it_to_the_other(lock, config, state_dir, clock)
     if mark is not None:
-        return _tell_of_the_stop(mark, notifier)
+        if sys.stderr.isatty():
+            warn(stopped_by(mark))
+        return STOPPED_EXIT if notifier.listened_to else 0
     lock.touch()
     from bgsupervisor.supervisor.loop import Supervisor  # noqa: PLC0415 - only the one that supervises pays for it
 
-    shown = log_to_stderr or notifier.listened_to or _is_first_in_container() or _has_terminal()
+    has_terminal = sys.stdout.isatty() or sys.stderr.isatty()
+    shown = log_to_stderr or notifier.listened_to or _is_first_in_container() or has_terminal
     with (_shown_log if shown else _own_log)(state_dir.own_log):
         logging.getLogger("peewee").setLevel(logging.WARNING)
         for remark in [*([AS_ROOT] if os.geteuid() == 0 else []), *remarks(config)]:
@@ -140,39 +140,33 @@ def supervise(load: Callable[[], Config], *, burst: bool, log_to_stderr: bool = 
 def _wait_for_lock(lock: Lock, state_dir: StateDir, notifier: Notifier, clock: Clock) -> StopMark | None:
     """Under a service manager, stand by until the other supervisor (cron's) has gone; return a stop mark if set."""
     notifier.ready(f"standing by: another supervisor is running, PID {lock.holder()}")
-    told = False
+    is_reported = False
     while True:
         notifier.alive()
-        clock.sleep(LOCK_LOOK_S)
+        clock.sleep(LOCK_RETRY_S)
         mark = StopMark.read(state_dir.stop_mark)
         if mark is not None or lock.acquire():
             return mark
-        hanging = None if told else _tell_if_hanging(lock)
+        hanging = None if is_reported else _hanging(lock)
         if hanging is not None:
-            told = True
+            is_reported = True
             warn(hanging)
             notifier.ready(f"standing by: {hanging}")
 
 
-def _tell_if_hanging(lock: Lock) -> str | None:
-    """Return a sentence about the supervisor that holds the lock if its loop does not turn any more."""
+def _hanging(lock: Lock) -> str | None:
+    """Return a sentence about the supervisor that holds the lock, if its loop does not turn any more."""
     age_s = lock.age_s()
     if age_s is None or age_s <= STUCK_S:
         return None
     return (
         f"the supervisor with PID {lock.holder()} holds the lock but has shown no sign of life for {age_s:.0f} s; "
-        "look at it, and end it if it hangs"
+        "check it, and end it if it hangs"
     )
 
 
-def _tell_of_the_stop(mark: StopMark, notifier: Notifier) -> int:
-    if sys.stderr.isatty():
-        warn(f"stopped by {mark.by} at {mark.at}; `bgsupervisor start` lifts that")
-    return STOPPED_EXIT if notifier.listened_to else 0
-
-
 def _takes_over(lock: Lock, config: Config) -> bool:
-    """Take the place of a living supervisor of another virtualenv or version, whose tasks live on."""
+    """Replace a living supervisor of another virtualenv or version, whose tasks live on."""
     age_s = lock.age_s()
     if not config.auto_reload or age_s is None or age_s > STUCK_S or not lock.is_of_another_program():
         return False
@@ -180,13 +174,13 @@ def _takes_over(lock: Lock, config: Config) -> bool:
 
 
 def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, clock: Clock) -> int:
-    """Leave, but have the living supervisor load code that a deploy has changed, and say if it hangs."""
-    if _tell_if_hanging(lock) is not None:
-        clock.sleep(HANG_LOOK_S)
-    hanging = _tell_if_hanging(lock)
-    if hanging is not None:
-        warn(hanging)
-        return 1
+    """Leave, but request a reload of code that a deploy has changed, and report a supervisor that hangs."""
+    if _hanging(lock) is not None:
+        clock.sleep(HANG_CHECK_S)
+        hanging = _hanging(lock)
+        if hanging is not None:
+            warn(hanging)
+            return 1
     fingerprint = read_fingerprint(state_dir.fingerprint) if config.auto_reload else None
     if fingerprint is not None and fingerprint.is_outdated(config):
         from bgsupervisor.cli.control_client import ask_to_reload  # noqa: PLC0415 - after a deploy only
@@ -196,10 +190,6 @@ def _leave_it_to_the_other(lock: Lock, config: Config, state_dir: StateDir, cloc
     if sys.stderr.isatty():
         click.echo(f"a supervisor is already running, PID {lock.holder()}", err=True)
     return 0
-
-
-def _has_terminal() -> bool:
-    return sys.stdout.isatty() or sys.stderr.isatty()
 
 
 def _is_first_in_container() -> bool:
@@ -226,14 +216,11 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def _shown_log(path: Path) -> Iterator[None]:
     """Log to stderr and to *path*; what is printed, also by the application while it loads, stays on stderr."""
     logging.raiseExceptions = False  # a full disk: stderr has the line, and needs no traceback with each
-    try:
-        in_file = logging.StreamHandler(os.fdopen(open_for_append(path), "a", encoding="utf-8"))
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    in_file = logging.StreamHandler(os.fdopen(_opened(path), "a", encoding="utf-8"))
     _log_to(_Stderr(path), in_file)
     try:
         yield
-    except Exception as error:  # stderr gets it from the caller
+    except Exception as error:  # the caller prints it on stderr
         trace = None if isinstance(error, BgSupervisorError) else (type(error), error, error.__traceback__)
         in_file.handle(logging.LogRecord("bgsupervisor", logging.ERROR, "", 0, str(error), None, trace))
         raise
@@ -271,15 +258,15 @@ def _log_to(*handlers: logging.Handler) -> None:
 
 
 def _redirect(path: Path) -> None:
-    try:
-        log_fd = open_for_append(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    log_fd = _opened(path)
     for number in (1, 2):
         if not descriptors.is_taken(number):
             os.dup2(log_fd, number)
     os.close(log_fd)
 
 
-def _unwritable(path: Path, error: OSError) -> AccessError:
-    return access_error(path, "write", error, "give this user the right, or free some space")
+def _opened(path: Path) -> int:
+    try:
+        return open_for_append(path)
+    except OSError as error:
+        raise access_error(path, "write", error, "give this user the right, or free some space") from error

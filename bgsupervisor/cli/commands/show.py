@@ -1,7 +1,8 @@
-"""`bgsupervisor show`: what is known of one task, for people; the machine's facts where they are asked for."""
+"""`bgsupervisor show`: what is known of one task; the machine's facts with --full."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,14 @@ import msgspec
 
 from bgsupervisor import payload
 from bgsupervisor.cli.commands.log import log_path
-from bgsupervisor.cli.display import waiting
-from bgsupervisor.cli.display.columns import Facts, percent
-from bgsupervisor.cli.display.output import print_json, say, to_json, warn
+from bgsupervisor.cli.display.explain import waits_to_start
+from bgsupervisor.cli.display.output import by, jsonable, print_json, say, warn
 from bgsupervisor.cli.display.rows import Rows, Ties, columns_of
+from bgsupervisor.cli.display.snapshot import Snapshot, percent
 from bgsupervisor.cli.display.text import age, duration, local
 from bgsupervisor.cli.display.traces import FULL_HINT, folded
-from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.errors import DataInvalid, UnknownTask
+from bgsupervisor.cli.session import Session, json_option, pass_session, task_of
+from bgsupervisor.errors import DataInvalid
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.sanitize import clean
 from bgsupervisor.sizes import number, size
@@ -27,11 +28,10 @@ from bgsupervisor.system import logs, processes
 from bgsupervisor.worker.reporting import headline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from datetime import datetime
     from pathlib import Path
 
-    from bgsupervisor.cli.display.rows import Cause
     from bgsupervisor.config import Config
     from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
@@ -40,22 +40,22 @@ __all__ = ["show"]
 
 LOG_LINES = 20
 LOG_LINES_READ = 200
-"""What is read to find the report of an exception, which is printed once, as the error."""
+"""Lines that are searched for the report of an exception, which is printed once, as the error."""
 CHILDREN_SHOWN = 100
 LABEL_COLUMNS = 10
 FACT_COLUMNS = 20
 _SECRET_NAME = re.compile(r"passw(or)?d|secret|token|authorization|api_?key", re.IGNORECASE)
-"""The application's own list of secrets is in its code, which this command does not import."""
+"""Names that look secret; the application's own list is in its code, which this command does not import."""
 _TEXTS = {"data", "result", "error", "stack", "detail", "message"}
 """The columns that --full does not repeat."""
 DELAYED_S = 1.0
-"""A task that was to start so much later than it was requested was requested for later."""
+"""Delay between request and start from which a task was requested for later, in seconds."""
 
 
 @click.command()
 @click.argument("id", type=int)
 @click.option("--full", is_flag=True, help="The machine's facts too, and every frame of a traceback.")
-@click.option("--json", "as_json", is_flag=True, help="One object with everything; times are in UTC.")
+@json_option("One object with everything; times are in UTC.")
 @pass_session
 def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
     """Show what one task does, did and left.
@@ -63,55 +63,51 @@ def show(session: Session, *, id: int, full: bool, as_json: bool) -> None:
     Values of data that the task's class declares as secret are masked, and those whose names look like secrets
     (password, secret, token, authorization, api_key).
     """
-    service = session.existing_service()
-    if service is None:
-        raise UnknownTask(id)
+    service = session.service_with(id)
     with service.ledger.store.looking():
-        record = service.get(id)
-        if record is None:
-            raise UnknownTask(id)
+        record = task_of(service, id)
+        snapshot = Snapshot.around(record, service)
         around = _Around.of(record, service)
         interruptions = service.ledger.interruptions(id)
-    facts = Facts.gather(service, positions={}, clock=service.ledger.clock, causes=around.causes)
     path, tail = _log(service, record)
     if as_json:
-        data, _ = _masked(record, facts)
-        values = {"data": data, "result": _parsed(record.result), **facts.derived(record), "position": record.position}
-        of_log = {
-            "log": None if path is None else str(path),
-            "log_tail": None if tail is None else tail[-LOG_LINES:],
-        }
-        ended = [_jsonable(one) for one in interruptions]
         print_json(
-            _jsonable(columns_of(record, service)) | values | around.as_json() | {"interruptions": ended} | of_log
+            jsonable(columns_of(record, service))
+            | {"data": _masked(record, snapshot)[0], "result": _parsed(record.result), "position": record.position}
+            | snapshot.derived(record)
+            | around.as_json()
+            | {"interruptions": list(map(jsonable, interruptions))}
+            | {"log": None if path is None else str(path), "log_tail": None if tail is None else tail[-LOG_LINES:]}
         )
         return
-    for sentence in facts.watch.warnings(now=facts.now) if not record.ended else ():
+    for sentence in snapshot.supervisors.warnings() if not record.ended else ():
         warn(sentence)
-    for label, text in _facts(record, service, facts):
+    for label, text in _facts(record, service, snapshot):
         _print_fact(label, text)
     if path is not None:
         _print_fact("log", str(path))
         if tail is None:
             warn(f"this user cannot read {path}")
-    for title, lines in around.blocks(record, facts):
+    for title, lines in around.blocks(record, snapshot):
         _print_block(title, "\n".join(lines))
     _print_trace("error", record.error, service.config, full=full)
     _print_trace("stack when its time was up", record.stack, service.config, full=full)
     earlier = [one for one in interruptions if one["attempt"] != record.attempt or not record.ended]
-    lines = [f"{one['attempt']}  {_when(one['ended_at'], facts.now)}  {_how(one)}" for one in earlier]
+    lines = [
+        f"{one['attempt']}  {_when(one['ended_at'], snapshot.now)}  {one['reason']}: {one['detail'] or ''}"
+        for one in earlier
+    ]
     _print_block("earlier attempts", "\n".join(map(clean, lines)))
     own = _without_report(tail or [], record)
     _print_block("log" if len(own) < LOG_LINES else f"last {LOG_LINES} lines of the log", "\n".join(own[-LOG_LINES:]))
     if full:
-        _print_machine_facts(record, service, facts.now)
+        _print_machine_facts(record, service, snapshot.now)
 
 
 @dataclass(frozen=True, slots=True)
 class _Around:
-    """What a task has to do with others."""
+    """What a task has reached, holds, comes after and has requested."""
 
-    causes: dict[int, list[Cause]]
     parts: list[dict[str, Any]]
     holds: list[dict[str, Any]]
     dependencies: list[dict[str, Any]]
@@ -121,42 +117,34 @@ class _Around:
     def of(cls, record: TaskRecord, service: Service) -> _Around:
         store = service.ledger.store
         ties, rows = Ties(store), Rows(store=store, now=service.ledger.clock.now())
-        children = rows.children(record.id, limit=CHILDREN_SHOWN + 1)
         return cls(
-            causes=ties.causes([record]),
             parts=[{**one, "value": _parsed(one["value"])} for one in ties.parts(record.id)],
             holds=ties.holds(record.id),
             dependencies=ties.dependencies(record.id),
-            children=children,
+            children=rows.children(record.id, limit=CHILDREN_SHOWN + 1),
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the keys that JSON has; at most CHILDREN_SHOWN children."""
-        rows = {"parts": self.parts, "holds": self.holds, "dependencies": self.dependencies}
-        told: dict[str, Any] = {
-            key: [{name: to_json(value) for name, value in one.items()} for one in some] for key, some in rows.items()
+        """Return the keys of JSON; at most CHILDREN_SHOWN children."""
+        children = [{"id": one.id, "name": one.name, "status": str(one.status)} for one in self.children]
+        return {
+            "parts": list(map(jsonable, self.parts)),
+            "holds": list(map(jsonable, self.holds)),
+            "dependencies": list(map(jsonable, self.dependencies)),
+            "children": children[:CHILDREN_SHOWN],
         }
-        shown = self.children[:CHILDREN_SHOWN]
-        return {**told, "children": [{"id": one.id, "name": one.name, "status": str(one.status)} for one in shown]}
 
-    def blocks(self, record: TaskRecord, facts: Facts) -> Iterable[tuple[str, list[str]]]:
-        """Yield a title and its lines for each of them."""
-        now = facts.now
-        yield (
-            "parts reached",
-            [f"{one['name']} = {_written(one['value'])}, {_when(one['reached_at'], now)}" for one in self.parts],
-        )
-        yield (
-            "holds",
-            [f'lock "{one["name"]}", permit {one["permit"]}, {_when(one["since"], now)}' for one in self.holds],
-        )
+    def blocks(self, record: TaskRecord, snapshot: Snapshot) -> Iterable[tuple[str, list[str]]]:
+        """Yield a title and its lines for each of them, and for what a running task waits for."""
+        now = snapshot.now
+        parts = [f"{one['name']} = {_written(one['value'])}, {_when(one['reached_at'], now)}" for one in self.parts]
+        yield "parts reached", parts
+        holds = [f'lock "{one["name"]}", permit {one["permit"]}, {_when(one["since"], now)}' for one in self.holds]
+        yield "holds", holds
         if record.status is Status.START:
-            needs = waiting.gathered(self.causes.get(record.id, ()))
-            yield "waits", [f"{one.sentence()}, {one.age(now=now)}" for one in needs]
-        yield (
-            "comes after",
-            [f"task {one['on_id']}{', however it ends' if one['any_end'] else ''}" for one in self.dependencies],
-        )
+            yield "waits", [f"{wait.sentence()}, {wait.age(now=now)}" for wait in snapshot.waits(record)]
+        after = [f"task {one['on_id']}{', however it ends' * bool(one['any_end'])}" for one in self.dependencies]
+        yield "comes after", after
         children = [f"{one.id}  {one.name}  {one.status}" for one in self.children[:CHILDREN_SHOWN]]
         yield "children", children + ["and more"] * (len(self.children) > CHILDREN_SHOWN)
 
@@ -165,57 +153,38 @@ def _when(moment: datetime, now: datetime) -> str:
     return f"{local(moment, now=now)} ({age(moment, now=now)})"
 
 
-def _jsonable(columns: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: to_json(value) for name, value in columns.items()}
-
-
 def _without_report(tail: list[str], record: TaskRecord) -> list[str]:
-    """Return the lines of a log before those in which the child has reported the exception: it is shown already."""
+    """Return the lines of a log before the child's report of the exception, which is shown already."""
     report = headline(record.id, record.name, record.attempt)
     ends = [number for number, line in enumerate(tail) if report in line] if record.error else []
     return tail[: ends[-1]] if ends else tail
 
 
 def _log(service: Service, record: TaskRecord) -> tuple[Path | None, list[str] | None]:
-    """Return where the log is, and its last lines; None for what there is not, or this user may not see."""
-    folder = StateDir(service.config.state_dir).logs
-    try:
+    """Return where the log is, and its last lines; None for what does not exist, or this user may not read."""
+    path: Path | None = StateDir(service.config.state_dir).logs
+    with contextlib.suppress(OSError):
         path = log_path(service, record, record.attempt)
-    except PermissionError:
-        return folder, None
-    try:
         return path, [] if path is None else logs.tail(path, lines=LOG_LINES_READ)
-    except OSError:
-        return path, None
+    return path, None
 
 
-def _facts(record: TaskRecord, service: Service, facts: Facts) -> Iterable[tuple[str, str]]:
-    """Yield what is known, one short text each; first what people look for first."""
-    yield from _heading(record)
-    if record.position is not None:
-        yield "starts", _why_it_waits(record, facts)
-    if facts.silence(record):
-        yield "heard", facts.silence(record)
-    if facts.suspension(record):
-        yield "suspension", facts.suspension(record)
-    told = _progress(record)
-    if told:
-        yield "progress", told
-    data, is_masked = _masked(record, facts)
-    yield "data", _written(data) + (" (masked)" if is_masked else "")
-    if record.result not in (None, "null"):
-        yield "result", _written(_parsed(record.result))
-    yield from _times(record, facts)
-    if record.cancel_requested_at is not None and not record.ended:
-        by = f" by {record.cancel_requested_by}" if record.cancel_requested_by else ""
-        yield "cancelled", f"{_when(record.cancel_requested_at, facts.now)}{by}"
-    if record.ending is not None and not record.ended:
-        yield "ending", str(record.ending)
-    if record.pid is not None:
-        yield "where", _where(record, service)
-    used = _used(record)
-    if used:
-        yield "used", used
+def _facts(record: TaskRecord, service: Service, snapshot: Snapshot) -> Iterable[tuple[str, str]]:
+    """Yield a label and a short text for each fact that is known, what people look for first."""
+    data, is_masked = _masked(record, snapshot)
+    facts: list[tuple[str, str | None]] = [
+        *_heading(record),
+        ("starts", _starts(record, snapshot)),
+        ("heard", snapshot.silence(record) or None),
+        ("suspension", snapshot.suspension(record) or None),
+        ("progress", _progress(record) or None),
+        ("data", _written(data) + (" (masked)" if is_masked else "")),
+        ("result", None if record.result in (None, "null") else _written(_parsed(record.result))),
+        *_times(record, snapshot),
+        ("where", None if record.pid is None else _where(record, service)),
+        ("used", _used(record) or None),
+    ]
+    return ((label, text) for label, text in facts if text is not None)
 
 
 def _heading(record: TaskRecord) -> Iterable[tuple[str, str]]:
@@ -228,14 +197,12 @@ def _heading(record: TaskRecord) -> Iterable[tuple[str, str]]:
     if record.detail:
         yield "detail", record.detail
     if record.unreadable:
-        yield (
-            "unreadable",
-            f"{', '.join(record.unreadable)}: the row was written around the API, and holds no such value",
-        )
+        columns = ", ".join(record.unreadable)
+        yield "unreadable", f"{columns}: the row was written around the API, and holds no such value"
 
 
-def _times(record: TaskRecord, facts: Facts) -> Iterable[tuple[str, str]]:
-    now, runtime_s = facts.now, facts.runtime_s(record)
+def _times(record: TaskRecord, snapshot: Snapshot) -> Iterable[tuple[str, str]]:
+    now, runtime_s = snapshot.now, snapshot.runtime_s(record)
     parent = f", by task {record.parent_id}" if record.parent_id is not None else ""
     priority = f", with priority {record.priority}" if record.priority else ""
     yield "requested", f"{_when(record.requested_at, now)}{parent}{priority}"
@@ -247,9 +214,13 @@ def _times(record: TaskRecord, facts: Facts) -> Iterable[tuple[str, str]]:
     if runtime_s is not None:
         took = duration(runtime_s) if runtime_s >= 1 else f"{runtime_s * 1000:.0f} ms"
         took += f", of it {duration(record.suspended_s)} suspended" if record.suspended_s else ""
-        yield ("ran", took) if record.ended else ("running", took)
+        yield "ran" if record.ended else "running", took
     if record.ended_at is not None:
         yield "ended", _when(record.ended_at, now)
+    if record.cancel_requested_at is not None and not record.ended:
+        yield "cancelled", f"{_when(record.cancel_requested_at, now)}{by(record.cancel_requested_by)}"
+    if record.ending is not None and not record.ended:
+        yield "ending", str(record.ending)
 
 
 def _where(record: TaskRecord, service: Service) -> str:
@@ -272,25 +243,19 @@ def _used(record: TaskRecord) -> str:
     return ", ".join(words)
 
 
-def _why_it_waits(record: TaskRecord, facts: Facts) -> str:
-    if facts.watch.lacks(record.name):
-        return "no supervisor has code for it; see `bgsupervisor check`"
-    if record.run_at > facts.now:
-        return f"due {age(record.run_at, now=facts.now)}"
-    needs = waiting.gathered(facts.causes.get(record.id, ()))
-    if needs:
-        return ", ".join(one.what() for one in needs)
-    return f"at place {record.position} in the queue"
+def _starts(record: TaskRecord, snapshot: Snapshot) -> str | None:
+    if record.position is None:
+        return None
+    return waits_to_start(record, snapshot) or f"at place {record.position} in the queue"
 
 
 def _progress(record: TaskRecord) -> str:
-    parts = []
-    if record.fraction is not None and record.progress_done is not None:
-        parts.append(f"{percent(record.fraction)}%")
+    words = []
     if record.progress_done is not None:
+        words += [] if record.fraction is None else [f"{percent(record.fraction)}%"]
         of = "" if record.progress_total is None else f" of {number(record.progress_total)}"
-        parts.append(f"({number(record.progress_done)}{of})")
-    return " ".join([*parts, record.message or ""]).strip()
+        words.append(f"({number(record.progress_done)}{of})")
+    return " ".join([*words, record.message or ""]).strip()
 
 
 def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a column's value
@@ -305,10 +270,10 @@ def _readable(name: str, value: Any, now: datetime) -> str:  # noqa: ANN401 - a 
     return str(value)
 
 
-def _masked(record: TaskRecord, facts: Facts) -> tuple[Any, bool]:
-    """Return data as JSON values, and whether something in it was masked; text that is no JSON as it is."""
+def _masked(record: TaskRecord, snapshot: Snapshot) -> tuple[Any, bool]:
+    """Return data as JSON values, and whether something in it was masked; text that is not JSON stays as it is."""
     data = _parsed(record.data)
-    declared = facts.watch.secrets.get(record.name, ())
+    declared = snapshot.supervisors.secrets.get(record.name, ())
     if not isinstance(data, dict):
         return data, False
     names = {name for name in _names(data) if name in declared or _SECRET_NAME.search(name)}
@@ -355,10 +320,6 @@ def _print_trace(title: str, text: str | None, config: Config, *, full: bool) ->
     shown = text if full or text is None else folded(text, config)
     is_whole = text is None or shown == "\n".join(text.splitlines()) or full
     _print_block(title if is_whole else f"{title} ({FULL_HINT})", shown)
-
-
-def _how(interruption: dict[str, Any]) -> str:
-    return f"{interruption['reason']}: {interruption['detail'] or ''}"
 
 
 def _print_machine_facts(record: TaskRecord, service: Service, now: datetime) -> None:

@@ -7,7 +7,6 @@ import click
 from bgsupervisor.cli.display.output import say
 from bgsupervisor.cli.display.traces import folded
 from bgsupervisor.cli.session import Session, pass_session
-from bgsupervisor.errors import UnknownTask
 
 __all__ = ["stack"]
 
@@ -17,9 +16,7 @@ __all__ = ["stack"]
 @click.option("--full", is_flag=True, help="Every frame, also those of libraries.")
 @pass_session
 def stack(session: Session, *, id: int, full: bool) -> None:
-    """Print the Python stacks of all threads of a running task, which goes on meanwhile."""
-    service = session.existing_service()
-    if service is None:
-        raise UnknownTask(id)
+    """Print the Python stacks of all threads of a running task, which continues meanwhile."""
+    service = session.service_with(id)
     text = service.stack(id).rstrip()
     say(text if full else folded(text, service.config))

@@ -1,4 +1,4 @@
-"""`bgsupervisor stop`, `start` and `reload`: whether anybody supervises, and with which code."""
+"""`bgsupervisor stop`, `start` and `reload`: whether a supervisor runs, and with which code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from bgsupervisor.cli.control_client import ask_to_reload, await_reload
-from bgsupervisor.cli.display.output import say, warn
+from bgsupervisor.cli.display.output import counted, say, warn
+from bgsupervisor.cli.display.text import listed
 from bgsupervisor.cli.session import Finite, Session, pass_session
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import AccessError, DatabaseError
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["reload", "start", "stop"]
 
-LOOK_S = 0.1
+POLL_S = 0.1
 LEAVE_WAIT_S = 30.0
-"""A supervisor leaves within one pass; this much later it hangs."""
+"""Longest wait for a supervisor to leave, which takes one pass, in seconds."""
 DRAIN_WAIT_S = 3600.0
 FIRST_REMINDER_S = 1.0
 """Wait before the first report of what still runs, in seconds."""
@@ -38,7 +39,7 @@ REMIND_S = 60.0
 NAMES_SHOWN = 10
 """The most tasks that one line names."""
 RELOAD_WAIT_S = 120.0
-"""Importing a large application takes seconds, not minutes."""
+"""Longest wait for a reload, in seconds; importing a large application takes less."""
 
 
 @click.command()
@@ -47,7 +48,7 @@ RELOAD_WAIT_S = 120.0
 @click.option("--timeout-s", type=Finite(min=0), help="How long to wait until the supervisor has gone.")
 @pass_session
 def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None:
-    """Stop supervising, until `bgsupervisor start`; running tasks go on.
+    """Stop supervising, until `bgsupervisor start`; running tasks continue.
 
     Sets a mark that the living supervisor obeys, and every later `run` too, from cron or by systemd.
     """
@@ -62,30 +63,28 @@ def stop(session: Session, *, mode: str | None, timeout_s: float | None) -> None
     longest = {"leave": LEAVE_WAIT_S, "kill": 2 * config.grace_s + LEAVE_WAIT_S, "drain": DRAIN_WAIT_S}[mode]
     limit_s = longest if timeout_s is None else timeout_s
     if not _has_gone(session, state_dir, clock, limit_s):
-        warn(f"the supervisor is still there after {limit_s:g} s; the stop stands, and it will obey when it can")
-        _tell_what_runs(session)
+        warn(f"the supervisor is still running after {limit_s:g} s; the stop stands, and it will obey when it can")
+        _warn_of_running(session)
         raise click.exceptions.Exit(1)
     count = len(_running(session))
-    go_on = f"{count} tasks go on, and the next supervisor looks after them"
-    if count == 1:
-        go_on = "1 task goes on, and the next supervisor looks after it"
-    say(f"no supervisor is running now{f'; {go_on}' if count else ''}. `bgsupervisor start` lifts the stop")
+    left = f"; {counted(count, 'task')} still running, for the next supervisor to adopt" if count else ""
+    say(f"supervisor stopped{left}; `bgsupervisor start` allows it again")
 
 
 @click.command()
 @pass_session
 def start(session: Session) -> None:
-    """Lift a stop; the next `run`, by cron, systemd or you, supervises again."""
+    """End a stop; the next `run`, by cron, systemd or you, supervises again."""
     state_dir = StateDir(session.config().state_dir)
     mark = StopMark.read(state_dir.stop_mark)
     if mark is None:
-        say("nothing was stopped")
+        say("there is no stop; nothing changed")
         return
     state_dir.check_owner("start")
     state_dir.stop_mark.unlink(missing_ok=True)
-    send_datagram(state_dir.wake)  # one that still drains goes on
+    send_datagram(state_dir.wake)  # one that still drains continues
     say(
-        f"the stop by {mark.by} is lifted; cron starts a supervisor within a minute, systemd by "
+        f"the stop by {mark.by} has ended; cron starts a supervisor within a minute, systemd by "
         "`systemctl start bgsupervisor`, and you by `bgsupervisor run`"
     )
 
@@ -94,7 +93,7 @@ def start(session: Session) -> None:
 @click.option("--force", is_flag=True, help="Even if less of the code loads than before.")
 @pass_session
 def reload(session: Session, *, force: bool) -> None:
-    """Have the living supervisor load code and configuration anew; running tasks finish on the old code.
+    """Load code and configuration anew in the living supervisor; running tasks finish on the old code.
 
     Code that fails to load does not replace code that works.
     """
@@ -119,7 +118,7 @@ def reload(session: Session, *, force: bool) -> None:
 
 
 def _has_gone(session: Session, state_dir: StateDir, clock: Clock, limit_s: float) -> bool:
-    """Wait until the lock is free, and say now and then what keeps it; no other takes it while the mark stands."""
+    """Wait until the lock is free, and report what keeps it; no other supervisor takes it while the mark stands."""
     begun = clock.monotonic()
     remind_at = begun + FIRST_REMINDER_S
     lock = Lock(state_dir.lock, clock)
@@ -129,28 +128,27 @@ def _has_gone(session: Session, state_dir: StateDir, clock: Clock, limit_s: floa
             return False
         if now >= remind_at:
             remind_at = now + REMIND_S
-            _tell_what_runs(session)
-        clock.sleep(LOOK_S)
+            _warn_of_running(session)
+        clock.sleep(POLL_S)
     lock.close()
     return True
 
 
-def _tell_what_runs(session: Session) -> None:
-    """Say which tasks the supervisor may wait for, and which of them do not end by themselves."""
+def _warn_of_running(session: Session) -> None:
+    """Warn of tasks that the supervisor may wait for, and of those that do not end by themselves."""
     running = [record for record in _running(session) if record.slot is not None]
     if not running:
         return
-    warn(f"still running: {_listed(running)}; `bgsupervisor stop --kill` ends {'them' if len(running) > 1 else 'it'}")
+    warn(f"still running: {_named(running)}; `bgsupervisor stop --kill` ends {'them' if len(running) > 1 else 'it'}")
     suspended = [record for record in running if record.suspended_at is not None]
     if suspended:
         ids = " ".join(str(record.id) for record in suspended)
-        them = "them go on" if len(suspended) > 1 else "it go on"
-        warn(f"suspended, and not going to end: {_listed(suspended)}; `bgsupervisor resume {ids}` lets {them}")
+        them = "them" if len(suspended) > 1 else "it"
+        warn(f"suspended, so it cannot end: {_named(suspended)}; `bgsupervisor resume {ids}` continues {them}")
 
 
-def _listed(records: Sequence[TaskRecord]) -> str:
-    shown = ", ".join(f"{record.id} ({clean(record.name)})" for record in records[:NAMES_SHOWN])
-    return shown + (f" and {len(records) - NAMES_SHOWN} more" if len(records) > NAMES_SHOWN else "")
+def _named(records: Sequence[TaskRecord]) -> str:
+    return listed([f"{record.id} ({clean(record.name)})" for record in records], most=NAMES_SHOWN)
 
 
 def _running(session: Session) -> list[TaskRecord]:

@@ -34,13 +34,13 @@ _REFUSED = re.compile(r"""["'\\$]""")
 @click.command()
 @click.option("--install", is_flag=True, help="Write it, as root into /etc/systemd/system, else for your own manager.")
 @click.option("--uninstall", is_flag=True, help="Remove what --install has written, and the link that enables it.")
-@user_option("Who supervises; else the state directory's owner.")
+@user_option("The user to supervise as; else the state directory's owner.")
 @pass_session
 def systemd(session: Session, *, install: bool, uninstall: bool, user: str | None) -> None:
     """Print, install or remove the unit by which systemd keeps a supervisor alive.
 
-    Whoever is not root installs a unit of their own, in ~/.config/systemd/user. The commands to type next are told,
-    not run.
+    Users other than root install a unit of their own, in ~/.config/systemd/user. The commands to type next are
+    printed, not run.
     """
     if install and uninstall:
         raise click.UsageError("--install writes the unit and --uninstall removes it; give one of them")
@@ -101,7 +101,7 @@ def _remove(found: Installation) -> None:
             click.echo(f"nothing to remove: {path} is not there")
             return
         if not is_of(path, found):
-            click.echo(f"nothing to remove: {path} is not of {found.config} and was left alone")
+            click.echo(f"nothing to remove: {path} is not of {found.config} and was not changed")
             return
         for one in (*links, path):
             one.unlink()
@@ -109,13 +109,13 @@ def _remove(found: Installation) -> None:
         raise access_error(path, "write", error, "remove it as its owner") from error
     control = "systemctl" if is_root else "systemctl --user"
     click.echo("".join(f"removed {one}\n" for one in (path, *links)), nl=False)
-    # The stop goes first, while systemd still has KillMode=process of the unit that it has loaded.
-    click.echo(f"a unit that runs goes on; to stop it and keep its tasks, type:\n  {control} stop bgsupervisor")
+    # The stop comes first, while systemd still has KillMode=process of the loaded unit.
+    click.echo(f"a running unit continues; to stop it and keep its tasks, type:\n  {control} stop bgsupervisor")
     click.echo(f"then:\n  {control} daemon-reload")
 
 
 def _of_own_manager(unit: str) -> str:
-    """Return a unit for a user's own manager: it runs as that user, has another target, and may not harden."""
+    """Return a unit for a user's own manager: it runs as that user, for another target, without hardening."""
     before, _, rest = unit.partition("# Hardening")
     unit = before + rest.partition("\n\n")[2]
     lines = unit.replace("WantedBy=multi-user.target", "WantedBy=default.target").splitlines()

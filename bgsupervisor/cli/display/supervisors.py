@@ -1,4 +1,4 @@
-"""Whether a supervisor is alive, what code it has, and the sentences that listings say about it."""
+"""The supervisors as their rows, the lock file and the process table show them, and the sentences about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from bgsupervisor.catalogue import SUPERVISOR_SILENT_S, names_of
-from bgsupervisor.cli.display.text import local
+from bgsupervisor.cli.display.output import stopped_by
+from bgsupervisor.cli.display.text import listed, local
 from bgsupervisor.ipc.lock import STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.sanitize import clean
@@ -21,13 +22,13 @@ from bgsupervisor.system.processes import ProcessIdentity, Verdict
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from bgsupervisor.ledger.records import SupervisorRecord
+    from bgsupervisor.ledger.records import SupervisorRecord, TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Watch", "last_line", "stale_code", "watch"]
+__all__ = ["Supervisors", "identity_in", "last_line", "stale_code", "verdict_of"]
 
 TOUCHED_S = 5.0
-"""A supervisor touches its lock file once a second; after so long it is not sure any more that one is there."""
+"""Age of the lock file up to which its supervisor surely runs, in seconds; the loop touches it once a second."""
 NAMES_SHOWN = 3
 
 
@@ -47,195 +48,205 @@ class Failure(NamedTuple):
             return self.kind == "setup" or self.name == task
         module, colon, _ = task.partition(":")
         if not colon:
-            return True  # its own name does not say which module has it
+            return True  # its own name does not show which module defines it
         return f"{module}.".startswith(f"{self.name}.")  # itself, or a package around it
 
 
-class Still(NamedTuple):
-    """A supervisor that lives and whose loop does not turn: since when, and whether a signal has stopped it."""
+class Stuck(NamedTuple):
+    """A supervisor whose loop does not turn, and the sentence about it."""
 
     pid: int
-    since: datetime
-    is_stopped: bool
-
-    def sentence(self, *, now: datetime) -> str:
-        """Return what to know and what to do."""
-        done = f"it is stopped; `kill -CONT {self.pid}` lets it go on"
-        if not self.is_stopped:
-            done = f"it hangs, or the machine does; if that lasts, `kill -KILL {self.pid}` makes room for another one"
-        since = local(self.since, now=now)
-        return f"the supervisor, PID {self.pid}, has stood still since {since}: {done}; bodies go on"
+    sentence: str
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
-    """What rows and the process table tell about supervisors.
+class Supervisors:
+    """The supervisors at one moment.
 
     Attributes:
+        now: That moment.
         alive: Those that live, as far as can be seen.
         seen_at: When one was last seen; None if there never was one.
         catalogue: The names of all tasks that the living have loaded; None while that is not known.
         failures: What failed to load.
-        dangers: Sentences about what in an import may cost data.
+        dangers: Sentences about imports that may cost data.
         secrets: For each task's name the keys of its data that are masked, as the last supervisor knew it.
-        stopped: Who wants no supervisor here, and since when.
-        mute: Those alive that have not written for long.
-        still: The one whose loop has not turned of late, and since when; it may count as alive no more.
-        unheard: The PID of one that holds the lock and that no row tells of.
+        stop: The mark of a stop; None if nothing was stopped.
+        silent: Those alive whose heartbeat in the database is old.
+        stuck: One that lives and whose loop does not turn; it may count as alive no more.
+        unheard: The PID of one that holds the lock and has no row yet.
     """
 
+    now: datetime
     alive: Sequence[SupervisorRecord] = ()
     seen_at: datetime | None = None
     catalogue: frozenset[str] | None = None
-    failures: Sequence[Failure] = field(default=())
+    failures: Sequence[Failure] = ()
     dangers: Sequence[str] = ()
     secrets: Mapping[str, Collection[str]] = field(default_factory=dict)
-    stopped: StopMark | None = None
-    mute: Sequence[SupervisorRecord] = ()
-    still: Still | None = None
+    stop: StopMark | None = None
+    silent: Sequence[SupervisorRecord] = ()
+    stuck: Stuck | None = None
     unheard: int | None = None
 
+    @classmethod
+    def read(cls, service: Service, *, now: datetime | None = None) -> Supervisors:
+        """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
+        now = now or service.ledger.clock.now()
+        rows = service.ledger.supervisors()
+        state_dir = StateDir(service.config.state_dir)
+        lock = Lock(state_dir.lock)
+        age_s = _age_s(lock)
+        alive = [row for row in rows if _lives(row, now=now, turns=age_s <= STUCK_S)]
+        catalogues = [names_of(row, now=now) for row in alive]
+        known = [names for names in catalogues if names is not None]
+        failures = [failure for row in alive for failure in _failures(row)]
+        return cls(
+            now=now,
+            alive=alive,
+            seen_at=max((row.left_at or row.heartbeat_at for row in rows), default=None),
+            catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
+            failures=[one for one in failures if one.name],
+            dangers=[one.line for one in failures if not one.name],
+            secrets={
+                name: options.get("secret", []) for row in rows for name, options in json.loads(row.catalogue).items()
+            },
+            stop=StopMark.read(state_dir.stop_mark),
+            silent=[row for row in alive if _is_silent(row, now=now)],
+            stuck=_stuck(rows, lock, age_s, now=now),
+            unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many bodies the living run at once."""
+        return sum(row.slots for row in self.alive)
+
     def written_at(self, host: str | None) -> datetime | None:
-        """Return when the living of *host* have written last, or where that has none, all; None where none lives."""
-        own = [one for one in self.alive if one.host == host]
-        return max((one.heartbeat_at for one in own or self.alive), default=None)
+        """Return when the living of *host* last wrote, or all where that has none; None where none lives."""
+        own = [row for row in self.alive if row.host == host]
+        return max((row.heartbeat_at for row in own or self.alive), default=None)
 
     def lacks(self, name: str) -> bool:
-        """Tell whether living supervisors are known to have no code for a task's name."""
+        """Whether the living are known to have no code for a task's name."""
         return self.catalogue is not None and name not in self.catalogue
 
-    def warnings(self, *, now: datetime) -> list[str]:
-        """Return what whoever looks at tasks should know first."""
-        found = [f"{failure}; see `bgsupervisor check`" for failure in self.failures]
-        found[:0] = self.dangers
-        if not self.alive:
-            found.insert(0, self.absence(now=now))
-        return [*self.silence(now=now), *found]
+    def warnings(self) -> list[str]:
+        """Return what a reader of a listing should know first."""
+        absence = [] if self.alive else [self.absence()]
+        failures = [f"{failure}; see `bgsupervisor check`" for failure in self.failures]
+        return [*self.silence(), *absence, *self.dangers, *failures]
 
-    def silence(self, *, now: datetime) -> list[str]:
+    def silence(self) -> list[str]:
         """Return a sentence for each that lives and does not write: it cannot, or its loop does not turn."""
         return [
-            self.still.sentence(now=now)
-            if self.still is not None and one.pid == self.still.pid
-            else f"the supervisor, PID {one.pid}, lives but could not write to the database since "
-            f"{local(one.heartbeat_at, now=now)}; logs/supervisor.log says why, and bodies go on"
-            for one in self.mute
+            self.stuck.sentence
+            if self.stuck is not None and row.pid == self.stuck.pid
+            else f"the supervisor, PID {row.pid}, is alive but has not written to the database since "
+            f"{local(row.heartbeat_at, now=self.now)}; see logs/supervisor.log for the cause; bodies continue"
+            for row in self.silent
         ]
 
-    def absence(self, *, now: datetime) -> str:
-        """Return the sentence that says that no supervisor is alive."""
-        if self.stopped is not None:
-            return f"stopped by {self.stopped.by} at {self.stopped.at}; `bgsupervisor start` lifts that"
+    def absence(self) -> str:
+        """Return the sentence about a supervisor that is not alive."""
+        if self.stop is not None:
+            return stopped_by(self.stop)
         if self.unheard is not None:
-            loads = "it loads the application, or the database is away: logs/supervisor.log says which"
-            return f"a supervisor, PID {self.unheard}, is there and has written nothing yet; {loads}"
-        if self.still is not None:
-            return self.still.sentence(now=now)
-        since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=now)}"
+            return (
+                f"a supervisor, PID {self.unheard}, has started and written nothing yet: it is loading the application "
+                "or cannot reach the database; see logs/supervisor.log"
+            )
+        if self.stuck is not None:
+            return self.stuck.sentence
+        since = "yet" if self.seen_at is None else f"since {local(self.seen_at, now=self.now)}"
         return f"no supervisor has been seen {since}; start one with `bgsupervisor run`"
 
 
-def watch(service: Service, *, now: datetime) -> Watch:
-    """Judge the supervisors that were last seen on each host. Costs microseconds and does not import psutil."""
-    supervisors = service.ledger.supervisors()
-    state_dir = StateDir(service.config.state_dir)
-    lock = Lock(state_dir.lock)
-    age_s = _age_s(lock)
-    alive = [one for one in supervisors if _lives(one, now=now, turns=age_s <= STUCK_S)]
-    catalogues = [names_of(one, now=now) for one in alive]
-    told = [failure for one in alive for failure in _failures(one)]
-    known = [names for names in catalogues if names is not None]
-    return Watch(
-        alive=alive,
-        seen_at=max((one.left_at or one.heartbeat_at for one in supervisors), default=None),
-        catalogue=frozenset().union(*known) if known and len(known) == len(catalogues) else None,
-        failures=[one for one in told if one.name],
-        dangers=[one.line for one in told if not one.name],
-        secrets={name: secret for one in supervisors for name, secret in _secrets(one)},
-        stopped=StopMark.read(state_dir.stop_mark),
-        mute=[one for one in alive if _is_silent(one, now=now)],
-        still=_still(supervisors, lock, age_s, now=now),
-        unheard=holder if not alive and age_s <= TOUCHED_S and _is_there(holder := lock.holder()) else None,
-    )
-
-
 def stale_code(service: Service) -> str | None:
-    """Return the sentence that says that the living supervisor has not loaded the code on disk; None if it has.
+    """Return the sentence about code that the living supervisor has not loaded; None if it has, or nothing is known.
 
-    Blocks for a look at each code file, about 30 ms at most; None also where nothing is known.
+    Reads the state of each code file, which takes about 30 ms at most.
     """
     state_dir = StateDir(service.config.state_dir)
-    if _age_s(Lock(state_dir.lock)) > TOUCHED_S:
-        return None
-    names = newer_code(state_dir.fingerprint)
+    names = newer_code(state_dir.fingerprint) if _age_s(Lock(state_dir.lock)) <= TOUCHED_S else []
     if not names:
         return None
-    which = clean(", ".join(names[:NAMES_SHOWN])) + (", ..." if len(names) > NAMES_SHOWN else "")
+    which = clean(listed(names, most=NAMES_SHOWN))
     return f"code on disk is newer than what is loaded ({which}): `bgsupervisor reload`"
 
 
+def identity_in(row: SupervisorRecord | TaskRecord) -> ProcessIdentity | None:
+    """Return the process that a row names, None if it names none."""
+    known = (row.host, row.boot_id, row.pid_ns, row.pid, row.start_ticks)
+    return None if None in known else ProcessIdentity(*known)  # type: ignore[arg-type]
+
+
+def verdict_of(identity: ProcessIdentity | None) -> Verdict:
+    """Judge a process without psutil, whose import would cost a listing more than all else."""
+    if identity is None:
+        return Verdict.UNKNOWN
+    verdict, handle = processes.look(identity)
+    if handle is not None:
+        handle.close()
+    return verdict
+
+
 def _age_s(lock: Lock) -> float:
-    """Return how long ago the loop of a supervisor was seen to turn, database or not; infinite if nobody can tell."""
+    """Return how long ago a supervisor's loop was seen to turn; infinite if that is not known."""
     try:
         age_s = lock.age_s()
-    except OSError:  # this user may not look into the state directory
+    except OSError:  # this user may not enter the state directory
         return math.inf
     return math.inf if age_s is None else age_s
 
 
 def _is_there(pid: int | None) -> bool:
-    try:
+    identity = None
+    with contextlib.suppress(OSError):
         identity = None if pid is None else processes.identity_of(pid, "")
-    except OSError:
-        return False
-    if identity is None:
-        return False
-    found, handle = processes.look(identity)
-    if handle is not None:
-        handle.close()
-    return found is not Verdict.DEAD  # a zombie is
+    return identity is not None and verdict_of(identity) is not Verdict.DEAD  # a zombie is
 
 
-def _is_silent(one: SupervisorRecord, *, now: datetime) -> bool:
-    return now - one.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S)
+def _is_silent(row: SupervisorRecord, *, now: datetime) -> bool:
+    return now - row.heartbeat_at > timedelta(seconds=SUPERVISOR_SILENT_S)
 
 
-def _still(supervisors: Iterable[SupervisorRecord], lock: Lock, age_s: float, *, now: datetime) -> Still | None:
-    """Return the holder of the lock if it lives, does not write, and has not touched its lock file of late."""
+def _stuck(rows: Iterable[SupervisorRecord], lock: Lock, age_s: float, *, now: datetime) -> Stuck | None:
+    """Return the lock's holder if it lives, does not write, and has not touched its lock file of late."""
     if age_s <= TOUCHED_S or math.isinf(age_s):
         return None
     holder = lock.holder()
-    for one in supervisors:
-        if one.pid == holder and _is_silent(one, now=now) and _lives(one, now=now, turns=True):
+    for row in rows:
+        if row.pid == holder and _is_silent(row, now=now) and _lives(row, now=now, turns=True):
+            since = local(now - timedelta(seconds=age_s), now=now)
             with contextlib.suppress(OSError):
-                return Still(one.pid, now - timedelta(seconds=age_s), processes.is_stopped(one.pid))
+                return Stuck(row.pid, _stuck_sentence(row.pid, since, is_stopped=processes.is_stopped(row.pid)))
     return None
 
 
-def _lives(one: SupervisorRecord, *, now: datetime, turns: bool) -> bool:
-    if one.left_at is not None or (_is_silent(one, now=now) and not turns):
+def _stuck_sentence(pid: int, since: str, *, is_stopped: bool) -> str:
+    state, cure = "unresponsive", f"if that lasts, `kill -KILL {pid}` lets another one start"
+    if is_stopped:
+        state, cure = "stopped", f"`kill -CONT {pid}` resumes it"
+    return f"the supervisor, PID {pid}, has been {state} since {since}; {cure}; bodies continue"
+
+
+def _lives(row: SupervisorRecord, *, now: datetime, turns: bool) -> bool:
+    if row.left_at is not None or (_is_silent(row, now=now) and not turns):
         return False
-    found, handle = processes.look(ProcessIdentity(one.host, one.boot_id, one.pid_ns, one.pid, one.start_ticks))
-    if handle is not None:
-        handle.close()
+    verdict = verdict_of(identity_in(row))
     # A row of another PID namespace cannot be compared with the lock, so its silence counts.
-    return found is Verdict.ALIVE or (found is Verdict.UNKNOWN and not _is_silent(one, now=now))
+    return verdict is Verdict.ALIVE or (verdict is Verdict.UNKNOWN and not _is_silent(row, now=now))
 
 
-def _secrets(one: SupervisorRecord) -> list[tuple[str, list[str]]]:
-    return [(name, options.get("secret", [])) for name, options in json.loads(one.catalogue).items()]
-
-
-def _failures(one: SupervisorRecord) -> list[Failure]:
-    if one.code_error is None:
-        return []
+def _failures(row: SupervisorRecord) -> list[Failure]:
     return [
         Failure(failure.get("kind", "module"), clean(failure["module"]), last_line(failure["error"]))
-        for failure in json.loads(one.code_error)
+        for failure in json.loads(row.code_error or "[]")
     ]
 
 
 def last_line(trace: str) -> str:
-    """Return the last line of a traceback that says something: the error itself."""
+    """Return the last line of a traceback that is not blank: the error itself."""
     lines = [line for line in trace.splitlines() if line.strip()]
     return clean(lines[-1]).strip() if lines else "no reason is known"

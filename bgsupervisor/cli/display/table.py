@@ -1,10 +1,9 @@
-"""Rows and columns as text: aligned, never wider than the terminal, with colours where rich is installed."""
+"""Rows and columns as text: aligned, never wider than the terminal, in colour where rich is installed."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,9 @@ __all__ = ["DROPPED", "Column", "show_table", "terminal_columns"]
 
 FALLBACK_COLUMNS = 80
 EMPTY = "-"
-"""What an empty cell holds in a pipe, so that programs can count fields."""
+"""An empty cell in a pipe, so that programs can count fields."""
 NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
-"""What a blank inside a cell becomes in a pipe, but in the last column."""
+"""A blank inside a cell in a pipe, except in the last column."""
 DROPPED = 0
 """The width of a column that is left out."""
 
@@ -34,8 +33,8 @@ class Column:
         styles: One rich style per row, "" for none; empty for a column without any.
         right: Whether numbers stand at its right end.
         always: Whether it is shown where all its cells are empty.
-        refit: Makes the cells anew for a width and the titles of all columns that are shown, where cutting them
-            off would lose too much.
+        refit: Renders the cells again for a width and the titles of all shown columns, where cutting them off would
+            lose too much.
     """
 
     title: str
@@ -46,8 +45,8 @@ class Column:
     refit: Callable[[int, Collection[str]], list[str]] | None = None
 
     @property
-    def says_something(self) -> bool:
-        """Whether it is worth its room."""
+    def is_needed(self) -> bool:
+        """Whether it is shown."""
         return self.always or any(self.cells)
 
     @property
@@ -67,12 +66,12 @@ def show_table(columns: Sequence[Column], *, narrowing: Sequence[tuple[str, int]
     """Print a table: for people on a terminal, for programs (one blank between columns, no empty cell) in a pipe.
 
     Args:
-        columns: Those that say nothing are left out.
-        narrowing: What gives way on a terminal that is too narrow, one after the other until the table fits: the
-            title of a column, and the width to which it may shrink (DROPPED leaves it out).
+        columns: Those without a text in any cell are left out.
+        narrowing: Steps for a terminal that is too narrow, taken in turn until the table fits: the title of a
+            column, and the width to which it may shrink (DROPPED leaves it out).
         for_programs: Whether a pipe gets one field per column; else it gets what a terminal without end would.
     """
-    shown = [column for column in columns if column.says_something]
+    shown = [column for column in columns if column.is_needed]
     available = terminal_columns()
     if available is None:
         _print_whole(shown, for_programs=for_programs)
@@ -93,7 +92,7 @@ def _print_whole(columns: Sequence[Column], *, for_programs: bool) -> None:
 
 
 def _fitted(columns: Sequence[Column], narrowing: Sequence[tuple[str, int]], available: int) -> dict[str, int]:
-    """Return the columns' widths, which fit together with single blanks between them, if the narrowing suffices."""
+    """Return the columns' widths, which fit with single blanks between them, if the narrowing suffices."""
     natural = {column.title: column.natural for column in columns}
     widths = dict(natural)
     for title, least in narrowing:
@@ -150,15 +149,11 @@ def _line(
 
 
 def _painter() -> Callable[[_Line], None]:
-    with suppress(ImportError):
-        return _rich_painter()
-    return _print_plain
-
-
-def _rich_painter() -> Callable[[_Line], None]:
-    from rich.console import Console  # noqa: PLC0415 - an extra, and only a terminal pays for it
-    from rich.text import Text  # noqa: PLC0415 - the same
-
+    try:
+        from rich.console import Console  # noqa: PLC0415 - an extra, and only a terminal pays for it
+        from rich.text import Text  # noqa: PLC0415 - the same
+    except ImportError:
+        return _print_plain
     console = Console(highlight=False, markup=False, emoji=False)
 
     def paint(line: _Line) -> None:
@@ -168,4 +163,4 @@ def _rich_painter() -> Callable[[_Line], None]:
 
 
 def _print_plain(line: _Line) -> None:
-    print("".join(text for text, _ in line))  # noqa: T201 - the command line speaks here
+    print("".join(text for text, _ in line))  # noqa: T201 - the output of a command

@@ -1,4 +1,4 @@
-"""How times, durations, sizes and foreign text are written for people; knows no tasks."""
+"""Times, durations, sizes and text of others as people read them; knows no tasks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from bgsupervisor.sanitize import clean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
-__all__ = ["age", "clean", "cut", "duration", "local", "padded", "short_duration", "size", "width"]
+__all__ = ["age", "clean", "cut", "duration", "listed", "local", "padded", "short_duration", "size", "width"]
 
 ELLIPSIS = "…"
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
@@ -32,7 +33,7 @@ def _columns(character: str) -> int:
 
 
 def cut(text: str, columns: int) -> str:
-    """Return *text* in at most *columns* columns, with an ellipsis where something is missing."""
+    """Return *text* in at most *columns* columns, with an ellipsis where it was cut."""
     if width(text) <= columns:
         return text
     kept, left = "", columns - 1
@@ -42,6 +43,12 @@ def cut(text: str, columns: int) -> str:
             break
         kept += character
     return kept.rstrip() + ELLIPSIS if columns > 0 else ""
+
+
+def listed(names: Sequence[str], *, most: int) -> str:
+    """Return names in one text; beyond *most* they are counted."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def padded(text: str, columns: int, *, right: bool = False) -> str:

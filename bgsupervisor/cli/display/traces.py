@@ -1,4 +1,4 @@
-"""Which frames of a traceback or of a process's stack are shown to people: the application's, and the innermost one."""
+"""Tracebacks and stacks as people read them: with the frames of the application, and the innermost one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.cli.display.text import listed
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from bgsupervisor.config import Config
 
@@ -18,7 +20,7 @@ __all__ = ["FULL_HINT", "folded"]
 
 FULL_HINT = "frames of libraries are folded, --full shows them"
 NAMED = 3
-"""So many libraries are named in place of their frames; more are counted."""
+"""The most libraries that are named in place of their frames; more are counted."""
 
 _FRAME = re.compile(r'(?P<margin>[ |]*)File "(?P<path>[^"]+)", line (?:\d+|\?\?\?)(?P<comma>,?) in ')
 """Of a traceback, also within an exception group, or of faulthandler, which writes no comma."""
@@ -27,15 +29,15 @@ _REPEATED = re.compile(r"[ |]*\[Previous line repeated (\d+) more times?\]")
 _PACKAGE = re.compile(r"/(?:site|dist)-packages/([^/]+?)(?:\.py)?(?:/|$)")
 _STANDARD = re.compile(r"/lib(?:64)?/python3(?:\.\d+)?/")
 _COMMAND = '  File "<string>", line 1 in <module>'
-"""Where faulthandler sees `python -c`, by which multiprocessing starts a process."""
+"""The frame in which faulthandler shows `python -c`, by which multiprocessing starts a process."""
 _ENTRY = "__init__"
-"""The file that faulthandler names in Python 3.13 where the interpreter calls the constructor of a class."""
+"""The file in a frame of faulthandler in Python 3.13 where the interpreter calls a class's constructor."""
 _OURS = f"{Path(__file__).parents[2]}/"
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """One frame with the lines that belong to it; *library* is whose it is, None for the application."""
+    """One frame with its lines; *library* names its owner, None is the application."""
 
     lines: list[str]
     margin: str
@@ -59,7 +61,7 @@ class _Frame:
 
 
 def folded(text: str, config: Config) -> str:
-    """Return *text* with each run of library frames as one line; everything that is no frame stays as it is.
+    """Return *text* with each run of library frames as one line; everything else stays as it is.
 
     A frame is the application's if its file lies below the configuration's folder or `python_path`, or anywhere else,
     but not in Python's library, in site-packages or in this package. A package in site-packages that holds one of
@@ -92,14 +94,8 @@ def _folded_stack(stack: Sequence[_Frame]) -> Iterator[str]:
             yield from itertools.chain.from_iterable(one.lines for one in frames)
             continue
         count = sum(one.count for one in frames)
-        names = _listed(one.library or "" for one in frames)
+        names = listed(list(dict.fromkeys(one.library or "" for one in frames)), most=NAMED)
         yield f"{frames[0].margin}... {count} frame{'s' * (count > 1)} in {names} ..."
-
-
-def _listed(libraries: Iterable[str]) -> str:
-    names = list(dict.fromkeys(libraries))
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
 
 
 def _library_of(path: str, config: Config) -> str | None:

@@ -1,4 +1,4 @@
-"""`bgsupervisor ps --tree`: live tasks, and all they lead to, drawn under who requested them or waits for them."""
+"""`bgsupervisor ps --tree`: live tasks, and all they lead to, each under the task that requested or awaits it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bgsupervisor.cli.display import columns, waiting
+from bgsupervisor.cli.display import columns
+from bgsupervisor.cli.display.explain import hindrance, waits_to_start
 from bgsupervisor.cli.display.rows import Ties
 from bgsupervisor.cli.display.table import DROPPED, Column, terminal_columns
-from bgsupervisor.cli.display.text import age, duration
+from bgsupervisor.cli.display.text import duration
 from bgsupervisor.sanitize import clean
 from bgsupervisor.statuses import Status
 
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from bgsupervisor.cli.display.rows import Cause, Rows
+    from bgsupervisor.cli.display.snapshot import Snapshot
     from bgsupervisor.ledger.records import TaskRecord
 
-__all__ = ["NARROWING", "Tree", "columns"]
+__all__ = ["NARROWING", "Tree", "tree_columns"]
 
 TASKS_MAX = 1000
-"""Once there are so many tasks no more are looked for."""
+"""The most tasks that are drawn."""
 
 NARROWING = (
     ("PROGRESS", 10),
@@ -34,7 +36,7 @@ NARROWING = (
     ("TASK", 12),
     ("WHY", DROPPED),
 )
-"""What gives way on a narrow terminal."""
+"""Order in which columns shrink on a narrow terminal, and to which width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Tree:
                 todo.append((one, indent + ("└─ " if is_last else "├─ "), indent + ("   " if is_last else "│  ")))
 
     def owed(self, id: int) -> Cause | None:
-        """Return what the task above waits for and has not got from this one."""
+        """Return what the task above still waits for from this one."""
         for one in self.causes.get(self.above.get(id, 0), ()):
             if id in one.leads_to:
                 return one
@@ -95,7 +97,7 @@ class Tree:
 
 
 def _above(records: Mapping[int, TaskRecord], causes: Mapping[int, Sequence[Cause]]) -> dict[int, int]:
-    """Return under which task each is drawn: its parent, else who waits for it, else who comes after it."""
+    """Return under which task each is drawn: its parent, else one that waits for it, else one that comes after it."""
     above: dict[int, int] = {}
 
     def put(id: int, under: int) -> None:
@@ -120,67 +122,48 @@ def _above(records: Mapping[int, TaskRecord], causes: Mapping[int, Sequence[Caus
     return above
 
 
-def tree_columns(tree: Tree, facts: columns.Facts, *, busy: int) -> list[Column]:
-    """Return the columns of the tree: who, what it waits for or owes, since when, and how far it is."""
+def tree_columns(tree: Tree, snapshot: Snapshot) -> list[Column]:
+    """Return the columns of the tree: the task, what it waits for or owes, since when, and how far it is."""
     lines = list(tree.lines())
     records = [record for _, record in lines]
     names = columns.short_names(records)
     keys = [f" {clean(record.key)}" if record.key else "" for record in records]
+    drawn = [f"{branch}{one.id} {name}{key}" for (branch, one), name, key in zip(lines, names, keys, strict=True)]
+    styles = [columns.STYLES[record.status] for record in records]
     bar_columns = columns.SMALL_BAR_COLUMNS if terminal_columns() is not None else 0
     return [
-        Column(
-            "TASK",
-            [
-                f"{branch}{record.id} {name}{key}"
-                for (branch, record), name, key in zip(lines, names, keys, strict=True)
-            ],
-            always=True,
-        ),
-        Column(
-            "STATUS",
-            [record.status.value for record in records],
-            styles=[columns.STYLES[record.status] for record in records],
-            always=True,
-        ),
-        Column("WHY", [_why(record, tree, facts, busy) for record in records]),
-        Column("TIME", [_time(record, tree, facts) for record in records], right=True),
+        Column("TASK", drawn, always=True),
+        Column("STATUS", [record.status.value for record in records], styles=styles, always=True),
+        Column("WHY", [_why(record, tree, snapshot) for record in records]),
+        Column("TIME", [_time(record, snapshot) for record in records], right=True),
         Column("PROGRESS", ["" if record.ended else columns.advance(record, bar_columns) for record in records]),
     ]
 
 
-def _why(record: TaskRecord, tree: Tree, facts: columns.Facts, busy: int) -> str:
-    needs = waiting.gathered(tree.causes.get(record.id, ()))
+def _why(record: TaskRecord, tree: Tree, snapshot: Snapshot) -> str:
     if record.ended:
-        return columns.ended(record, facts, with_reason=True)
-    if needs and record.status is Status.START:
-        return "; ".join(one.sentence() for one in needs)
+        return columns.ended(record, snapshot, with_reason=True)
     if record.status is Status.REQUEST:
-        return _why_not_started(record, needs, facts, busy)
-    owed, stands = tree.owed(record.id), facts.suspension(record) or facts.silence(record)
-    if stands or owed is None:
-        return stands
-    if owed.kind == "lock":
-        return f'holds lock "{clean(owed.name or "")}"'
-    return f'part "{clean(owed.name or "")}" not reached' if owed.kind == "part" else ""
+        return waits_to_start(record, snapshot) or _place(record, snapshot)
+    waits = snapshot.waits(record)
+    if waits:
+        return "; ".join(wait.sentence() for wait in waits)
+    owed, noted = tree.owed(record.id), hindrance(record, snapshot)
+    if noted or owed is None:
+        return noted
+    name = clean(owed.name or "")
+    return {"lock": f'holds lock "{name}"', "part": f'part "{name}" not reached'}.get(owed.kind, "")
 
 
-def _why_not_started(record: TaskRecord, needs: Sequence[waiting.WaitReason], facts: columns.Facts, busy: int) -> str:
-    if facts.watch.lacks(record.name):
-        return "code missing"
-    words = [f"due {age(record.run_at, now=facts.now)}"] if record.run_at > facts.now else []
-    words += [one.what() for one in needs]
-    slots = sum(one.slots for one in facts.watch.alive)
-    if not words and slots and busy >= slots:
-        return f"slots full ({busy} of {slots})"
-    if not words and record.id in facts.positions:
-        return f"position {facts.positions[record.id]}"
-    return ", ".join(words)
+def _place(record: TaskRecord, snapshot: Snapshot) -> str:
+    slots = snapshot.supervisors.slots
+    if slots and snapshot.busy >= slots:
+        return f"slots full ({snapshot.busy} of {slots})"
+    return f"position {snapshot.positions[record.id]}" if record.id in snapshot.positions else ""
 
 
-def _time(record: TaskRecord, tree: Tree, facts: columns.Facts) -> str:
+def _time(record: TaskRecord, snapshot: Snapshot) -> str:
     """Return since when it waits, or else how long it has run or ran."""
-    since = [one.since for one in tree.causes.get(record.id, ()) if one.since is not None]
-    if since:
-        return duration((facts.now - min(since)).total_seconds())
-    runtime_s = facts.runtime_s(record)
+    since = [wait.since for wait in snapshot.causes.get(record.id, ()) if wait.since is not None]
+    runtime_s = (snapshot.now - min(since)).total_seconds() if since else snapshot.runtime_s(record)
     return "" if runtime_s is None else duration(runtime_s)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["WaitReason", "as_json", "fitting", "gathered", "tasks"]
 
 NAMED = 3
-"""So many tasks are named one by one; more are counted."""
+"""The most tasks that are named one by one; more are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """Causes of one kind and name, as a wait for a part of seven tasks is told in one sentence."""
+    """Causes of one kind and name: a wait for a part of seven tasks is one sentence."""
 
     kind: str
     name: str
@@ -58,7 +58,7 @@ class WaitReason:
 
 
 def gathered(causes: Sequence[Cause]) -> list[WaitReason]:
-    """Put causes of one kind and name together, in their order."""
+    """Join causes of one kind and name, in their order."""
     found: dict[tuple[str, str], WaitReason] = {}
     for one in causes:
         key = one.kind, clean(one.name or "")
@@ -69,15 +69,14 @@ def gathered(causes: Sequence[Cause]) -> list[WaitReason]:
 
 
 def fitting(causes: Sequence[Cause], size: int | None, *, now: datetime) -> str:
-    """Return what is waited for and since when; in less than *size* columns what says least is left out first."""
-    needs = gathered(causes)
-    ages = [f", {one.age(now=now)}" if one.age(now=now) else "" for one in needs]
-    full = "; ".join(f"{one.sentence()}{age}" for one, age in zip(needs, ages, strict=True))
-    shorter = "; ".join(one.sentence() for one in needs)
+    """Return what is waited for and since when; where *size* columns hold less, the least important is left out."""
+    waits = gathered(causes)
+    full = "; ".join(", ".join(filter(None, (wait.sentence(), wait.age(now=now)))) for wait in waits)
+    shorter = "; ".join(wait.sentence() for wait in waits)
     for words in (full, shorter):
         if size is None or width(words) <= size:
             return words
-    return "; ".join(one.what() for one in needs)
+    return "; ".join(wait.what() for wait in waits)
 
 
 def tasks(ids: Sequence[int]) -> str:
@@ -88,7 +87,7 @@ def tasks(ids: Sequence[int]) -> str:
 
 
 def as_json(causes: Sequence[Cause]) -> list[dict[str, Any]] | None:
-    """Return the causes as JSON tells them, None if there are none."""
+    """Return the causes as JSON has them, None if there are none."""
     return [
         {
             "kind": one.kind,

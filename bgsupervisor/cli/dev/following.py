@@ -1,4 +1,4 @@
-"""What `bgsupervisor dev` prints of tasks: each line of their output as it comes, and each end; decides nothing."""
+"""What `bgsupervisor dev` prints of tasks: each line of their output as it comes, and each end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from bgsupervisor.cli.commands.log import log_path
 from bgsupervisor.cli.display.text import short_duration
 from bgsupervisor.cli.display.traces import folded
+from bgsupervisor.config import shown
 from bgsupervisor.environment import wants_no_colour
 from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.sanitize import clean, clean_line_keeping_colours
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Following", "Lines", "echo", "tell_failures"]
+__all__ = ["Following", "Lines", "echo", "echo_failures", "echo_start"]
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "bright_cyan", "bright_yellow", "bright_magenta")
 OVERLAP_S = 2.0
 """How far before the last known end rows are read again: a row's time is taken before its commit is visible."""
 ENDS_MAX = 5000
-"""The most ends that one look takes in."""
+"""The most ends that are read at once."""
 WITH_TRACEBACK = frozenset({Reason.RAISED, Reason.EXITED, Reason.DEADLOCKED, Reason.TIMED_OUT})
-"""The reasons whose traceback shows what to mend; that of a cancelled body shows only where it was."""
+"""The reasons whose traceback shows what to fix; that of a cancelled body shows only where it was."""
 
 
 def echo(line: str) -> None:
@@ -43,7 +44,14 @@ def echo(line: str) -> None:
     click.echo(clean_line_keeping_colours(line), color=False if wants_no_colour() else None)
 
 
-def tell_failures(failures: Iterable[LoadFailure], config: Config) -> None:
+def echo_start(config: Config) -> None:
+    """Print what is developed, and how to end it."""
+    modules = ", ".join(config.tasks) or "no modules (name them in `tasks`)"
+    place = f"{shown(config.database)}, {config.slots} slots"
+    echo(f"developing {modules} on {place}; Ctrl-C ends it, with the running tasks")
+
+
+def echo_failures(failures: Iterable[LoadFailure], config: Config) -> None:
     """Print what failed to load, each with its traceback, in which frames of libraries are folded."""
     for failure in failures:
         echo(f"{clean(failure.module)} {click.style('failed to load', fg='red', bold=True)}")
@@ -52,20 +60,20 @@ def tell_failures(failures: Iterable[LoadFailure], config: Config) -> None:
 
 
 class Lines:
-    """Cuts text that comes in pieces into lines; what a carriage return has overwritten is left out."""
+    """Cuts pieces of text into lines; what a carriage return has overwritten is left out."""
 
     def __init__(self) -> None:
-        self._begun = ""
+        self._unfinished = ""
 
     def of(self, piece: str) -> list[str]:
-        """Return the lines that are whole now."""
-        *whole, self._begun = (self._begun + piece).split("\n")
+        """Return the lines that are complete now."""
+        *whole, self._unfinished = (self._unfinished + piece).split("\n")
         return [_last_written(line) for line in whole]
 
     def rest(self) -> list[str]:
-        """Return the line that never ended, if there is one."""
-        begun, self._begun = self._begun, ""
-        return [_last_written(begun)] if begun else []
+        """Return the last line, if it never ended."""
+        unfinished, self._unfinished = self._unfinished, ""
+        return [_last_written(unfinished)] if unfinished else []
 
 
 def _last_written(line: str) -> str:
@@ -74,7 +82,7 @@ def _last_written(line: str) -> str:
 
 @dataclasses.dataclass(slots=True)
 class _Followed:
-    """An attempt that runs: its row as it was last seen, its log so far, and whether that has the traceback."""
+    """A running attempt: its row as last read, its log so far, and whether that has the traceback."""
 
     record: TaskRecord
     reader: Reader = dataclasses.field(default_factory=Reader)
@@ -98,11 +106,11 @@ class Following:
         self._printed: dict[tuple[int, int, datetime], datetime] = {}
         self._since = self._from = self._ledger.clock.now()
 
-    def look(self) -> None:
+    def print_new(self) -> None:
         """Print what is new.
 
         Raises:
-            DatabaseError, AccessError: The rows cannot be read; the next look prints what this one missed.
+            DatabaseError, AccessError: The rows cannot be read; the next call prints what this one missed.
         """
         starts = {Attempt(record.id, record.attempt): record for record in self._ledger.starts()}
         ends = self._ledger.ended_since(self._since - timedelta(seconds=OVERLAP_S), limit=ENDS_MAX)
@@ -115,12 +123,12 @@ class Following:
             self._take_end(record)
         for attempt in self._running.keys() - starts.keys():
             if self._ledger.status(attempt.id) is not Status.START:
-                self._forget(attempt)  # given back, retried or pruned between two looks
+                self._forget(attempt)  # given back, retried or pruned between two calls
         oldest = self._since - timedelta(seconds=2 * OVERLAP_S)
         self._printed = {key: ended_at for key, ended_at in self._printed.items() if ended_at >= oldest}
 
     def running(self) -> list[TaskRecord]:
-        """Return the rows of the tasks that ran at the last look."""
+        """Return the rows of the tasks that ran at the last call of `print_new`."""
         return [followed.record for followed in self._running.values()]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the code of an application has changed since the last question; loads nothing of it."""
+"""Whether the code of an application has changed since the last call; loads nothing of it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger("bgsupervisor")
 POLL_S = 1.0
 """Interval between two fingerprints of the code where watchfiles is not installed, in seconds."""
 NET_S = 10.0
-"""The same beside watchfiles, which hears nothing of a change on a network file system."""
+"""The same beside watchfiles, which misses changes on a network file system."""
 STOP_S = 2.0
-"""Longest wait for the threads of watchfiles at the end, in seconds; they look each 50 ms."""
+"""Longest wait for the threads of watchfiles at the end, in seconds; they poll every 50 ms."""
 
 
 class Changes:
@@ -33,7 +33,7 @@ class Changes:
 
     Args:
         config: Names the modules, the folders and the files.
-        clock: Says when the next fingerprint is due.
+        clock: Tells when the next fingerprint is due.
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
@@ -47,7 +47,7 @@ class Changes:
             self._watch(list(code_places(config)))
 
     def found(self, config: Config) -> bool:
-        """Whether the code has changed since the last call. Blocks for reading folders, as `code_fingerprint`."""
+        """Whether the code has changed since the last call. Reads folders, as `code_fingerprint` does."""
         if not self._touched.is_set() and self._clock.monotonic() < self._due_at:
             return False
         self._touched.clear()
@@ -56,7 +56,7 @@ class Changes:
         return before != self._fingerprint
 
     def close(self) -> None:
-        """End the threads: one that is inside of watchfiles when Python ends would abort the process."""
+        """End the threads: one inside watchfiles when Python ends would abort the process."""
         self._over.set()
         for thread in self._threads:
             thread.join(STOP_S)
@@ -92,4 +92,4 @@ class Changes:
                 self._touched.set()
         except (OSError, RuntimeError) as error:  # such as the user's limit of inotify watches
             self._is_watched = False
-            log.warning("cannot watch the code by watchfiles: %s; looking at it each second", error)
+            log.warning("cannot watch the code by watchfiles: %s; reading it every second", error)
