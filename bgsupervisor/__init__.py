@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
     from bgsupervisor.statuses import Reason, Status
-    from bgsupervisor.tasks import Handle, Task, current, task
+    from bgsupervisor.task_context import Handle, current
+    from bgsupervisor.tasks import Task, task
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from bgsupervisor import tasks
+from bgsupervisor import registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -79,7 +79,7 @@ class Known:
     def __init__(self, catalogue: Catalogue, configured: Sequence[str]) -> None:
         self._catalogue = catalogue
         self._configured = configured
-        here = tasks.definitions()
+        here = registry.definitions()
         self._own_modules = {*configured, *(definition.module for definition in here.values())}
         self._current = frozenset(here) | (catalogue.living or frozenset())
 

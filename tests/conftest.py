@@ -14,7 +14,7 @@ from support.app import (
     forking_servers,
 )
 
-from bgsupervisor import tasks
+from bgsupervisor import registry
 from bgsupervisor.database.store import Store
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.ipc.statedir import StateDir
@@ -66,10 +66,10 @@ def _forking_server_of_session():
 @pytest.fixture(autouse=True)
 def _tasks_of_one_test(tmp_path_factory):
     """Forget the tasks and modules of an application that a test has loaded in its own process: the next has others."""
-    definitions, modules = dict(tasks._definitions), set(sys.modules)
+    definitions, modules = dict(registry._definitions), set(sys.modules)
     yield
-    tasks._definitions.clear()
-    tasks._definitions.update(definitions)
+    registry._definitions.clear()
+    registry._definitions.update(definitions)
     folders = str(tmp_path_factory.getbasetemp())
     for name in set(sys.modules) - modules:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(folders):

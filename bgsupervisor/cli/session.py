@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bgsupervisor.config import is_postgres, load, shown
+from bgsupervisor.addresses import is_postgres, shown
+from bgsupervisor.config import load
 from bgsupervisor.errors import UnknownTask
 from bgsupervisor.ipc.statedir import StateDir
 
@@ -58,7 +59,7 @@ class Session:
         """Return what Services of this process work with while it runs tests, None outside tests."""
         if not sys.modules.keys() & {"bgsupervisor.service", "django.test.utils"}:
             return None  # `run` beside a living supervisor does without
-        from bgsupervisor.service import Origin, isolated  # noqa: PLC0415 - as above
+        from bgsupervisor.backings import Origin, isolated  # noqa: PLC0415 - as above
 
         backing = isolated(Origin(None, self.config_path, None))
         return None if backing is None else backing.config

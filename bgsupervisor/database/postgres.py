@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peewee
 
+from bgsupervisor.addresses import masked
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import masked
 from bgsupervisor.errors import AccessError, ConfigError, DatabaseError, ServerAway
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import peewee
 
 from bgsupervisor import sanitize
+from bgsupervisor.addresses import is_postgres, masked, sqlite_path
 from bgsupervisor.clock import ServerClock, SystemClock, repeat_last
-from bgsupervisor.config import is_postgres, masked, sqlite_path
 from bgsupervisor.database import postgres
 from bgsupervisor.database.errors import (
     LOCKED,

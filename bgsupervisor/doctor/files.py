@@ -8,8 +8,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgsupervisor.config import dangers
 from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.file_trust import dangers
 from bgsupervisor.sizes import size
 from bgsupervisor.system.users import group_name, user_name
 
@@ -126,8 +126,8 @@ def code(site: Site) -> Iterator[Result]:
 def _of_others(files: list[Path]) -> Iterator[Result]:
     for file in files:
         for danger in dangers(file):
-            grade = wrong if danger.is_of_all else note
-            yield grade(f"{danger.told}; it decides what runs as user {user_name(os.geteuid())}")
+            tell = wrong if danger.is_of_all else note
+            yield tell(f"{danger.detail}; it decides what runs as user {user_name(os.geteuid())}")
 
 
 def _of_groups(paths: list[Path]) -> Iterator[Result]:

@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.addresses import is_postgres, sqlite_path
 from bgsupervisor.clock import Clock, SystemClock
-from bgsupervisor.config import is_postgres, sqlite_path
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.system.oom import INITIAL_PID_NAMESPACE
 

@@ -230,7 +230,7 @@ class Children:
 
     def look_again(self, child: ChildHandle) -> None:
         """Judge a child that cannot be held; DEAD is dead, UNKNOWN stays as it is."""
-        verdict, child.handle = processes.look(child.identity)
+        verdict, child.handle = processes.open_process(child.identity)
         # guard, is Verdict.DEAD -> is not Verdict.ALIVE: UNKNOWN is not DEAD
         if verdict is Verdict.DEAD:
             child.dead_since = self._clock.monotonic()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor import failpoints
 from bgsupervisor.ipc import exit_journal, messages
 from bgsupervisor.ipc.messages import ProcessRef, TaskOptions
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes, spawning
 from bgsupervisor.system.fingerprint import code_fingerprint, write_fingerprint
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from bgsupervisor.worker import forkserver
@@ -292,10 +292,10 @@ class ForkServers:
         for ref in [ref for ref, since in fork_server.expected.items() if now - since > CHILD_HELLO_S]:
             log.error("PID %d was forked %.0f s ago and does not begin; killing it", ref.pid, CHILD_HELLO_S)
             fork_server.expected.pop(ref)
-            _, handle = processes.look(self._identity_of(ref))
+            _, handle = processes.open_process(self._identity_of(ref))
             if handle is not None:
                 with handle, contextlib.suppress(OSError):
-                    processes.signal_tree(handle, signal.SIGKILL)
+                    process_tree.signal_tree(handle, signal.SIGKILL)
         if fork_server.ordered and now - fork_server.ordered_at > FORK_S:
             log.error("the fork server, PID %d, does not fork any more; starting another", fork_server.hello.ref.pid)
             fork_server.ordered_at = now
@@ -344,7 +344,7 @@ class ForkServers:
             target=forkserver.main, args=(self.config,), daemon=False, name="bgsupervisor fork server"
         )
         try:
-            with processes.in_root_folder():
+            with spawning.in_root_folder():
                 process.start()
         except OSError as error:  # no processes or no memory left
             log.error("cannot start a fork server: %s", error)  # noqa: TRY400 - the sentence says it
@@ -353,9 +353,9 @@ class ForkServers:
                 self._sources.send(caller, messages.Reloaded(False, f"cannot start a fork server: {error}"))
             return
         pid = process.pid or 0
-        processes.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
+        spawning.restore_descriptor_limit(pid)  # bodies keep the limit that the supervisor was started with
         ref = ProcessRef(pid, processes.start_ticks(pid) or -1)
-        _, handle = processes.look(self._identity_of(ref))
+        _, handle = processes.open_process(self._identity_of(ref))
         if handle is not None:
             self._sources.watch_process(ref, handle)
         self._candidate = self._started[ref] = _Started(
@@ -424,7 +424,7 @@ class ForkServers:
 
     def _wake(self, ref: ProcessRef) -> None:
         """Have a fork server look whom it talks to: a supervisor that is stopped would never let go of it."""
-        _, handle = processes.look(self._identity_of(ref))
+        _, handle = processes.open_process(self._identity_of(ref))
         if handle is not None:
             with handle, contextlib.suppress(OSError):
                 handle.send_signal(signal.SIGCHLD)  # which ends its rest, and does nothing where it is not awaited

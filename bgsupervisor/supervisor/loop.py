@@ -17,8 +17,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Protocol
 
 from bgsupervisor import failpoints
+from bgsupervisor.addresses import masked
 from bgsupervisor.clock import AttendedClock
-from bgsupervisor.config import masked
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, BgSupervisorError, ConfigError, DatabaseError
 from bgsupervisor.ipc import messages
@@ -39,7 +39,7 @@ from bgsupervisor.supervisor.shutdown import Shutdown
 from bgsupervisor.supervisor.suspension import Suspensions
 from bgsupervisor.supervisor.termination import Terminations
 from bgsupervisor.supervisor.wait_manager import WaitManager
-from bgsupervisor.system import processes
+from bgsupervisor.system import processes, spawning
 from bgsupervisor.system.syscalls import set_child_subreaper
 from bgsupervisor.system.titles import set_title
 
@@ -109,7 +109,7 @@ class Supervisor:
         burst: bool = False,
     ) -> None:
         set_child_subreaper()
-        processes.raise_descriptor_limit()
+        spawning.raise_descriptor_limit()
         self._config = config
         self._lock = lock
         self._notifier = notifier

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bgsupervisor.ledger.attempts import Suspension
 from bgsupervisor.supervisor.termination import Stage
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +48,7 @@ class Suspensions:
             return
         log.info("stopping PID %d and all that it started, until somebody resumes it", child.ref.pid)
         try:
-            processes.signal_tree(child.target, signal.SIGSTOP)
+            process_tree.signal_tree(child.target, signal.SIGSTOP)
         except OSError as error:
             log.error("PID %d cannot be stopped: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
@@ -62,7 +62,7 @@ class Suspensions:
                 with contextlib.suppress(OSError):
                     if processes.is_stopped(child.ref.pid):
                         log.warning("resuming PID %d: it may be holding the database lock", child.ref.pid)
-                    processes.signal_tree(child.target, signal.SIGCONT)
+                    process_tree.signal_tree(child.target, signal.SIGCONT)
                     child.suspension_unsaved = True
 
     def _enforce(self, child: ChildHandle) -> None:
@@ -77,7 +77,7 @@ class Suspensions:
         elif not wanted and child.suspension.lasts and child.target is not None:
             # The other way round: were this supervisor to die in between, the next would do the same once more.
             with contextlib.suppress(OSError):
-                processes.signal_tree(child.target, signal.SIGCONT)
+                process_tree.signal_tree(child.target, signal.SIGCONT)
                 log.info("resuming PID %d", child.ref.pid)
                 child.suspension = child.suspension.ended(self._clock.machine_monotonic())
                 child.suspension_unsaved = child.attempt is not None

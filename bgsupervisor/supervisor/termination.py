@@ -16,7 +16,7 @@ from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc import messages
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
-from bgsupervisor.system import logs, processes
+from bgsupervisor.system import logs, process_tree
 from bgsupervisor.system.stacks import ANSWER_S, Question
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Terminations:
                 log.warning("PID %d does not leave after its task has ended; killing it", child.ref.pid)
                 child.leave_by = now + LEAVE_SLACK_S
                 with contextlib.suppress(OSError):
-                    processes.signal_tree(child.target, signal.SIGKILL)
+                    process_tree.signal_tree(child.target, signal.SIGKILL)
 
     def heed(self, wishes: Iterable[ControlRequest]) -> None:
         """Ask the bodies to end that are requested to be cancelled."""
@@ -215,7 +215,7 @@ class Terminations:
         if child.target is None:
             return
         try:
-            processes.signal_tree(child.target, signal.SIGKILL)
+            process_tree.signal_tree(child.target, signal.SIGKILL)
         except OSError as error:  # no descriptors left, or no process table; what it started falls to the fork server
             log.error("what PID %d started cannot be seen: %s; killing it alone", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
             child.target.send_signal(signal.SIGKILL)
@@ -331,9 +331,9 @@ class Terminations:
         if now >= self._usage_at:
             self._usage_at = now + self.config.heartbeat_s
             sampled += [child for child in busy if child not in sampled]
-        usage: dict[int, processes.Usage] = {}
+        usage: dict[int, process_tree.Usage] = {}
         with contextlib.suppress(OSError):  # no descriptors left: the next look may see
-            usage = processes.tree_usage([child.ref.pid for child in sampled]) if sampled else {}
+            usage = process_tree.tree_usage([child.ref.pid for child in sampled]) if sampled else {}
         for child in sampled:
             if child.ref.pid in usage:
                 self._note_usage(child, usage[child.ref.pid], now)
@@ -347,7 +347,7 @@ class Terminations:
             why = f"used {used} of memory, over its memory_limit_bytes of {allowed}"
             self.begin(child, Reason.OUT_OF_MEMORY, why, stage=Stage.KILL)
 
-    def _note_usage(self, child: ChildHandle, used: processes.Usage, now: float) -> None:
+    def _note_usage(self, child: ChildHandle, used: process_tree.Usage, now: float) -> None:
         if child.cpu_seen is not None and now > child.cpu_seen[0]:
             child.note.cpu_percent = round(
                 100 * max(0.0, used.cpu_s - child.cpu_seen[1]) / (now - child.cpu_seen[0]), 1

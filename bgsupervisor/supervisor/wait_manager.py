@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ledger.waits import EVERYBODY
-from bgsupervisor.system import processes
+from bgsupervisor.system import processes, spawning
 from bgsupervisor.system.processes import Verdict
 from bgsupervisor.worker import wait_manager
 
@@ -95,7 +95,7 @@ class WaitManager:
             self._sources.send(peer, messages.Leave())
             return
         if self._ref is None:
-            verdict, self._handle = processes.look(self._identity_of(hello.ref))
+            verdict, self._handle = processes.open_process(self._identity_of(hello.ref))
             if verdict is not Verdict.ALIVE or self._handle is None:
                 return
             self._ref = hello.ref
@@ -156,16 +156,16 @@ class WaitManager:
             target=wait_manager.main, args=(self._folder,), daemon=False, name="bgsupervisor wait manager"
         )
         try:
-            with processes.in_root_folder():
+            with spawning.in_root_folder():
                 self._process.start()
         except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
             log.error("cannot start the wait manager: %s; trying again", error)  # noqa: TRY400 - the sentence says it
             self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
             return
         pid = self._process.pid or 0
-        processes.restore_descriptor_limit(pid)
+        spawning.restore_descriptor_limit(pid)
         self._ref = ProcessRef(pid, processes.start_ticks(pid) or -1)
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
-        _, self._handle = processes.look(self._identity_of(self._ref))
+        _, self._handle = processes.open_process(self._identity_of(self._ref))
         if self._handle is not None:
             self._sources.watch_process(self._ref, self._handle)

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import peewee
 
-from bgsupervisor import __version__, payload, service, tasks
+from bgsupervisor import __version__, arguments, backings, mismatch, payload, registry, task_context, tasks
 from bgsupervisor.catalogue import Catalogue, Known
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import MIB, Config, load
+from bgsupervisor.config import Config, load
 from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
 from bgsupervisor.ipc.messages import AttemptResult
@@ -34,6 +34,7 @@ from bgsupervisor.ledger import Ledger
 from bgsupervisor.ledger.attempts import Attempt, Batch, Claim, Telemetry
 from bgsupervisor.ledger.external import recognised
 from bgsupervisor.ledger.records import SupervisorRecord
+from bgsupervisor.options import MIB
 from bgsupervisor.statuses import Status
 from bgsupervisor.system.processes import ProcessIdentity, host_id, own_identity
 from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
     from datetime import datetime
 
+    from bgsupervisor.backings import Backing, Origin
     from bgsupervisor.ledger.attempts import DueTask
     from bgsupervisor.ledger.external import ExternalConnection
     from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.ledger.requests import Request
-    from bgsupervisor.service import Backing, Key, Origin, TaskLike
+    from bgsupervisor.service import Key, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]
 
@@ -163,7 +165,7 @@ class TaskBox:
         definition = tasks.definition_of(task)
         name = str(task) if definition is None else definition.name
         requested = self.requested
-        names, key = {name, *Known(Catalogue(), ()).meant_by(name)}, service.key_text(key)
+        names, key = {name, *Known(Catalogue(), ()).meant_by(name)}, arguments.key_text(key)
         found = [one for one in requested if one.name in names and (key is None or one.key == key)]
         wanted = name if key is None else f"{name} with key {key!r}"
         if data is not None:
@@ -246,7 +248,7 @@ class TaskBox:
                 found, database=f"sqlite:///{folder / 'tasks.db'}", state_dir=folder / ".bgsupervisor"
             )
             ledger = self._ledger(functools.partial(_joined, origin.database))
-            backing = service.Backing(config, ledger, self.clock, self._on)
+            backing = backings.Backing(config, ledger, self.clock, self._on)
             self._backings[origin] = backing
             self._data_max_bytes = config.data_max_bytes
             self._modules.update(config.tasks)
@@ -365,12 +367,12 @@ class TaskBox:
 
     def _due(self, *, limit: int) -> list[DueTask]:
         self._settle()
-        return self._ledger().due(tasks.definitions(), limit=limit)
+        return self._ledger().due(registry.definitions(), limit=limit)
 
     def _load_missing(self) -> None:
         """Import the configured task modules when a waiting task is not loaded, as a fork server has done."""
         waiting = {record.name for record in self._ledger().find(statuses=[Status.REQUEST])}
-        if waiting <= set(tasks.definitions()):
+        if waiting <= set(registry.definitions()):
             return
         while self._modules:
             module = self._modules.pop()
@@ -378,7 +380,7 @@ class TaskBox:
                 importlib.import_module(module)
             except ImportError as error:
                 log.warning("the configured task module %s cannot be imported: %s", module, error)
-        missing = waiting - set(tasks.definitions())
+        missing = waiting - set(registry.definitions())
         if missing:
             log.warning("not loaded in this test, so not run: %s", ", ".join(sorted(missing)))
 
@@ -405,11 +407,11 @@ class TaskBox:
             raise error
 
     def _perform(self, due: DueTask, context: _Context) -> tuple[AttemptResult, BaseException | None]:
-        definition = tasks.definitions()[due.name]
+        definition = registry.definitions()[due.name]
         try:
             data = payload.decode_data(due.data, definition.signature, name=due.name, secret=definition.options.secret)
             body = definition.body()
-            with tasks.entered(context):
+            with task_context.entered(context):
                 value = body(**data)
                 if inspect.iscoroutine(value):
                     value = _awaited(value)
@@ -514,7 +516,7 @@ class _BoxLedger(Ledger):
         ]
 
 
-class _Context(tasks.Context):
+class _Context(task_context.Context):
     """The context of a body that runs in a test."""
 
     def __init__(self, claim: Claim) -> None:
@@ -607,7 +609,7 @@ def _shown_data(name: str, text: str) -> str:
     definition = tasks.definition_of(name)
     value = payload.decode_value(text)
     secret = () if definition is None else definition.options.secret
-    return msgspec.json.encode(payload.mask(value, secret) if isinstance(value, dict) else value).decode()
+    return msgspec.json.encode(mismatch.mask(value, secret) if isinstance(value, dict) else value).decode()
 
 
 def _listed(requested: Sequence[TaskRecord]) -> str:

@@ -15,8 +15,9 @@ import traceback
 from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import tasks
-from bgsupervisor.config import apply_env_file, is_postgres, sqlite_path
+from bgsupervisor import registry, tasks
+from bgsupervisor.addresses import is_postgres, sqlite_path
+from bgsupervisor.config import apply_env_file
 from bgsupervisor.ipc.messages import LoadFailure
 from bgsupervisor.system import descriptors
 from bgsupervisor.worker import inherited, shared_connections
@@ -58,7 +59,7 @@ class Loaded:
         A task whose signature failed stays REQUEST, and so does one of a module that raised after defining it.
         """
         failed = {failure.module for failure in self.failures}
-        known = tasks.definitions().items()
+        known = registry.definitions().items()
         return {name: one.options for name, one in known if name not in failed and one.module in sys.modules}
 
 
@@ -95,14 +96,14 @@ def _load(config: Config, imports: shared_connections.Imports) -> tuple[list[Loa
     failures: list[LoadFailure] = []
     without_tasks = []
     for module in config.tasks:
-        known = len(tasks.definitions())
+        known = len(registry.definitions())
         failure = _try_load(module, functools.partial(importlib.import_module, module))
         imports.attribute(module)
         if failure is not None:
             failures.append(failure)
-        elif len(tasks.definitions()) == known and not tasks.defines_tasks(module):
+        elif len(registry.definitions()) == known and not tasks.defines_tasks(module):
             without_tasks.append(f"the module {module} defines no task; correct `tasks`, or import its tasks in it")
-    for definition in tasks.definitions().values():
+    for definition in registry.definitions().values():
         failure = _try_load(definition.name, functools.partial(getattr, definition, "signature"), kind="task")
         if failure is not None:
             failures.append(failure)
@@ -125,7 +126,7 @@ def _outliving_the_import() -> Iterator[None]:
 
 def import_what_children_need() -> None:
     """Import all that a child needs after its body has begun: a deploy may have replaced the files by then."""
-    modules = ["asyncio"] if any(_is_async(one) for one in tasks.definitions().values()) else []
+    modules = ["asyncio"] if any(_is_async(one) for one in registry.definitions().values()) else []
     ours = ("bgsupervisor.database.migrations", "bgsupervisor.service", "bgsupervisor.database.connection_limit")
     for module in ("psutil", "sqlite3", *ours, *modules):
         importlib.import_module(module)
@@ -177,7 +178,7 @@ def tracker_number() -> int | None:
     return getattr(resource_tracker._resource_tracker, "_fd", None)  # noqa: SLF001
 
 
-def _is_async(definition: tasks.Definition) -> bool:
+def _is_async(definition: registry.Definition) -> bool:
     return inspect.iscoroutinefunction(definition.function)
 
 

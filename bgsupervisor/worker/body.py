@@ -10,7 +10,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import payload, tasks
+from bgsupervisor import payload, registry, task_context, tasks
 from bgsupervisor.errors import BgSupervisorError
 from bgsupervisor.ipc.messages import AttemptResult
 from bgsupervisor.worker import leftovers, reporting
@@ -70,7 +70,7 @@ class Body:
                 _configure_default_logging()
                 before()
                 body = definition.body()
-                with tasks.entered(context), leftovers.ending_copies():
+                with task_context.entered(context), leftovers.ending_copies():
                     value = body(**data)
                     if inspect.iscoroutine(value):
                         value = asyncio.run(_awaited(value))
@@ -110,7 +110,7 @@ def _configure_default_logging() -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
 
 
-def _loaded_definition(name: str) -> tasks.Definition:
+def _loaded_definition(name: str) -> registry.Definition:
     """Return the definition of a task. Raises BgSupervisorError where this process has not loaded it."""
     definition = tasks.definition_of(name)
     if definition is None:

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
-from bgsupervisor import failpoints, tasks
+from bgsupervisor import failpoints, task_context
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.database.store import roll_back_abandoned
 from bgsupervisor.errors import Cancelled
 from bgsupervisor.ipc.messages import AttemptResult, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.ledger.attempts import Attempt
-from bgsupervisor.system import descriptors, logs, processes, stacks
+from bgsupervisor.system import descriptors, logs, process_tree, processes, stacks
 from bgsupervisor.system.syscalls import set_child_subreaper
 from bgsupervisor.system.titles import IDLE, set_title, task_title
 from bgsupervisor.worker import inherited, leftovers, reporting
@@ -205,8 +205,8 @@ class Child:
             lambda: open_ledger(self._config, patience_s=AWAY_S),
             self._config,
             self._clock,
-            is_given_up=tasks.is_given_up,
-            waits_alone=tasks.waits_alone,
+            is_given_up=task_context.is_given_up,
+            waits_alone=task_context.waits_alone,
         )
         context = AttemptContext(assignment, self._connection, coordination, self._config, self._clock)
         body = self._body = Body(assignment, self._config)
@@ -239,7 +239,7 @@ class Child:
         body.report_error(end)
         with contextlib.suppress(Exception):
             # guard: a child ends what its body left before it reports
-            processes.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
+            process_tree.end_descendants(self._pid, grace_s=LEFTOVER_GRACE_S, clock=self._clock)
         _flush_streams()
 
     def _on_term(self, number: int, frame: FrameType | None) -> None:

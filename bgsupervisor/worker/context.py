@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import tasks
+from bgsupervisor import task_context
 from bgsupervisor.errors import Cancelled
 from bgsupervisor.ipc import messages
 from bgsupervisor.worker.outcome import Progress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
     from bgsupervisor.ipc.messages import Run
-    from bgsupervisor.tasks import Handle
+    from bgsupervisor.task_context import Awaited, Handle
     from bgsupervisor.worker.coordination import Coordination
     from bgsupervisor.worker.mailbox import BodyConnection
 
@@ -29,7 +29,7 @@ ALIVE_EVERY_S = 1.0
 """Interval of progress that reports nothing new, in seconds; it shows that the body is alive (`stall_s`)."""
 
 
-class AttemptContext(tasks.Context):
+class AttemptContext(task_context.Context):
     """The context of a body that a supervisor runs."""
 
     def __init__(
@@ -86,7 +86,7 @@ class AttemptContext(tasks.Context):
 
     def wait_for(
         self,
-        task: tasks.Awaited | Sequence[tasks.Awaited],
+        task: Awaited | Sequence[Awaited],
         part: str | None = None,
         timeout_s: float | None = None,
         *,
@@ -94,7 +94,7 @@ class AttemptContext(tasks.Context):
     ) -> Any:  # noqa: ANN401 - a value of the other task
         """Wait for a part, or the end, of others; see `Context.wait_for`."""
         several = isinstance(task, Sequence) and not isinstance(task, str | bytes)
-        ids = tasks.checked_ids(task if isinstance(task, Sequence) and several else [task])
+        ids = task_context.checked_ids(task if isinstance(task, Sequence) and several else [task])
         with self._reporting_after():
             values = self._coordination.wait_for(ids, part, timeout_s=timeout_s, return_interrupted=return_interrupted)
         return values if several else values[0]

@@ -28,7 +28,7 @@ from bgsupervisor.ipc.channel import REDIAL_S, Channel, Redial
 from bgsupervisor.ipc.messages import Exited, ProcessRef
 from bgsupervisor.ipc.sockets import connect
 from bgsupervisor.ipc.statedir import StateDir
-from bgsupervisor.system import descriptors, processes
+from bgsupervisor.system import descriptors, process_tree, processes, spawning
 from bgsupervisor.system.files import inode_of, is_another
 from bgsupervisor.system.fingerprint import loaded_places
 from bgsupervisor.system.processes import Exit, ProcessIdentity
@@ -121,7 +121,7 @@ class ForkServer:
         self._loaded = load_application(config)
         die_with_parent(0)
         inherited.take_back_signals(self._loaded.handlers)
-        processes.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
+        spawning.raise_descriptor_limit()  # only now: children get back the limit that the application may have set
         self._poll = select.poll()
         # Only now: the import of an application may close all that is open, as daemons do.
         self._wake_read, self._wake_write = socket.socketpair()
@@ -129,7 +129,7 @@ class ForkServer:
         self._places = loaded_places()
         set_title("fork server")  # the application may have set its own
         import_what_children_need()
-        self._application_pids = set(processes.descendants(self._ref.pid))
+        self._application_pids = set(process_tree.descendants(self._ref.pid))
         leftovers.note_inherited()  # what is loaded stays shared with the children: the collector leaves it alone
         self._redial = Redial(clock)  # only now: loading may take longer than a fork server bears to be alone
         failpoints.at("forkserver.loaded")
@@ -270,7 +270,7 @@ class ForkServer:
                 break
             # guard: strays of dead bodies are killed
             for pid in strays:
-                processes.kill_child(pid)
+                process_tree.kill_child(pid)
         self._stray_left = bool(self._strays())
 
     def _strays(self) -> list[int]:
@@ -320,7 +320,7 @@ class ForkServer:
             undo.callback(os.close, pidfd)
             ticks = processes.start_ticks(process.pid)
             undo.pop_all()
-        processes.restore_descriptor_limit(process.pid)
+        spawning.restore_descriptor_limit(process.pid)
         self._own.note(pidfd, *_pipes_of(process))
         forked = _Forked(process, ProcessRef(process.pid, -1 if ticks is None else ticks), left_in_order)
         self._children[pidfd] = forked
@@ -343,7 +343,7 @@ class ForkServer:
                 )
                 try:
                     with processes.ProcessHandle(identity, os.dup(descriptor)) as handle:
-                        processes.signal_tree(handle, termination.signal)
+                        process_tree.signal_tree(handle, termination.signal)
                 except OSError as error:  # no descriptor left; the supervisor's next step comes anyway
                     log.error("cannot send signal %d to PID %d: %s", termination.signal, termination.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
@@ -363,7 +363,7 @@ def _note(number: int, frame: object) -> None:
 def _undo_start(process: Any) -> None:  # noqa: ANN401 - of any start method
     """End a child that could not be watched."""
     process.kill()
-    process.join(processes.KILL_WAIT_S)
+    process.join(process_tree.KILL_WAIT_S)
     with contextlib.suppress(ValueError):
         process.close()
 
@@ -393,7 +393,7 @@ def _own_children() -> list[int]:
             return [int(pid) for pid in file.read().split()]
     except FileNotFoundError:  # a kernel without these lists
         with contextlib.suppress(OSError):
-            return processes.children(os.getpid())
+            return process_tree.children(os.getpid())
     except OSError:  # no descriptor left: without a list nothing is killed
         pass
     return []

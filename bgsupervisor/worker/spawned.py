@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from bgsupervisor import tasks
+from bgsupervisor import task_context
 from bgsupervisor.clock import SystemClock, repeat_last
 from bgsupervisor.errors import BgSupervisorError, Cancelled
 from bgsupervisor.ipc import messages
@@ -203,8 +203,8 @@ class _Performance:
             lambda: open_ledger(self._config, patience_s=AWAY_S, limits_connections=False),
             self._config,
             self._clock,
-            is_given_up=tasks.is_given_up,
-            waits_alone=tasks.waits_alone,
+            is_given_up=task_context.is_given_up,
+            waits_alone=task_context.waits_alone,
             make_wake_ups=_NoWakeUps,
         )
         context = AttemptContext(assignment, connection, coordination, self._config, self._clock)

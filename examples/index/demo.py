@@ -29,7 +29,7 @@ from plan import Group, NothingToIndex, groups_of, plan
 from tasks import COLUMNS, CheckDigests, IndexPackage, Report
 
 from bgsupervisor import BgSupervisorError, Reason, Service, Status
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 from bgsupervisor.system.processes import Verdict
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class Demo:
 
     def _kill(self, victim: Handle) -> None:
         record = self._known(victim)
-        found, process = processes.look(identity(record))
+        found, process = processes.open_process(identity(record))
         if record.status is not Status.START or found is not Verdict.ALIVE or process is None:
             raise DemoFailed(f"task {victim.id} should be running; it is {record.status}, its process {found}")
         chapter(
@@ -322,7 +322,7 @@ class Demo:
         if self.supervisor is not None and self.supervisor.poll() is None:
             if abort:
                 self._cancel_all()
-            started.update(identities(processes.descendants(self.supervisor.pid)))
+            started.update(identities(process_tree.descendants(self.supervisor.pid)))
             started.update(known_processes(self.service))
             self.supervisor.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

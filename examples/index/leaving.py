@@ -8,7 +8,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def end_all(started: Collection[ProcessIdentity], *, wait_s: float) -> list[int]
 
 def kill(one: ProcessIdentity) -> None:
     """Kill a process with all it started, and wait until it has gone."""
-    _, handle = processes.look(one)
+    _, handle = processes.open_process(one)
     if handle is not None:
         with handle:
-            processes.signal_tree(handle, signal.SIGKILL)
+            process_tree.signal_tree(handle, signal.SIGKILL)
             select.select([handle], [], [], GONE_S)
 
 

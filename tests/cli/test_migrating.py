@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from support.app import ADD_COLUMN
 
-from bgsupervisor.config import sqlite_path
+from bgsupervisor.addresses import sqlite_path
 from bgsupervisor.database import migrations
 from bgsupervisor.database.store import Store
 

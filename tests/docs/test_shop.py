@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.app import LIMIT_S, App, wait_until
 
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 from bgsupervisor.system.processes import ProcessIdentity
 
 pytest.importorskip("flask", reason="Flask is not installed; the extra `shop` has it")
@@ -81,7 +81,7 @@ class Shop(App):
             found
             for server in self._servers
             if server.poll() is None
-            for pid in processes.descendants(server.pid)
+            for pid in process_tree.descendants(server.pid)
             if (found := processes.identity_of(pid, "test"))
         ]
         for server in self._servers:
@@ -179,7 +179,7 @@ def test_an_import_whose_process_is_killed_is_told_so_and_can_be_tried_again(sho
     wait_until(lambda: state(jana, path)["fraction"], "the import makes progress")
 
     row = shop.service.list()[0]
-    _, child = processes.look(ProcessIdentity(row.host, row.boot_id, row.pid_ns, row.pid, row.start_ticks))
+    _, child = processes.open_process(ProcessIdentity(row.host, row.boot_id, row.pid_ns, row.pid, row.start_ticks))
     with child:
         child.send_signal(signal.SIGKILL)
 

@@ -12,7 +12,7 @@ import pytest
 from support.app import wait_until
 from support.as_user import NOBODY, as_nobody, needs_root, open_folder
 
-from bgsupervisor import Service, config
+from bgsupervisor import Service, config, file_trust
 from bgsupervisor.config import load, remarks
 from bgsupervisor.doctor import Grade, Machine, Site, files
 from bgsupervisor.errors import ConfigError
@@ -348,4 +348,4 @@ def test_module_imports_nothing_of_other_users_on_windows(monkeypatch, outer):
     folder = make(outer / "app", uid=STRANGER, mode=0o777)
     monkeypatch.delattr(config.os, "geteuid")
 
-    assert config.distrust(folder / "bgsupervisor.toml") is None
+    assert file_trust.distrust(folder / "bgsupervisor.toml") is None

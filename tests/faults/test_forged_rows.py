@@ -245,7 +245,7 @@ memory = os.memfd_create(f"{{stacks.NAME}}.{{file}}.{{os.fstat(file).st_ino}}")
 print(1, flush=True); input()
 """
     with speaking(code) as process:
-        _, handle = processes.look(processes.identity_of(process.pid, "here"))
+        _, handle = processes.open_process(processes.identity_of(process.pid, "here"))
         with handle, pytest.raises(NoStack):
             stacks.stack_of(handle, timeout_s=1.0, clock=SystemClock())
     assert target.read_text() == "as it was"

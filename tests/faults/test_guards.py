@@ -170,7 +170,7 @@ def test_a_fork_server_that_dies_before_its_hello_is_not_waited_for_any_more(mak
 
 
 def test_a_child_that_cannot_be_judged_is_not_taken_for_dead(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "look", lambda _: (Verdict.UNKNOWN, None))
+    monkeypatch.setattr(processes, "open_process", lambda _: (Verdict.UNKNOWN, None))
     children = Children(None, tmp_path, SystemClock())
     assert children.meet(processes.own_identity("here")).dead_since is None
 
@@ -421,7 +421,7 @@ def test_who_cannot_be_held_is_not_said_to_stand_still():
     Suspensions(Held([child]), clock).enforce()
     assert not child.suspension.lasts
     assert not child.suspension_unsaved
-    _, child.handle = processes.look(child.identity)
+    _, child.handle = processes.open_process(child.identity)
     with child.handle:
         Suspensions(Held([child]), clock).enforce()
     assert child.suspension.lasts

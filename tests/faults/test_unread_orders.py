@@ -20,7 +20,7 @@ from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.events import EventSources
 from bgsupervisor.supervisor.forkservers import ForkServers
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 
 SOURCE = """
     import os
@@ -93,7 +93,7 @@ def spare_child(app):
     """Return the PID of the one idle child, connected."""
     [path] = app.state_dir.glob("forkserver-*-*")
     parent = int(path.name.split("-")[1])
-    return wait_until(lambda: processes.children(parent), "the spare child is there")[0]
+    return wait_until(lambda: process_tree.children(parent), "the spare child is there")[0]
 
 
 @pytest.mark.on_both

@@ -19,7 +19,7 @@ from bgsupervisor.ipc.channel import REDIAL_MAX_S, REDIAL_S, Channel, Redial
 from bgsupervisor.ipc.messages import ProcessRef
 from bgsupervisor.ipc.sockets import bind
 from bgsupervisor.statuses import Reason, Status
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree
 from bgsupervisor.system.files import open_dir
 from bgsupervisor.worker import forkserver
 
@@ -188,7 +188,7 @@ def refusing(error):
 
 def test_strays_are_children_and_never_grandchildren_where_the_kernel_lists_none(family, monkeypatch):
     monkeypatch.setattr(forkserver, "open", refusing(FileNotFoundError()), raising=False)
-    monkeypatch.setattr(processes, "_kernel_lists_children", lambda: False)
+    monkeypatch.setattr(process_tree, "_kernel_lists_children", lambda: False)
     child, grandchild = family
     strays = forkserver.strays_of_this_process(set())
     assert child in strays
@@ -201,7 +201,7 @@ def test_there_are_no_strays_where_nobody_can_know(family, monkeypatch):
         patch.setattr(forkserver, "open", refusing(OSError("no descriptor left")), raising=False)
         assert forkserver.strays_of_this_process(set()) == []
     monkeypatch.setattr(forkserver, "open", refusing(FileNotFoundError()), raising=False)
-    monkeypatch.setattr(processes, "_child_lookup", refusing(OSError("no descriptor left")))
+    monkeypatch.setattr(process_tree, "_child_lookup", refusing(OSError("no descriptor left")))
     assert forkserver.strays_of_this_process(set()) == []
 
 
@@ -317,7 +317,7 @@ def test_who_is_refused_waits_ever_longer_until_a_connection_is_of_use():
 def test_fork_server_and_child_do_not_storm_a_supervisor_that_refuses_them(make_app):
     app = make_app(TASKS, spares=1)
     supervisor = app.start()
-    wait_until(lambda: processes.children(fork_server_pid(app)), "the spare child is there")
+    wait_until(lambda: process_tree.children(fork_server_pid(app)), "the spare child is there")
     supervisor.kill()
     times = []
     with contextlib.closing(Answering(app.state_dir)) as answering:

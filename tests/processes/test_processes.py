@@ -19,7 +19,7 @@ import pytest
 
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import Unkillable, UnsupportedSystem
-from bgsupervisor.system import processes, syscalls
+from bgsupervisor.system import process_tree, processes, syscalls
 from bgsupervisor.system.processes import Exit, Verdict
 
 CLOCK = SystemClock()
@@ -127,7 +127,7 @@ def test_a_name_full_of_parentheses_confuses_nobody(start):
 
 def test_a_reused_pid_is_dead(sleeper):
     earlier = dataclasses.replace(identify(sleeper.pid), start_ticks=1)
-    assert processes.look(earlier) == (Verdict.DEAD, None)
+    assert processes.open_process(earlier) == (Verdict.DEAD, None)
     assert processes.verdict(earlier) is Verdict.DEAD
 
 
@@ -137,7 +137,7 @@ def test_a_process_of_another_boot_is_dead(sleeper):
 
 def test_another_pid_namespace_cannot_be_judged(sleeper):
     elsewhere = dataclasses.replace(identify(sleeper.pid), pid_ns=1)
-    assert processes.look(elsewhere) == (Verdict.UNKNOWN, None)
+    assert processes.open_process(elsewhere) == (Verdict.UNKNOWN, None)
     assert processes.verdict(dataclasses.replace(elsewhere, pid=2**22 + 1)) is Verdict.UNKNOWN
 
 
@@ -157,7 +157,10 @@ def test_a_table_that_hides_a_living_process_cannot_judge_it(sleeper, request):
     assert processes.start_ticks(sleeper.pid) is None
     assert processes.verdict(identity) is Verdict.UNKNOWN
     sleeper.kill()
-    until(lambda: processes.look(identity)[0] is Verdict.DEAD, "a hidden process that died is not reported as dead")
+    until(
+        lambda: processes.open_process(identity)[0] is Verdict.DEAD,
+        "a hidden process that died is not reported as dead",
+    )
 
 
 def test_an_unreadable_row_cannot_be_judged(sleeper, request):
@@ -198,7 +201,7 @@ def test_no_death_is_told_against_the_word_of_psutil(sleeper, monkeypatch):
 
     identity = identify(sleeper.pid)
     monkeypatch.setattr(os, "pidfd_open", nobody)
-    assert processes.look(identity) == (Verdict.DEAD, None)
+    assert processes.open_process(identity) == (Verdict.DEAD, None)
     assert processes.verdict(identity) is Verdict.UNKNOWN
 
 
@@ -207,7 +210,7 @@ def test_a_thread_that_has_the_number_now_is_not_the_process():
     thread = threading.Thread(target=done.wait)
     thread.start()
     identity = dataclasses.replace(processes.own_identity("here"), pid=thread.native_id)
-    assert processes.look(identity) == (Verdict.DEAD, None)
+    assert processes.open_process(identity) == (Verdict.DEAD, None)
     done.set()
     thread.join()
 
@@ -218,14 +221,14 @@ def test_a_zombie_is_dead_and_its_exit_is_readable(start, script, how):
     until(lambda: is_gone(process.pid), "the shell did not end")
     identity = identify(process.pid)
     assert processes.verdict(identity) is Verdict.DEAD
-    found, handle = processes.look(identity)
+    found, handle = processes.open_process(identity)
     with handle:
         assert (found, handle.is_dead(), handle.exit_status()) == (Verdict.DEAD, True, how)
 
 
 @pytest.mark.parametrize(("number", "how"), [(signal.SIGKILL, Exit(None, 9)), (signal.SIGTERM, Exit(None, 15))])
 def test_a_handle_tells_the_exit_of_a_reaped_process_or_nothing(sleeper, number, how):
-    _, handle = processes.look(identify(sleeper.pid))
+    _, handle = processes.open_process(identify(sleeper.pid))
     with handle:
         assert (handle.is_dead(), handle.exit_status()) == (False, None)
         assert handle.send_signal(number)
@@ -245,13 +248,13 @@ def test_an_exit_that_the_kernel_hides_from_this_user_is_unknown_and_not_zero(st
     child = os.fork()
     if child == 0:
         os.setuid(65534)
-        _, handle = processes.look(identity)
+        _, handle = processes.open_process(identity)
         os._exit(0 if handle is not None and handle.exit_status() is None else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_handle_closes_twice():
-    _, handle = processes.look(processes.own_identity("here"))
+    _, handle = processes.open_process(processes.own_identity("here"))
     handle.close()
     handle.close()
     assert handle.fileno() == -1
@@ -292,18 +295,18 @@ def test_importing_does_not_load_psutil():
 def lookup(request, monkeypatch):
     """Both ways to find children: the kernel's lists, and one pass over the table."""
     if request.param == "table":
-        monkeypatch.setattr(processes, "_kernel_lists_children", lambda: False)
-    elif not processes._kernel_lists_children():
+        monkeypatch.setattr(process_tree, "_kernel_lists_children", lambda: False)
+    elif not process_tree._kernel_lists_children():
         pytest.skip("this kernel does not list children")
 
 
 def test_descendants_are_found_across_sessions(start, lookup):
     process = start("setsid sh -c 'sleep 1000 & echo ready; wait' & wait", ready=True)
-    found = processes.descendants(process.pid)
+    found = process_tree.descendants(process.pid)
     assert sorted(found) == sorted(child.pid for child in psutil.Process(process.pid).children(recursive=True))
     assert len(found) >= 2
-    assert processes.descendants(found[-1]) == []
-    assert processes.descendants(2**22 + 1) == []
+    assert process_tree.descendants(found[-1]) == []
+    assert process_tree.descendants(2**22 + 1) == []
 
 
 def test_children_of_any_thread_are_found(start, lookup):
@@ -316,7 +319,7 @@ def test_children_of_any_thread_are_found(start, lookup):
         "threading.Thread(target=work).start()\n"
     )
     process = start([sys.executable, "-c", script], ready=True)
-    assert len(processes.descendants(process.pid)) == 1
+    assert len(process_tree.descendants(process.pid)) == 1
 
 
 def test_the_usage_of_a_tree_is_the_sum_of_its_processes(start):
@@ -324,7 +327,7 @@ def test_the_usage_of_a_tree_is_the_sum_of_its_processes(start):
     hog += "print('ready', flush=True)\ntime.sleep(1000)"
     process = start(f'{sys.executable} -c "{hog}" & wait', ready=True)
     other = start("exec sleep 1000")
-    used = processes.tree_usage([process.pid, other.pid, 2**22 + 1])
+    used = process_tree.tree_usage([process.pid, other.pid, 2**22 + 1])
     assert set(used) == {process.pid, other.pid}
     assert used[process.pid].rss_bytes > 40 << 20
     assert used[process.pid].cpu_s >= 0.15  # the kernel counts whole ticks
@@ -334,18 +337,18 @@ def test_the_usage_of_a_tree_is_the_sum_of_its_processes(start):
 def test_the_cpu_of_descendants_that_ended_still_counts(start):
     hog = "import time\nwhile time.process_time() < 0.2: pass"
     process = start(f'{sys.executable} -c "{hog}"; echo ready; read x < /dev/null; exec sleep 1000', ready=True)
-    assert processes.tree_usage([process.pid])[process.pid].cpu_s >= 0.15  # the kernel counts whole ticks
+    assert process_tree.tree_usage([process.pid])[process.pid].cpu_s >= 0.15  # the kernel counts whole ticks
 
 
 def test_a_zombie_uses_no_memory(start):
     process = start("exit 0")
     until(lambda: is_gone(process.pid), "the shell did not end")
-    assert processes.tree_usage([process.pid])[process.pid].rss_bytes == 0
+    assert process_tree.tree_usage([process.pid])[process.pid].rss_bytes == 0
 
 
 def test_usage_costs_at_most_ten_milliseconds_per_hundred_processes():
     count = max(100, len(psutil.pids()))
-    assert best_of(20, lambda: processes.tree_usage([os.getpid()])) < 0.010 * count / 100
+    assert best_of(20, lambda: process_tree.tree_usage([os.getpid()])) < 0.010 * count / 100
 
 
 def best_of(times, work):
@@ -362,31 +365,31 @@ def best_of(times, work):
 
 def test_a_killed_tree_leaves_nobody(start, lookup):
     process = start("setsid sh -c 'sleep 1000 & echo ready; wait' & wait", ready=True)
-    below = processes.descendants(process.pid)
-    _, handle = processes.look(identify(process.pid))
+    below = process_tree.descendants(process.pid)
+    _, handle = processes.open_process(identify(process.pid))
     with handle:
-        assert processes.signal_tree(handle, signal.SIGKILL) == 1 + len(below)
+        assert process_tree.signal_tree(handle, signal.SIGKILL) == 1 + len(below)
         process.wait()
-        assert processes.signal_tree(handle, signal.SIGKILL) == 0
+        assert process_tree.signal_tree(handle, signal.SIGKILL) == 0
     for pid in below:
         until(lambda pid=pid: is_gone(pid), f"{pid} outlived its tree")
 
 
 def test_a_tree_that_grows_while_it_is_killed_leaves_nobody(start, lookup):
     process = start("echo ready; while :; do sleep 1000 & sleep 0.001; done", ready=True)
-    until(lambda: len(processes.descendants(process.pid)) > 5, "the shell starts nobody")
-    _, handle = processes.look(identify(process.pid))
+    until(lambda: len(process_tree.descendants(process.pid)) > 5, "the shell starts nobody")
+    _, handle = processes.open_process(identify(process.pid))
     with handle:
-        killed = processes.signal_tree(handle, signal.SIGKILL)
+        killed = process_tree.signal_tree(handle, signal.SIGKILL)
     assert killed > 5
     until(lambda: process.stdout.read() == b"", "somebody still holds the pipe that all of them inherited")
 
 
 def test_other_signals_reach_the_whole_tree_once(start):
     process = start("sleep 1000 & echo ready; wait", ready=True)
-    _, handle = processes.look(identify(process.pid))
+    _, handle = processes.open_process(identify(process.pid))
     with handle:
-        assert processes.signal_tree(handle, signal.SIGTERM) == 2
+        assert process_tree.signal_tree(handle, signal.SIGTERM) == 2
     assert process.wait() == -signal.SIGTERM
 
 
@@ -404,23 +407,23 @@ while True:
 def test_a_tree_that_grows_while_it_is_stopped_stands_still_and_goes_on(start):
     # By os.fork: a shell may start its own by vfork, and is no stopped process while it waits for one that is.
     process = start(f"exec {sys.executable} -c '{FORKS}'", ready=True)
-    until(lambda: len(processes.descendants(process.pid)) > 5, "it starts nobody")
-    _, handle = processes.look(identify(process.pid))
+    until(lambda: len(process_tree.descendants(process.pid)) > 5, "it starts nobody")
+    _, handle = processes.open_process(identify(process.pid))
     with handle:
-        stopped = processes.signal_tree(handle, signal.SIGSTOP)
-        tree = [process.pid, *processes.descendants(process.pid)]
+        stopped = process_tree.signal_tree(handle, signal.SIGSTOP)
+        tree = [process.pid, *process_tree.descendants(process.pid)]
         still = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)  # who had ended, and cannot be reaped now
         for pid in tree:
             until(lambda pid=pid: psutil.Process(pid).status() in still, f"{pid} does not stand still")
         assert processes.is_stopped(process.pid)
         assert stopped > 5
-        assert processes.signal_tree(handle, signal.SIGCONT) > 5
-        until(lambda: len(processes.descendants(process.pid)) > len(tree), "it does not go on")
-        processes.signal_tree(handle, signal.SIGKILL)
+        assert process_tree.signal_tree(handle, signal.SIGCONT) > 5
+        until(lambda: len(process_tree.descendants(process.pid)) > len(tree), "it does not go on")
+        process_tree.signal_tree(handle, signal.SIGKILL)
 
 
 def test_that_nobody_was_left_behind_costs_nothing(lookup):
-    work = lambda: processes.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)  # noqa: E731 - measured below
+    work = lambda: process_tree.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)  # noqa: E731 - measured below
     assert as_subreaper(lambda: [work(), best_of(50, work) < 0.0001]) == [0, True]
 
 
@@ -430,8 +433,8 @@ def test_a_daemon_that_left_session_and_parent_is_ended_under_a_subreaper(lookup
             ["sh", "-c", "setsid sh -c 'setsid sleep 1000 & echo $!' &"], stdout=subprocess.PIPE
         ) as launcher:
             daemon = int(launcher.stdout.readline())
-        ended = processes.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)
-        return [ended >= 1, Path(f"/proc/{daemon}").exists(), processes._has_children()]
+        ended = process_tree.end_descendants(os.getpid(), grace_s=10, clock=CLOCK)
+        return [ended >= 1, Path(f"/proc/{daemon}").exists(), process_tree._has_children()]
 
     assert as_subreaper(work) == [True, False, False]
 
@@ -441,8 +444,8 @@ def test_those_who_ignore_sigterm_are_killed_after_the_grace(lookup):
         process = subprocess.Popen(["sh", "-c", STUBBORN], stdout=subprocess.PIPE)
         process.stdout.readline()
         begun = time.monotonic()
-        ended = processes.end_descendants(os.getpid(), grace_s=0.2, clock=CLOCK)
-        return [ended >= 2, 0.2 <= time.monotonic() - begun < 3, processes._has_children()]
+        ended = process_tree.end_descendants(os.getpid(), grace_s=0.2, clock=CLOCK)
+        return [ended >= 2, 0.2 <= time.monotonic() - begun < 3, process_tree._has_children()]
 
     assert as_subreaper(work) == [True, True, False]
 
@@ -452,8 +455,8 @@ def test_those_who_obey_sigterm_do_not_cost_the_grace(lookup):
         for _ in range(3):
             subprocess.Popen(["sleep", "1000"])
         begun = time.monotonic()
-        ended = processes.end_descendants(os.getpid(), grace_s=30, clock=CLOCK)
-        return [ended, time.monotonic() - begun < 5, processes._has_children()]
+        ended = process_tree.end_descendants(os.getpid(), grace_s=30, clock=CLOCK)
+        return [ended, time.monotonic() - begun < 5, process_tree._has_children()]
 
     assert as_subreaper(work) == [3, True, False]
 
@@ -463,8 +466,8 @@ def test_what_a_dying_descendant_starts_is_ended_as_well():
         script = "trap 'sleep 1000 & exit' TERM; echo ready; while :; do sleep 0.01; done"
         process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE)
         process.stdout.readline()
-        processes.end_descendants(os.getpid(), grace_s=5, clock=CLOCK)
-        return processes._has_children()
+        process_tree.end_descendants(os.getpid(), grace_s=5, clock=CLOCK)
+        return process_tree._has_children()
 
     assert as_subreaper(work) is False
 
@@ -473,50 +476,50 @@ def test_zombies_are_reaped_and_not_counted():
     def work():
         process = subprocess.Popen(["true"])
         until(lambda: is_gone(process.pid), "true did not end")
-        return [processes.end_descendants(os.getpid(), grace_s=5, clock=CLOCK), processes._has_children()]
+        return [process_tree.end_descendants(os.getpid(), grace_s=5, clock=CLOCK), process_tree._has_children()]
 
     assert as_subreaper(work) == [0, False]
 
 
 def test_who_is_no_descendant_is_left_alone(start, sleeper, lookup):
     process = start("sleep 1000 & sleep 1000 & echo ready; wait; exec sleep 1000", ready=True)
-    assert processes.end_descendants(process.pid, grace_s=10, clock=CLOCK) == 2
+    assert process_tree.end_descendants(process.pid, grace_s=10, clock=CLOCK) == 2
     assert process.poll() is None
     assert sleeper.poll() is None
-    assert processes.end_descendants(sleeper.pid, grace_s=10, clock=CLOCK) == 0
-    assert processes.end_descendants(2**22 + 1, grace_s=10, clock=CLOCK) == 0
+    assert process_tree.end_descendants(sleeper.pid, grace_s=10, clock=CLOCK) == 0
+    assert process_tree.end_descendants(2**22 + 1, grace_s=10, clock=CLOCK) == 0
 
 
 def test_a_pid_that_was_reused_since_the_look_is_not_held(sleeper):
-    row = processes._read_row(sleeper.pid)
-    with processes._Tree(os.getpid(), os.pidfd_open(os.getpid()), spare_root=True) as tree:
-        assert not tree._hold(row._replace(start_ticks=1))
+    row = processes.read_row(sleeper.pid)
+    with process_tree._Tree(os.getpid(), os.pidfd_open(os.getpid()), spare_root=True) as tree:
+        assert not tree._add(row._replace(start_ticks=1))
         assert tree.pids == []
-        assert tree._hold(row)
+        assert tree._add(row)
         assert tree.pids == [sleeper.pid]
 
 
 def test_a_process_that_stands_still_is_killed(start):
     process = start("sleep 1000 & echo ready; wait; exec sleep 1000", ready=True)
-    [below] = processes.descendants(process.pid)
+    [below] = process_tree.descendants(process.pid)
     os.kill(below, signal.SIGSTOP)
     until(lambda: psutil.Process(below).status() == psutil.STATUS_STOPPED, "SIGSTOP did not stop a sleeper")
-    assert processes.end_descendants(process.pid, grace_s=0.05, clock=CLOCK) == 1
+    assert process_tree.end_descendants(process.pid, grace_s=0.05, clock=CLOCK) == 1
     until(lambda: is_gone(below), "who stood still was not killed")
 
 
 def test_a_child_is_killed_and_reaped(sleeper):
-    processes.kill_child(sleeper.pid)
+    process_tree.kill_child(sleeper.pid)
     until(lambda: is_gone(sleeper.pid), "it was not killed")
-    processes.kill_child(sleeper.pid)
+    process_tree.kill_child(sleeper.pid)
     assert not psutil.pid_exists(sleeper.pid)
-    processes.kill_child(sleeper.pid)
+    process_tree.kill_child(sleeper.pid)
 
 
 def test_who_is_no_child_of_this_process_is_not_killed_as_one(start):
     process = start("sleep 1000 & echo ready; wait", ready=True)
-    [grandchild] = processes.children(process.pid)
-    processes.kill_child(grandchild)
+    [grandchild] = process_tree.children(process.pid)
+    process_tree.kill_child(grandchild)
     assert processes.verdict(identify(grandchild)) is Verdict.ALIVE
 
 
@@ -527,7 +530,7 @@ def test_a_child_that_cannot_be_held_or_signalled_lives_on(sleeper, monkeypatch)
     for owner, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, refuse)
-            processes.kill_child(sleeper.pid)
+            process_tree.kill_child(sleeper.pid)
     assert sleeper.poll() is None
 
 
@@ -539,11 +542,11 @@ def test_who_survives_sigkill_is_named(start, monkeypatch, refuse):
         return True
 
     process = start("sleep 1000 & echo ready; wait", ready=True)
-    [below] = processes.descendants(process.pid)
-    monkeypatch.setattr(processes, "_send", send)
-    monkeypatch.setattr(processes, "KILL_WAIT_S", 0.05)
+    [below] = process_tree.descendants(process.pid)
+    monkeypatch.setattr(process_tree, "send_signal", send)
+    monkeypatch.setattr(process_tree, "KILL_WAIT_S", 0.05)
     with pytest.raises(Unkillable, match=str(below)) as raised:
-        processes.end_descendants(process.pid, grace_s=0, clock=CLOCK)
+        process_tree.end_descendants(process.pid, grace_s=0, clock=CLOCK)
     assert raised.value.pids == (below,)
 
 
@@ -551,7 +554,7 @@ def test_ending_gives_all_descriptors_back(start):
     fds = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731 - counted twice
     process = start("sleep 1000 & sleep 1000 & echo ready; wait; wait", ready=True)
     before = fds()
-    processes.end_descendants(process.pid, grace_s=10, clock=CLOCK)
+    process_tree.end_descendants(process.pid, grace_s=10, clock=CLOCK)
     processes.verdict(identify(process.pid))
-    processes.kill_child(process.pid)
+    process_tree.kill_child(process.pid)
     assert fds() == before

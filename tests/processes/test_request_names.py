@@ -12,7 +12,17 @@ import peewee
 import pytest
 from support.app import wait_until
 
-from bgsupervisor import RequestRefused, Service, Status, UnknownTask, UnknownTaskName, tasks
+from bgsupervisor import (
+    RequestRefused,
+    Service,
+    Status,
+    UnknownTask,
+    UnknownTaskName,
+    catalogue,
+    registry,
+    task_context,
+    tasks,
+)
 from bgsupervisor import service as rooms
 
 TASKS = """
@@ -54,7 +64,7 @@ def app(make_app):
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch):
     """Have this process know no task, whatever other tests have imported."""
-    monkeypatch.setattr(tasks, "_definitions", {})
+    monkeypatch.setattr(registry, "_definitions", {})
 
 
 @pytest.fixture
@@ -328,14 +338,14 @@ def test_a_name_in_a_shared_transaction_is_judged_after_its_write_lock(supervise
     service = Service(shared, config=supervised.config)
     service.counts()
     other = sqlite3.connect(supervised.folder / "bgsupervisor.db", timeout=0, isolation_level=None)
-    read = rooms.Catalogue.of
+    read = catalogue.Catalogue.of
 
     def read_while_others_write(*arguments, **named):
         with contextlib.suppress(sqlite3.OperationalError):  # after this a transaction that has read cannot write
             other.execute("UPDATE bgsupervisor_supervisor SET slots = slots + 1")
         return read(*arguments, **named)
 
-    monkeypatch.setattr(rooms.Catalogue, "of", read_while_others_write)
+    monkeypatch.setattr(catalogue.Catalogue, "of", read_while_others_write)
     with shared.atomic():
         service.request("MailOrder")
     other.close()
@@ -357,7 +367,7 @@ def test_a_key_that_is_a_number_or_a_uuid_is_kept_as_text(app, given, kept):
 
     assert service.get(handle).key == kept
     assert service.get(once).unique_key == kept
-    assert service.request("a:b", unique=given) == rooms.Handle(once.id, created=False)
+    assert service.request("a:b", unique=given) == task_context.Handle(once.id, created=False)
     assert service.get(handle, key=given).id == handle.id
     assert service.get(handle, key="other") is None
     assert service.status("a:b", key=given) is Status.REQUEST

@@ -227,7 +227,7 @@ def app(tmp_path_factory):
 
 def held(pid):
     """Return a handle of a process, to be closed."""
-    found, handle = processes.look(processes.identity_of(pid, "test"))
+    found, handle = processes.open_process(processes.identity_of(pid, "test"))
     assert found is processes.Verdict.ALIVE
     return handle
 

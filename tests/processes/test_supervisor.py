@@ -21,7 +21,7 @@ from bgsupervisor.ipc.messages import ForkServerHello, ProcessRef, Progress, Spa
 from bgsupervisor.ipc.statedir import StateDir
 from bgsupervisor.supervisor.events import EventSources, Peer
 from bgsupervisor.supervisor.forkservers import CHILD_HELLO_S, FORK_S, ForkServerHandle, ForkServers
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 
 pytestmark = pytest.mark.any_database
 
@@ -122,7 +122,7 @@ def test_draining_without_a_fork_server_rests(app):
     (record,) = app.state_dir.glob("forkserver-*-*")
     os.kill(int(record.name.split("-")[1]), signal.SIGKILL)
     wait_until(lambda: "the fork server died" in supervising.log, "the fork server's death is seen")
-    before = processes.tree_usage([supervising.process.pid])[supervising.process.pid].cpu_s
+    before = process_tree.tree_usage([supervising.process.pid])[supervising.process.pid].cpu_s
 
     app.wait(running)
 
@@ -130,7 +130,7 @@ def test_draining_without_a_fork_server_rests(app):
 
 
 def _cpu_s(supervising):
-    found = processes.tree_usage([supervising.process.pid]).get(supervising.process.pid)
+    found = process_tree.tree_usage([supervising.process.pid]).get(supervising.process.pid)
     return 0.0 if found is None else found.cpu_s
 
 

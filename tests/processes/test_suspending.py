@@ -277,7 +277,7 @@ def test_stack_of_a_suspended_task_says_how_to_let_it_go_on(app):
     record = app.suspended(app.begun("at_the_gate"))
     told = app.cli("stack", str(record.id))
     assert told.returncode == 1
-    assert f"task {record.id} is suspended, and what stands still cannot answer" in told.stderr
+    assert f"task {record.id} is suspended and cannot answer" in told.stderr
     app.resumed(record)
     assert "in at_the_gate" in app.cli("stack", str(record.id)).stdout
     app.open_gate(record)

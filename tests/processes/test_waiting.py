@@ -17,7 +17,7 @@ import pytest
 from support.app import App, wait_until
 
 from bgsupervisor.errors import UnknownTask
-from bgsupervisor.tasks import Context, entered
+from bgsupervisor.task_context import Context, entered
 
 pytestmark = pytest.mark.any_database
 

@@ -13,7 +13,7 @@ from support.app import wait_until
 from test_waiting import Waiting, unique
 
 from bgsupervisor import Handle
-from bgsupervisor.config import is_postgres
+from bgsupervisor.addresses import is_postgres
 
 pytestmark = pytest.mark.any_database
 

@@ -25,7 +25,7 @@ from bgsupervisor.ipc.messages import ProcessRef, Run
 from bgsupervisor.supervisor.children import ChildHandle
 from bgsupervisor.supervisor.presence import BEAT_EVERY_S
 from bgsupervisor.supervisor.shutdown import Shutdown
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 from bgsupervisor.system.processes import Verdict
 from bgsupervisor.worker import recording
 from bgsupervisor.worker.connection import Connection
@@ -234,7 +234,7 @@ def is_gone(one):
 
 
 def kill(one):
-    _, handle = processes.look(one)
+    _, handle = processes.open_process(one)
     if handle is not None:
         with handle:
             handle.send_signal(signal.SIGKILL)
@@ -292,7 +292,7 @@ def test_what_dev_loads_elsewhere_dies_with_dev(app, loading):
     started = []
     try:
         loading()
-        wait_until(lambda: started.extend(processes.children(dev.pid)) or len(started) > 1, "it has started all")
+        wait_until(lambda: started.extend(process_tree.children(dev.pid)) or len(started) > 1, "it has started all")
         started = [identity(pid) for pid in started]
     finally:
         dev.kill()

@@ -18,7 +18,7 @@ from torture.database import Database
 
 import bgsupervisor
 from bgsupervisor import Service
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree, processes
 from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from support.forked_commands import ForkedCommand, Server
 
@@ -211,12 +211,14 @@ class App:
                 started.process.wait(LIMIT_S)
         identities = [*self._fork_servers(), *self._children()]
         for identity in identities:
-            _, handle = processes.look(identity)
+            _, handle = processes.open_process(identity)
             if handle is not None:
                 with handle:
-                    processes.signal_tree(handle, signal.SIGKILL)
+                    process_tree.signal_tree(handle, signal.SIGKILL)
         for identity in identities:
-            wait_until(lambda one=identity: processes.look(one)[0] is not Verdict.ALIVE, f"{identity} has ended")
+            wait_until(
+                lambda one=identity: processes.open_process(one)[0] is not Verdict.ALIVE, f"{identity} has ended"
+            )
         if self._service is not None:
             self._service.close()
         if self.own:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgsupervisor.config import masked
+from bgsupervisor.addresses import masked
 from torture import interrupts, invariants
 from torture.arena import Arena
 from torture.course import Plan, torture

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from bgsupervisor import tasks
+from bgsupervisor import registry
 from bgsupervisor.catalogue import Catalogue, Known
 from bgsupervisor.ledger.records import SupervisorRecord
 
@@ -38,7 +38,7 @@ def row(*, failed):
     ],
 )
 def test_known_with_a_warning_in_the_row_still_objects_to_an_unknown_name(failed, objection, monkeypatch):
-    monkeypatch.setattr(tasks, "_definitions", {})  # those of other tests, which are known as well
+    monkeypatch.setattr(registry, "_definitions", {})  # those of other tests, which are known as well
     catalogue = Catalogue.of([row(failed=failed)], now=NOW)
 
     assert Known(catalogue, ["appx"]).objection("greeet") == objection

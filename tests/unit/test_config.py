@@ -13,7 +13,8 @@ import pytest
 from support.as_user import as_nobody, needs_root, open_folder
 
 from bgsupervisor import config
-from bgsupervisor.config import OPTIONS, Config, apply_env_file, env_file_values, load, sqlite_path, template
+from bgsupervisor.addresses import sqlite_path
+from bgsupervisor.config import OPTIONS, Config, apply_env_file, env_file_values, load, template
 from bgsupervisor.errors import ConfigError
 
 SOURCE = str(Path(config.__file__).parents[1])

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bgsupervisor.errors import DataInvalid, DataTooLarge, TaskDefinitionError
-from bgsupervisor.payload import DEPTH_MAX, Signature, decode_data, decode_value, encode_data, encode_result, mask
+from bgsupervisor.mismatch import mask
+from bgsupervisor.payload import NESTING_MAX, decode_data, decode_value, encode_data, encode_result
+from bgsupervisor.signatures import Signature
 
 if TYPE_CHECKING:
     import fractions
@@ -396,15 +398,15 @@ def nested(levels):
     return value
 
 
-@pytest.mark.parametrize("levels", [DEPTH_MAX, 900, 100_000])
+@pytest.mark.parametrize("levels", [NESTING_MAX, 900, 100_000])
 def test_deep_nesting_is_refused_with_its_field(levels):
     error = refusal(encode, {"b": 1, "a": nested(levels)})
     assert error.field == "$.a"
-    assert f"deeper than {DEPTH_MAX}" in str(error)
+    assert f"deeper than {NESTING_MAX}" in str(error)
 
 
 def test_the_deepest_allowed_nesting_comes_back():
-    data = {"value": nested(DEPTH_MAX - 1)}
+    data = {"value": nested(NESTING_MAX - 1)}
     assert decode(encode(data, body_with(Any)), body_with(Any)) == data
 
 
@@ -544,7 +546,7 @@ def test_a_result_that_is_nonsense_is_refused():
         (object(), "$", "object"),
         ([1, {"a": math.inf}], "$[1].a", "inf"),
         ({1: object()}, "$[1]", "object"),
-        (nested(DEPTH_MAX + 1), "$[0]", "deeper"),
+        (nested(NESTING_MAX + 1), "$[0]", "deeper"),
     ],
 )
 def test_a_result_that_json_cannot_hold_is_told_as_the_result(value, path, fact):

@@ -8,7 +8,8 @@ import typing
 import pytest
 
 from bgsupervisor.errors import DataInvalid, TaskDefinitionError
-from bgsupervisor.payload import Signature, decode_data, encode_data
+from bgsupervisor.payload import decode_data, encode_data
+from bgsupervisor.signatures import Signature
 
 GOOD = """
 from bgsupervisor import task

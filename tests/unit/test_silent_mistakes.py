@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from bgsupervisor import Task, TaskDefinitionError, config, lookalikes, sizes, task, tasks
-from bgsupervisor.tasks import definitions, remarks
+from bgsupervisor import Task, TaskDefinitionError, config, errors, lookalikes, registry, sizes, task, tasks
+from bgsupervisor.registry import definitions
+from bgsupervisor.tasks import remarks
 
 
 @pytest.fixture(autouse=True)
 def _only_its_own_tasks(monkeypatch):
     """Forget after each test what it has defined, and do not look at the classes of other tests."""
-    monkeypatch.setattr(tasks, "_definitions", dict(definitions()))
-    before = {*tasks._subclasses(Task)}
-    look = tasks._subclasses
-    monkeypatch.setattr(tasks, "_subclasses", lambda base: [one for one in look(base) if one not in before])
+    monkeypatch.setattr(registry, "_definitions", dict(definitions()))
+    before = {*tasks.subclasses(Task)}
+    look = tasks.subclasses
+    monkeypatch.setattr(tasks, "subclasses", lambda base: [one for one in look(base) if one not in before])
 
 
 @pytest.fixture
@@ -386,7 +387,7 @@ def test_other_places_of_the_database_are_not_remarked(tmp_path, database):
 )
 def test_modules_written_otherwise_get_the_right_spelling(tmp_path, written, meant):
     (tmp_path / "bgsupervisor.toml").write_text(f"tasks = {written}\n")
-    with pytest.raises(config.ConfigError) as caught:
+    with pytest.raises(errors.ConfigError) as caught:
         config.load(cwd=tmp_path, environ={})
     assert f"did you mean tasks = {meant}? (file" in str(caught.value)
 

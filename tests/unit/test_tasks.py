@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 import bgsupervisor
-from bgsupervisor import Task, TaskDefinitionError, current, task, tasks
+from bgsupervisor import Task, TaskDefinitionError, current, registry, task
 from bgsupervisor.ipc.messages import TaskOptions
-from bgsupervisor.tasks import Context, FunctionTask, definition_of, definitions, entered
+from bgsupervisor.registry import definitions
+from bgsupervisor.task_context import Context, entered
+from bgsupervisor.tasks import FunctionTask, definition_of
 
 SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 
@@ -21,7 +23,7 @@ SOURCE = str(Path(bgsupervisor.__file__).parents[1])
 @pytest.fixture(autouse=True)
 def _only_its_own_tasks(monkeypatch):
     """Have what a test defines forgotten after it."""
-    monkeypatch.setattr(tasks, "_definitions", dict(definitions()))
+    monkeypatch.setattr(registry, "_definitions", dict(definitions()))
 
 
 class Telling(Context):

@@ -507,7 +507,7 @@ def test_a_write_to_the_watched_file_is_heard(reception, tmp_path):
 def test_a_death_is_heard_once(reception):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = processes.identity_of(process.pid, "here")
-    _, handle = processes.look(identity)
+    _, handle = processes.open_process(identity)
     ref = ProcessRef(identity.pid, identity.start_ticks)
     reception.watch_process(ref, handle)
     reception.watch_process(ref, handle)

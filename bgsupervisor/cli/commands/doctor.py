@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bgsupervisor.addresses import is_postgres, shown, sqlite_path
 from bgsupervisor.cli.commands.check import LOAD_LIMIT_S
 from bgsupervisor.cli.display.output import print_json
 from bgsupervisor.cli.display.supervisors import Supervisors, last_line
 from bgsupervisor.cli.load_check import load_apart
 from bgsupervisor.cli.session import Session, json_option, pass_session
-from bgsupervisor.config import is_postgres, shown, sqlite_path
 from bgsupervisor.database.store import Store
 from bgsupervisor.doctor import Finding, Grade, Machine, Site, examine
 from bgsupervisor.doctor.findings import note, ok, wrong

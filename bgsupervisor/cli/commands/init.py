@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from bgsupervisor.cli.display.output import say
-from bgsupervisor.config import FILE_NAME, template
+from bgsupervisor.config import template
+from bgsupervisor.config_files import FILE_NAME
 from bgsupervisor.errors import ConfigError
 from bgsupervisor.system.files import access_error
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bgsupervisor.config import Config
     from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
-    from bgsupervisor.tasks import Handle
+    from bgsupervisor.task_context import Handle
 
 __all__ = ["request"]
 

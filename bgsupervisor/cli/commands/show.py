@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from bgsupervisor import payload
+from bgsupervisor import mismatch, payload
 from bgsupervisor.cli.commands.log import log_path
 from bgsupervisor.cli.display.explain import waits_to_start
 from bgsupervisor.cli.display.output import by, jsonable, print_json, say, warn
@@ -278,7 +278,7 @@ def _masked(record: TaskRecord, snapshot: Snapshot) -> tuple[Any, bool]:
         return data, False
     names = {name for name in _names(data) if name in declared or _SECRET_NAME.search(name)}
     try:
-        return payload.mask(data, names), bool(names)
+        return mismatch.mask(data, names), bool(names)
     except RecursionError:  # written around the API, which takes no such depth
         return "nested too deeply to be shown", bool(names)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bgsupervisor.addresses import shown
 from bgsupervisor.cli.commands.log import log_path
 from bgsupervisor.cli.display.text import short_duration
 from bgsupervisor.cli.display.traces import folded
-from bgsupervisor.config import shown
 from bgsupervisor.environment import wants_no_colour
 from bgsupervisor.ledger.attempts import Attempt
 from bgsupervisor.sanitize import clean, clean_line_keeping_colours

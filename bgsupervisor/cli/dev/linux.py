@@ -25,7 +25,7 @@ from bgsupervisor.errors import BgSupervisorError, Unkillable, WireError
 from bgsupervisor.ipc.lock import Lock
 from bgsupervisor.ipc.messages import LoadFailure
 from bgsupervisor.ipc.statedir import StateDir, StopMark
-from bgsupervisor.system import processes
+from bgsupervisor.system import process_tree
 from bgsupervisor.system.logs import Reader
 from bgsupervisor.system.syscalls import die_with_parent, set_child_subreaper
 
@@ -234,7 +234,7 @@ class Development:
         while _reap() and self._clock.monotonic() < deadline:
             self._clock.sleep(POLL_S / 10)
         with contextlib.suppress(Unkillable):
-            processes.end_descendants(os.getpid(), grace_s=LEAVE_S, clock=self._clock)
+            process_tree.end_descendants(os.getpid(), grace_s=LEAVE_S, clock=self._clock)
 
 
 def _reap() -> bool:

@@ -185,7 +185,7 @@ def verdict_of(identity: ProcessIdentity | None) -> Verdict:
     """Judge a process without psutil, whose import would cost a listing more than all else."""
     if identity is None:
         return Verdict.UNKNOWN
-    verdict, handle = processes.look(identity)
+    verdict, handle = processes.open_process(identity)
     if handle is not None:
         handle.close()
     return verdict
