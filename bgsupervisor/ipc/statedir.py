@@ -72,7 +72,7 @@ class StateDir:
 
     def fork_server_path(self, pid: int, ticks: int) -> Path:
         """Return the file by which a new supervisor learns of a living fork server."""
-        return self.path / f"fork server-{pid}-{ticks}"
+        return self.path / f"forkserver-{pid}-{ticks}"
 
     def create(self) -> None:
         """Make the folder and its logs where they are missing, 0750 whatever the umask; a setgid bit is kept.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import os
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,22 @@ if TYPE_CHECKING:
     from bgsupervisor.system.processes import ProcessHandle
     from bgsupervisor.system.stacks import Question
 
-__all__ = ["ChildHandle", "Children"]
+__all__ = ["ChildHandle", "ChildState", "Children"]
 
 
 STRANGER_S = 10.0
 """How long a process that only a row names has to prove that it is a child of ours, in seconds."""
+
+
+class ChildState(enum.Enum):
+    """What a child does, as far as is known."""
+
+    STARTING = "has not reported yet that it waits for an attempt"
+    IDLE = "waits for an attempt"
+    RUNNING = "runs an attempt"
+    ENDED = "its attempt has ended, and that is not recorded yet"
+    LEAVING = "should leave, and is killed if it does not"
+    DEAD = "its process has ended"
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -38,24 +50,24 @@ class ChildHandle:
     """A child as the supervisor sees it.
 
     Attributes:
-        handle: Its pidfd; None where it cannot be held (UNKNOWN), then only its row and its words tell of it.
+        handle: Its pidfd; None where there is none (UNKNOWN), then only its row and its messages are known.
         vouched: It is known to be a child of ours, and not only from a row, which anybody may have written.
         met_at: Since when it is known.
         attempt: What it runs, as rows have it.
-        says: What it says that it runs, until the rows have been looked at.
-        ready: It has said that it waits for an order, and has had none since.
-        run_place: Where its order to run begins in what its channel has written; None once the child speaks of it.
-        run_end: Where that order ends.
+        says: What it reports that it runs, until the rows are compared.
+        ready: It has reported that it waits for an attempt, and has been given none since.
+        run_place: Where its assignment begins in what its channel has written; None once the child reports on it.
+        run_end: Where its assignment ends.
         end: How its attempt ended, until that is recorded.
         dead_since: When its death was seen.
         note: What is known and not yet written.
         leave_by: When it is killed if it has not left by itself.
         wants_slot: The number of the wait after which it wants a slot again.
         started_at: When its attempt was claimed; attended, as all moments here.
-        got_on_at: When the body last said that it gets on, or may have.
-        to_be_suspended: Somebody wants it to stand still.
-        suspension: Whether it does, and how long it has.
-        suspension_unsaved: The row does not have that yet; what is to stop is stopped after the commit.
+        got_on_at: When the body last reported progress, or may have.
+        to_be_suspended: Its suspension is requested.
+        suspension: Whether it is suspended, and how long it has been.
+        suspension_unsaved: The row does not have that yet; the child is stopped after the commit.
         question: Its stack was asked for, because its time is up.
         question_by: Until when its answer is awaited.
         stack: What it answered.
@@ -98,24 +110,36 @@ class ChildHandle:
         return ProcessRef(self.identity.pid, self.identity.start_ticks)
 
     @property
+    def state(self) -> ChildState:
+        """What it does; derived from the attributes."""
+        if self.dead_since is not None:
+            return ChildState.DEAD
+        if self.end is not None:
+            return ChildState.ENDED
+        if self.attempt is not None or self.says is not None:
+            return ChildState.RUNNING
+        if self.leave_by is not None:
+            return ChildState.LEAVING
+        return ChildState.IDLE if self.ready else ChildState.STARTING
+
+    @property
     def target(self) -> ProcessHandle | None:
         """Where signals for it go; None if it cannot be held, or is perhaps no child of ours."""
         return self.handle if self.vouched else None
 
     @property
     def connected(self) -> bool:
-        """Whether it can be spoken to."""
+        """Whether messages can be sent to it."""
         return self.peer is not None and not (self.peer.channel.closed or self.peer.channel.broken)
 
     @property
     def idle(self) -> bool:
-        """Whether it waits for an order."""
-        busy = self.attempt is not None or self.says is not None or self.end is not None
-        return self.ready and self.connected and not busy and self.leave_by is None and self.dead_since is None
+        """Whether it can be given an attempt."""
+        return self.state is ChildState.IDLE and self.connected
 
     @property
     def undelivered(self) -> bool:
-        """Whether it surely did not read its order to run whole, and never will."""
+        """Whether it surely did not read its assignment whole, and never will."""
         if self.run_place is None or self.peer is None or self.connected:
             return False
         channel = self.peer.channel
@@ -137,7 +161,7 @@ class ChildHandle:
         self.run_place, self.run_end, self.suspension = run_place, run_end, Suspension()
 
     def become_free(self) -> None:
-        """Have no attempt any more; what stands still for its sake is let go on by whoever sees that."""
+        """Forget the attempt; `Suspensions` resumes a child that is still suspended for it."""
         self.attempt = self.says = self.end = self.termination = self.slot = self.run_place = self.cpu_seen = None
         self.note = Telemetry()
         self.wants_slot = None
@@ -187,7 +211,7 @@ class Children:
         return {child.slot for child in self.running() if child.slot is not None and child.end is None}
 
     def meet(self, identity: ProcessIdentity) -> ChildHandle:
-        """Take charge of a process; one that is not to be found is taken for dead since now."""
+        """Adopt a process; one that cannot be found counts as dead since now."""
         ref = ProcessRef(identity.pid, identity.start_ticks)
         known = self._all.get(ref)
         if known is not None:
@@ -239,7 +263,7 @@ class Children:
             child.oom = self.oom.counters_of(child.identity.pid)
 
     def forget(self, child: ChildHandle) -> None:
-        """Let go of a dead child; its empty log goes with it."""
+        """Forget a dead child, and remove its log if that is empty."""
         child.forget_question()
         self._named.discard(child.ref)
         self._sources.unwatch_process(child.ref)

@@ -40,7 +40,7 @@ __all__ = ["Decisions"]
 
 log = logging.getLogger("bgsupervisor")
 
-NOTES_EVERY_S = 0.25
+TELEMETRY_EVERY_S = 0.25
 """Interval between two writes of progress, in seconds, unless something else is written anyway."""
 
 
@@ -63,7 +63,7 @@ class Decisions:
     backoff: Backoff
     sources: EventSources
     clock: AttendedClock
-    _notes_at: float = dataclasses.field(default=0.0, init=False)
+    _telemetry_at: float = dataclasses.field(default=0.0, init=False)
 
     def write(self, claims: list[tuple[Claim, ChildHandle]]) -> None:
         """Write all that this pass has decided, in one commit, then let it take effect."""
@@ -86,7 +86,7 @@ class Decisions:
             self._put_off(error, now)
             return
         self.backoff.write_succeeded()
-        self._notes_at = now + NOTES_EVERY_S if batch.telemetry else self._notes_at
+        self._telemetry_at = now + TELEMETRY_EVERY_S if batch.telemetry else self._telemetry_at
         if batch.supervisor is not None:
             self.presence.written(now)
         self._take_effect(batch, outcome)
@@ -125,7 +125,7 @@ class Decisions:
                 batch.returns[child.attempt] = SlotGrant(child.wants_slot, slot)
         if self.presence.is_due(now):
             batch.supervisor = self.presence.record()  # with all heartbeats: they are compared with it
-        if batch or now >= self._notes_at:
+        if batch or now >= self._telemetry_at:
             noted = {attempt: child.note for attempt, child in self.children.by_attempt().items() if child.end is None}
             batch.telemetry = {attempt: note for attempt, note in noted.items() if note}
         return batch
@@ -157,7 +157,7 @@ class Decisions:
                 child.termination.unsent = False
                 self.recovery.repeat()  # the row is not running any more
         for attempt, suspension in batch.suspensions.items():
-            self._take_suspension(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
+            self._suspend(by_attempt[attempt], suspension, recorded=attempt in outcome.suspensions)
         for attempt, back in batch.returns.items():
             self._give_slot(by_attempt[attempt], attempt, back, granted=attempt in outcome.returned)
         for attempt in batch.telemetry:
@@ -165,20 +165,20 @@ class Decisions:
         self.wait_manager.notify(outcome.keys)
         self.scheduler.queue_changed = self.scheduler.queue_changed or DUE in outcome.keys
 
-    def _take_suspension(self, child: ChildHandle, suspension: Suspension, *, recorded: bool) -> None:
-        """Have a child stand still whose row says that it does."""
+    def _suspend(self, child: ChildHandle, suspension: Suspension, *, recorded: bool) -> None:
+        """Stop a child whose row says that it is suspended."""
         child.suspension_unsaved = False
         if recorded and suspension.lasts:
             failpoints.at("supervisor.suspending")
             if self.shutdown.is_replaced():
-                return  # the next one has read the row, and somebody may have resumed it since
+                return  # the next supervisor has read the row, and the task may have been resumed since
             self.suspensions.suspend(child)
-            self.presence.renew()  # the next write tells whether it was stopped with the database locked
+            self.presence.renew()  # the next write shows whether it was stopped with the database locked
         elif not recorded:
             self.recovery.repeat()  # the row is not running any more
 
     def _give_slot(self, child: ChildHandle, attempt: Attempt, back: SlotGrant, *, granted: bool) -> None:
-        """Let a body go on that has waited."""
+        """Give a slot to a body that has waited."""
         child.wants_slot = None
         child.got_on_at = self.clock.monotonic()
         if granted and child.peer is not None:
@@ -195,7 +195,7 @@ class Decisions:
         child.become_free()
         if child.dead_since is not None:
             if child.ref not in self.fork_servers.exits:
-                self.fork_servers.tell_all(messages.ExitsSeen([child.ref]))  # its fork server's word is needed no more
+                self.fork_servers.tell_all(messages.ExitsSeen([child.ref]))  # no report of its exit is needed any more
             self.children.keep_log(child, attempt, self.config.log_max_bytes)
             self.children.forget(child)
         elif child.peer is not None:
@@ -221,7 +221,7 @@ class Decisions:
         log.info("task %d (%s) started, attempt %d, PID %d", attempt.id, due.name, attempt.attempt, child.ref.pid)
 
     def due_at(self) -> float | None:
-        """Return when what is decided and not written is to be written, monotonic."""
+        """Return when decisions that are not written yet can be written, monotonic."""
         if self.recovery.ends or self.recovery.not_started:
             return self.backoff.until
         moments = []
@@ -230,7 +230,7 @@ class Decisions:
             if child.end is not None or child.undelivered or is_ordered or child.suspension_unsaved:
                 return self.backoff.until
             if child.note.tells_progress:  # signs of life and usage go with whatever is written next
-                moments.append(max(self._notes_at, self.backoff.until))
+                moments.append(max(self._telemetry_at, self.backoff.until))
         return min(moments, default=None)
 
     def _put_off(self, error: BgSupervisorError, now: float) -> None:

@@ -49,7 +49,7 @@ log = logging.getLogger("bgsupervisor")
 CONTROL_MODE = 0o600
 WAKE_MODE = 0o660
 HELLO_S = 10.0
-"""Who dials and does not say hello for so long is let go."""
+"""Limit of the time between a connection and its hello, in seconds; then it is closed."""
 ACCEPTS_PER_PASS = 256
 WAKE_UPS_PER_PASS = 1000
 REFUSALS_KEPT = 1000
@@ -82,12 +82,12 @@ class Events:
     woken: bool = False
     keys: list[str] = dataclasses.field(default_factory=list)
     database_touched: bool = False
-    someone_left: bool = False
+    a_peer_left: bool = False
 
     @property
     def matters(self) -> bool:
         """Whether there is more than signs of life in it; a write to the database file is none until it is seen."""
-        if self.deaths or self.signals or self.woken or self.someone_left:
+        if self.deaths or self.signals or self.woken or self.a_peer_left:
             return True
         return not all(isinstance(message, Beat | WaitManagerBeat) for _, message in self.messages)
 
@@ -153,7 +153,7 @@ class EventSources:
             return False
 
     def tidy(self) -> None:
-        """Once a second: accept again after a shortage of descriptors, let go of whoever never says hello."""
+        """Accept again after a shortage of descriptors, and close connections without a hello; once a second."""
         if self._deaf and self._control is not None:
             self._selector.register(self._control, selectors.EVENT_READ, self._accept)
             self._deaf = False
@@ -162,7 +162,7 @@ class EventSources:
             self.disconnect(peer)
 
     def listen_to_signals(self, numbers: tuple[int, ...]) -> None:
-        """Have these signals end the rest and be heard; nothing else happens in the handler."""
+        """Let these signals end the rest; their handler does nothing else."""
         signal.set_wakeup_fd(self._signal_write.fileno(), warn_on_full_buffer=False)
         self._listens_to_signals = True
         for number in numbers:
@@ -181,13 +181,13 @@ class EventSources:
             self._selector.register(self._watch.fileno(), selectors.EVENT_READ, self._on_database_write)
 
     def watch_process(self, ref: ProcessRef, handle: ProcessHandle) -> None:
-        """Hear of the death of the process that *handle* holds."""
+        """Report the death of the process of *handle*."""
         if ref not in self._handles:
             self._handles[ref] = handle
             self._selector.register(handle, selectors.EVENT_READ, lambda events, _mask: self._on_death(events, ref))
 
     def unwatch_process(self, ref: ProcessRef) -> None:
-        """Hear nothing more of that process; its handle stays the caller's."""
+        """Watch that process no more; its handle stays the caller's."""
         handle = self._handles.pop(ref, None)
         if handle is not None:
             with contextlib.suppress(KeyError, ValueError):
@@ -219,8 +219,8 @@ class EventSources:
         self._want(peer)
         return place
 
-    def last_words(self, peer: Peer) -> list[Message]:
-        """Return all that a peer whose process is dead has written, and let it go."""
+    def last_messages(self, peer: Peer) -> list[Message]:
+        """Return all that a peer whose process is dead has written, and close its connection."""
         messages: list[Message] = []
         with contextlib.suppress(WireError):
             # guard: the last messages of a dead child are read
@@ -295,15 +295,15 @@ class EventSources:
                 self._check(peer, message)
                 events.messages.append((peer, message))
         except WireError as error:
-            self._tell_refusal(peer.pid, str(error))
+            self._log_refusal(peer.pid, str(error))
             peer.channel.closed = True
         if peer.channel.closed:
-            events.someone_left = True
+            events.a_peer_left = True
             self.disconnect(peer)
         else:
             self._want(peer)
 
-    def _tell_refusal(self, pid: int, why: str) -> None:
+    def _log_refusal(self, pid: int, why: str) -> None:
         if (pid, why) not in self._refused:
             if len(self._refused) >= REFUSALS_KEPT:
                 self._refused.clear()

@@ -30,13 +30,13 @@ __all__ = ["LOG_ROTATED_BYTES", "Housekeeping", "prune", "rotate"]
 log = logging.getLogger("bgsupervisor")
 
 PRUNE_EVERY_S = 600.0
-"""A supervisor looks for old rows so often; while it finds some, once a second."""
+"""Interval between two searches for old rows, in seconds; once a second while there are some."""
 PRUNE_ROWS = 200
-"""Rows deleted in one transaction: some milliseconds, so that nobody waits for the lock."""
+"""Limit of rows deleted in one transaction: some milliseconds, so that no writer waits long for the lock."""
 SWEEP_EVERY_S = 3600.0
-"""Logs that no row tells of any more are looked for so long after the start, and after the last look."""
+"""Interval between two searches for logs without a row, in seconds; the first comes this long after the start."""
 SWEEP_FILES = 500
-"""Logs looked at in one call: some milliseconds, so that nobody waits for the supervisor."""
+"""Limit of logs checked in one call: some milliseconds, so that the loop goes on."""
 LOG_ROTATED_BYTES = 10 * 1024 * 1024
 """A supervisor.log that is larger becomes supervisor.log.1, in the place of the one before."""
 

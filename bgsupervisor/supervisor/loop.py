@@ -1,8 +1,8 @@
 """The supervisor: decides when. One single-threaded loop that starts tasks, watches children and records every end.
 
 It imports no application code, forks nothing itself, holds one database connection (on PostgreSQL another one that
-only listens) and never waits for anybody. Children are all treated as adopted: death comes from the pidfd, the exit
-from the fork server, the result from the message or the row; so it does not matter which supervisor started them.
+only listens) and never waits for another process. All children are treated as adopted: death comes from the pidfd, the
+exit from the fork server, the result from the message or the row. So it does not matter which supervisor started them.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ __all__ = ["Supervisor"]
 log = logging.getLogger("bgsupervisor")
 
 BUSY_TIMEOUT_S = 0.1
-"""How long one pass may wait for another writer of the database before it is put off."""
+"""Limit of the wait for another writer of the database in one pass, in seconds."""
 STOPPED_S = 2.0
-"""Passes are at most a second apart; a supervisor that has not turned for so long was stopped."""
-NET_S = 1.0
-"""Without a wake-up the loop looks at least so often: at the database's version, its own files and its clocks."""
+"""Gap between two passes after which the supervisor counts as stopped meanwhile, in seconds."""
+LONGEST_REST_S = 1.0
+"""Longest rest without a wake-up, in seconds; then the database's version, files and clocks are checked."""
 RECOVER_EVERY_S = 5.0
 """Interval between full checks of all running rows, in seconds."""
-TOUCHED_LOOKS_S = (0.002, 0.01, 0.05, 0.2)
-"""After a write to the -wal file its commit becomes visible so much later, when the disk has it."""
+COMMIT_CHECKS_S = (0.002, 0.01, 0.05, 0.2)
+"""Delays after a write to the -wal file at which its commit may be visible, in seconds."""
 EXAMINE_EVERY_S = 0.02
-"""While it is not known how a dead child ended, it is asked again so often."""
+"""Interval between two attempts to learn how a dead child ended, in seconds."""
 UNATTENDED_SHOWN = 20
-"""Log lines at most about tasks that ended while no supervisor was running; the rest is a count."""
+"""Limit of log lines about tasks that ended while no supervisor was running; the rest is a count."""
 TOUCH_SLACK_S = 0.02
 """How much older the lock file's time may be than the end that it was touched after, in seconds: file times are of the
 last timer tick (https://man7.org/linux/man-pages/man7/time.7.html), and a server's clock is known to milliseconds."""
@@ -89,8 +89,8 @@ class Supervisor:
     Args:
         config: The configuration.
         state_dir: Exists, and belongs to this user.
-        lock: Held.
-        notifier: Tells the service manager.
+        lock: Acquired.
+        notifier: Reports to the service manager.
         burst: Leave when nothing is due and nothing runs.
         reread: Loads the configuration anew, for a reload.
 
@@ -182,8 +182,8 @@ class Supervisor:
             seconds=clock.monotonic() - lock.unattended_since - TOUCH_SLACK_S
         )
         self._data_version = -1
-        self._touched_looks_at: list[float] = []
-        self._net_at = 0.0
+        self._commit_checks_at: list[float] = []
+        self._check_at = 0.0
 
     def run(self) -> int:
         """Supervise until told to leave; return the exit code. The caller leaves by os._exit."""
@@ -205,15 +205,15 @@ class Supervisor:
         self._enforce()
         claims = self._scheduler.admit()
         self._decisions.write(claims)
-        self._scheduler.look_ahead()
-        self._look_after_itself()
+        self._scheduler.prepare()
+        self._check_itself()
 
     def _hear(self) -> Events:
-        """Rest until something happens or is due, and take it in; signs of life alone are no reason for a pass."""
+        """Rest until something happens or is due, and take it in; heartbeats alone are no reason for a pass."""
         until = self._clock.monotonic() + self._rest_s()
         while True:
-            moment = min([until, *self._touched_looks_at[:1]])
-            self._clock.attend(counted_s=NET_S)  # a database that does not answer may have made the pass long
+            moment = min([until, *self._commit_checks_at[:1]])
+            self._clock.attend(counted_s=LONGEST_REST_S)  # a database that does not answer may have made the pass long
             ready = self._sources.rest(max(0.0, moment - self._clock.monotonic()))
             if self._clock.attend(counted_s=0.0):
                 self._presence.renew()  # its row says for how long it was silent
@@ -233,10 +233,10 @@ class Supervisor:
             self._heed_stop_mark()
         now = self._clock.monotonic()
         if events.database_touched:
-            self._touched_looks_at = [now, *(now + later_s for later_s in TOUCHED_LOOKS_S)]
-        if self._touched_looks_at and now >= self._touched_looks_at[0]:
-            del self._touched_looks_at[0]
-            self._look_if_changed()
+            self._commit_checks_at = [now, *(now + later_s for later_s in COMMIT_CHECKS_S)]
+        if self._commit_checks_at and now >= self._commit_checks_at[0]:
+            del self._commit_checks_at[0]
+            self._check_for_commits()
 
     def _take_signal(self, number: int) -> None:
         if number == signal.SIGTERM:
@@ -250,7 +250,7 @@ class Supervisor:
         self._scheduler.queue_changed = self._shutdown.heed_stop_mark() or self._scheduler.queue_changed
 
     def _reload(self, force: bool, caller: Peer | None) -> None:
-        """Load configuration and code anew; whatever fails, what works stays in force."""
+        """Load configuration and code anew; if that fails, the present ones stay in force."""
         log.info("reloading configuration and code")
         try:
             fresh = self._reread()
@@ -262,7 +262,7 @@ class Supervisor:
         fixed = {key: getattr(self._config, key) for key in ("database", "table_prefix", "state_dir", "host")}
         changed = [key for key, value in fixed.items() if getattr(fresh, key) != value]
         if changed:
-            log.warning("%s changed in the configuration; that takes a new start, not a reload", ", ".join(changed))
+            log.warning("%s changed in the configuration; restart to apply it", ", ".join(changed))
         self._config = dataclasses.replace(fresh, **fixed)
         parts: tuple[_Configured, ...] = (
             *(self._recovery, self._terminations, self._fork_servers),
@@ -272,8 +272,8 @@ class Supervisor:
             part.config = self._config
         self._fork_servers.reload(force=force, caller=caller)
 
-    def _look_if_changed(self) -> None:
-        """Look at the rows if another connection has committed since; our own commits do not count."""
+    def _check_for_commits(self) -> None:
+        """Note if another connection has committed since; our own commits do not count."""
         with contextlib.suppress(BgSupervisorError):
             version = self._store.data_version()
             if version != self._data_version:
@@ -281,7 +281,7 @@ class Supervisor:
                 self._scheduler.queue_changed = True
 
     def _reap(self, events: Events) -> None:
-        """Find out how the dead died; what cannot be known yet is asked again in the next pass."""
+        """Find out how dead children ended; ask again in the next pass for what cannot be known yet."""
         now = self._clock.monotonic()
         for ref in events.deaths:
             self._fork_servers.died(ref)
@@ -298,7 +298,7 @@ class Supervisor:
 
     def _examine(self, child: ChildHandle, now: float) -> None:
         if child.peer is not None and not child.peer.channel.closed:
-            for message in self._sources.last_words(child.peer):
+            for message in self._sources.last_messages(child.peer):
                 self._inbox.take(child.peer, message)
         if child.attempt is None and child.says is None:
             self._children.forget(child)
@@ -320,12 +320,12 @@ class Supervisor:
         return child.undelivered or child.attempt in self._recovery.not_started
 
     def _recover(self) -> None:
-        """Look at every START row: adopt what lives, find out about what does not."""
+        """Compare every START row: adopt what lives, record what does not."""
         now = self._clock.monotonic()
         if now < self._recovery.due_at:
             return
         try:
-            self._tell_of_unattended_ends()
+            self._log_unattended_ends()
             starts = self._ledger.starts()
             if starts:
                 failpoints.at("supervisor.adopting")
@@ -341,8 +341,8 @@ class Supervisor:
                 self._wait_manager.expect()
             self._scheduler.queue_changed = True  # what could not be read when it was asked for is asked for again
 
-    def _tell_of_unattended_ends(self) -> None:
-        """Log once what processes have recorded themselves since the last supervisor was there."""
+    def _log_unattended_ends(self) -> None:
+        """Log once the ends that processes have recorded themselves since the last supervisor left."""
         since, self._unattended_since = self._unattended_since, None
         if since is None:
             return
@@ -358,7 +358,7 @@ class Supervisor:
             log.info("so did %d others; `bgsupervisor ps --all` lists them", count - len(ended))
 
     def _enforce(self) -> None:
-        """See to cancels, suspensions and limits."""
+        """Apply cancels, suspensions and limits."""
         if self._scheduler.queue_changed:
             try:
                 requests = list(self._ledger.wishes())
@@ -383,10 +383,10 @@ class Supervisor:
         self._suspensions.enforce()
 
     def _rest_s(self) -> float:
-        """Return for how long nothing can become due, at most NET_S."""
+        """Return for how long nothing can become due, at most LONGEST_REST_S."""
         now = self._clock.monotonic()
         moments = [
-            self._net_at,
+            self._check_at,
             self._terminations.next_due_at(),
             self._fork_server_due_at(),
             self._wait_manager.due_at(),
@@ -403,8 +403,8 @@ class Supervisor:
         waiting = any(child.dead_since is not None and child.end is None for child in self._children)
         return now + EXAMINE_EVERY_S if waiting else None
 
-    def _look_after_itself(self) -> None:
-        """Start a missing fork server; once a second see that lock, sockets and database are still ours."""
+    def _check_itself(self) -> None:
+        """Start a missing fork server; once a second check that lock, sockets and database are still ours."""
         now = self._clock.monotonic()
         if self._shutdown.is_replaced():  # and starts nothing any more: the next one has its own
             return
@@ -412,9 +412,9 @@ class Supervisor:
             self._fork_servers.start_if_missing()
         self._wait_manager.check()
         self._leave_if_done()
-        if now < self._net_at:
+        if now < self._check_at:
             return
-        self._net_at = now + NET_S
+        self._check_at = now + LONGEST_REST_S
         with contextlib.suppress(AccessError):
             self._state_dir.create()  # the logs folder too: without it no child could write
         self._notifier.alive()
@@ -422,7 +422,7 @@ class Supervisor:
         with contextlib.suppress(OSError):
             self._lock.touch()
         self._check_files()
-        self._look_if_changed()
+        self._check_for_commits()
         self._fork_servers.sweep_inherited({child.ref.pid for child in self._children} | self._wait_manager.pids)
         self._scheduler.send_away_unneeded()
         self._fork_servers.give_up_on_the_silent()
@@ -464,7 +464,7 @@ class Supervisor:
             self._shutdown.leaving = "nothing is due"
 
     def _leave(self) -> None:
-        """Go without taking anybody along: bodies live on, idle children and an empty fork server are sent away."""
+        """Leave: bodies live on, idle children and an empty fork server are sent away."""
         failpoints.at("supervisor.leaving")
         self._notifier.stopping(f"leaving: {self._shutdown.leaving}")
         log.info("leaving: %s; %d running", self._shutdown.leaving, len(self._children.running()))
@@ -489,6 +489,6 @@ class Supervisor:
 
 
 def _is_left_waiting(child: ChildHandle) -> bool:
-    """Whether a draining supervisor may leave a task: it waits without a slot, and nobody has ordered its end."""
+    """Whether a draining supervisor may leave a task: it waits without a slot, and no end was requested."""
     # guard, last condition: stop --kill waits for tasks without a slot
     return child.slot is None and child.end is None and child.termination is None

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["EXIT_WAIT_S", "exit_of", "result_of_exit"]
 
 EXIT_WAIT_S = 0.5
-"""How long the fork server's word on a dead child is waited for before other evidence is taken."""
+"""Wait for the fork server's report of a dead child before other evidence is taken, in seconds."""
 
 
 def exit_of(child: ChildHandle, exited: Exited | None, *, now: float, wait_s: float, inherited: bool) -> Exit | None:
-    """Return how a dead child's process ended, (None, None) where nobody saw; None while better evidence may come.
+    """Return how a dead child's process ended, (None, None) if unknown; None while better evidence may come.
 
     Args:
         child: The dead child.
@@ -57,16 +57,16 @@ def result_of_exit(child: ChildHandle, exit: Exit, exited: Exited | None, oom: O
     """Return what is recorded of a child that died before it reported."""
     facts: dict[str, Any] = {"exit_code": exit.exit_code, "signal": exit.signal}
     termination = child.termination
-    ordered = exited.ordered if exited is not None else None
-    if ordered is None and termination is not None and termination.stage >= Stage.TERM and not termination.unsent:
-        ordered = termination.reason
-    if ordered is not None:
+    intended = exited.ordered if exited is not None else None
+    if intended is None and termination is not None and termination.stage >= Stage.TERM and not termination.unsent:
+        intended = termination.reason
+    if intended is not None:
         detail = (
             termination.detail()
             if termination is not None
             else "ended by its supervisor, which could not record it before"
         )
-        return AttemptResult(reason=ordered, detail=detail, **facts)
+        return AttemptResult(reason=intended, detail=detail, **facts)
     if exit.signal is not None:
         evidence = _oom_evidence(child, exit, oom)
         if evidence is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 import math
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from bgsupervisor.supervisor.events import EventSources
     from bgsupervisor.system.processes import ProcessIdentity
 
-__all__ = ["Recovery"]
+__all__ = ["ChildVerdict", "Recovery", "RowVerdict", "judge_child", "judge_row"]
 
 log = logging.getLogger("bgsupervisor")
 
@@ -31,16 +32,70 @@ PASSED_OVER_MAX = 1000
 """Limit of the rows that are named in the log because they cannot be read."""
 
 
+class RowVerdict(enum.Enum):
+    """What a START row without an end is."""
+
+    LOCAL = "its process can be compared with the children"
+    FOREIGN = "its process cannot be seen from here; its slot stays taken"
+    NOT_STARTED = "its claim was committed, and no child was given it"
+
+
+class ChildVerdict(enum.Enum):
+    """What the child that a row names has to do with it."""
+
+    STRANGER = "no child of ours"
+    BUSY = "known to run it, or not done with another attempt"
+    NOT_STARTED = "waits for an attempt, so it has begun none"
+    RUNS = "runs it, and no attempt of it is known yet"
+
+
+def judge_row(
+    record: TaskRecord, own: ProcessIdentity, *, is_unordered: bool, silent_s: float, lease_s: float
+) -> AttemptResult | RowVerdict:
+    """Return how an attempt has ended, as far as its row alone proves that, or what the row is.
+
+    Args:
+        record: A START row.
+        own: The supervisor's process.
+        is_unordered: The claim may or may not have been committed, and no child was given it.
+        silent_s: How long nothing was heard of the attempt; infinite if nothing ever was.
+        lease_s: The limit of that for a process of another PID namespace, which cannot be seen.
+    """
+    if None in (record.start_ticks, record.boot_id, record.pid_ns) or not record.pid or record.pid < 0:
+        return AttemptResult(reason=Reason.VANISHED, detail="the row names no process; it was written by hand")
+    if record.boot_id != own.boot_id:
+        detail = "the machine was started anew while the task ran (its boot id differs)"
+        return AttemptResult(reason=Reason.HOST_REBOOTED, detail=detail)
+    if record.pid_ns != own.pid_ns:
+        # A suspended task is silent; once it is resumed or cancelled, silence counts.
+        may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
+        if silent_s > lease_s and not may_be_silent:
+            detail = f"its container (another PID namespace) was silent for over {lease_s:g} s (lease_s)"
+            return AttemptResult(reason=Reason.HOST_LOST, detail=detail)
+        return RowVerdict.FOREIGN
+    # Whatever host name the row has: a SQLite file has only ever been used on this one.
+    return RowVerdict.NOT_STARTED if is_unordered else RowVerdict.LOCAL
+
+
+def judge_child(child: ChildHandle, attempt: Attempt, *, is_stranger: bool) -> ChildVerdict:
+    """Return what the child that the row of *attempt* names has to do with it."""
+    if is_stranger:
+        return ChildVerdict.STRANGER
+    if child.attempt is not None or child.says not in (None, attempt):
+        return ChildVerdict.BUSY
+    return ChildVerdict.NOT_STARTED if child.idle else ChildVerdict.RUNS
+
+
 class Recovery:
-    """Goes through all START rows; what it decides stands in its attributes until it is written.
+    """Compares all START rows; its attributes hold what it decides until that is written.
 
     Attributes:
-        ends: Attempts that nobody runs any more, and how they ended.
-        not started: Attempts that were claimed for a child which says that it began nothing.
-        unordered: Attempts whose claim may be committed, or may not; no child has been given the order.
-        foreign_slots: Slots held by rows that this supervisor cannot judge.
-        names: The name of each task that had a START row at the last look.
-        done_once: Every row has been looked at since the start; before that nothing may be admitted.
+        ends: Attempts that no process runs any more, and how they ended.
+        not_started: Attempts that were claimed for a child, and that it has not begun.
+        unordered: Attempts whose claim may be committed, or may not; no child has been given them.
+        foreign_slots: Slots taken by rows that this supervisor cannot judge.
+        names: The name of each task that had a START row at the last comparison.
+        done_once: Every row has been compared since the start; before that nothing may be admitted.
         due_at: When all rows are compared again, monotonic.
     """
 
@@ -81,7 +136,7 @@ class Recovery:
         self.done_once = True
 
     def _pass_over(self, records: Iterable[TaskRecord]) -> None:
-        """Leave alone the rows that no end can be written to, because their attempt cannot be named; say so once."""
+        """Pass over rows whose attempt cannot be read, for no end can be written to them; log each once."""
         for record in records:
             if record.slot is not None:
                 self.foreign_slots.add(record.slot)
@@ -93,25 +148,26 @@ class Recovery:
 
     def _compare_row(self, record: TaskRecord) -> None:
         attempt = Attempt(record.id, record.attempt)
-        if None in (record.start_ticks, record.boot_id, record.pid_ns) or not record.pid or record.pid < 0:
-            self.ends[attempt] = AttemptResult(
-                reason=Reason.VANISHED, detail="the row names no process; it was written by hand"
-            )
-        elif record.boot_id != self._own.boot_id:
-            detail = "the machine was started anew while the task ran (its boot id differs)"
-            self.ends[attempt] = AttemptResult(reason=Reason.HOST_REBOOTED, detail=detail)
-        elif record.pid_ns != self._own.pid_ns:
-            self._judge_by_lease(record)
-        elif attempt in self.unordered:
+        verdict = judge_row(
+            record,
+            self._own,
+            is_unordered=attempt in self.unordered,
+            silent_s=self._silent_s(record),
+            lease_s=self.config.lease_s,
+        )
+        if isinstance(verdict, AttemptResult):
+            self.ends[attempt] = verdict
+        elif verdict is RowVerdict.NOT_STARTED:
             self.not_started.add(attempt)
-        else:
-            # Whatever host name the row has: a SQLite file has only ever been used on this one.
-            ref = ProcessRef(record.pid, record.start_ticks or 0)
+        elif verdict is RowVerdict.LOCAL:
+            ref = ProcessRef(record.pid or 0, record.start_ticks or 0)
             # guard: running bodies are adopted
             self._adopt(self._children.meet(self.identity_of(ref)), record)
+        elif record.slot is not None:
+            self.foreign_slots.add(record.slot)
 
     def identity_of(self, ref: ProcessRef) -> ProcessIdentity:
-        """Return who a process of this host, boot and PID namespace is."""
+        """Return the identity of a process of this host, boot and PID namespace."""
         return dataclasses.replace(self._own, pid=ref.pid, start_ticks=ref.start_ticks)
 
     def _adopt(self, child: ChildHandle, record: TaskRecord) -> None:
@@ -119,21 +175,21 @@ class Recovery:
         if child.handle is None and child.dead_since is None:
             self._children.look_again(child)
         self._children.recognise(child)
-        if self._children.is_stranger(child):
+        verdict = judge_child(child, attempt, is_stranger=self._children.is_stranger(child))
+        if verdict is ChildVerdict.STRANGER:
             detail = f"its row names PID {child.ref.pid}, which bgsupervisor did not start; it was written by hand"
             self.ends[attempt] = AttemptResult(reason=Reason.VANISHED, detail=detail)
             return
         if child.attempt == attempt:
             child.slot = record.slot  # it may have given it to others, or taken one again
-        if child.attempt is not None or (child.says is not None and child.says != attempt):
-            return  # known, or its last end is on the way: the next look will tell
-        if child.says is None and child.idle:
+        if verdict is ChildVerdict.BUSY:
+            return  # if its last end is on the way, the next comparison sees that
+        if verdict is ChildVerdict.NOT_STARTED:
             self.not_started.add(attempt)
-        if child.says is not None or not child.idle:
+        else:
             log.info(
                 "task %d (%s), attempt %d, is run by PID %d; looking after it",
-                *attempt_of(attempt, record),
-                child.ref.pid,
+                *(attempt.id, record.name, attempt.attempt, child.ref.pid),
             )
         child.attempt, child.name, child.slot = attempt, record.name, record.slot
         child.started_at = self._clock.attended(record.started_mono or self._clock.machine_monotonic())
@@ -143,10 +199,10 @@ class Recovery:
         child.suspension_unsaved = child.suspension.lasts  # the commit may have been an earlier supervisor's last act
         # guard: an ending that an earlier supervisor began continues
         if record.ending is not None and child.termination is None:
-            self._resume_order(child, record, record.ending)
+            self._resume_termination(child, record, record.ending)
 
-    def _resume_order(self, child: ChildHandle, record: TaskRecord, ending: Reason) -> None:
-        """Go on ending what an earlier supervisor was ending: its reason stands in the row, so it must come true."""
+    def _resume_termination(self, child: ChildHandle, record: TaskRecord, ending: Reason) -> None:
+        """Continue the termination of an earlier supervisor: its reason is in the row, so it must come true."""
         why = (record.detail or str(ending)).partition("; ")[0]
         # The signal that was recorded may not have been sent: after another grace it is, and only then a stronger one.
         next_at = self._clock.monotonic() + self.config.grace_s
@@ -173,18 +229,6 @@ class Recovery:
                 child.says.attempt,
             )
 
-    def _judge_by_lease(self, record: TaskRecord) -> None:
-        """A row of another PID namespace (a container that was restarted) is judged by its silence, not by its PID.
-
-        The silence of one that is suspended says nothing; once somebody has resumed or cancelled it, it does.
-        """
-        may_be_silent = record.suspend_requested_at is not None and record.cancel_requested_at is None
-        if self._silent_s(record) > self.config.lease_s and not may_be_silent:
-            detail = f"its container (another PID namespace) was silent for over {self.config.lease_s:g} s (lease_s)"
-            self.ends[Attempt(record.id, record.attempt)] = AttemptResult(reason=Reason.HOST_LOST, detail=detail)
-        elif record.slot is not None:
-            self.foreign_slots.add(record.slot)
-
     def _silent_s(self, record: TaskRecord) -> float:
         """Return for how long a task has not been heard of, infinite if never.
 
@@ -199,8 +243,3 @@ class Recovery:
             return silent_s
         age_s = self._clock.machine_monotonic() - record.started_mono
         return min(silent_s, age_s - (seen - record.started_at).total_seconds())
-
-
-def attempt_of(attempt: Attempt, record: TaskRecord) -> tuple[int, str, int]:
-    """Return what a line of the log names a running task by."""
-    return attempt.id, record.name, attempt.attempt

@@ -31,7 +31,7 @@ log = logging.getLogger("bgsupervisor")
 
 PASSED_OVER_S = 0.1
 """Pause before due rows that others had locked are read again, in seconds; unlocked rows are claimed meanwhile."""
-PUT_ASIDE_MAX = 1000
+UNREADABLE_MAX = 1000
 """Limit of the unreadable waiting tasks that are remembered."""
 
 
@@ -71,10 +71,10 @@ class Scheduler:
         self.flawed: list[DueTask] = []
         self._backlog = False
         self._missing = 0
-        self._looked_at: datetime | None = None
+        self._read_at: datetime | None = None
         self._passing_over_until: float | None = None
         self._next_due_at: datetime | None = None
-        self._put_aside: set[int] = set()
+        self._unreadable: set[int] = set()
         self._spawn_at = 0.0
 
     @property
@@ -84,7 +84,7 @@ class Scheduler:
 
     @property
     def is_passing_over(self) -> bool:
-        """Whether only rows that nobody has locked are claimed."""
+        """Whether only unlocked rows are claimed."""
         return self._passing_over_until is not None
 
     def due_at(self) -> float | None:
@@ -120,20 +120,20 @@ class Scheduler:
             self._passing_over_until = None
             self.queue_changed = True
         if self.queue_changed or (self._backlog and free):
-            self._looked_at = self._clock.now()
+            self._read_at = self._clock.now()
             try:
                 due = self._ledger.due(
                     fork_server.hello.catalogue,
-                    limit=len(free) + 1 + len(self._put_aside),
+                    limit=len(free) + 1 + len(self._unreadable),
                     unlocked=self._passing_over_until is not None,
-                    at=self._looked_at,
+                    at=self._read_at,
                 )
             except (DatabaseError, AccessError) as error:
-                self._looked_at = None
+                self._read_at = None
                 self.queue_changed = True
                 self._backoff.read_failed(error)
                 return []
-            self.flawed = [one for one in due if one.flaw and one.id not in self._put_aside]
+            self.flawed = [one for one in due if one.flaw and one.id not in self._unreadable]
             due = [one for one in due if not one.flaw]
             self.queue_changed, self._backlog = bool(self.flawed), bool(due)  # the rows behind them are read next
         idle = [child for child in self._children if child.idle and child.fork_server == fork_server.hello.ref]
@@ -142,15 +142,15 @@ class Scheduler:
         started_mono = self._clock.machine_monotonic()
         return [(Claim(task, child.identity, slot, started_mono), child) for task, child, slot in pairs]
 
-    def look_ahead(self) -> None:
-        """Do what no start has to wait for: order missing children, and see when the next task's time comes."""
-        fork_server, missing, looked_at = self._fork_servers.ours(), self._missing, self._looked_at
-        self._missing, self._looked_at = 0, None
+    def prepare(self) -> None:
+        """Do what no start waits for: order missing children, and read when the next task is due."""
+        fork_server, missing, read_at = self._fork_servers.ours(), self._missing, self._read_at
+        self._missing, self._read_at = 0, None
         if fork_server is not None and missing and self._clock.monotonic() >= self._spawn_at:
             self._fork_servers.spawn(missing - fork_server.coming)
-        if looked_at is not None:
+        if read_at is not None:
             try:
-                self._next_due_at = self._ledger.next_due_at(after=looked_at)
+                self._next_due_at = self._ledger.next_due_at(after=read_at)
             except (DatabaseError, AccessError) as error:
                 self.queue_changed = True
                 self._backoff.read_failed(error)
@@ -172,12 +172,12 @@ class Scheduler:
         return sorted(wanting, key=lambda child: child.started_at)
 
     def set_aside(self, due: DueTask, *, struck: bool) -> None:
-        """Log a row that cannot be read; pass it over from now on if its end could not be written."""
+        """Log an unreadable row; pass it over from now on if its end could not be written."""
         log.error("task %d (%s) cannot run: its row cannot be read: %s", due.id, due.name, due.flaw)
         if not struck:
-            if len(self._put_aside) >= PUT_ASIDE_MAX:
-                self._put_aside.clear()
-            self._put_aside.add(due.id)
+            if len(self._unreadable) >= UNREADABLE_MAX:
+                self._unreadable.clear()
+            self._unreadable.add(due.id)
 
     def send_away_unneeded(self) -> None:
         """Send away idle children beyond the spares, and those of fork servers whose exits would not be seen."""

@@ -46,11 +46,11 @@ class Suspensions:
         """Stop a child and all that it started; its row is committed."""
         if child.target is None or not child.suspension.lasts:
             return
-        log.info("stopping PID %d and all that it started, until somebody resumes it", child.ref.pid)
+        log.info("suspending PID %d and all that it started, until it is resumed", child.ref.pid)
         try:
             process_tree.signal_tree(child.target, signal.SIGSTOP)
         except OSError as error:
-            log.error("PID %d cannot be stopped: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
+            log.error("cannot suspend PID %d: %s", child.ref.pid, error)  # noqa: TRY400 - the sentence says it
 
     def resume_for_the_database(self) -> None:
         """Resume suspended children while the database stays locked: one of them may hold the lock.

@@ -16,6 +16,7 @@ from bgsupervisor.errors import NoStack
 from bgsupervisor.ipc import messages
 from bgsupervisor.sizes import compared, number
 from bgsupervisor.statuses import Reason
+from bgsupervisor.supervisor.children import ChildState
 from bgsupervisor.system import logs, process_tree
 from bgsupervisor.system.stacks import ANSWER_S, Question
 
@@ -34,22 +35,22 @@ __all__ = ["Stage", "Termination", "Terminations"]
 log = logging.getLogger("bgsupervisor")
 
 LIMITS_EVERY_S = 0.5
-"""Memory limits and log sizes are looked at so often while something runs."""
+"""Interval between two checks of memory and log sizes while something runs, in seconds."""
 LEAVE_SLACK_S = 5.0
-"""A child whose end is recorded is killed if it is still there grace_s and this long later."""
+"""Time beyond grace_s that a child has to leave after its end is recorded, in seconds; then it is killed."""
 KILL_AGAIN_S = 2.0
 """A SIGKILL that has not brought death is sent again after grace_s, at least this long: it may have been lost with the
 fork server that was to send it."""
 KILL_WITHOUT_RECORD_S = 1.0
 """A kill whose reason cannot be recorded goes through the fork server after this long, and comes back with the exit."""
 STALL_SLACK_S = 2.0
-"""A stall is told so much later: a child tells only now and then that its body gets on (`ALIVE_EVERY_S`)."""
-STALL_LOOK_S = 1.0
-"""While the rows cannot tell whether a silent body waits for others, they are asked so often."""
+"""Delay of a stall beyond stall_s, in seconds: progress is reported only every `ALIVE_EVERY_S`."""
+STALL_RETRY_S = 1.0
+"""Interval between two reads of the rows that show whether silent bodies wait for others, in seconds."""
 STACK_WAIT_S = 0.5
 """A body whose time is up gets SIGTERM this much later at the earliest, so that its stack can be kept."""
-QUESTION_LOOK_S = 0.05
-"""While a stack was asked for, it is looked for so often."""
+ANSWER_CHECK_S = 0.05
+"""Interval between two checks for the answer to a question for a stack, in seconds."""
 STACK_KEPT_CHARS = 65_536
 """A longer stack (100 threads) loses its end in the row."""
 
@@ -106,7 +107,7 @@ class Terminations:
         self._stalls_at = 0.0
 
     def enforce(self) -> None:
-        """See whose time has come."""
+        """Apply the limits, and the stages that are due."""
         now = self._clock.monotonic()
         running = self._endable()
         for child in running:
@@ -134,7 +135,7 @@ class Terminations:
                 self.begin(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
 
     def stalled(self) -> list[ChildHandle]:
-        """Return those that have said for their stall_s nothing of getting on; whether they wait the rows know."""
+        """Return children without progress for their stall_s; the rows show which of them wait for others."""
         now = self._clock.monotonic()
         if now < self._stalls_at:
             return []
@@ -142,7 +143,7 @@ class Terminations:
         return [child for child, due_at in dues if due_at is not None and now >= due_at]
 
     def end_stalled(self, stalled: Iterable[ChildHandle], waiting: Collection[int]) -> None:
-        """Begin to end those; the clock of who waits for others (by id) begins anew."""
+        """Begin to end them; for a task in *waiting* (ids) the time of its stall_s begins again."""
         for child in stalled:
             if child.attempt is not None and child.attempt.id in waiting:
                 child.got_on_at = self._clock.monotonic()
@@ -151,8 +152,8 @@ class Terminations:
                 self.begin(child, Reason.TIMED_OUT, f"made no progress for its stall_s of {number(stall_s)} s")
 
     def put_off_stalls(self) -> None:
-        """Ask later: the rows cannot be read now."""
-        self._stalls_at = self._clock.monotonic() + STALL_LOOK_S
+        """Try later: the rows cannot be read now."""
+        self._stalls_at = self._clock.monotonic() + STALL_RETRY_S
 
     def begin(
         self, child: ChildHandle, reason: Reason, why: str, *, by: str | None = None, stage: Stage = Stage.ASKED
@@ -189,14 +190,14 @@ class Terminations:
             elif not _waits_for_kill(child.termination):
                 moments.append(child.termination.next_at)
             if child.question is not None:
-                moments.append(self._clock.monotonic() + QUESTION_LOOK_S)
+                moments.append(self._clock.monotonic() + ANSWER_CHECK_S)
         return min(moments, default=None)
 
     def carry_out(self, child: ChildHandle, termination: Termination) -> None:
-        """Send the signal of an order's stage; its reason is in the row."""
+        """Send the signal of the present stage; its reason is in the row."""
         termination.unsent = False
         if child.target is None:
-            self._have_sent(
+            self._send_by_fork_server(
                 child, termination
             )  # it cannot be held now; its fork server can, and the last stage comes again
             return
@@ -221,17 +222,17 @@ class Terminations:
             child.target.send_signal(signal.SIGKILL)
 
     def carry_out_unrecorded(self) -> None:
-        """While the database is away, have fork servers send what is overdue; they report the reason with the exit."""
+        """Let fork servers send overdue signals while the database is away; they report the reason with the exit."""
         now = self._clock.monotonic()
         for child in self._children.running():
             termination = child.termination
             if termination is None or not termination.unsent or now - termination.due_since < KILL_WITHOUT_RECORD_S:
                 continue
-            if self._have_sent(child, termination):
+            if self._send_by_fork_server(child, termination):
                 termination.unsent = False
 
-    def _have_sent(self, child: ChildHandle, termination: Termination) -> bool:
-        """Have its fork server send the signal of an order's stage; False if that is away."""
+    def _send_by_fork_server(self, child: ChildHandle, termination: Termination) -> bool:
+        """Let its fork server send the signal of the present stage; False without a connection to it."""
         fork_server = self._fork_servers.get(child.fork_server)
         if fork_server is None or fork_server.peer.channel.closed:
             return False
@@ -240,11 +241,11 @@ class Terminations:
         return True
 
     def expect_to_leave(self, child: ChildHandle) -> None:
-        """Have a child killed if it does not leave by itself."""
+        """Kill a child later if it does not leave by itself."""
         child.leave_by = self._clock.monotonic() + self.config.grace_s + LEAVE_SLACK_S
 
     def ask(self, child: ChildHandle, termination: Termination) -> None:
-        """Tell the body that it is to end; one whose child is away is told when it comes back."""
+        """Ask the body to end; a child without a connection is asked when it has one again."""
         if child.attempt is not None and child.peer is not None and child.connected:
             id, attempt = child.attempt.id, child.attempt.attempt
             cancel = messages.Cancel(
@@ -253,13 +254,13 @@ class Terminations:
             self._sources.send(child.peer, cancel)
 
     def _endable(self) -> list[ChildHandle]:
-        """Return the children that limits and orders still apply to.
+        """Return the children that limits and terminations still apply to.
 
         One that is dead or has reported only waits to be written. One that only a row names may be no child of ours:
         its limits would be due in each pass, and nothing would come of it.
         """
         running = self._children.running()
-        return [child for child in running if child.vouched and child.end is None and child.dead_since is None]
+        return [child for child in running if child.vouched and child.state is ChildState.RUNNING]
 
     def _enforce_time(self, child: ChildHandle, now: float) -> None:
         due_at = self._time_due_at(child)
@@ -282,7 +283,7 @@ class Terminations:
         return child.started_at + child.suspension.total_s + timeout_s
 
     def _stall_due_at(self, child: ChildHandle) -> float | None:
-        """Return when its stall_s is over, monotonic; None while that cannot be, or nobody could have heard it."""
+        """Return when its stall_s is over, monotonic; None while it cannot stall, or could not report progress."""
         if child.slot is None or child.termination is not None or child.suspension.lasts:
             return None
         stall_s = self._fork_servers.options(child.name).stall_s
@@ -291,7 +292,7 @@ class Terminations:
         return child.got_on_at + stall_s + STALL_SLACK_S
 
     def _ask_for_stack(self, child: ChildHandle) -> None:
-        """Ask what it is doing, before it is asked to end; the answer is read in a later pass."""
+        """Ask for its stack before it is asked to end; the answer is read in a later pass."""
         if child.target is not None:
             child.question_by = self._clock.monotonic() + ANSWER_S
             with contextlib.suppress(NoStack):

@@ -29,13 +29,13 @@ __all__ = ["WaitManager"]
 log = logging.getLogger("bgsupervisor")
 
 SILENT_S = 0.7
-"""A wait manager that has not beaten for so long hangs, and is killed: its waiters notice that at once."""
+"""Silence after which a wait manager counts as hung and is killed, in seconds; its waiters notice that at once."""
 RETRY_S = 1.0
 """Pause before a wait manager is started again, and time that one of an earlier supervisor has to connect."""
 RESTART_S = (0.0, 1.0, 5.0, 15.0)
 """Pauses before a wait manager that died is started again; the last one repeats until one has said hello."""
 FIRST_HELLO_S = 10.0
-"""So long a new wait manager may take to start on a busy machine."""
+"""Limit of the start of a wait manager on a busy machine, in seconds."""
 
 
 class WaitManager:
@@ -66,7 +66,7 @@ class WaitManager:
         return set() if self._ref is None else {self._ref.pid}
 
     def want(self) -> None:
-        """Have a wait manager from the next `check` on: a task waits."""
+        """Start a wait manager at the next `check`: a task waits."""
         if self._ref is None and not self._wanted:
             self._wanted, self._deadline = True, self._clock.monotonic()
 
@@ -76,7 +76,7 @@ class WaitManager:
             self._wanted, self._deadline = True, self._clock.monotonic() + RETRY_S
 
     def notify(self, keys: Sequence[str]) -> None:
-        """Ring wake-ups; whoever waits looks at the rows."""
+        """Wake the tasks that wait for these keys; they read the rows."""
         if keys and self._peer is not None and not self._peer.channel.closed:
             self._sources.send(self._peer, messages.Notify(list(keys)))
 
@@ -144,7 +144,7 @@ class WaitManager:
         self._deadline = self._clock.monotonic() + FIRST_HELLO_S
 
     def leave(self) -> None:
-        """Send the wait manager away; nobody waits any more."""
+        """Send the wait manager away: no task waits any more."""
         if self._peer is not None and not self._peer.channel.closed:
             self._sources.send(self._peer, messages.Leave())
         elif self._handle is not None:  # it has not said hello yet, and would wait LONELY_S for the next supervisor

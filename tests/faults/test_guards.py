@@ -185,7 +185,7 @@ def test_all_that_a_dead_child_has_written_is_read(tmp_path):
     child.send(said)
     assert not child.unsent_bytes
     child.close()
-    assert sources.last_words(Peer(Channel(ours), os.getpid(), 0.0)) == [said]
+    assert sources.last_messages(Peer(Channel(ours), os.getpid(), 0.0)) == [said]
     sources.close()
 
 

@@ -442,7 +442,7 @@ def test_the_last_words_of_a_dead_peer_are_read_even_if_they_are_long(reception,
     channel.send(Beat(1, 1))
     channel.send(Beat(1, 1))
     channel.close()
-    assert reception.last_words(peer) == [Beat(1, 1), Beat(1, 1)]
+    assert reception.last_messages(peer) == [Beat(1, 1), Beat(1, 1)]
     assert reception._peers == {}
 
 
@@ -451,7 +451,7 @@ def test_the_last_words_of_a_peer_gone_mad_are_nothing(reception, dial):
     peer = says_hello(reception, channel)
     channel._socket.send(b"\xff" * 100)
     channel.close()
-    assert reception.last_words(peer) == []
+    assert reception.last_messages(peer) == []
 
 
 def test_a_peer_that_does_not_read_delays_nobody_and_gets_all_when_it_reads(reception, dial):
