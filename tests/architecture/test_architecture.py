@@ -49,7 +49,8 @@ LEFTWARDS = {("backings", "testing"): "under Django's test runner a Service isol
 """Imports inside a function that lead to the left, and why."""
 
 SENDS_SIGNALS = {
-    "system.processes": "the room for it",
+    "system.processes": "through a pidfd",
+    "system.process_tree": "to a process and its descendants",
     "supervisor.termination": "terminations, after their reason is committed",
     "supervisor.suspension": "suspensions, after their commit",
     "worker.forkserver": "strays of its own, which it has not reaped, and kills that the supervisor ordered",
