@@ -1,4 +1,4 @@
-"""The children that a supervisor looks after, whoever started them; decides nothing, writes no rows."""
+"""The children of a supervisor, also those that an earlier one started; decides nothing, writes no rows."""
 
 from __future__ import annotations
 

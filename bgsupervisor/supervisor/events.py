@@ -53,7 +53,7 @@ HELLO_S = 10.0
 ACCEPTS_PER_PASS = 256
 WAKE_UPS_PER_PASS = 1000
 REFUSALS_KEPT = 1000
-"""So many refused connections are remembered: whoever is refused dials again and again, and is told of once."""
+"""Limit of the refused connections that are remembered: a refused peer dials again and again, and is logged once."""
 WAKE_UPS_AT_ONCE = 50
 WAKE_UPS_PER_S = 20.0
 """After WAKE_UPS_AT_ONCE passes for notifies there are at most so many a second: each looks at the rows."""
@@ -93,13 +93,13 @@ class Events:
 
 
 class Watch(Protocol):
-    """What becomes readable when the database was written; `drain` raises OSError once it will tell no more."""
+    """What becomes readable when the database was written; `drain` raises OSError once nothing more can come."""
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
 
     def drain(self) -> bool:
-        """Take in all that has come, without blocking; tell whether anything had."""
+        """Take in all that has come, without blocking; return whether anything had."""
 
     def close(self) -> None:
         """Give the descriptor back."""
@@ -284,7 +284,7 @@ class EventSources:
                 selectors.EVENT_READ,
                 lambda events, mask, peer=peer: self._on_readable(events, mask, peer),
             )
-            # Its hello may be there already, and its death may be heard in this same pass: the word comes first.
+            # Its hello may be there already, and its death may be reported in this same pass: the hello comes first.
             self._on_readable(events, selectors.EVENT_READ, peer)
 
     def _on_readable(self, events: Events, mask: int, peer: Peer) -> None:

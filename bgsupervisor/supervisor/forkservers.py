@@ -38,11 +38,11 @@ log = logging.getLogger("bgsupervisor")
 FIRST_HELLO_S = 1.2
 """After a start no dead child is called VANISHED before the living fork servers have said hello, or this long."""
 SWEEP_S = 600.0
-"""For so long after a fork server's death its children may still leave processes to the supervisor."""
+"""Time after a fork server's death in which its children may leave processes to the supervisor, in seconds."""
 CHILD_HELLO_S = 60.0
 """A forked child says hello within milliseconds, a spawned one when it has loaded the application."""
 FORK_S = 60.0
-"""A fork server that has orders and has forked nothing for so long hangs."""
+"""Time without a fork after which a fork server with ordered children counts as hung, in seconds."""
 RESTART_S = (0.1, 1.0, 5.0, 15.0)
 """Pauses before a fork server that died is started again; the last one repeats until one has loaded the application."""
 
@@ -52,7 +52,7 @@ class ForkServerHandle:
     """A fork server that has said hello.
 
     Attributes:
-        ordered: Children that it was told to fork and has not forked yet.
+        ordered: Children that it should fork and has not forked yet.
         ordered_at: When it last answered an order, or was given one; monotonic.
         expected: Children that it has forked and that have not said hello yet, and since when.
     """
@@ -153,10 +153,10 @@ class ForkServers:
         return [] if fork_server is None else fork_server.hello.dangers
 
     def awaited(self) -> bool:
-        """Whether a living fork server may still tell of deaths that nobody else has seen."""
+        """Whether a living fork server may still report deaths that only it has seen."""
         if self._clock.monotonic() >= self._awaited_until:
             return False
-        # One that has died since, of which nobody told this supervisor, has nothing more to say.
+        # One that has died since, unknown to this supervisor, reports nothing more.
         dead = {ref for ref in self._awaited if self._is_dead(ref)}
         # guard: a dead fork server is not awaited
         self._awaited -= dead
@@ -423,7 +423,7 @@ class ForkServers:
         return processes.verdict(self._identity_of(ref)) is Verdict.DEAD
 
     def _wake(self, ref: ProcessRef) -> None:
-        """Have a fork server look whom it talks to: a supervisor that is stopped would never let go of it."""
+        """Let a fork server check its connection: a stopped supervisor would never close it."""
         _, handle = processes.open_process(self._identity_of(ref))
         if handle is not None:
             with handle, contextlib.suppress(OSError):

@@ -114,7 +114,7 @@ class Housekeeping:
             log.info("deleted %d tasks that ended before %s", count, before.isoformat(timespec="seconds"))
 
     def _sweep(self, before: float) -> None:
-        """Delete some of the logs that have not been written for as long, as of rows that somebody else deleted."""
+        """Delete some of the logs that have not been written for as long, as of rows that others deleted."""
         if self._unswept is None:
             self._unswept = _files_in(self._state_dir.logs)
         files = list(itertools.islice(self._unswept, SWEEP_FILES))

@@ -136,7 +136,7 @@ class Inbox:
         if attempt in (child.attempt, child.says):
             child.end = message.end
             if attempt != child.attempt:
-                self.recovery.repeat()  # only the rows can tell what it is to us
+                self.recovery.repeat()  # only the rows show what became of it
             # guard: the acknowledgement follows the commit
             return
         # guard: a superseded end is acknowledged
@@ -144,10 +144,10 @@ class Inbox:
             self.sources.send(child.peer, messages.Ack(attempt.id, attempt.attempt))
 
     def on_waiting(self, child: ChildHandle, message: messages.Waiting | messages.Resumed | messages.WantSlot) -> None:
-        """Note that a body waits without a slot, goes on with one, or would go on."""
+        """Note that a body waits without a slot, continues with one, or wants one again."""
         if Attempt(message.id, message.attempt) not in (child.attempt, child.says):
             return
-        child.run_place = None  # it has been told: it speaks of it
+        child.run_place = None  # it has read its assignment: it reports on it
         child.wants_slot = message.number if isinstance(message, messages.WantSlot) else None
         child.got_on_at = self.clock.monotonic()
         if isinstance(message, messages.Waiting):
@@ -160,7 +160,7 @@ class Inbox:
         """Note that a body lives, and how far it is."""
         if child.attempt != Attempt(message.id, message.attempt):
             return
-        child.run_place = None  # it has been told: it speaks of it
+        child.run_place = None  # it has read its assignment: it reports on it
         child.note.heartbeat_at = self.clock.now()
         if isinstance(message, messages.Progress):
             child.got_on_at = self.clock.monotonic()

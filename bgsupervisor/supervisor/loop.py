@@ -186,7 +186,7 @@ class Supervisor:
         self._check_at = 0.0
 
     def run(self) -> int:
-        """Supervise until told to leave; return the exit code. The caller leaves by os._exit."""
+        """Supervise until there is a reason to leave; return the exit code. The caller leaves by os._exit."""
         self._sources.listen_to_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD))
         status = f"supervising {masked(self._config.database)} with {self._config.slots} slots, PID {os.getpid()}"
         log.info("%s", status)

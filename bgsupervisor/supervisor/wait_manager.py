@@ -158,7 +158,7 @@ class WaitManager:
         try:
             with spawning.in_root_folder():
                 self._process.start()
-        except OSError as error:  # no descriptors, no processes: waiters look by themselves until it succeeds
+        except OSError as error:  # no descriptors, no processes: waiters poll until it succeeds
             log.error("cannot start the wait manager: %s; trying again", error)  # noqa: TRY400 - the sentence says it
             self._process, self._deadline = None, self._clock.monotonic() + RETRY_S
             return
