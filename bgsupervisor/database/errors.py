@@ -39,7 +39,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_locked(error: BaseException) -> bool:
-    """Whether another writer keeps the database locked: it may be one that stands still."""
+    """Whether another writer keeps the database locked; it may be stopped."""
     if error.__cause__ is None:
         return False
     driver = driver_error(first_error(error.__cause__))
@@ -70,7 +70,7 @@ def first_error(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def translated(store: Store) -> Iterator[None]:
-    """Turn Peewee's errors of a database that is away into one clear sentence; those of a single row pass.
+    """Turn Peewee's errors of a database that is away into one clear sentence; errors of a single row pass.
 
     Raises:
         DatabaseError: Locked, full, damaged or away; says which, and what to do.
@@ -89,7 +89,7 @@ def translated(store: Store) -> Iterator[None]:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Let go what the frames of an error hold: a cursor keeps a connection's files open after its close."""
+    """Drop the frames of an error: a cursor in one keeps a connection's files open after its close."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

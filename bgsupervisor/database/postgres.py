@@ -1,7 +1,7 @@
-"""PostgreSQL: how it is connected to, what holds off other writers, and what its errors mean. Knows no table.
+"""PostgreSQL: how it is connected to, what locks out other writers, and what its errors mean. Knows no table.
 
 SQLite lets one writer in at a time, and the ledger's longer transactions rely on that. Here they take a lock of the
-whole installation first (`hold_off`); what needs none runs beside them.
+whole installation first (`lock_out_writers`); what needs none runs beside them.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ __all__ = [
     "Transaction",
     "draw",
     "explain",
-    "hold_off",
     "is_locked",
     "is_lost",
     "is_of_one_row",
     "is_passing",
     "lock_key",
+    "lock_out_writers",
     "open_server",
     "outcome_of",
     "transaction_of",
@@ -292,7 +292,7 @@ def open_server(url: str, *, busy_timeout_s: float, durable: bool) -> Server:
         "statement_timeout": f"{STATEMENT_TIMEOUT_S}s",
         "idle_in_transaction_session_timeout": f"{IDLE_TRANSACTION_TIMEOUT_S}s",
         "plan_cache_mode": "force_custom_plan",  # one made while a table was small reads all of it when it is large
-        "default_transaction_isolation": "read\\ committed",  # what is read after `hold_off` is as of then
+        "default_transaction_isolation": "read\\ committed",  # what is read after `lock_out_writers` is as of then
         "synchronous_commit": "on" if durable else "off",  # an acknowledged request survives a power cut
         "TimeZone": "UTC",
     }
@@ -363,8 +363,8 @@ def lock_key(prefix: str) -> int:
     return int.from_bytes(hashlib.sha256(f"bgsupervisor {prefix}".encode()).digest()[:8], "big", signed=True)
 
 
-def hold_off(database: peewee.Database, key: int) -> None:
-    """Hold off all others who call this, until the open transaction ends.
+def lock_out_writers(database: peewee.Database, key: int) -> None:
+    """Lock out all other callers of this until the open transaction ends.
 
     Waits for them at most the connection's own `lock_timeout`; one that the application has passed may have none.
 

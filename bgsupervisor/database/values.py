@@ -60,7 +60,7 @@ def read_time(value: object) -> datetime | None:
 
 
 def read_status(value: object) -> Status | None:
-    """Return the status that a row holds; None if it is a word of a later version, or written by hand."""
+    """Return the status that a row holds; None if it is one of a later version, or was written by hand."""
     return Status(value) if value in _STATUSES else None
 
 
@@ -70,5 +70,5 @@ def read_reason(value: object) -> Reason | None:
 
 
 def readable(text: bytes) -> str:
-    """Read a text whatever bytes somebody stored in it: one bad row must not keep the others from being read."""
+    """Read a text whatever bytes are stored in it: one bad row must not keep the others from being read."""
     return text.decode("utf-8", "replace")

@@ -93,7 +93,7 @@ class Claim:
         return Attempt(self.due.id, self.due.attempt + 1)
 
     def assignment(self) -> Run:
-        """Return the order by which the child begins it."""
+        """Return the message that assigns the task to the child."""
         due = self.due
         return Run(
             id=due.id,
@@ -162,7 +162,7 @@ class Telemetry:
     stack: str | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything is known; asked of hundreds of notes in every pass."""
+        """Whether anything is known; called hundreds of times in every pass."""
         return self != _NOTHING_NEW
 
     @property
@@ -212,9 +212,9 @@ class Batch:
 
 @dataclasses.dataclass(slots=True)
 class BatchResult:
-    """What a batch changed; whatever is missing here had been decided by somebody else.
+    """What a batch changed; another process had decided what is missing here.
 
-    `passed_over` are claims of rows that somebody had locked; they wait still, and can be claimed later.
+    `passed_over` are claims of rows that were locked; they still wait, and can be claimed later.
     """
 
     ended: set[Attempt] = dataclasses.field(default_factory=set)

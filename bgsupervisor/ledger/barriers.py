@@ -1,4 +1,4 @@
-"""Barriers: the rows of who has arrived, and what becomes of a barrier when a participant will not come."""
+"""Barriers: their participants, and what becomes of a barrier when one will not come."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Barriers:
         self._task, self._participant = store.tables.Task, store.tables.Participant
 
     def arrive(self, id: int, attempt: int, scope: str, name: str, parties: int) -> tuple[int, list[str]]:
-        """Arrive at a barrier; return (generation, keys to ring). The last participant to arrive opens it for all.
+        """Arrive at a barrier; return (generation, keys to notify). The last participant to arrive opens it for all.
 
         Raises:
-            ValueError: Those who wait there named another number of parties, or this attempt is there already.
+            ValueError: The others named another number of parties, or this attempt is there already.
             NotInTask: The attempt has ended.
         """
         participant, task = self._participant, self._task
@@ -65,7 +65,7 @@ class Barriers:
             return generation, keys
 
     def outcome(self, id: int, scope: str, name: str, generation: int) -> str | None:
-        """Return None while the barrier is closed, "passed", or the sentence that says who broke it."""
+        """Return None while the barrier is closed, "passed", or the sentence that names the task that broke it."""
         with self._store.connected():
             return self._outcome(self._place(id, scope, name, generation))
 

@@ -1,4 +1,4 @@
-"""Who can never go on: the graph of who waits for whom. Pure; knows no rows and no processes.
+"""Cycles in the wait-for graph: which tasks can never go on. Pure; knows no rows and no processes.
 
 A task that waits goes on when *all* it waits for can happen. A lock's permit can come from *any* of its holders, and
 a barrier needs several that come, so it is not enough to follow edges: a task is stuck only if no order of events
@@ -64,7 +64,7 @@ def cycle(start: int, edges: Mapping[int, Iterable[WaitEdge]]) -> list[tuple[int
 
 
 def _stuck(edges: Mapping[int, Iterable[WaitEdge]]) -> set[int]:
-    """Return the tasks that can never go on: take away whoever can, until nobody else can."""
+    """Return the tasks that can never go on: remove those that can, until none is left that can."""
     stuck = set(edges)
     while True:
         free = {task for task in stuck if all(edge.can_come(stuck) for edge in edges[task])}

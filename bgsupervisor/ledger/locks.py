@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Held", "Locks", "Queued", "turn_key"]
 
 HANDED_PERMITS = 4
-"""So many who stand in a queue are looked at at once; most often one permit has become free."""
+"""Waiters read at once from a queue; most often one permit has become free."""
 
 
 def turn_key(id: int) -> str:
@@ -52,9 +52,9 @@ class Locks(Slots):
     def acquire(
         self, waiter: Waiter, name: str, permits: int, *, slots: int, max_waiting: int, wait: bool = True
     ) -> Held | Queued | None:
-        """Take a permit if one is free and nobody waits for it, else wait (first come, first served).
+        """Take a permit if one is free and no other attempt waits for it, else wait (first come, first served).
 
-        A lock is free for who asks with *permits* while fewer than those are taken, whatever the others asked with.
+        A lock is free for a request with *permits* while fewer permits are taken, whatever the others asked for.
         None, and nothing recorded, if it is not free and *wait* is false.
 
         Raises:
@@ -89,14 +89,14 @@ class Locks(Slots):
             return Held(*rows[0], task.select(task.slot).where(task.id == id).scalar())  # type: ignore[call-arg]
 
     def release(self, id: int, attempt: int, name: str, *, slots: int) -> list[str]:
-        """Give a permit to who has waited longest, with a slot if one is free; return the keys to ring."""
+        """Pass a permit to the longest waiter, with a slot if one is free; return the keys to notify."""
         with self._store.writing():
             if not self._hold.delete().where(self._held_by(id, attempt, name)).execute():
                 return []
             return self._hand_over(name, slots)
 
     def give_up(self, waiter: Waiter, lock: str | None, *, slots: int | None) -> tuple[int | None, list[str]]:
-        """End a wait in vain, for a lock if one is named; return (slot or None, keys to ring).
+        """End a wait in vain, for a lock if one is named; return (slot or None, keys to notify).
 
         A slot is taken if one of *slots* is free; None: not yet, for the body still waits for something else. A permit
         that has come just now goes on to the next.
@@ -130,20 +130,20 @@ class Locks(Slots):
         return Held(permit, known["abandoned_by"])
 
     def _hand_over(self, name: str, slots: int | None) -> list[str]:
-        """Give the free permits of a lock to those who have waited longest; return the keys to ring."""
+        """Give the free permits of a lock to the longest waiters; return the keys to notify."""
         keys: list[str] = []
         while True:
             some = list(self._queue(name).limit(HANDED_PERMITS).dicts())
-            # Whoever comes after one who must wait waits for that one too.
+            # A waiter behind one that must wait waits for that one too.
             handed = list(itertools.takewhile(lambda row: self._hand_permit(row, slots), some))
             keys += [turn_key(row["task_id"]) for row in handed]
             if len(handed) < HANDED_PERMITS:
                 return keys
 
     def _hand_permit(self, row: dict[str, Any], slots: int | None) -> bool:
-        """Give a permit to who stands first in a queue, if one is free for it."""
+        """Give a permit to the first of a queue, if one is free for it."""
         hold, waiter, name = self._hold, waiter_of(row), row["target"]
-        if not self._is_running(waiter.id, waiter.attempt):  # the row was written by hand, and waits for nobody
+        if not self._is_running(waiter.id, waiter.attempt):  # the row was written by hand
             self._wait.delete().where(self._wait.id == row["id"]).execute()
             return True
         rows = list(hold.select().where(hold.name == name).dicts())
@@ -159,7 +159,7 @@ class Locks(Slots):
 
 
 def _free_permit(rows: Collection[dict[str, Any]], permits: int) -> int | None:
-    """Return a permit that nobody holds if fewer than *permits* are held: an abandoned one first, for that is news."""
+    """Return a free permit if fewer than *permits* are taken: an abandoned one first, for that is news."""
     # guard, never: a permit has one holder
     taken = {row["permit"] for row in rows if row["task_id"] is not None}
     abandoned = {row["permit"] for row in rows if row["permit"] is not None} - taken

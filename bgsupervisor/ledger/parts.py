@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Found", "Parts"]
 
 HANDED_SLOTS = 2
-"""Who reaches a part gives so many waiters their slots back with it; more are left to the supervisor's one commit."""
+"""Waiters that get their slots back with a part; more are left to the supervisor's one commit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Parts(Slots):
     def reach(self, id: int, attempt: int, part: str, value: str, *, slots: int) -> bool:
         """Record a part of a running attempt, durably; again overwrites its value. False if it was superseded.
 
-        A few who wait for nothing else get a slot with it, if one is free.
+        A few waiters that wait for nothing else get a slot with it, if one is free.
         """
         with self._store.writing():
             if not self._is_running(id, attempt):
@@ -72,11 +72,11 @@ class Parts(Slots):
         return found
 
     def forget_parts(self, id: int) -> None:
-        """Clear the parts of a task that is to be tried again."""
+        """Delete the parts of a task that will be tried again."""
         self._part.delete().where(self._part.task_id == id).execute()
 
     def _hand_slots(self, id: int, part: str, slots: int) -> None:
-        """Give slots to the few who wait for this part alone: they need not ask for one."""
+        """Give slots to the few attempts that wait for this part alone: they need not ask for one."""
         wait, other = self._wait, self._wait.alias()
         others = other.select(other.id).where((other.task_id == wait.task_id) & (other.id != wait.id))
         query = wait.select(wait, peewee.fn.EXISTS(others).alias("waits_for_more"))

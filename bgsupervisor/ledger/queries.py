@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["Queries", "nothing_recorded", "repeated", "repeated_read"]
 
 UNREADABLE_MAX = 100
-"""So many waiting rows are passed over whose time cannot be read, in search of the next one."""
+"""Limit of waiting rows with an unreadable time that are passed over in search of the next one."""
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _HEAVY = frozenset({"data", "result", "error", "stack"})
 PRIORITIES_MAX = 50
-"""So many priorities are asked for one by one; the rest is sorted."""
+"""Limit of priorities that are asked for one by one; the rest is sorted."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -197,7 +197,7 @@ class Queries:
             return self._starts()
 
     def wishes(self) -> list[ControlRequest]:
-        """Return the running attempts that somebody wants cancelled or suspended, and who asked."""
+        """Return the running attempts that people want cancelled or suspended, and by whom."""
         with self.store.connected():
             rows = self.store.rows_of(self._statements.wishes)
         return [
@@ -212,7 +212,7 @@ class Queries:
     ) -> list[DueTask]:
         """Return waiting tasks of *names* whose time has come: by priority, then the earlier, then the lower id.
 
-        At a moment, now if none is given; *unlocked* leaves out the rows that somebody has locked.
+        At a moment, now if none is given; *unlocked* leaves out the rows that are locked.
         Walks the priorities one by one, each a range of the partial index, so that neither finished rows nor millions
         of rows planned for later cost anything.
         """
@@ -234,8 +234,7 @@ class Queries:
     def next_due_at(self, *, after: datetime | None = None) -> datetime | None:
         """Return the first moment after another, now if none is given, at which a task becomes due; or None.
 
-        Whoever has asked for what is `due` at a moment asks for what comes after the same one, or misses what became
-        due in between.
+        A caller of `due` passes the same moment here, or misses what became due in between.
         """
         held: object = self._text(after or self.clock.now())
         with self.store.connected():

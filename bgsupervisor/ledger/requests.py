@@ -24,7 +24,7 @@ __all__ = ["Ledger", "Request"]
 
 TWIN_TRIES = 5
 DRAWS = 100
-"""A server that has crashed gives out again some numbers that others hold, one after the other."""
+"""Limit of ids drawn for one request: a server that has crashed gives out some numbers twice."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +89,8 @@ class Ledger(Transitions):
 
     @repeated
     def _add_all(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
-        # Nobody else's row is touched, and a unique key is kept by its index; only who comes after others must know
-        # that they do not end meanwhile.
+        # No other row is touched, and an index keeps unique keys. Only a task that comes after others must know that
+        # they do not end meanwhile.
         with self.store.writing(alone=any(request.after for request in requests)):
             return [self._insert(request) for request in requests]
 
@@ -147,10 +147,10 @@ class Ledger(Transitions):
     def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
         """End a waiting task at once; mark a running one, for its supervisor to end. An ended one is left alone.
 
-        The keys to ring after the commit are added to *keys*.
+        Adds the keys to notify after the commit to *keys*.
         """
         with self.store.writing():
-            record = self._get(id, kept=True)  # a claim needs nobody kept away, only this row to be free
+            record = self._get(id, kept=True)  # a claim locks out no writer, only this row must be free
             if record.status is Status.REQUEST:
                 self._withdraw(Attempt(id, record.attempt), by=by, keys=[] if keys is None else keys)
             elif record.status is Status.START and record.cancel_requested_at is None:
@@ -164,7 +164,7 @@ class Ledger(Transitions):
 
         Raises:
             UnknownTask: No such task.
-            NotSuspendable: It does not run, or is to end.
+            NotSuspendable: It does not run, or is being ended.
         """
         with self.store.writing():
             record = self._get(id)
@@ -179,7 +179,7 @@ class Ledger(Transitions):
 
     @repeated
     def resume(self, id: int) -> TaskRecord:
-        """Take the mark of a suspended task away, for its supervisor to let it go on; any other is left alone.
+        """Remove the mark of a suspended task, for its supervisor to resume it; any other is left alone.
 
         Raises:
             UnknownTask: No such task.

@@ -119,7 +119,7 @@ class Slots:
         return bool(task.select(task.id).where(IS_START & (task.id == id) & (task.attempt == attempt)).exists())
 
     def _must_run(self, id: int, attempt: int) -> None:
-        """See that rows are made for running attempts only: nobody would ever take those of another away."""
+        """Refuse rows for an attempt that has ended: nothing would ever delete them."""
         if not self._is_running(id, attempt):
             raise NotInTask(f"attempt {attempt} of task {id} has ended; what is left of its body cannot wait any more")
 
@@ -173,7 +173,7 @@ class Slots:
         return None
 
     def _puts_into(self, update: Any) -> bool:  # noqa: ANN401 - a Peewee query
-        """Take a slot, unless a claim takes it just now: claims keep nobody away on PostgreSQL."""
+        """Take a slot, unless a claim takes it just now: on PostgreSQL claims lock out no writer."""
         try:
             with self._store.database.atomic():
                 update.execute()

@@ -1,7 +1,7 @@
 """The table of transitions and the compare-and-set; what a supervisor writes in one pass.
 
 Every transition stands in TRANSITIONS and is one compare-and-set on (id, attempt, status). A row count of 0 means
-that somebody else decided; it is reported to the caller and never overwrites. Effects outside the database (wake-ups,
+that another process decided; it is reported to the caller and never overwrites. Effects outside the database (wake-ups,
 signals, acknowledgements) are the caller's, after the commit.
 """
 
@@ -52,7 +52,7 @@ log = logging.getLogger("bgsupervisor")
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 500
-"""One statement writes at most so many rows: databases take no more than some 30,000 values."""
+"""Limit of rows that one statement writes: databases take at most about 30,000 values."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,13 +79,13 @@ TRANSITIONS = (
 _BY_EVENT = {transition.event: transition for transition in TRANSITIONS}
 
 _SPOILT = (peewee.PeeweeException, ValueError, TypeError, OverflowError)
-"""What a row raises that cannot be written, or beside which something stands that nobody can read."""
+"""Errors of a row that cannot be written, or whose neighbours cannot be read."""
 
 _NOT_RUNNING: dict[str, Any] = dict.fromkeys(
     ("slot", "cpu_percent", "rss_bytes", "suspend_requested_at", "suspended_at", "suspended_mono")
 )
 _NEVER_ENDED = (*_NOT_RUNNING, "ending", "detail", "stack")
-"""With what the order to end an attempt has left in its row; a body that returns all the same is DONE."""
+"""These and what an intended end leaves in the row; a body that returns all the same is DONE."""
 
 
 class Transitions(Queries):
@@ -105,7 +105,7 @@ class Transitions(Queries):
         """
         missed: list[Claim] = []
         try:
-            # A claim touches nothing but its own row: it keeps nobody away, and waits for nobody.
+            # A claim touches only its own row: it locks out no writer, and waits for none.
             with self.store.adding() if batch.only_claims else self.store.writing():
                 outcome = self._apply(batch, missed, row_by_row=False)
         except _SPOILT as error:
@@ -177,7 +177,7 @@ class Transitions(Queries):
             return False
 
     def _claim(self, claims: Sequence[Claim], outcome: BatchResult, missed: list[Claim]) -> bool:
-        """Begin attempts, all in one statement; what could not be claimed is added to *missed*."""
+        """Claim tasks, all in one statement; add the claims that failed to *missed*."""
         values: list[object] = []
         for claim in claims:
             ref = claim.identity
@@ -191,7 +191,7 @@ class Transitions(Queries):
         return bool(claimed)
 
     def _note(self, telemetry: Sequence[tuple[Attempt, Telemetry]]) -> bool:
-        """Write down what is known of running attempts, all in one statement."""
+        """Record telemetry of running attempts, all in one statement."""
         values: list[object] = []
         for attempt, note in telemetry:
             values += [attempt.id, attempt.attempt, self._text(note.heartbeat_at), note.progress_done]
@@ -200,14 +200,14 @@ class Transitions(Queries):
         return bool(self.store.rows_of(self._statements.note(len(telemetry)), values))
 
     def _passed_over(self, missed: Sequence[Claim]) -> list[Claim]:
-        """Return the claims whose tasks wait still: somebody had locked their rows. Tell of the others."""
+        """Return the claims whose tasks still wait, because their rows were locked; log the others."""
         task = self._task
         query = task.select(task.id, task.attempt).where(IS_REQUEST & task.id.in_([claim.due.id for claim in missed]))
         try:
             with self.store.connected():
                 waiting = set(query.tuples())
         except (DatabaseError, AccessError):
-            return []  # all is written, and the next look shows what has become of them
+            return []  # all is written, and the next reading of the queue shows what became of them
         for claim in missed:
             if (claim.due.id, claim.due.attempt) not in waiting:
                 _log_too_late("claim", Attempt(claim.due.id, claim.due.attempt))
@@ -250,12 +250,12 @@ class Transitions(Queries):
         self._fail_dependents(self._resolve_withdrawn(attempt.id, keys), attempt.id, keys)
         return True
 
-    # What a child writes when nobody acknowledges
+    # What a child writes when no supervisor acknowledges
 
     def end(self, attempt: Attempt, end: AttemptResult, keys: list[str] | None = None) -> bool:
         """Record the end of an attempt; False if it had been recorded, or the attempt was superseded.
 
-        The keys to ring after the commit are added to *keys*.
+        Adds the keys to notify after the commit to *keys*.
         """
         outcome = self.apply(Batch(ends={attempt: end}))
         if keys is not None:
@@ -264,9 +264,9 @@ class Transitions(Queries):
 
     @repeated
     def unclaim_not_started(self, identity: ProcessIdentity, keys: list[str]) -> int:
-        """Give back what was claimed for a child that leaves without having begun anything; return how many.
+        """Give back the claims of a child that leaves before it began them; return how many.
 
-        The keys to ring after the commit are added to *keys*.
+        Adds the keys to notify after the commit to *keys*.
         """
         with self.store.writing():
             attempts = [
@@ -317,7 +317,7 @@ class Transitions(Queries):
         if end.peak_rss_bytes is not None:
             peak = self._task.peak_rss_bytes
             values["peak_rss_bytes"] = peewee.Case(None, ((peak > end.peak_rss_bytes, peak),), end.peak_rss_bytes)
-        # Whoever sees the death says why; but if we had ordered it, the order recorded before the signal is the truth.
+        # The process that sees the death reports a reason; an intended end, recorded before the signal, overrides it.
         # guard, never: the recorded reason wins over what the death looks like
         ordered = self._task.ending.in_([str(reason) for reason in Reason])
         case = peewee.Case(None, ((ordered, self._task.ending),), str(end.reason))
@@ -333,7 +333,7 @@ class Transitions(Queries):
         return peewee.Case(None, ((count < ATTEMPT_MAX, count + 1),), count)  # PostgreSQL refuses what is larger
 
     def _release(self, attempt: Attempt, reason: Reason | None, keys: list[str], *, holds: bool = True) -> None:
-        """Free what an ended attempt held, and settle what had to come after it, in the transaction of its end."""
+        """Release what an ended attempt held, and resolve its dependents, in the transaction of its end."""
         failpoints.at("ledger.ended")
         # guard: an end frees its locks
         keys += self.waits.free(attempt.id, attempt.attempt, reason=reason) if holds else [task_key(attempt.id)]
@@ -379,7 +379,7 @@ class Transitions(Queries):
     # The compare-and-set itself
 
     def _move(self, event: str, attempt: Attempt, values: dict[str, Any]) -> bool:
-        """Make the transition *event*; False, and a line in the log, if somebody else had decided."""
+        """Make the transition *event*; False, and a line in the log, if another process had decided."""
         transition = _BY_EVENT[event]
         changed = self._where(attempt, transition.sources, {**values, "status": transition.target})
         if not changed:
@@ -414,7 +414,7 @@ def _log_too_late(event: str, attempt: Attempt) -> None:
 
 
 def _level(error: Exception, level: int = logging.WARNING) -> int:
-    """Return how loud to tell of it: that a child has just taken the slot which was in mind for another is no news."""
+    """Return the level of a message; a slot that another child has just taken is no warning."""
     return logging.INFO if isinstance(error, peewee.IntegrityError) else level
 
 

@@ -33,7 +33,7 @@ __all__ = [
 EVERYBODY = "*"
 """The key that every waiter listens to."""
 DUE = "due"
-"""The key that says that tasks may start which had to come after others."""
+"""The key that notifies when dependent tasks may start."""
 
 
 def task_key(id: int) -> str:
@@ -64,7 +64,7 @@ class Waits(Parts, Locks):
         hold.delete().where(hold.task_id.is_null() & hold.abandoned_by.in_(list(ids))).execute()
 
     def depend(self, id: int, on_ids: Collection[int], *, any_end: bool) -> int | None:
-        """Have a new task come after others; return the first that is INTERRUPTED already, if that matters."""
+        """Record that a new task comes after others; return the first that is INTERRUPTED already, if that matters."""
         task = self._task
         rows = dict(task.select(task.id, task.status).where(task.id.in_(list(on_ids))).tuples())
         for on_id in dict.fromkeys(on_ids):
@@ -76,7 +76,7 @@ class Waits(Parts, Locks):
         return None
 
     def resolve_dependents(self, id: int, *, done: bool, keys: list[str]) -> list[Dependent]:
-        """Let those go on that had to come after a task which has ended; return those that never can."""
+        """Release the tasks that had to come after one which has ended; return those that can never start."""
         dependency, task = self._dependency, self._task
         mine = dependency.on_id == id
         failed: list[Dependent] = []
@@ -89,18 +89,18 @@ class Waits(Parts, Locks):
         return failed
 
     def forget_dependencies(self, id: int) -> None:
-        """A task that will not start any more comes after nobody."""
+        """Delete the dependencies of a task that will not start any more."""
         self._dependency.delete().where(self._dependency.task_id == id).execute()
 
     def concerned(self, statements: Statements, ids: Sequence[int]) -> Collection[int]:
-        """Return which of these tasks hold or wait for something, or are waited for; others have nothing to free."""
+        """Return which of these tasks hold or wait for something, or are waited for; the rest hold nothing."""
         if not ids:
             return ()
         found = {id for (id,) in self._store.rows_of(statements.concerned(len(ids)), [*ids, *ids, *ids])}
         return ids if 0 in found else found
 
     def free(self, id: int, attempt: int, *, reason: str | None) -> list[str]:
-        """Free all that an attempt held, in the transaction that records its end; return the keys to ring."""
+        """Release all that an attempt held, in the transaction that records its end; return the keys to notify."""
         hold, wait = self._hold, self._wait
         queued = wait.select(wait.target).where((wait.task_id == id) & (wait.kind == "lock"))
         mine = (hold.task_id == id) & (hold.attempt == attempt)

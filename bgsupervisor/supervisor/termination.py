@@ -332,9 +332,9 @@ class Terminations:
         if now >= self._usage_at:
             self._usage_at = now + self.config.heartbeat_s
             sampled += [child for child in busy if child not in sampled]
-        usage: dict[int, processes.Usage] = {}
+        usage: dict[int, process_tree.Usage] = {}
         with contextlib.suppress(OSError):  # no descriptors left: the next check may succeed
-            usage = processes.tree_usage([child.ref.pid for child in sampled]) if sampled else {}
+            usage = process_tree.tree_usage([child.ref.pid for child in sampled]) if sampled else {}
         for child in sampled:
             if child.ref.pid in usage:
                 self._note_usage(child, usage[child.ref.pid], now)

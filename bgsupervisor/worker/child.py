@@ -20,7 +20,7 @@ import msgspec
 
 from bgsupervisor import failpoints, task_context
 from bgsupervisor.clock import SystemClock
-from bgsupervisor.database.store import roll_back_abandoned
+from bgsupervisor.database.sqlite_store import roll_back_abandoned
 from bgsupervisor.errors import Cancelled
 from bgsupervisor.ipc.messages import AttemptResult, ProcessRef, Run
 from bgsupervisor.ipc.statedir import StateDir

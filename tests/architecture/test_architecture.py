@@ -168,6 +168,8 @@ def test_only_the_ledger_writes_rows():
         "ledger.barriers",
         "ledger.waitgraph",
         "database.store",
+        "database.sqlite_store",
+        "database.postgres_store",
         "database.migrations",
         "cli.display.rows",
     }
@@ -184,6 +186,8 @@ def test_only_the_ledger_writes_rows():
     }  # `ps` reads the tables for itself
     assert modules_where(lambda module: any(call.endswith("execute_sql") for call in module.calls())) <= {
         "database.store",
+        "database.sqlite_store",
+        "database.postgres_store",
         "database.migrations",
         "database.migrations.0001_initial",
         "database.postgres",  # the lock that stands in for SQLite's one writer
@@ -203,6 +207,8 @@ def test_only_the_ledger_writes_rows():
         "ledger.external",
         "database.errors",
         "database.store",
+        "database.sqlite_store",
+        "database.postgres_store",
         "database.tables",
         "database.migrations.dialects",
         "database.postgres",

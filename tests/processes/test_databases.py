@@ -26,7 +26,8 @@ from support.as_user import NOBODY, as_nobody, needs_root, open_folder
 import bgsupervisor
 from bgsupervisor import Service, Status
 from bgsupervisor.database import migrations
-from bgsupervisor.database.store import Store, roll_back_abandoned
+from bgsupervisor.database.sqlite_store import roll_back_abandoned
+from bgsupervisor.database.store import Store
 from bgsupervisor.errors import AccessError, DatabaseError, SchemaError
 from bgsupervisor.statuses import Reason
 

@@ -13,7 +13,8 @@ import peewee
 import pytest
 
 from bgsupervisor import DatabaseError, LockedByCaller, Service
-from bgsupervisor.database.store import OWN_LOCK_S, Store
+from bgsupervisor.database.sqlite_store import OWN_LOCK_S
+from bgsupervisor.database.store import Store
 
 pytestmark = pytest.mark.of_sqlite
 
