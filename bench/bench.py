@@ -99,7 +99,7 @@ def close_cycle() -> float:
 """
 LIMIT_S = 900
 WAITED_S = 0.05
-"""Only waits of at least so long count: their waiter has given its slot away and sleeps."""
+"""Least duration of the waits that count, in seconds: their waiter has given its slot away and sleeps."""
 WAITERS = 200
 ROW = 15
 """So many wait in a row before the cycle of one more is closed."""
@@ -250,7 +250,7 @@ def bare_insert(bench: Bench) -> Callable[[], object]:
     """Return what inserts one row and commits, with the driver alone."""
     columns, row = ("name", "data"), ("benchapp:noop", "{}")
     if bench.database:
-        import psycopg  # noqa: PLC0415 - only who asks for PostgreSQL has it
+        import psycopg  # noqa: PLC0415 - installed only where PostgreSQL is measured
 
         server = psycopg.connect(bench.database, autocommit=True)
         sql = f"INSERT INTO bgsupervisor_task ({', '.join(columns)}) VALUES (%s, %s) RETURNING id"
@@ -398,7 +398,7 @@ def next_supervisor(bench: Bench, count: int) -> tuple[float, float]:
 
 
 def measure_unrung(bench: Bench) -> None:
-    """From a commit by somebody who cannot ring, such as hand-written SQL, to the first line of the body."""
+    """Measure from a commit without a wake-up, such as hand-written SQL, to the first line of the body."""
     bench.start()
     times = []
     for _ in range(30):

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from bgsupervisor import task_context, tasks
-from bgsupervisor.errors import (
-    RequestRefused,
-)
+from bgsupervisor.errors import RequestRefused
 from bgsupervisor.statuses import Status
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ def names_of(one: SupervisorRecord, *, now: datetime) -> frozenset[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What the supervisors have loaded, as their rows show it.
+    """The tasks that the supervisors have loaded, as their rows show.
 
     Attributes:
         living: The names that those seen of late have; None where there is none, or one of them still loads its own.
@@ -59,7 +59,7 @@ class Catalogue:
         alive = [(one, names) for one, names in found if one.left_at is None and now - one.heartbeat_at <= silent]
         errors = [failure for one, _ in alive if one.code_error for failure in json.loads(one.code_error)]
         modules = [failure["module"] for failure in errors]
-        # An error before the first module, as of `setup`, leaves a catalogue empty and says nothing about names.
+        # An error before the first module, as of `setup`, leaves a catalogue empty, which is no evidence about names.
         known = [names for one, names in alive if names is not None and (names or one.code_error is None)]
         return cls(
             living=frozenset().union(*known) if alive and len(known) == len(alive) else None,
@@ -128,6 +128,6 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _is_loaded(module: str) -> bool:
-    """Whether this process has imported a module to its end."""
+    """Return whether this process has imported a module to its end."""
     loaded = sys.modules.get(module)
     return loaded is not None and not getattr(getattr(loaded, "__spec__", None), "_initializing", False)

@@ -1,8 +1,8 @@
-"""Named points between two durable facts, at which tests stop a process on purpose; knows nothing else.
+"""Failpoints: named points between two durable facts, at which tests stop a process on purpose.
 
-In production `at` is a call that does nothing: one look-up of an attribute; no environment and no file is read. Tests
-put a function of their own in its place, in the supervisor, the fork server and the children alike, which waits there;
-then they kill or stop whom they like, and look at what the rows say in the end.
+In production `at` does nothing: it costs one attribute look-up and reads neither environment nor files. Tests replace
+it with a function that waits, in the supervisor, the fork server and the children alike. Then they kill or stop any of
+these processes, and compare the rows at the end.
 """
 
 from __future__ import annotations
@@ -11,45 +11,45 @@ __all__ = ["POINTS", "at"]
 
 POINTS = {
     "supervisor.claiming": "claims are decided, not committed",
-    "supervisor.claimed": "claims are committed, no order has been sent",
-    "supervisor.ordered": "a child has its order, the pass goes on",
+    "supervisor.claimed": "claims are committed, no assignment is sent",
+    "supervisor.ordered": "a child has its assignment, the pass continues",
     "supervisor.ending": "an end is known, not committed",
-    "supervisor.ended": "an end is committed, its child not told",
-    "supervisor.acknowledged": "its child has been told",
-    "supervisor.unclaiming": "a claim is to be given back, not committed",
-    "supervisor.unclaimed": "it is committed, not taken in",
+    "supervisor.ended": "an end is committed, not acknowledged to its child",
+    "supervisor.acknowledged": "the end is acknowledged to its child",
+    "supervisor.unclaiming": "an unclaim is decided, not committed",
+    "supervisor.unclaimed": "the unclaim is committed, memory is not updated",
     "supervisor.condemning": "the reason of a signal is decided, not committed",
-    "supervisor.condemned": "it is committed, the signal not sent",
+    "supervisor.condemned": "the reason is committed, the signal not sent",
     "supervisor.struck": "the signal is sent",
-    "supervisor.suspending": "that a body is suspended is committed, it is not stopped",
-    "supervisor.granted": "a slot given back to a waiting body is committed, the body not told",
-    "supervisor.adopting": "the rows of running tasks are read, nobody is adopted yet",
-    "supervisor.adopted": "all are adopted, nothing is written yet",
+    "supervisor.suspending": "the suspension of a body is committed, its processes are not stopped",
+    "supervisor.granted": "a slot for a waiting body is committed, the body not notified",
+    "supervisor.adopting": "the rows of running tasks are read, no child is adopted yet",
+    "supervisor.adopted": "all children are adopted, nothing is written yet",
     "supervisor.reloading": "a new fork server is started, the old one not retired",
-    "supervisor.reloaded": "the new fork server is let in, the old one has its orders no more",
-    "supervisor.leaving": "it is to leave, nobody has been told",
-    "forkserver.loaded": "the application is loaded, no supervisor has been told",
-    "forkserver.forked": "a child is forked, not watched and not told of",
-    "forkserver.buried": "a child's exit is learnt and written down, nobody has been told",
-    "forkserver.told": "the supervisor has been told of it",
-    "forkserver.striking": "it is to kill a child while the database is away, the signal is not sent",
-    "child.born": "nothing is said yet",
+    "supervisor.reloaded": "the new fork server is accepted, the old one gets no more assignments",
+    "supervisor.leaving": "it will leave, no process is notified",
+    "forkserver.loaded": "the application is loaded, not reported to a supervisor",
+    "forkserver.forked": "a child is forked, not watched and not reported",
+    "forkserver.buried": "a child's exit is in the journal, not reported",
+    "forkserver.told": "the exit is reported to the supervisor",
+    "forkserver.striking": "it must kill a child while the database is away, the signal is not sent",
+    "child.born": "it has sent nothing yet",
     "child.dialled": "it has a connection, its hello is not written",
-    "child.ordered": "the order is read, the body's thread has not got it",
-    "child.beginning": "the body's thread has its order, nothing is begun",
+    "child.ordered": "the assignment is read, the body's thread does not have it",
+    "child.beginning": "the body's thread has its assignment, nothing is begun",
     "child.over": "the body has ended, nothing is reported",
     "child.reported": "the end is reported, not acknowledged",
-    "child.recording": "nobody has acknowledged, it is to record its end itself",
+    "child.recording": "no acknowledgement came, it will record its end itself",
     "child.recorded": "it has committed its end itself",
-    "child.leaving": "its end is recorded, it is to leave",
-    "child.unclaiming": "it is to leave and to give back what it never began",
-    "child.slot_given": "it waits, its slot is given back and committed, the supervisor not told",
-    "child.locked": "a lock is taken and committed, the body not told",
-    "child.unlocked": "a lock is given back and committed, nobody has been notified",
-    "ledger.ended": "within the transaction of an end: the status is written, the holds are not free",
-    "ledger.freed": "within the transaction of an end: the holds are free, nothing is committed",
+    "child.leaving": "its end is recorded, it will leave",
+    "child.unclaiming": "it will leave and unclaim the task that it never began",
+    "child.slot_given": "it waits, its released slot is committed, the supervisor not notified",
+    "child.locked": "a lock is taken and committed, the body not notified",
+    "child.unlocked": "a released lock is committed, no waiter is notified",
+    "ledger.ended": "within the transaction of an end: the status is written, its locks are not released",
+    "ledger.freed": "within the transaction of an end: its locks are released, nothing is committed",
 }
-"""Every point, and what is the case there: `process.moment`; those of the ledger are reached by whoever writes."""
+"""Every point, as `process.moment`, and the situation there; any process that writes reaches those of the ledger."""
 
 
 def at(point: str) -> None:

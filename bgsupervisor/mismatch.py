@@ -105,7 +105,7 @@ class Misfit:
         return steps
 
     def _key_at_fault(self, mapping: object) -> str:
-        """Return the first key with which the decoder says what it said; by halving, as mappings may be large."""
+        """Return the first key with which the decoder raises its message; by halving, as mappings may be large."""
         if not isinstance(mapping, dict):
             return "..."
         pairs = list(mapping.items())

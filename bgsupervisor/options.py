@@ -120,7 +120,7 @@ class Option:
         help: One sentence.
         minimum: The least that is allowed, None where there is no order.
         maximum: The most that is allowed.
-        example: What the template shows where the default says nothing.
+        example: The value in the template where there is no default.
     """
 
     name: str

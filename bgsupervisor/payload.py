@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["NESTING_MAX", "decode_data", "decode_value", "encode_data", "encode_result"]
 
 NESTING_MAX = 200
-"""Levels of lists and mappings in data and results; far from the recursion limit of whoever decodes them."""
+"""Levels of lists and mappings in data and results; far below the recursion limit of their decoders."""
 
 
 _INERT = frozenset({int, bool, NoneType})
@@ -102,7 +102,7 @@ def decode_value(text: str | None) -> Any:  # noqa: ANN401 - JSON holds any of s
 
 
 class _FaultError(Exception):
-    """What keeps a value from being JSON, found by the walk over it."""
+    """The cause why a value is no JSON, found by the walk over it."""
 
     def __init__(self, steps: Steps, detail: str) -> None:
         super().__init__(detail)
@@ -164,7 +164,7 @@ _TOO_DEEP = f"is nested deeper than {NESTING_MAX} levels, or refers to itself"
 
 
 def _walk(plain: object) -> None:
-    """Raise _FaultError where *plain* is not what JSON can hold: msgspec writes NaN as null, without a word.
+    """Raise _FaultError where *plain* is no JSON: msgspec silently writes NaN as null.
 
     Level by level, so that depth is counted and costs no recursion.
     """

@@ -53,7 +53,7 @@ class Place(NamedTuple):
         return f"{self.module}.{self.qualname}"
 
     def excludes(self, other: Place) -> bool:
-        """Whether a task that is defined here may not replace one of the same name that was defined there."""
+        """Return whether a task that is defined here may not replace one of the same name that was defined there."""
         if (self.module, self.qualname) != (other.module, other.qualname):
             return True
         if self.execution is None or self.execution is not other.execution:
@@ -151,7 +151,7 @@ def execution_of(module: str) -> object:
 def _check_made_without_arguments(owner: type[Task], name: str) -> None:
     try:
         signature = inspect.signature(owner)
-    except (TypeError, ValueError):  # a constructor in C, which says nothing
+    except (TypeError, ValueError):  # a constructor in C, which has no signature
         return
     needed = [
         parameter.name

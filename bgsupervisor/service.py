@@ -677,7 +677,7 @@ def _ambiguous(name: str, meant: Sequence[str]) -> UnknownTaskName:
 
 
 def _reaches(configured: Sequence[str], module: str) -> bool:
-    """Whether importing the configured modules has imported *module* too: it, or what is in it, stands in their names.
+    """Return whether the configured modules have imported *module*: it, or something in it, stands in their names.
 
     Looks only at what is loaded in this process; a configured module that is not loaded is given the benefit.
     """

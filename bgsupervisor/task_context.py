@@ -1,4 +1,4 @@
-"""What a body may ask and report; knows no database and no process."""
+"""The context of a body: progress, parts, waits, locks and requests; knows no database and no process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class Context:
-    """What a body can ask and tell; this one serves a body that no supervisor runs.
+    """The context of a running body; this one serves a body that no supervisor runs.
 
     Attributes:
         id: The task's number; None outside a supervisor.
@@ -55,25 +55,25 @@ class Context:
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether this attempt is to end; the next progress or track raises `Cancelled`."""
+        """Whether this attempt should end; the next progress or track raises `Cancelled`."""
         return False
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
-        """Tell how far the body is, in any unit: *done* of *total*, and one line of text.
+        """Report the progress of the body, in any unit: *done* of *total*, and one line of text.
 
-        Cheap (some microseconds) and never blocks. Several times a second it reaches the row; what is said in between
-        does so with the next heartbeat, and the last word with the end. Every call tells that the body gets on
-        (`stall_s`), whatever the numbers.
+        Cheap (some microseconds) and never blocks. It reaches the row several times a second; calls in between do so
+        with the next heartbeat, and the last one with the end. Every call counts as progress (`stall_s`), whatever the
+        numbers.
 
         Raises:
-            Cancelled: This attempt is to end.
+            Cancelled: This attempt should end.
         """
 
     def track(self, iterable: Iterable[T], total: float | None = None) -> Iterator[T]:
-        """Yield the items, telling the progress after each; *total* is asked of `len` if it is not given.
+        """Yield the items, reporting the progress after each; *total* is asked of `len` if it is not given.
 
         Raises:
-            Cancelled: This attempt is to end.
+            Cancelled: This attempt should end.
         """
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
@@ -83,12 +83,12 @@ class Context:
             self.progress(count, total)
 
     def reach(self, part: str, value: object = None) -> None:
-        """Record a named part of this task, durably, with a JSON value, and wake whoever waits for it.
+        """Record a named part of this task, durably, with a JSON value, and wake the tasks that wait for it.
 
         Again overwrites the value. Parts are cleared when the task is retried. Blocks for one commit.
 
         Raises:
-            Cancelled: This attempt is to end.
+            Cancelled: This attempt should end.
             DataInvalid, DataTooLarge: The value is not JSON, or too large.
         """
 
@@ -103,7 +103,7 @@ class Context:
         """Wait until another task has reached a part, or has ended DONE; return the part's value, or the result.
 
         Returns at once if that has happened, also long ago. The other may run, wait, or not have started. Meanwhile
-        this body's slot is given to others; it takes one again before it goes on, before any new task.
+        this body's slot is given to others; it takes one again, ahead of any new task, before it continues.
 
         Args:
             task: A handle or an id, or several: then a list of values in their order.
@@ -128,7 +128,7 @@ class Context:
         *,
         return_interrupted: bool = False,
     ) -> Any:  # noqa: ANN401 - as wait_for
-        """Wait like `wait_for`, while the body's event loop goes on."""
+        """Wait like `wait_for`, while the body's event loop runs."""
         wait = functools.partial(self.wait_for, task, part, timeout_s, return_interrupted=return_interrupted)
         return await _in_thread(wait)
 
@@ -145,11 +145,11 @@ class Context:
         return Lock(self, name, permits, timeout_s)
 
     def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
-        """Wait until *parties* tasks have arrived here; then all go on, and the barrier can be used again.
+        """Wait until *parties* tasks have arrived here; then all continue, and the barrier can be used again.
 
         Args:
             name: Of the barrier, within its scope.
-            parties: How many go on together; a retried task counts once.
+            parties: How many continue together; a retried task counts once.
             scope: Whose barrier it is; None is the task that requested this one and its siblings.
             timeout_s: How long at most.
 
@@ -163,7 +163,7 @@ class Context:
     async def barrier_async(
         self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None
     ) -> None:
-        """Wait like `barrier`, while the body's event loop goes on."""
+        """Wait like `barrier`, while the body's event loop runs."""
         await _in_thread(functools.partial(self.barrier, name, parties, scope=scope, timeout_s=timeout_s))
 
     def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - those of Service.request
@@ -181,7 +181,7 @@ class Context:
         raise NotInTask("lock makes sense only in a body that a supervisor runs")
 
     def _rouse(self) -> None:
-        """Have the threads that wait for this body look whether they still should."""
+        """Wake the threads that wait for this body, so that they check whether they still should."""
 
 
 class Lock:
@@ -240,11 +240,11 @@ def checked_ids(awaited: Iterable[object]) -> list[int]:
 
 
 class _Beside(NamedTuple):
-    """What the thread of an async wait must know of its coroutine.
+    """The coroutine of an async wait, as the thread of that wait knows it.
 
     Attributes:
         given_up: The loop has cancelled the coroutine, as asyncio.timeout does.
-        alone: No other coroutine of the loop goes on beside it.
+        alone: No other coroutine of the loop runs beside it.
     """
 
     given_up: threading.Event
@@ -255,13 +255,13 @@ _beside: contextvars.ContextVar[_Beside] = contextvars.ContextVar("bgsupervisor_
 
 
 def is_given_up() -> bool:
-    """Whether the coroutine that this thread waits for was cancelled by its loop."""
+    """Return whether the coroutine that this thread waits for was cancelled by its loop."""
     beside = _beside.get(None)
     return beside is not None and beside.given_up.is_set()
 
 
 def waits_alone() -> bool:
-    """Whether nothing of the body goes on beside the wait of this thread: not another coroutine, nor another thread.
+    """Return whether nothing of the body runs beside the wait of this thread: no coroutine and no thread.
 
     Of a wait in the main thread that is taken for granted: threads that a library has left idle do not count.
     """
@@ -272,7 +272,7 @@ def waits_alone() -> bool:
 async def _in_thread(call: Callable[[], T]) -> T:
     """Call what blocks in a thread of its own; a coroutine that is cancelled waits for the thread's end.
 
-    Not in one of the loop's own pool: that has few, and who holds a lock must find one to give it back in.
+    Not in one of the loop's own pool: that has few, and a lock holder needs one to release it.
     """
     import asyncio  # noqa: PLC0415 - 40 ms that only an async body pays
     from concurrent.futures import Future  # noqa: PLC0415 - as above
@@ -284,7 +284,7 @@ async def _in_thread(call: Callable[[], T]) -> T:
         _beside.set(beside)
         try:
             answer.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the coroutine is to have it
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the coroutine raises it
             answer.set_exception(error)
 
     context = contextvars.copy_context()
@@ -297,7 +297,7 @@ async def _in_thread(call: Callable[[], T]) -> T:
         _context._rouse()  # noqa: SLF001 - its half
         await asyncio.wait([waiting])
         if not waiting.cancelled():
-            waiting.exception()  # it is told by the cancellation
+            waiting.exception()  # the cancellation reports it
         raise
 
 

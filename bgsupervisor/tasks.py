@@ -1,7 +1,7 @@
-"""What application authors write: task classes, task functions, and what a body may ask and tell.
+"""Task classes and task functions, as application authors write them.
 
 Knows no database and no process. A body that is called directly, outside a supervisor, runs like any function: its
-progress goes nowhere and nobody cancels it.
+progress goes nowhere and it is never cancelled.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Task:
     """The base of task classes: subclass it in a configured module and define `run`.
 
     Attributes:
-        name: What rows call it; "module:QualName" if it is not set. Set it to be free to move the class.
+        name: Its name in rows; "module:QualName" if it is not set. Set it to be free to move the class.
         timeout_s: How long an attempt may run, in seconds; None is for ever. While it is suspended does not count.
         stall_s: How long an attempt may go without a call of progress, track or reach, in seconds; None is for ever.
             Any such call counts, with the same numbers too. While it waits for others, or is suspended, does not count.
@@ -137,19 +137,19 @@ class Task:
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether this attempt is to end; the next progress or track raises `Cancelled`."""
+        """Whether this attempt should end; the next progress or track raises `Cancelled`."""
         return current().cancel_requested
 
     def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
-        """Tell how far the body is; see `Context.progress`."""
+        """Report the progress of the body; see `Context.progress`."""
         current().progress(done, total, message)
 
     def track(self, iterable: Iterable[T], total: float | None = None) -> Iterator[T]:
-        """Yield the items, telling the progress after each; see `Context.track`."""
+        """Yield the items, reporting the progress after each; see `Context.track`."""
         return current().track(iterable, total)
 
     def reach(self, part: str, value: object = None) -> None:
-        """Record a named part of this task and wake whoever waits for it; see `Context.reach`."""
+        """Record a named part of this task and wake the tasks that wait for it; see `Context.reach`."""
         current().reach(part, value)
 
     def wait_for(
@@ -171,7 +171,7 @@ class Task:
         *,
         return_interrupted: bool = False,
     ) -> Any:  # noqa: ANN401 - as wait_for
-        """Wait while the event loop goes on; see `Context.wait_for_async`."""
+        """Wait while the event loop runs; see `Context.wait_for_async`."""
         return await current().wait_for_async(task, part, timeout_s, return_interrupted=return_interrupted)
 
     def lock(self, name: str, permits: int = 1, timeout_s: float | None = None) -> Lock:
@@ -179,13 +179,13 @@ class Task:
         return current().lock(name, permits, timeout_s)
 
     def barrier(self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None) -> None:
-        """Wait until so many tasks have arrived; see `Context.barrier`."""
+        """Wait until *parties* tasks have arrived; see `Context.barrier`."""
         current().barrier(name, parties, scope=scope, timeout_s=timeout_s)
 
     async def barrier_async(
         self, name: str, parties: int, *, scope: str | None = None, timeout_s: float | None = None
     ) -> None:
-        """Wait while the event loop goes on; see `Context.barrier_async`."""
+        """Wait while the event loop runs; see `Context.barrier_async`."""
         await current().barrier_async(name, parties, scope=scope, timeout_s=timeout_s)
 
     def request(self, task: Any, data: Mapping[str, object] | None = None, **options: Any) -> Handle:  # noqa: ANN401 - those of Service.request
@@ -305,7 +305,7 @@ def definition_of(what: object) -> Definition | None:
 
 
 def remarks() -> list[str]:
-    """Return a sentence for each thing in the loaded tasks that was probably meant otherwise; none is an error."""
+    """Return a sentence for each probable mistake in the loaded tasks; none is an error."""
     found: list[str] = []
     for cls in subclasses(Task):
         found += _remarks_on_class(cls)
@@ -315,7 +315,7 @@ def remarks() -> list[str]:
 
 
 def defines_tasks(module: str) -> bool:
-    """Whether a loaded task was defined in *module* or below it."""
+    """Return whether a loaded task was defined in *module* or below it."""
     return any(one.module == module or one.module.startswith(f"{module}.") for one in definitions().values())
 
 
@@ -346,7 +346,7 @@ def _remarks_on_class(cls: type[Task]) -> Iterator[str]:
 
 
 def _is_counted_for(cls: type[Task], part: type) -> bool:
-    """Whether the attributes of *part* are looked at with *cls*: its own, and those that no task above it has."""
+    """Return whether the attributes of *part* are checked with *cls*: its own, and those that no task above it has."""
     return part is cls or not any(issubclass(base, part) for base in cls.__bases__ if issubclass(base, Task))
 
 

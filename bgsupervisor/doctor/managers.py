@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
-from bgsupervisor.ipc.lock import STUCK_S, Lock
+from bgsupervisor.ipc.lock import LOOP_STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StopMark
 from bgsupervisor.system.fingerprint import newer_code
 from bgsupervisor.system.users import user_name
@@ -45,7 +45,7 @@ def lock(site: Site) -> Iterator[Result]:
     holder = lock_holder(site)
     if holder is None:
         yield note(f"no process holds it; it was last touched {age_s:.0f} s ago")
-    elif age_s > STUCK_S:
+    elif age_s > LOOP_STUCK_S:
         yield wrong(
             f"PID {holder} holds it and has shown no sign of life for {age_s:.0f} s; "
             "check that process, and end it if it hangs: its tasks live on"

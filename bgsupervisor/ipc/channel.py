@@ -41,7 +41,7 @@ _LENGTH = struct.Struct(">I")
 class Channel:
     """One connection: frames in, frames out, never blocking.
 
-    What cannot be written at once is kept and written by `flush`. After the peer's end of file `closed` is true;
+    Bytes that cannot be written at once are kept and written by `flush`. After the peer's end of file `closed` is true;
     messages received before that are still delivered.
 
     Attributes:
@@ -81,7 +81,7 @@ class Channel:
     def send(self, message: Message) -> int:
         """Queue one message and write what the kernel takes; return its first byte's place in `written_bytes`.
 
-        A message whose place is not below `written_bytes` when the channel is closed has not left at all.
+        A message whose place is not below `written_bytes` when the channel is closed was not sent at all.
         """
         start = self.queued_bytes
         body = encode(message)
@@ -116,7 +116,7 @@ class Channel:
         """Return the messages that have arrived; may be empty. Sets `closed` at the end of the stream.
 
         Raises:
-            WireError: What arrived is not our protocol; the caller closes the channel.
+            WireError: The bytes that arrived are not our protocol; the caller closes the channel.
         """
         taken = 0
         while taken < RECEIVE_BYTES and not self.closed:
@@ -213,7 +213,7 @@ class Redial:
         return max(0.0, self._due_at - self._clock.monotonic())
 
     def alone_s(self) -> float:
-        """Return for how long there has been nobody but who refuses; 0 while there is a connection."""
+        """Return for how long every connection was refused; 0 while there is a connection."""
         return 0.0 if self._is_connected else self._clock.monotonic() - self._alone_since
 
     def connected(self) -> None:

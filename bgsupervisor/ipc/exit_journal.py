@@ -1,4 +1,4 @@
-"""What a fork server has written down: the exits of which no supervisor has told it that they are recorded.
+"""The journal of a fork server: the exits that no supervisor has acknowledged as recorded.
 
 The file is its record in the state directory. A fork server writes before it reaps, so that there is no moment at which
 only its memory knows how a child ended: it may be stopped or killed at any of them.

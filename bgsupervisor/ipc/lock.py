@@ -17,26 +17,26 @@ __all__ = ["Lock"]
 
 LOCK_MODE = 0o640
 LOCK_TRIES = 5
-"""How often `Lock.acquire` starts again because the file was replaced while it was being locked."""
+"""Limit of the tries of `Lock.acquire`, which starts again if the file is replaced while it is being locked."""
 LOCK_READ_BYTES = 16384
-TAKE_OVER_LOOK_S = 0.05
-STUCK_S = 60.0
-"""A supervisor whose lock file was not touched for so long does not turn its loop any more."""
+TAKE_OVER_POLL_S = 0.05
+LOOP_STUCK_S = 60.0
+"""Age of the lock file, in seconds, from which its supervisor's loop counts as stuck."""
 
 
 class Lock:
     """The right to be the one supervisor of a state directory; dies with its process.
 
-    The kernel holds it for an open descriptor that no started program inherits. A process that is forked while it
-    is held shares it.
+    The kernel keeps it for an open descriptor that no started program inherits. A process that is forked meanwhile
+    shares it.
 
     Args:
         path: The lock file, made 0640 where it is missing.
         clock: Tells the age of the file.
-        program: Which installation this process is of, noted for others to compare.
+        program: The installation of this process, noted for others to compare.
 
     Attributes:
-        unattended_since: When the holder before had touched it last, as `acquire` found it; monotonic.
+        unattended_since: When the previous holder last touched the file, as `acquire` found it; monotonic.
     """
 
     def __init__(self, path: Path, clock: Clock | None = None, *, program: str = "") -> None:
@@ -65,9 +65,9 @@ class Lock:
         return False
 
     def take_over(self, *, wait_s: float) -> bool:
-        """Take the lock from a living holder: put another file in the place of the locked one, and have it leave.
+        """Take the lock from a living holder: replace the locked file, so that the holder leaves.
 
-        The holder sees that its file was replaced, and leaves its tasks alone. Returns False where a third one was
+        The holder sees that its file was replaced, and leaves its tasks alone. Returns False if a third process was
         faster, and this process must leave.
 
         Raises:
@@ -104,7 +104,7 @@ class Lock:
             with suppress(BlockingIOError):
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            self._clock.sleep(TAKE_OVER_LOOK_S)
+            self._clock.sleep(TAKE_OVER_POLL_S)
 
     def _open_locked(self) -> int | None:
         """Return a descriptor that holds the lock, None where another process has it."""
@@ -137,7 +137,7 @@ class Lock:
             os.utime(self._fd)
 
     def is_intact(self) -> bool:
-        """Tell whether the lock is held and its path still leads to the locked file.
+        """Return whether the lock is held and its path still leads to the locked file.
 
         A path that cannot be looked at (rights, I/O) counts as intact: nobody has seen another file there.
         """
@@ -170,7 +170,7 @@ class Lock:
         return pid if isinstance(pid, int) else None
 
     def is_of_another_program(self) -> bool:
-        """Whether the last holder noted another program than this process's; False where it noted none."""
+        """Return whether the last holder noted another program than this process's; False where it noted none."""
         program = self._noted("program")
         return isinstance(program, str) and bool(program) and program != self._program
 

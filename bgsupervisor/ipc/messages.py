@@ -57,7 +57,7 @@ class ProcessRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AttemptResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How an attempt ended, by whoever saw it: DONE when *reason* is None, else INTERRUPTED.
+    """The result of an attempt, whichever process reports it: DONE when *reason* is None, else INTERRUPTED.
 
     The last progress travels with it, so that the last word is never lost to a throttle.
     """
@@ -77,7 +77,7 @@ class AttemptResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a supervisor must know of a task class; it never imports the class itself."""
+    """The options of a task class that a supervisor uses; it never imports the class."""
 
     timeout_s: float | None = None
     stall_s: float | None = None
@@ -86,7 +86,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class LoadFailure(msgspec.Struct, frozen=True):
-    """What failed to load, and why.
+    """A module that failed to load, and the cause.
 
     Attributes:
         module: The name of the module, of the `setup` callable, or of the task whose signature cannot be used.
@@ -100,10 +100,10 @@ class LoadFailure(msgspec.Struct, frozen=True):
 
 
 class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A child's first word on a connection: who it is and what it is doing.
+    """A child's first message on a connection: its identity and its present state.
 
     `id` is None for an idle child, which has read its last connection to the end and so knows that it began
-    nothing it was told there. `end` is set when the attempt has ended and nobody has acknowledged it.
+    nothing it was told there. `end` is set when the attempt has ended and is not acknowledged yet.
     """
 
     version: int
@@ -115,7 +115,7 @@ class ChildHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class ForkServerHello(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A fork server's first word: its catalogue, its living children and the exits nobody has acknowledged.
+    """A fork server's first message: its catalogue, its living children and the exits not yet acknowledged.
 
     Attributes:
         dangers: Warnings about data that may be lost.
@@ -195,7 +195,7 @@ class Run(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """What a body said of its progress."""
+    """The progress that a body has reported."""
 
     id: int
     attempt: int
@@ -227,7 +227,7 @@ class Ack(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """This attempt is to end: raise Cancelled at the next chance. SIGTERM may follow."""
+    """This attempt should end: raise Cancelled at the next chance. SIGTERM may follow."""
 
     id: int
     attempt: int
@@ -248,7 +248,7 @@ class WaitManagerBeat(msgspec.Struct, frozen=True, tag=True):
 
 
 class Notify(msgspec.Struct, frozen=True, tag=True):
-    """Something has happened to what these keys name; whoever waits for it looks at the rows."""
+    """Something has happened to the things that these keys name; their waiters read the rows again."""
 
     keys: list[str]
 
@@ -299,7 +299,7 @@ class Reload(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reloaded(msgspec.Struct, frozen=True, tag=True):
-    """What a reload came to; *done* is false when the old code stays in force."""
+    """The outcome of a reload; *done* is false when the old code stays in force."""
 
     done: bool
     detail: str

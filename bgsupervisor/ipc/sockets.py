@@ -1,4 +1,4 @@
-"""Unix sockets in a folder: made, dialled and checked for whose they are; knows no messages.
+"""Unix sockets in a folder: made, dialled and checked for their owner; knows no messages.
 
 Sockets are addressed relative to an open directory descriptor, because an address holds 107 bytes only and state
 directories lie deeper.
@@ -36,7 +36,7 @@ SHORT_ADDRESS_BYTES = 100
 def bind(dir_fd: int, name: str, kind: socket.SocketKind, mode: int) -> socket.socket:
     """Return a non-blocking Unix socket that answers as *name* in the folder *dir_fd*; streams listen.
 
-    It is made under a temporary name and then renamed, so that nobody meets it half made, and a socket of that
+    It is made under a temporary name and then renamed, so that no process meets it half made, and a socket of that
     name that was left behind is replaced in one step. *mode* are its rights whatever the umask. Linux only.
 
     Raises:
@@ -101,10 +101,10 @@ def check_peer(connection: socket.socket) -> None:
 
 
 def send_datagram(path: Path, payload: bytes = b"") -> bool:
-    """Send *payload* to the datagram socket *path*; True where somebody listens. Never blocks, never raises.
+    """Send *payload* to the datagram socket *path*; True if a process listens. Never blocks, never raises.
 
-    False also where the listener's queue is full (it has been notified already), where this user may not ring, and on
-    systems without Unix sockets: a wake-up may get lost, so nobody may rely on it alone.
+    False also where the listener's queue is full (it has been notified already), where this user may not send, and on
+    systems without Unix sockets: a wake-up may get lost, so do not rely on it alone.
     """
     if not hasattr(socket, "AF_UNIX"):
         return False
@@ -127,7 +127,7 @@ def notify_waiters(folder: Path, keys: Sequence[str]) -> bool:
 
 
 def abandon_wait(folder: Path, wait: str) -> bool:
-    """Have a wait at the wait manager end that nobody waits for any more; as `notify_waiters`."""
+    """End a wait at the wait manager that is no longer needed; as `notify_waiters`."""
     return send_datagram(folder / NOTIFY_SOCKET_NAME, json.dumps(wait).encode())
 
 

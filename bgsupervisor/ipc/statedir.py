@@ -62,7 +62,7 @@ class StateDir:
 
     @property
     def stop_mark(self) -> Path:
-        """Return the file that says that nobody is to supervise; see `StopMark`."""
+        """Return the mark that forbids supervising; see `StopMark`."""
         return self.path / "stopped"
 
     @property
@@ -128,7 +128,7 @@ class StateDir:
         """Yield a sentence for each way by which another user could plant files here, with what to do about it.
 
         Raises:
-            OSError: A folder cannot be looked at.
+            OSError: A folder cannot be examined.
         """
         if not hasattr(os, "geteuid"):
             return  # Windows has neither users by number nor modes
@@ -156,7 +156,7 @@ class StopMark:
     """Somebody wants no supervisor here: while it stands, a living one goes and `run` leaves at once.
 
     Attributes:
-        mode: What becomes of running tasks: "leave" them running, "drain" (wait for them) or "kill".
+        mode: What happens to running tasks: "leave" them running, "drain" (wait for them) or "kill".
         by: Who asked.
         at: When, as ISO text in UTC.
     """

@@ -1,6 +1,6 @@
 """Whose a descriptor is: one of the fork server's own, which no child may have, or one of the application.
 
-A number says nothing by itself: the kernel gives it to the next file once it is closed. So each descriptor of
+A number identifies nothing by itself: once it is closed, the kernel gives it to the next file. So each descriptor of
 ours is noted with what it leads to when it is opened, and closed in a child only if it still leads there. All others
 belong to the application, however, whenever and by whichever thread they were opened, and stay. Knows no processes.
 """
@@ -25,7 +25,7 @@ _OUTPUTS = {1: "stdout", 2: "stderr"}
 
 
 class Identity(NamedTuple):
-    """What a descriptor leads to.
+    """The file behind a descriptor.
 
     Device and inode alone would not do: all epolls and eventfds share one inode, and before Linux 6.9 (pidfs) all
     pidfds did.
@@ -107,7 +107,7 @@ def open_standard() -> None:
 
 
 def is_taken(number: int) -> bool:
-    """Whether a file has taken the number of a standard descriptor that was closed.
+    """Return whether a file has taken the number of a standard descriptor that was closed.
 
     A standard descriptor outlives exec; a file that Python opens does not (PEP 446).
     """
@@ -119,7 +119,7 @@ def is_taken(number: int) -> bool:
 
 @contextlib.contextmanager
 def keeping_output() -> Iterator[None]:
-    """Have stdout and stderr lead where they led before, also if an import in this block closes or redirects them.
+    """Restore stdout and stderr after the block, also if an import in it closes or redirects them.
 
     Where the import closes all descriptors there is no way back, and what is printed afterwards is lost.
     """

@@ -1,7 +1,7 @@
 """Files of this user that no other user can plant or redirect; knows no task.
 
 Modes are set whatever the umask, no link is followed, and what belongs to another user is refused. The module can be
-imported on every system; what only Linux has is looked for when used.
+imported on every system; what only Linux has is loaded when used.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def replace_own(path: Path, content: bytes, mode: int) -> None:
 
 
 def is_another(path: Path, inode: int | None) -> bool:
-    """Tell whether another file than the one with *inode* stands under *path*; False where none can be seen."""
+    """Return whether another file than the one with *inode* stands under *path*; False where none can be seen."""
     found = inode_of(path)
     return found is not None and found != inode
 
@@ -151,13 +151,13 @@ _HINTS: Mapping[int | None, str] = {
     errno.ENOLCK: _NO_LOCKS,
     errno.EOPNOTSUPP: _NO_LOCKS,
 }
-"""What to do about an error, whatever was tried; flock(2) lists ENOLCK, and file systems without locks EOPNOTSUPP."""
+"""The remedy of an error, whatever was tried; flock(2) lists ENOLCK, and file systems without locks EOPNOTSUPP."""
 
 
 def access_error(path: Path, right: str, error: OSError, hint: str) -> AccessError:
     """Return the error of this process's user failing to *right* ("read", "write", "create") *path*.
 
-    *hint* says what to do about it, where the error alone does not.
+    *hint* is the remedy, where the error alone does not name one.
     """
     user = own_user()
     if isinstance(error, NotOwnFile):

@@ -42,7 +42,7 @@ INCOMPLETE = "?"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What code on disk looked like at one moment.
+    """The state of code on disk at one moment.
 
     Attributes:
         digests: For each place, which is a file or a package's folder, a text that changes when path, size or time of
@@ -59,7 +59,7 @@ class Fingerprint:
         """Return whether any place has changed, or the configuration names a place that is not in this fingerprint."""
         wanted = {str(place) for place in code_places(config)}
         return not wanted <= self.digests.keys() or any(
-            _Look().digest(place) != old for place, old in self.digests.items()
+            _Scan().digest(place) != old for place, old in self.digests.items()
         )
 
     def extended(self, places: Iterable[str], *, since_ns: int) -> Fingerprint:
@@ -67,7 +67,7 @@ class Fingerprint:
         found = dict(self.digests)
         for place in places:
             if place not in found:
-                found[place] = _Look().digest(place) if _Look().changed_at_ns(place) <= since_ns else INCOMPLETE
+                found[place] = _Scan().digest(place) if _Scan().changed_at_ns(place) <= since_ns else INCOMPLETE
         return dataclasses.replace(self, digests=found)
 
 
@@ -77,7 +77,7 @@ def code_fingerprint(config: Config) -> Fingerprint:
     Looks at the packages of the configured modules, `setup` and `child_setup`, at the configuration file and its
     env_file, and at bgsupervisor itself. Blocks for reading folders: about 3 ms per 1000 code files.
     """
-    digests = {str(place): _Look().digest(str(place)) for place in code_places(config)}
+    digests = {str(place): _Scan().digest(str(place)) for place in code_places(config)}
     return Fingerprint(digests, str(_PACKAGE), _root())
 
 
@@ -90,11 +90,11 @@ def newer_code(file: Path) -> list[str]:
     fingerprint = read_fingerprint(file)
     if fingerprint is None or fingerprint.root != _root():
         return []
-    look, found = _Look(LISTING_ENTRIES), []
+    scan, found = _Scan(LISTING_ENTRIES), []
     for place, old in fingerprint.digests.items():
         if place == fingerprint.package or (old.endswith(INCOMPLETE) and old != INCOMPLETE):
             continue
-        now = look.digest(place)
+        now = scan.digest(place)
         if now != old and not now.endswith(INCOMPLETE):
             found.append(Path(place).name)
     return found
@@ -174,8 +174,8 @@ def _found(name: str, config: Config) -> list[Path]:
     return [Path(spec.origin)] if spec.origin else []
 
 
-class _Look:
-    """One look at the code files of places, of which it sees at most *most* files and folders."""
+class _Scan:
+    """One scan of the code files of places, at most *most* files and folders."""
 
     def __init__(self, most: int = MAX_ENTRIES) -> None:
         self._left = most
@@ -196,7 +196,7 @@ class _Look:
     def _files(self, place: str) -> Iterator[tuple[str, os.stat_result]]:
         for path in self._tree(place):
             try:
-                yield path, os.stat(path)  # noqa: PTH116 - a Path for each file takes longer than the look at it
+                yield path, os.stat(path)  # noqa: PTH116 - a Path for each file takes longer than reading it
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:

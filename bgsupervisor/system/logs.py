@@ -1,6 +1,6 @@
 """Log files of tasks: names, limits, reading; knows no tasks, only their numbers.
 
-A log has one writer that appends. It is bounded by giving back the blocks of its middle while the writer goes on, so
+A log has one writer that appends. It is bounded by giving back the blocks of its middle while the writer continues, so
 that the first and the last lines remain and no position in the file ever moves.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 4096
-CHUNK_BYTES = 65536
+READ_CHUNK_BYTES = 65536
 FOLLOW_POLL_S = 0.1
 LOG_MODE = 0o640
 _PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -65,12 +65,12 @@ def find(logs: Path, *, id: int, attempt: int, pid: int | None, start_ticks: int
     candidates = [task_log(logs, id, attempt)]
     if pid is not None and start_ticks is not None:
         candidates.append(process_log(logs, pid, start_ticks))
-        candidates.append(candidates[0])  # it may have been renamed between the two looks
+        candidates.append(candidates[0])  # it may have been renamed between the two searches
     return next((path for path in candidates if _is_there(path)), None)
 
 
 def is_own(path: Path) -> bool:
-    """Whether *path* is a plain file of this user, as its child has made it."""
+    """Return whether *path* is a plain file of this user, as its child has made it."""
     try:
         found = path.lstat()
     except OSError:
@@ -91,7 +91,7 @@ def open_for_append(path: Path) -> int:
 
 
 def leave_dead_output(path: Path) -> bool:
-    """Send stdout and stderr to *path* if nobody can read them any more; return whether that became of either.
+    """Send stdout and stderr to *path* if no process can read them any more; return whether that became of either.
 
     That is so of a terminal that was closed and of a pipe or socket without a reader: a print would raise OSError, and
     a module that prints would not load. Where *path* cannot be opened they go nowhere. A file or socket of the
@@ -115,7 +115,7 @@ def leave_dead_output(path: Path) -> bool:
 
 
 def bound(path_or_fd: Path | int, limit_bytes: int) -> bool:
-    """Cut the middle out of a log that takes more room on disk than it may; its writer goes on meanwhile.
+    """Cut the middle out of a log that takes more room on disk than it may; its writer continues meanwhile.
 
     The first quarter and the last half of the limit remain. On a file system that cannot free a middle the log is
     cut down to its first quarter instead.
@@ -145,7 +145,7 @@ def tail(path: Path, lines: int, max_bytes: int = 65536) -> list[str]:
     Args:
         path: The log.
         lines: How many at most.
-        max_bytes: How much of the file is looked at; a line that begins before that is cut.
+        max_bytes: Limit of what is read of the file; a line that begins before that is cut.
 
     Raises:
         OSError: The log is missing or not readable.
@@ -186,8 +186,8 @@ def follow(path_finder: Callable[[], Path | None], ended: Callable[[], bool], cl
 
     Args:
         path_finder: Asked again until it gives a path that exists.
-        ended: Tells whether nothing more will be written; asked before each look at the file.
-        clock: Sleeps between looks, FOLLOW_POLL_S each.
+        ended: Returns whether nothing more will be written; called before each read of the file.
+        clock: Sleeps between reads, FOLLOW_POLL_S each.
 
     Raises:
         OSError: The log is not readable.
@@ -206,14 +206,14 @@ def follow(path_finder: Callable[[], Path | None], ended: Callable[[], bool], cl
 
 
 class Reader:
-    """Reads what is new in one log, look by look; the file stays open once found, so its renaming loses nothing."""
+    """Read the new part of one log, call by call; the file stays open once found, so its renaming loses nothing."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
         self._text = _Text()
 
     def new(self, path_finder: Callable[[], Path | None]) -> Iterator[str]:
-        """Yield what was written since the last look; *path_finder* is asked until it gives a path that exists.
+        """Yield what was written since the last call; *path_finder* is asked until it gives a path that exists.
 
         Raises:
             OSError: The log is not readable.
@@ -287,7 +287,7 @@ def _pieces(fd: int, position: int) -> Iterator[tuple[int, bytes]]:
         until = min(end, _next_hole(fd, position, end)) if position < end else end
         while position < until:
             os.lseek(fd, position, os.SEEK_SET)
-            piece = os.read(fd, min(CHUNK_BYTES, until - position))
+            piece = os.read(fd, min(READ_CHUNK_BYTES, until - position))
             if not piece:
                 return  # cut short meanwhile
             yield position, piece

@@ -1,4 +1,4 @@
-"""What the kernel says about memory: was a SIGKILL the OOM killer's? Knows no tasks and kills nothing.
+"""The kernel's evidence about memory: was a SIGKILL the OOM killer's? Knows no tasks and kills nothing.
 
 Counters are taken when a process starts and compared after its death. Each OOM kill that explained one death is used
 up, so that the kill of one process never explains the death of its neighbour in the same cgroup.
@@ -21,7 +21,7 @@ __all__ = ["Counters", "OomWatch"]
 
 INITIAL_PID_NAMESPACE = 4026531836  # the inode that the kernel gives to the first one (PROC_PID_INIT_INO)
 KEPT = 1000  # PIDs and counter files; older ones are forgotten
-READS_AT_ONCE = 10_000  # records of the kernel log per look; a flood of others is read on at the next one
+READS_AT_ONCE = 10_000  # records of the kernel log per call; the next call reads the rest of a flood
 RECORD_MAX_BYTES = 65536  # the kernel's own limit is 8192
 KERNEL_PREFIXES = frozenset(b"01234567")  # priority with facility 0: what programs write there has another one
 
@@ -31,7 +31,7 @@ SUMMARY = re.compile(rb"^oom-kill:.*,pid=(\d+),uid=\d+$")
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What had been counted when a process started.
+    """The counters when a process started.
 
     Attributes:
         cgroup_file: The file that counts the OOM kills of its memory cgroup, None if there is none to be read.
@@ -86,7 +86,7 @@ class OomWatch:
         return found
 
     def evidence(self, pid: int, before: Counters) -> str | None:
-        """Tell after a death by a SIGKILL that nobody here ordered whether it was the OOM killer's.
+        """Return whether a SIGKILL that we did not send was the OOM killer's.
 
         Args:
             pid: The dead process.
@@ -123,9 +123,9 @@ class OomWatch:
         return None
 
     def _log_is_complete(self, before: Counters) -> bool:
-        """Tell whether the log's silence is evidence: it is read, lost nothing and shows every kill of the host.
+        """Return whether the log's silence is evidence: it is read, lost nothing and shows every kill of the host.
 
-        The kernel counts a kill a moment before it logs it, so a death may be looked at in between.
+        The kernel counts a kill a moment before it logs it, so a death may be examined in between.
         """
         if self._fd < 0 or self._log_losses > before.log_losses:
             return False
@@ -135,7 +135,7 @@ class OomWatch:
         return self._log_kills - before.log_kills >= now - before.host_kills
 
     def _moved(self, file: Path | None, before: int | None) -> bool | None:
-        """Tell whether a counter shows a kill that no death was explained by yet; None if it cannot be read."""
+        """Return whether a counter shows a kill that no death was explained by yet; None if it cannot be read."""
         now = None if file is None else _count(file)
         if file is None or now is None or before is None:
             return None

@@ -14,7 +14,7 @@ class Notifier:
     """Speaks to the socket of NOTIFY_SOCKET; silent without one. Never blocks, never fails.
 
     Args:
-        address: A path, or a name that begins with "@" (abstract); None is nobody.
+        address: A path, or a name that begins with "@" (abstract); None is no manager.
     """
 
     def __init__(self, address: str | None) -> None:

@@ -1,11 +1,11 @@
-"""The Python stacks of a running process: how it gets ready to show them, and how others ask; knows no tables.
+"""The Python stacks of a running process: how it prepares to show them, and how others ask; knows no tables.
 
-Who asks sends SIGURG. Python's faulthandler answers at once from C, whatever holds the interpreter's lock, with the
-stack of the thread that got the signal: the main one. Then who asks notifies a wake-up, a pipe: a thread of the
-process's own wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock nobody
-may read the stack of a thread that moves: it can end the process. The wake-up is notified too where nothing answers the
-signal: the body may have taken that for itself. The answers go into a piece of memory without a name in the file
-system; who asked reads it through the process table.
+The asking process sends SIGURG. Python's faulthandler answers at once from C, whatever holds the interpreter's lock,
+with the stack of the thread that got the signal: the main one. Then the asking process writes to a pipe. A thread of
+the asked process wakes, takes the interpreter's lock, and answers with the stacks of all threads. Without that lock,
+reading the stack of a thread that runs can crash the process. The pipe is written also if nothing answers the signal:
+the body may use it for itself. The answers go into memory without a name in the file system; the asking process
+reads it through the process table.
 
 SIGURG, because what has no handler for it ignores it: no mistake can end a process, not even one that has become
 another program by exec a moment ago. And no Python library is known to use it; SIGUSR1, SIGWINCH and SIGQUIT are used.
@@ -41,26 +41,26 @@ if TYPE_CHECKING:
 __all__ = ["ANSWER_S", "Answering", "Question", "can_answer", "stack_of"]
 
 SIGNAL = getattr(signal, "SIGURG", 0)
-NAME = "bgsupervisor-stack"
-"""What the memory is called in the process table."""
+MEMORY_NAME = "bgsupervisor-stack"
+"""Name of the shared memory in the process table."""
 BEGIN, END = b"all threads, asked by ", b"that is all for "
 ANSWER_S = 5.0
-"""A process answers within milliseconds; one that has not after so long hangs in the kernel, or cannot."""
+"""Limit of the wait for an answer, in seconds: processes answer within milliseconds, or hang in the kernel."""
 SETTLED_S = 0.02
 """The main thread's answer takes less than a millisecond; then the others are asked for."""
-SILENT_S = 0.5
+NO_ANSWER_S = 0.5
 """A main thread that has not answered by then may have taken the signal for itself; all are asked for all the same."""
 QUIET_S = 0.1
-"""So long the answer of all threads is waited for after the main one's; another thread may keep the lock."""
-LOOK_S = 0.01
+"""Limit of the wait for all threads after the main one's answer, in seconds; another thread may keep the lock."""
+ANSWER_POLL_S = 0.01
 DESCRIPTORS_MAX = 4096
 """The memory is opened before the body, so it is among the first descriptors."""
 MEMORY_MAX_BYTES = 4 * 1024 * 1024
-"""Who asks empties the memory when old answers take more; a single one takes about 1 MB at most (100 threads)."""
+"""Size of old answers from which the asking process empties the memory; one takes at most about 1 MB (100 threads)."""
 
 
 class Answering:
-    """What a process needs to answer questions for its stack."""
+    """The means by which a process answers questions for its stack."""
 
     def __init__(self) -> None:
         self._wake_ups: tuple[int, int] | None = None
@@ -68,7 +68,7 @@ class Answering:
         self.memory: int | None = None
 
     def get_ready(self) -> None:
-        """Have this process answer, in its main thread. Again before each body: the one before may have spoilt it.
+        """Let this process answer, in its main thread. Repeat before each body: the previous one may have spoilt it.
 
         Raises:
             OSError: The system gives no such memory; then the process shows no stack.
@@ -76,19 +76,19 @@ class Answering:
         if self.fileno() is None or self.memory is None or _wake_ups_of(f"/proc/self/fd/{self.memory}") is None:
             read, write = (_above_standard(end) for end in os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
             self._wake_ups, self._notify_inode = (read, write), os.fstat(read).st_ino
-            self.memory = _above_standard(os.memfd_create(f"{NAME}.{write}.{self._notify_inode}"))
+            self.memory = _above_standard(os.memfd_create(f"{MEMORY_NAME}.{write}.{self._notify_inode}"))
             fcntl.fcntl(self.memory, fcntl.F_SETFL, os.O_APPEND)
         faulthandler.unregister(SIGNAL)  # else it takes itself for registered, though another has set the signal since
         faulthandler.register(SIGNAL, file=self.memory, all_threads=False, chain=False)
 
     def fileno(self) -> int | None:
-        """Return what becomes readable when somebody asks; None if the body has closed it."""
+        """Return the descriptor that a question makes readable; None if the body has closed it."""
         if self._wake_ups is not None and _inode(self._wake_ups[0]) == self._notify_inode:
             return self._wake_ups[0]
         return None
 
     def answer(self) -> None:
-        """Write the stacks of all threads if somebody has asked. The caller has the interpreter's lock: they stand."""
+        """Write the stacks of all threads if a question has come. The caller has the interpreter's lock: they stand."""
         wake_ups, memory = self.fileno(), self.memory
         with contextlib.suppress(OSError):
             if wake_ups is None or memory is None or _wake_ups_of(f"/proc/self/fd/{memory}") is None:
@@ -109,7 +109,7 @@ class Question:
         self._ref = secrets.token_hex(8).encode()
         self._start = self._size = os.fstat(memory).st_size
         self._grown_at = 0.0
-        self._looked_at: float | None = None
+        self._asked_at: float | None = None
 
     @classmethod
     def ask(cls, handle: ProcessHandle) -> Self:
@@ -121,7 +121,7 @@ class Question:
         pid = handle.identity.pid
         try:
             if processes.is_stopped(pid):
-                why = "stands still, stopped by SIGSTOP or a debugger, and cannot answer"
+                why = "is stopped by SIGSTOP or a debugger and cannot answer"
                 return cls._refused(pid, f"{why}; `kill -CONT {pid}` lets it go on")
             memory = _open_memory(pid)
             if memory is None:
@@ -150,30 +150,30 @@ class Question:
         size = os.fstat(self._memory).st_size
         if size != self._size:
             self._size, self._grown_at = size, now
-        if self._looked_at is None:
-            self._looked_at = now
+        if self._asked_at is None:
+            self._asked_at = now
         # Not sooner: two answers at once would be mixed.
-        is_time = now - self._looked_at >= SILENT_S if size == self._start else now - self._grown_at >= SETTLED_S
+        is_time = now - self._asked_at >= NO_ANSWER_S if size == self._start else now - self._grown_at >= SETTLED_S
         if not self._notified and is_time:
             self._notified, self._grown_at = True, now
             _notify(self._pid, self._memory, self._ref)
-        said = self._said()
-        is_nobody_coming = BEGIN + self._ref not in said and now - self._grown_at >= QUIET_S
-        return (self.text() or None) if self._notified and (END + self._ref in said or is_nobody_coming) else None
+        written = self._written()
+        is_silent = BEGIN + self._ref not in written and now - self._grown_at >= QUIET_S
+        return (self.text() or None) if self._notified and (END + self._ref in written or is_silent) else None
 
     def text(self) -> str:
         """Return what has been answered so far, perhaps nothing."""
-        said = self._said()
-        of_all, ended, _ = said.partition(BEGIN + self._ref + b"\n")[2].partition(END + self._ref)
+        written = self._written()
+        of_all, ended, _ = written.partition(BEGIN + self._ref + b"\n")[2].partition(END + self._ref)
         if ended:
-            # The thread that answers says nothing of interest; the main one comes last.
+            # The thread that answers is of no interest; the main one comes last.
             blocks = reversed(of_all.strip(b"\n").split(b"\n\n"))
             text = b"\n\n".join(block for block in blocks if not block.startswith(b"Current thread")) + b"\n"
         else:
-            text = said.partition(BEGIN)[0]
+            text = written.partition(BEGIN)[0]
         return text.decode(errors="replace")
 
-    def _said(self) -> bytes:
+    def _written(self) -> bytes:
         size = os.fstat(self._memory).st_size
         return os.pread(self._memory, max(0, size - self._start), self._start)
 
@@ -183,7 +183,7 @@ class Question:
 
 
 def stack_of(handle: ProcessHandle, *, timeout_s: float, clock: Clock) -> str:
-    """Return the Python stacks of all threads of a process, which goes on meanwhile.
+    """Return the Python stacks of all threads of a process, which continues meanwhile.
 
     Raises:
         NoStack: It cannot answer, or has not within *timeout_s*; says why.
@@ -200,7 +200,7 @@ def stack_of(handle: ProcessHandle, *, timeout_s: float, clock: Clock) -> str:
                 return found
             if handle.is_dead():
                 raise NoStack(f"PID {pid} ended before it could answer", pid=pid)
-            clock.sleep(LOOK_S)
+            clock.sleep(ANSWER_POLL_S)
     raise NoStack(
         f"PID {pid} has not answered within {timeout_s:g} s: it hangs in the kernel (disk sleep), or its body has "
         "taken SIGURG for itself and lets no other thread run",
@@ -209,7 +209,7 @@ def stack_of(handle: ProcessHandle, *, timeout_s: float, clock: Clock) -> str:
 
 
 def can_answer(pid: int) -> bool:
-    """Whether a process has the memory in which a child shows its stack. Raises OSError if it may not be seen."""
+    """Return whether a process has the memory for its stack. Raises OSError if this user may not see it."""
     memory = _open_memory(pid)
     if memory is not None:
         os.close(memory)
@@ -217,7 +217,7 @@ def can_answer(pid: int) -> bool:
 
 
 def _open_memory(pid: int) -> int | None:
-    """Open the memory of another process, None if it has none. Raises OSError if this user may not look."""
+    """Open the memory of another process, None if it has none. Raises OSError if this user may not open it."""
     with os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in itertools.islice(entries, DESCRIPTORS_MAX):
             if _wake_ups_of(entry.path) is not None:
@@ -232,7 +232,7 @@ def _open_memory(pid: int) -> int | None:
 
 
 def _notify(pid: int, memory: int, ref: bytes) -> None:
-    """Ring the wake-up that the memory's name tells of; nothing if something else is there by now."""
+    """Write to the pipe that the memory's name gives; does nothing if something else is there by now."""
     descriptor, inode = _wake_ups_of(f"/proc/self/fd/{memory}") or (-1, 0)
     with contextlib.suppress(OSError):
         wake_ups = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -247,7 +247,7 @@ def _notify(pid: int, memory: int, ref: bytes) -> None:
 def _wake_ups_of(path: str) -> tuple[int, int] | None:
     """Return descriptor and inode of the wake-up that a memory is named after; None where *path* is no such memory."""
     try:
-        found = re.fullmatch(rf"/memfd:{NAME}\.(\d+)\.(\d+) \(deleted\)", str(Path(path).readlink()))
+        found = re.fullmatch(rf"/memfd:{MEMORY_NAME}\.(\d+)\.(\d+) \(deleted\)", str(Path(path).readlink()))
     except FileNotFoundError:
         return None
     return None if found is None else (int(found[1]), int(found[2]))

@@ -64,7 +64,7 @@ def die_with_parent(number: int) -> None:
 
 
 def is_child_subreaper() -> bool:
-    """Tell whether this process is a child subreaper."""
+    """Return whether this process is a child subreaper."""
     import ctypes  # noqa: PLC0415 - costs milliseconds that `ps` need not pay
 
     answer = ctypes.c_int()
@@ -129,7 +129,7 @@ class FileWatch:
         return self._fd
 
     def drain(self) -> bool:
-        """Read all that has come, without blocking; tell whether anything had."""
+        """Read all that has come, without blocking; return whether there was anything."""
         came = False
         with contextlib.suppress(BlockingIOError):
             while os.read(self._fd, 65536):
@@ -177,7 +177,7 @@ def _libc() -> ctypes.CDLL:
 def _checked(answer: Any, path: str | None = None) -> int:  # noqa: ANN401 - ctypes functions answer Any
     if answer >= 0:
         return int(answer)
-    import ctypes  # noqa: PLC0415 - loaded already by who called us
+    import ctypes  # noqa: PLC0415 - the callers have loaded it already
 
     number = ctypes.get_errno()
     raise OSError(number, os.strerror(number), path)

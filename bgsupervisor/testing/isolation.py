@@ -33,7 +33,7 @@ def isolate(*, test_cases: bool = True) -> None:
     """Keep all Services of this process, made before or later, away from the real database and supervisor.
 
     One line in `tests/__init__.py`, or at the top of a test module, is enough for unittest. From then on each test has
-    a database of its own, and what happens outside tests goes to a database that no test looks at. Nothing ends it
+    a database of its own, and what happens outside tests goes to a database that no test reads. Nothing ends it
     before the process ends; `isolation_off` is for the test that starts a supervisor of its own.
 
     Args:
@@ -157,7 +157,7 @@ def _box_of(case: unittest.TestCase) -> Iterator[None]:
         yield
         return
     with in_use(TaskBox()) as box:
-        case.addCleanup(box._raise_held)  # noqa: SLF001 - a cleanup, so that it is an error of this test
+        case.addCleanup(box._raise_errors)  # noqa: SLF001 - a cleanup, so that it is an error of this test
         yield
 
 

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from bgsupervisor.ledger.records import SupervisorRecord
 
 GONE_S = 5.0
-"""Who is killed is waited for no longer; one in uninterruptible sleep stays a while."""
+"""Limit of the wait for killed processes, in seconds; one in uninterruptible sleep stays longer."""
 
 
 def identity(row: TaskRecord | SupervisorRecord) -> ProcessIdentity:
-    """Return who the process of a row is; a PID alone is not enough, it may be reused."""
+    """Return the identity of a row's process; a PID alone is not enough, it may be reused."""
     return ProcessIdentity(row.host, row.boot_id, row.pid_ns, row.pid, row.start_ticks)  # type: ignore[arg-type]
 
 
 def identities(pids: Iterable[int]) -> Iterator[ProcessIdentity]:
-    """Yield who the processes of some PIDs are, as far as they live."""
+    """Yield the identities of some PIDs, as far as they live."""
     for pid in pids:
         found = processes.identity_of(pid, processes.host_id(None))
         if found is not None:
@@ -65,5 +65,5 @@ def kill(one: ProcessIdentity) -> None:
 
 
 def is_there(one: ProcessIdentity) -> bool:
-    """Tell whether a process lives; whom nobody can judge counts as living."""
+    """Return whether a process lives; an unknown verdict counts as living."""
     return processes.verdict(one) is not Verdict.DEAD

@@ -263,10 +263,10 @@ def test_a_body_that_lets_nobody_else_run_is_unresponsive_and_not_dead(make_app)
 def test_a_kill_for_which_the_tree_cannot_be_seen_reaches_the_body_all_the_same(make_app):
     app = make_app(TASKS, grace_s=0.2)
     (app.folder / "sitecustomize.py").write_text(
-        "from bgsupervisor.system import processes\n"
+        "from bgsupervisor.system import process_tree\n"
         "def signal_tree(handle, number):\n"
         "    raise OSError(24, 'Too many open files')\n"
-        "processes.signal_tree = signal_tree\n"
+        "process_tree.signal_tree = signal_tree\n"
     )
     source = str(Path(bgsupervisor.__file__).parents[1])
     supervisor = app.start(environment={"PYTHONPATH": f"{app.folder}{os.pathsep}{source}"})

@@ -241,7 +241,7 @@ def test_a_question_writes_into_no_file_that_a_process_claims_as_its_wake_up(tmp
 import os, signal
 from bgsupervisor.system import stacks
 file = os.open({str(target)!r}, os.O_RDONLY)
-memory = os.memfd_create(f"{{stacks.NAME}}.{{file}}.{{os.fstat(file).st_ino}}")
+memory = os.memfd_create(f"{{stacks.MEMORY_NAME}}.{{file}}.{{os.fstat(file).st_ino}}")
 print(1, flush=True); input()
 """
     with speaking(code) as process:

@@ -367,7 +367,7 @@ def test_a_process_that_stands_still_cannot_answer_and_stack_says_so(app):
     told = app.cli("stack", str(record.id))
     os.kill(record.pid, signal.SIGCONT)
     assert told.returncode == 1
-    assert f"PID {record.pid} stands still, stopped by SIGSTOP or a debugger" in told.stderr
+    assert f"PID {record.pid} is stopped by SIGSTOP or a debugger" in told.stderr
     app.open_gate(record)
     assert app.wait(record.id).status == "DONE"
 

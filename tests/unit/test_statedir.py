@@ -16,7 +16,7 @@ from support.as_user import NOBODY, as_nobody, needs_root, open_folder
 
 import bgsupervisor
 from bgsupervisor.errors import AccessError
-from bgsupervisor.ipc import statedir
+from bgsupervisor.ipc import sockets
 from bgsupervisor.ipc.lock import Lock
 from bgsupervisor.ipc.sockets import bind, connect, send_datagram
 from bgsupervisor.ipc.statedir import StateDir
@@ -431,7 +431,7 @@ def test_to_dial_nobody_says_which_kind_of_nobody(folder_fd, tmp_path, deep):
 
 
 def test_to_dial_a_full_queue_does_not_block(folder_fd, monkeypatch):
-    monkeypatch.setattr(statedir, "LISTEN_BACKLOG", 0)
+    monkeypatch.setattr(sockets, "LISTEN_BACKLOG", 0)
     with (
         bind(folder_fd, "control.sock", socket.SOCK_STREAM, 0o600),
         connect(folder_fd, "control.sock", socket.SOCK_STREAM),

@@ -36,7 +36,7 @@ from bgsupervisor import (
 from bgsupervisor.ipc import sockets
 from bgsupervisor.system import files
 from bgsupervisor.testing import FakeClock, TaskBox, box
-from bgsupervisor.testing.box import DEPTH_MAX
+from bgsupervisor.testing.box import INLINE_DEPTH_MAX
 from bgsupervisor.testing.isolation import in_use
 
 ROOT = Path(__file__).parents[2]
@@ -493,8 +493,8 @@ def test_inline_tasks_that_request_each_other_without_end_are_stopped(bgsupervis
     with bgsupervisor.inline():
         service().request(call, {"what": "again"})
 
-    assert len(bgsupervisor.requested) == DEPTH_MAX + 1
-    assert f"more than {DEPTH_MAX} deep" in bgsupervisor.requested[DEPTH_MAX - 1].error
+    assert len(bgsupervisor.requested) == INLINE_DEPTH_MAX + 1
+    assert f"more than {INLINE_DEPTH_MAX} deep" in bgsupervisor.requested[INLINE_DEPTH_MAX - 1].error
 
 
 def test_inline_a_second_request_of_a_unique_task_runs_nothing(bgsupervisor):

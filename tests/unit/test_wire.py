@@ -20,6 +20,7 @@ from support.as_user import as_nobody, needs_root, open_folder
 
 from bgsupervisor.clock import SystemClock
 from bgsupervisor.errors import WireError
+from bgsupervisor.ipc import channel as framing
 from bgsupervisor.ipc import messages
 from bgsupervisor.ipc.channel import MAX_FRAME_BYTES, Channel
 from bgsupervisor.ipc.messages import (
@@ -215,7 +216,7 @@ def test_one_look_takes_a_bounded_amount_and_all_of_a_dead_peer_is_read_in_sever
 
 
 def test_a_peer_that_says_much_does_not_keep_the_others_waiting(pair, monkeypatch):
-    monkeypatch.setattr(messages, "RECEIVE_BYTES", 65536)
+    monkeypatch.setattr(framing, "RECEIVE_BYTES", 65536)
     channel, theirs = pair
     sent = frame(Progress(id=1, attempt=1, done=None, total=None, message="x" * 9_000))
     for _ in range(15):
@@ -485,11 +486,11 @@ def test_hundreds_dial_at_once_and_all_are_heard(reception, dial):
 
 def test_a_wake_up_is_heard_once_however_often_it_rang(reception, state_dir):
     wake_ups = connect(state_dir.path, "wake.sock", socket.SOCK_DGRAM)
-    assert not hear(reception).notified
+    assert not hear(reception).woken
     for _ in range(5):
         wake_ups.send(b"")
-    assert hear(reception, 5).notified
-    assert not hear(reception).notified
+    assert hear(reception, 5).woken
+    assert not hear(reception).woken
     wake_ups.close()
 
 

@@ -18,7 +18,7 @@ from bgsupervisor.clock import SystemClock
 from bgsupervisor.config import remarks
 from bgsupervisor.environment import take_notify_socket
 from bgsupervisor.errors import BgSupervisorError, ConfigError, UnsupportedSystem
-from bgsupervisor.ipc.lock import STUCK_S, Lock
+from bgsupervisor.ipc.lock import LOOP_STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StopMark
 from bgsupervisor.sanitize import LineFormatter, trace_lines
 from bgsupervisor.system import descriptors
@@ -157,7 +157,7 @@ def _wait_for_lock(lock: Lock, state_dir: StateDir, notifier: Notifier, clock: C
 def _hanging(lock: Lock) -> str | None:
     """Return a sentence about the supervisor that holds the lock, if its loop does not turn any more."""
     age_s = lock.age_s()
-    if age_s is None or age_s <= STUCK_S:
+    if age_s is None or age_s <= LOOP_STUCK_S:
         return None
     return (
         f"the supervisor with PID {lock.holder()} holds the lock but has shown no sign of life for {age_s:.0f} s; "
@@ -168,7 +168,7 @@ def _hanging(lock: Lock) -> str | None:
 def _takes_over(lock: Lock, config: Config) -> bool:
     """Replace a living supervisor of another virtualenv or version, whose tasks live on."""
     age_s = lock.age_s()
-    if not config.auto_reload or age_s is None or age_s > STUCK_S or not lock.is_of_another_program():
+    if not config.auto_reload or age_s is None or age_s > LOOP_STUCK_S or not lock.is_of_another_program():
         return False
     return lock.take_over(wait_s=TAKE_OVER_S)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bgsupervisor.catalogue import SUPERVISOR_SILENT_S, names_of
 from bgsupervisor.cli.display.output import stopped_by
 from bgsupervisor.cli.display.text import listed, local
-from bgsupervisor.ipc.lock import STUCK_S, Lock
+from bgsupervisor.ipc.lock import LOOP_STUCK_S, Lock
 from bgsupervisor.ipc.statedir import StateDir, StopMark
 from bgsupervisor.sanitize import clean
 from bgsupervisor.system import processes
@@ -97,7 +97,7 @@ class Supervisors:
         state_dir = StateDir(service.config.state_dir)
         lock = Lock(state_dir.lock)
         age_s = _age_s(lock)
-        alive = [row for row in rows if _lives(row, now=now, turns=age_s <= STUCK_S)]
+        alive = [row for row in rows if _lives(row, now=now, turns=age_s <= LOOP_STUCK_S)]
         catalogues = [names_of(row, now=now) for row in alive]
         known = [names for names in catalogues if names is not None]
         failures = [failure for row in alive for failure in _failures(row)]
