@@ -666,7 +666,7 @@ def test_on_a_full_disk_bodies_go_on_and_their_ends_are_recorded_once_there_is_r
 IN_GATE = """
 import pathlib, sys, time
 from bgsupervisor.database.connection_limit import ConnectionLimit
-with ConnectionLimit(pathlib.Path(sys.argv[1])).inside(5):
+with ConnectionLimit(pathlib.Path(sys.argv[1])).connected(5):
     print("in", flush=True)
     time.sleep(60)
 """

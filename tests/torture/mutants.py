@@ -71,7 +71,7 @@ TESTS = {
     "a zombie is dead": "test_a_zombie_is_dead_and_its_exit_is_readable",
     "UNKNOWN is not DEAD": "test_a_child_that_cannot_be_judged_is_not_taken_for_dead",
     "an exit is written to disk before it is forgotten": (
-        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork server]"
+        "test_the_row_is_true_in_the_end[forkserver.buried-kill-supervisor+fork_server]"
     ),
     "a second look precedes VANISHED": "test_without_an_exit_nobody_is_called_vanished_before_a_second_look",
     "the fork server's report is awaited before VANISHED": (
