@@ -90,7 +90,7 @@ def newer(tmp_path):
         folder = tmp_path / f"version-{len(more)}-{'-'.join(more)}"
         copy_package(folder)
         for name, source in more.items():
-            (folder / "bgsupervisor" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
+            (folder / "bgsupervisor" / "database" / "migrations" / f"{name.removeprefix('_')}.py").write_text(source)
         return {"PYTHONPATH": str(folder)}
 
     return make

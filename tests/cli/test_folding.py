@@ -189,12 +189,12 @@ def test_show_and_request_fold_and_full_and_json_do_not(make_app):
         assert "frame in bgsupervisor ..." in text
         assert "... 2 frames in Python's library ..." in text
         assert "return json.loads(text)" in text
-        assert "child.py" not in text
+        assert "body.py" not in text
     assert "error (frames of libraries are folded, --full shows them):\n" in shown
     assert done.stderr.splitlines()[-1].startswith("bgsupervisor: task 1 was interrupted: RAISED: json.decoder")
     assert "error:\n" in full
     for text in (full, app.service.get(1).error, json.loads(app.cli("show", "1", "--json").stdout)["error"]):
-        assert "child.py" in text
+        assert "body.py" in text
         assert text.count("json/") == 3
 
 
@@ -207,7 +207,7 @@ def test_stack_folds_and_full_does_not(make_app):
     assert "frames in bgsupervisor" in app.cli("stack", "1").stdout
     full = app.cli("stack", "1", "--full").stdout
     assert "frames in" not in full
-    assert "child.py" in full
+    assert "body.py" in full
 
 
 def test_check_folds_and_full_and_json_do_not(make_app):

@@ -59,7 +59,7 @@ def test_stop_leaves_running_tasks_alone_and_keeps_run_away_until_start(app):
     again = app.cli("run")
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert app.wait(handle).status is Status.DONE
-    assert "lifted" in app.cli("start").stdout
+    assert "has ended" in app.cli("start").stdout
     app.start()
     assert app.wait(app.service.request("appx:hello")).status is Status.DONE
 

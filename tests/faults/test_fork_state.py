@@ -334,7 +334,7 @@ def test_what_else_the_import_has_set_is_found_by_the_body(make_app, number):
         "files": 0,
         "core": 0,
         "umask": 0o027,
-        "folder": "connected",
+        "folder": "inside",
         "switch": 0.123,
         "locale": "C",
         "environment": "yes",

@@ -205,7 +205,7 @@ class Stage(App):
 
 
 def kind_of(point):
-    return point.partition(".")[0]
+    return point.partition(".")[0].replace("forkserver", N)
 
 
 # ---- how a point is reached ----

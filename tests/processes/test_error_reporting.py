@@ -157,8 +157,7 @@ def test_an_end_by_an_exception_is_logged_with_its_task(make_app, name, reason, 
 
 def test_a_deadlock_is_logged_as_an_error(make_app):
     app = started(make_app, TO_FILE)
-    first = app.service.request("appx:waits_for", {"other": 2})
-    second = app.service.request("appx:waits_for", {"other": 1})
+    first, second = app.service.request_many("appx:waits_for", [{"other": 2}, {"other": 1}])
     assert {app.wait(first).reason, app.wait(second).reason} >= {Reason.DEADLOCKED}
     logged = [one for one in records_of(app) if one["task_reason"] == "DEADLOCKED"]
     assert [(one["levelname"], "in waits_for" in one["trace"]) for one in logged] == [("ERROR", True)]

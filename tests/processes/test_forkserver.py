@@ -112,7 +112,7 @@ def fail(self):
     if once("fail"):
         raise LookupError("a bug of ours")
 
-forkserver.ForkServer._sweep_strays = fail
+fork_server.ForkServer._sweep_strays = fail
 """
     )
     app.start()

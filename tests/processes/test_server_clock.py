@@ -154,7 +154,7 @@ def test_the_time_of_a_server_is_asked_at_each_connect_and_seldom_after(store_ur
             pass
         assert asked
         del asked[:]
-        store.clock._told = store.clock._told._replace(at=store.clock._told.at - clock_module.ASK_EVERY_S - 1)
+        store.clock._reading = store.clock._reading._replace(at=store.clock._reading.at - clock_module.ASK_EVERY_S - 1)
         with store.connected():
             pass
         assert asked

@@ -160,7 +160,7 @@ def test_commands_print_through_what_cleans():
     folder = Path(bgsupervisor.__file__).parent / "cli"
     printing = {
         path.stem
-        for path in folder.glob("*.py")
+        for path in folder.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("click.echo", "click.secho", "sys.stdout.write")
     }

@@ -19,7 +19,7 @@ LIMIT_S = 40.0
 
 def kind():
     name = multiprocessing.current_process().name
-    return name.removeprefix("bgsupervisor ") if name.startswith("bgsupervisor ") else "supervisor"
+    return name.removeprefix("bgsupervisor ").replace(" ", "_") if name.startswith("bgsupervisor ") else "supervisor"
 
 
 def at(point):
