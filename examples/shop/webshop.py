@@ -84,7 +84,7 @@ def sign_in() -> str | Response:
     name = request.form.get("name", "").strip()
     if request.method == "POST" and 0 < len(name) <= 40:  # noqa: PLR2004 - a name
         session["user"] = name
-        return redirect(url_for("fork_server"))
+        return redirect(url_for("home"))
     return render_template("sign_in.html")
 
 
@@ -98,7 +98,7 @@ def sign_out() -> Response:
 
 
 @app.get("/")
-def fork_server() -> str:
+def home() -> str:
     imports = service.list(name=ImportOrders, key=g.user, limit=IMPORTS_SHOWN)
     with shop_database() as database:
         count, cents = totals(database, g.user)
@@ -116,7 +116,7 @@ def upload() -> Response:
     file = request.files.get("orders")
     if file is None or not file.filename:
         flash("Please choose a file first.")
-        return redirect(url_for("fork_server"))
+        return redirect(url_for("home"))
     digest = keep(file.stream)
     # Only the name of the upload goes into the task. `key` says whose it is; `unique` makes a second click on
     # "Import" find the import that the first one has begun, for as long as that has not ended.

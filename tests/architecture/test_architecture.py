@@ -85,15 +85,15 @@ class Module:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
-            connected = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
             if isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{self.name} imports relatively"
                 for alias in child.names:
-                    yield from self._resolved(f"{child.module}.{alias.name}", child.module, lazy=connected)
+                    yield from self._resolved(f"{child.module}.{alias.name}", child.module, lazy=inside)
             elif isinstance(child, ast.Import):
                 for alias in child.names:
-                    yield from self._resolved(alias.name, alias.name, lazy=connected)
-            yield from self._imports(child, lazy=connected)
+                    yield from self._resolved(alias.name, alias.name, lazy=inside)
+            yield from self._imports(child, lazy=inside)
 
     @staticmethod
     def _resolved(longer, shorter, *, lazy):

@@ -198,10 +198,10 @@ def test_a_database_in_a_releases_own_folder_is_wrong(site, tmp_path, release):
 
 
 def test_other_links_and_folders_do_not_matter_to_a_deploy(site, tmp_path):
-    (tmp_path / "fork_server").symlink_to(tmp_path / "srv")
+    (tmp_path / "home").symlink_to(tmp_path / "srv")
     (tmp_path / "releases" / "telemetry").mkdir(parents=True)
     passes(file_checks.deploy_folder, site)
-    passes(file_checks.deploy_folder, moved(site, tmp_path / "fork_server" / "x.db"))
+    passes(file_checks.deploy_folder, moved(site, tmp_path / "home" / "x.db"))
     passes(file_checks.deploy_folder, moved(site, tmp_path / "releases" / "telemetry" / "x.db"))
 
 

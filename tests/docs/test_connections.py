@@ -202,7 +202,7 @@ DJANGO = {
     "mysite/__init__.py": "",
     "mysite/settings.py": """
 from pathlib import Path
-FOLDER = Path(__file__).parents[2]
+FOLDER = Path(__file__).parent.parent
 SECRET_KEY = "x"
 INSTALLED_APPS = ["orders.apps.Orders"]
 DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": FOLDER / "db.sqlite3"}}

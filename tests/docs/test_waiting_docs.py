@@ -262,4 +262,4 @@ def test_the_figures_of_the_page_are_the_codes():
     assert f"1 to {coordination.NAME_CHARS} characters" in text
     assert f"`max_waiting` ({next(one.default for one in OPTIONS if one.name == 'max_waiting')})" in text
     assert waiting.POLL_S == 1.0
-    assert hasattr(Deadlock([(1, "x")]), "cycle")
+    assert hasattr(Deadlock([(1, "x")]), "circle")

@@ -731,8 +731,8 @@ def test_a_process_table_that_goes_away_under_a_supervisor_ends_nobody_and_comes
     try:
         wait_until(lambda: app.supervisor_row(process.pid), "the supervisor has loaded the tasks")
         killed, done, lives, *_ = running(app, "never", "end", "last")
-        connected = ["nsenter", "--mount", "--target", str(process.pid)]
-        subprocess.run([*connected, "mount", "-t", "tmpfs", "tmpfs", "/proc"], check=True)
+        inside = ["nsenter", "--mount", "--target", str(process.pid)]
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "tmpfs", "/proc"], check=True)
         began = time.monotonic()
         os.kill(killed.pid, signal.SIGKILL)
         (app.folder / "end").touch()
@@ -742,7 +742,7 @@ def test_a_process_table_that_goes_away_under_a_supervisor_ends_nobody_and_comes
         wait_until(lambda: time.monotonic() - began > 5.5, "all rows have been looked at again")
         assert app.service.get(lives.id).status is Status.START
         assert process.poll() is None
-        subprocess.run([*connected, "umount", "/proc"], check=True)
+        subprocess.run([*inside, "umount", "/proc"], check=True)
         assert app.wait(waits).status is Status.DONE
         (app.folder / "last").touch()
         assert app.wait(lives.id).status is Status.DONE

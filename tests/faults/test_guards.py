@@ -387,6 +387,7 @@ def test_a_slot_that_was_granted_for_an_earlier_wait_is_not_taken(tmp_path):
     assert not connection.mailbox.slot_granted.is_set(), "it has taken that one itself, and waits anew"
     connection._take(SlotGranted(1, 1, 2))
     assert connection.mailbox.slot_granted.is_set()
+    connection.mailbox.slot_granted.clear()
     connection.mailbox.wanted = WantSlot(1, 1, 3)
     connection.mailbox.wanted = None
     connection._take(SlotGranted(1, 1, 3))

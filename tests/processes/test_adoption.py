@@ -160,8 +160,8 @@ def test_adopted_bodies_keep_their_slots_and_new_ones_only_get_those_that_are_fr
     for handle in [*old, *new]:
         assert app.wait(handle).status == "DONE"
     moments = sorted((at, 1 if what == "in" else -1) for what, _, at in app.oracle())
-    connected = [sum(step for _, step in moments[: number + 1]) for number in range(len(moments))]
-    assert max(connected) == SLOTS
+    inside = [sum(step for _, step in moments[: number + 1]) for number in range(len(moments))]
+    assert max(inside) == SLOTS
 
 
 def test_an_exit_is_kept_by_a_fork_server_that_waits_alone_longer_than_one_that_knows_nothing(app):

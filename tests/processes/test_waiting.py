@@ -366,10 +366,10 @@ def unix_sockets(process):
 
 def most_inside(events, *, into=("in",), out=("out",)):
     """Return how many were inside at once at most, told by a file's lines in the order of their moments."""
-    connected, most = 0, 0
+    inside, most = 0, 0
     for one in sorted(events, key=lambda one: (one["at"], one["event"] in into)):
-        connected += (one["event"] in into) - (one["event"] in out)
-        most = max(most, connected)
+        inside += (one["event"] in into) - (one["event"] in out)
+        most = max(most, inside)
     return most
 
 
@@ -1217,11 +1217,11 @@ def test_a_thousand_over_fifty_locks_with_random_kills_never_exceed_the_permits(
     assert {str(record.reason) for record in records if record.status == "INTERRUPTED"} == {"SIGNALLED"}
     assert all(record.status == "DONE" or record.id in killed_at for record in records)
     for name, most in permits.items():
-        connected = [one for one in app.events() if one.get("lock") == name]
-        out = {one["id"] for one in connected if one["event"] == "out"}
+        inside = [one for one in app.events() if one.get("lock") == name]
+        out = {one["id"] for one in inside if one["event"] == "out"}
         entered = {one["id"] for one in connected}
-        connected += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
-        assert most_inside(connected) <= most, name
+        inside += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
+        assert most_inside(inside) <= most, name
     app.nothing_is_left()
 
 

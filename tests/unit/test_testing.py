@@ -340,12 +340,12 @@ def test_inside_the_body_the_task_runs_in_this_process(bgsupervisor):
     handle = service().request(call, {"what": "look"}, key="k")
     [record] = bgsupervisor.run_pending()
 
-    [(id, attempt, key, connected)] = seen
+    [(id, attempt, key, inside)] = seen
     assert (id, attempt, key) == (handle.id, 1, "k")
-    assert connected.status is Status.START
-    assert (connected.pid, connected.slot) == (os.getpid(), 0)
-    assert connected.host
-    assert connected.started_at <= record.ended_at
+    assert inside.status is Status.START
+    assert (inside.pid, inside.slot) == (os.getpid(), 0)
+    assert inside.host
+    assert inside.started_at <= record.ended_at
     assert (record.slot, record.result) == (None, "null")
     assert current().id is None
 
@@ -354,7 +354,7 @@ def test_progress_is_in_the_record_meanwhile_and_afterwards(bgsupervisor):
     service().request(Imports, {"ids": [7, 8]})
     [record] = bgsupervisor.run_pending()
 
-    assert [(id, connected.progress_done, connected.progress_total) for id, connected in ran] == [(7, 0, 2), (8, 1, 2)]
+    assert [(id, inside.progress_done, inside.progress_total) for id, inside in ran] == [(7, 0, 2), (8, 1, 2)]
     assert (record.progress_done, record.progress_total) == (2, 2)
     calls["tell"] = lambda: current().progress(1, 4, "a\0b")
     service().request(call, {"what": "tell"})
