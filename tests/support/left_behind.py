@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-LEAVE_S = 5.0
-"""Time that processes get to leave by themselves, in seconds."""
+LEAVE_S = 12.0
+"""Time that processes get to leave by themselves, in seconds: an idle child does so within 10 s."""
 KILL_S = 10.0
 """Time limit for killed processes to disappear, in seconds."""
 SHARED = set()
