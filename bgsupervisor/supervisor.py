@@ -200,10 +200,15 @@ class Supervisor:
 
     def _hear(self) -> Heard:
         """Rest until something happens or is due, and take it in; signs of life alone are no reason for a pass."""
-        until = self._clock.monotonic() + self._rest_s()
+        until = None
         while True:
+            # A database that does not answer may have made the pass long. After a stop within it, moments that it set
+            # lie too late by its length, and a rest until then would itself be taken for a stop.
+            if self._clock.attend(counted_s=NET_S):
+                until, self._net_at, self._recover_at = None, 0.0, 0.0
+            if until is None:
+                until = self._clock.monotonic() + self._rest_s()
             moment = min([until, *self._touched_looks_at[:1]])
-            self._clock.attend(counted_s=NET_S)  # a database that does not answer may have made the pass long
             ready = self._ears.rest(max(0.0, moment - self._clock.monotonic()))
             if self._clock.attend(counted_s=0.0):
                 self._beat_at = -math.inf  # its row says for how long it was silent
@@ -799,7 +804,7 @@ class Supervisor:
         if self._passing_over_until is not None and self._may_admit():
             moments.append(max(self._passing_over_until, self._put_off_until))
         moments += [self._write_due_at(), self._examine_due_at(now)]
-        return max(0.0, min(moment for moment in moments if moment is not None) - now)
+        return min(NET_S, max(0.0, min(moment for moment in moments if moment is not None) - now))
 
     def _nursery_due_at(self) -> float | None:
         return None if self._draining is not None else self._nurseries.start_due_at()
