@@ -9,11 +9,15 @@ STAMP := $(VENV)/.installed-dev
 # What a recipe for a first look needs is installed in seconds; the tools of `make test` bring a PostgreSQL server.
 STAMP_DEMO := $(VENV)/.installed-rich
 STAMP_SHOP := $(VENV)/.installed-shop
+PYTEST = $(BIN)/python -m pytest -n "$(JOBS)"
+# One test alone needs no workers.
+ONE = $(if $(findstring ::,$(T)),$(BIN)/python -m pytest,$(PYTEST))
+BRIEF := not slow and not browser and not cron
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shop test test-postgres test-slow test-browser test-cron torture torture-mutants lint bench clean
+.PHONY: help demo shop test test-fast test-postgres test-slow test-browser test-cron test-all torture torture-mutants lint bench clean
 
 help:
 	@echo 'make RECIPE, where RECIPE is one of:'
@@ -25,28 +29,38 @@ demo: $(STAMP_DEMO)  ## index the standard library in the background, half a min
 shop: $(STAMP_SHOP)  ## open the example shop in which a browser watches its imports; PORT=8000
 	@$(BIN)/python examples/shop/serve.py $(if $(PORT),--port "$(PORT)")
 
-test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's; JOBS=3 at once
-	$(BIN)/python -m pytest -n "$(JOBS)" -m "not slow and not browser and not cron"
+test: $(STAMP)  ## run the tests, but for the slow ones, the browser's and cron's; JOBS=3 at once, T=path for one file or test
+	$(if $(T),$(ONE) "$(T)",$(PYTEST) -m "$(BRIEF)")
 
-# What is about processes, rows and commands, and not about SQLite's file.
-ON_POSTGRES := adoption bad_bodies circles cli cli_listing deploy doctor endings faults guards health housekeeping linux \
-	logs nursery oom stacks stalls stopping supervisor suspending upgrading waiting waiting_hard why windows
+test-fast: $(STAMP)  ## run the tests that start no process and need no server, in less than a minute
+	$(PYTEST) -m "$(BRIEF)" -k "not postgres" tests/unit tests/ledger tests/architecture
 
 test-postgres: $(STAMP)  ## run the end-to-end tests with all rows in PostgreSQL, which comes with the tools; a quarter of an hour
-	$(BIN)/python -m pytest -n "$(JOBS)" --database postgres -m "not slow and not browser and not cron" $(ON_POSTGRES:%=tests/test_%.py)
+	$(PYTEST) --database postgres -m "any_database and $(BRIEF)"
 
 test-slow: $(STAMP)  ## run the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
+
+# One test each, for which one worker is enough.
+test-browser test-cron: JOBS := 1
 
 test-browser: $(STAMP)  ## run the tests in a headless Chromium, which must be there (Debian: apt-get install chromium)
 	@$(BIN)/python -c 'import playwright' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 test-cron: $(STAMP)  ## run the tests with the machine's own cron daemon, as root (Debian: apt-get install cron)
-	$(BIN)/python -m pytest -m cron
+	$(PYTEST) -m cron
+
+test-all: $(STAMP)  ## run everything there is, for a night: all tests, SEEDS=3 tortures of 5 minutes on each database, all mutants
+	@failed=; run() { echo "== make $$*"; $(MAKE) --no-print-directory "$$@" || failed="$$failed, make $$*"; }; \
+	for recipe in lint test test-postgres test-slow test-cron test-browser torture-mutants; do run $$recipe; done; \
+	for seed in $$(seq $(or $(SEEDS),3)); do for database in sqlite postgres; do \
+		run torture SECONDS=$(or $(SECONDS),300) SEED=$$(date +%F)-$$seed DATABASE=$$database; \
+	done; done; \
+	if [ -n "$$failed" ]; then echo "failed: $${failed#, }" >&2; exit 1; fi; echo 'everything passed'
 
 torture: $(STAMP)  ## kill and stop everything at random, then check the promises; SEED= SECONDS=30 TASKS=0 RATE=5 DATABASE=postgres
-	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
+	@$(if $(filter postgres,$(DATABASE)),$(BIN)/python tests/support/postgres_server.py )$(BIN)/python -m torture --seconds "$(or $(SECONDS),30)" --tasks "$(or $(TASKS),0)" --rate "$(or $(RATE),5)" $(if $(SEED),--seed "$(SEED)") $(if $(filter postgres,$(DATABASE)),--database URL)
 
 torture-mutants: $(STAMP)  ## remove one guard at a time and see a test fail for each; BY=torture has the torture test do it
 	@$(BIN)/python -m torture.mutants $(if $(filter torture,$(BY)),--torture)

@@ -86,7 +86,7 @@ def wait_for_end(id: int):
     current().wait_for(id)
 
 @task
-def close_circle() -> float:
+def close_cycle() -> float:
     while not os.path.exists(f"last-{current().id}"):
         time.sleep(0.005)
     with open(f"last-{current().id}") as file:
@@ -99,10 +99,10 @@ def close_circle() -> float:
 """
 LIMIT_S = 900
 WAITED_S = 0.05
-"""Only waits of at least so long count: their waiter has given its slot away and sleeps."""
+"""Least duration of the waits that count, in seconds: their waiter has given its slot away and sleeps."""
 WAITERS = 200
 ROW = 15
-"""So many wait in a row before the circle of one more is closed."""
+"""So many wait in a row before the cycle of one more is closed."""
 
 
 class Bench:
@@ -250,7 +250,7 @@ def bare_insert(bench: Bench) -> Callable[[], object]:
     """Return what inserts one row and commits, with the driver alone."""
     columns, row = ("name", "data"), ("benchapp:noop", "{}")
     if bench.database:
-        import psycopg  # noqa: PLC0415 - only who asks for PostgreSQL has it
+        import psycopg  # noqa: PLC0415 - installed only where PostgreSQL is measured
 
         server = psycopg.connect(bench.database, autocommit=True)
         sql = f"INSERT INTO bgsupervisor_task ({', '.join(columns)}) VALUES (%s, %s) RETURNING id"
@@ -288,7 +288,7 @@ def measure_noop(bench: Bench, tasks: int) -> None:
     bench.start()
     assert bench.process is not None
     block = max(tasks // 12, 1)
-    print(f"{'tasks':>8} {'tasks/s':>8} {'start ms':>9}   supervisor RSS/fds   nursery RSS/fds")
+    print(f"{'tasks':>8} {'tasks/s':>8} {'start ms':>9}   supervisor RSS/fds   fork server RSS/fds")
     done = 0
     while done < tasks:
         began = time.monotonic()
@@ -298,7 +298,7 @@ def measure_noop(bench: Bench, tasks: int) -> None:
             time.sleep(0.05)
         took, done = time.monotonic() - began, done + block
         alone = statistics.median(alone_ms(bench) for _ in range(9))
-        sizes = [f"{size(process):>9} {process.num_fds():>4}" for process in (bench.tree()[0], nursery_of(bench))]
+        sizes = [f"{size(process):>9} {process.num_fds():>4}" for process in (bench.tree()[0], fork_server_of(bench))]
         print(f"{done:>8} {block / took:>8.0f} {alone:>9.1f}   {'       '.join(sizes)}", flush=True)
     say(f"{tasks} no-op tasks, one process each", "see above", "memory, descriptors, start time flat")
 
@@ -312,9 +312,9 @@ def alone_ms(bench: Bench) -> float:
     return (bench.service.result(handle) - committed) * 1000
 
 
-def nursery_of(bench: Bench) -> psutil.Process:
-    """Return the nursery."""
-    (path,) = (bench.folder / ".bgsupervisor").glob("nursery-*")
+def fork_server_of(bench: Bench) -> psutil.Process:
+    """Return the fork server."""
+    (path,) = (bench.folder / ".bgsupervisor").glob("forkserver-*")
     return psutil.Process(int(path.name.split("-")[1]))
 
 
@@ -361,15 +361,15 @@ def measure_adoption(bench: Bench) -> None:
     handles = [bench.service.request("benchapp:for_ever") for _ in range(16)]
     while bench.service.counts()[Status.START] < len(handles):
         time.sleep(0.01)
-    nursery = nursery_of(bench)
+    fork_server = fork_server_of(bench)
     known = [next_supervisor(bench, len(handles)) for _ in range(15)]
-    nursery.suspend()
+    fork_server.suspend()
     deaf = [next_supervisor(bench, len(handles)) for _ in range(5)]
-    nursery.resume()
+    fork_server.resume()
     for handle in handles:
         os.kill(bench.service.get(handle).pid, signal.SIGKILL)
         bench.service.wait(handle, timeout_s=30)
-    for what, times in (("", known), (", nursery stopped", deaf)):
+    for what, times in (("", known), (", fork server stopped", deaf)):
         from_exec, from_lock = (sorted(column) for column in zip(*times, strict=True))
         since_lock = f"from its lock {ms(statistics.median(from_lock))}"
         found = f"{ms(statistics.median(from_exec))}  (max {ms(from_exec[-1])}; {since_lock})"
@@ -393,12 +393,12 @@ def next_supervisor(bench: Bench, count: int) -> tuple[float, float]:
         time.sleep(0.001)
     adopted_at = time.monotonic()
     while all(row.pid != bench.process.pid for row in bench.service.ledger.supervisors()):
-        time.sleep(0.01)  # its nursery has loaded the tasks
+        time.sleep(0.01)  # its fork server has loaded the tasks
     return adopted_at - began, adopted_at - locked_at
 
 
 def measure_unrung(bench: Bench) -> None:
-    """From a commit by somebody who cannot ring, such as hand-written SQL, to the first line of the body."""
+    """Measure from a commit without a wake-up, such as hand-written SQL, to the first line of the body."""
     bench.start()
     times = []
     for _ in range(30):
@@ -411,11 +411,11 @@ def measure_unrung(bench: Bench) -> None:
         times.append(bench.service.result(handle) - committed)
         time.sleep(0.1)
     found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
-    say("commit without a ring -> first line of the body", found, "1.5 s")
+    say("commit without a wake-up -> first line of the body", found, "1.5 s")
 
 
-def start_with_board(bench: Bench) -> None:
-    """Start the supervisor and have one body wait for another, so that the board is there."""
+def start_with_wait_manager(bench: Bench) -> None:
+    """Start the supervisor and have one body wait for another, so that the wait manager is there."""
     bench.start()
     bench.service.wait(
         bench.service.request("benchapp:wait_for_end", {"id": bench.service.request("benchapp:sleep_one").id}),
@@ -425,7 +425,7 @@ def start_with_board(bench: Bench) -> None:
 
 def measure_part(bench: Bench) -> None:
     """From the call of reach() to the next line of a body that has waited for it, its slot taken back; one by one."""
-    start_with_board(bench)
+    start_with_wait_manager(bench)
     reacher = bench.service.request("benchapp:reach_parts", {"count": 201})
     waiter = bench.service.request("benchapp:await_parts", {"id": reacher.id, "count": 201})
     for handle in (reacher, waiter):
@@ -439,7 +439,7 @@ def measure_part(bench: Bench) -> None:
 
 def measure_handover(bench: Bench) -> None:
     """From the last line under a lock to the first line of the next holder, another child, which has waited for it."""
-    start_with_board(bench)
+    start_with_wait_manager(bench)
     handles = [bench.service.request("benchapp:take_turns", {"count": 100}) for _ in range(2)]
     turns = []
     for number, handle in enumerate(handles):
@@ -460,7 +460,7 @@ def measure_waiters(bench: Bench) -> None:
     bench.service.request_many("benchapp:wait_for_end", [{"id": awaited.id}] * WAITERS)
     while len(bench.service.ledger.waits.rows()) < WAITERS:
         time.sleep(0.1)
-    time.sleep(3)  # the board is there, and all have found it
+    time.sleep(3)  # the wait manager is there, and all have found it
     tree = bench.tree()
     before = {process.pid: sum(process.cpu_times()[:2]) for process in tree}
     began = time.monotonic()
@@ -472,11 +472,11 @@ def measure_waiters(bench: Bench) -> None:
 
 
 def measure_deadlock(bench: Bench) -> None:
-    """Bodies wait in a row; the time of the wait that would close the circle, until it raises Deadlock."""
-    start_with_board(bench)
+    """Bodies wait in a row; the time of the wait that would close the cycle, until it raises Deadlock."""
+    start_with_wait_manager(bench)
     times = []
     for _ in range(5):
-        closing = last = bench.service.request("benchapp:close_circle").id
+        closing = last = bench.service.request("benchapp:close_cycle").id
         for _ in range(ROW):
             last = bench.service.request("benchapp:wait_for_end", {"id": last}).id
         while len(bench.service.ledger.waits.rows()) < ROW:
@@ -487,7 +487,7 @@ def measure_deadlock(bench: Bench) -> None:
         times.append(bench.service.result(closing))
         bench.service.wait(last, timeout_s=30)
     found = f"{ms(statistics.median(times))}  (max {ms(max(times))})"
-    say(f"closing wait of a circle of {ROW + 1} -> Deadlock", found, "50 ms")
+    say(f"closing wait of a cycle of {ROW + 1} -> Deadlock", found, "50 ms")
 
 
 FIGURES: dict[str, Any] = {

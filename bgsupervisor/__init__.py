@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         UnsupportedSystem,
         WaitTimeout,
     )
-    from bgsupervisor.models import TaskRecord
-    from bgsupervisor.service import Handle, Service
+    from bgsupervisor.ledger.records import TaskRecord
+    from bgsupervisor.service import Service
     from bgsupervisor.statuses import Reason, Status
-    from bgsupervisor.tasks import Task, current, task
+    from bgsupervisor.task_context import Handle, current
+    from bgsupervisor.tasks import Task, task
 
 __version__ = "0.1.0"
 
@@ -85,10 +86,10 @@ __all__ = [
 ]
 
 _ROOMS = {
-    **dict.fromkeys(("Handle", "Service"), "service"),
+    "Service": "service",
     **dict.fromkeys(("Reason", "Status"), "statuses"),
-    **dict.fromkeys(("Task", "current", "task"), "tasks"),
-    "TaskRecord": "models",
+    **dict.fromkeys(("Handle", "Task", "current", "task"), "tasks"),
+    "TaskRecord": "ledger.records",
 }
 """Where a name lives, if not in errors."""
 

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 __all__ = ["AttendedClock", "Clock", "Rate", "ServerClock", "SystemClock", "read_time_zone", "repeat_last"]
 
 ASK_EVERY_S = 60.0
-"""What a server's clock says is asked again after so long: quartz drifts by milliseconds meanwhile."""
+"""Age at which a server's clock is read again, in seconds: quartz drifts by milliseconds meanwhile."""
 PROMPT_S = 0.002
 ASKS = 3
-"""An answer that took longer than PROMPT_S says little about the moment; the quickest of so many counts then."""
+"""Limit of the tries where an answer takes longer than PROMPT_S; the quickest one counts."""
 STEP_S = 0.5
 """If this machine's own clock was set by more than this, the server's is asked anew: it may run here."""
 
 
 class Clock(Protocol):
-    """What the rest of the package asks for the time; tests hand in their own."""
+    """The source of time for the rest of the package; tests pass their own."""
 
     def now(self) -> datetime:
         """Return the wall-clock time, aware, in UTC; may jump when the clock is set."""
@@ -55,8 +55,8 @@ class SystemClock:
 class AttendedClock:
     """The time that a loop has attended to; it judges others by no other.
 
-    A loop that was stopped (SIGSTOP, a frozen container, a suspended machine) heard nobody meanwhile, and the others
-    may have been stopped as well and go on a moment later. So `monotonic` leaves that time out.
+    A loop that was stopped (SIGSTOP, a frozen container, a suspended machine) received nothing meanwhile. The
+    others may have been stopped too, and resume a moment later. So `monotonic` leaves that time out.
 
     Args:
         machine: What the clock is made of.
@@ -74,7 +74,7 @@ class AttendedClock:
 
         Args:
             counted_s: What counts of a gap that is too long, in seconds: 0 where nothing but a stop can have made it,
-                more where a slow call may have, so that time goes on for a loop of slow passes.
+                more where a slow call may have, so that time passes for a loop of slow passes.
         """
         now = self._machine.monotonic()
         gap_s, self._attended_at = now - self._attended_at, now
@@ -110,7 +110,7 @@ def read_time_zone() -> None:
 
 
 class _Told(NamedTuple):
-    """What a server's clock said, when on the clock that never jumps, and what the machine's own was ahead then."""
+    """A reading of a server's clock, its monotonic moment, and how far the machine's own clock was ahead then."""
 
     moment: datetime
     at: float
@@ -118,36 +118,36 @@ class _Told(NamedTuple):
 
 
 class ServerClock(SystemClock):
-    """A database server's clock, by what it said last and how long ago that was; durations are the machine's own.
+    """A database server's clock, by its last reading and the age of that; durations are the machine's own.
 
     The machine's own wall clock may be wrong, and may be set, without any effect.
 
     Args:
-        have_asked: Called once, if `now` is wanted before the server was asked; it is to bring `ask` about.
+        have_asked: Called once, if `now` is wanted before the server was asked; it should lead to a call of `ask`.
     """
 
     def __init__(self, have_asked: Callable[[], None]) -> None:
         self._have_asked = have_asked
-        self._told: _Told | None = None
+        self._reading: _Told | None = None
 
     def now(self) -> datetime:
         """Return the server's time, aware, in UTC; the first time it may block, and raise what connecting raises."""
-        if self._told is None:
+        if self._reading is None:
             self._have_asked()
-        told = self._told
-        return super().now() if told is None else told.moment + timedelta(seconds=_since_boot_s() - told.at)
+        reading = self._reading
+        return super().now() if reading is None else reading.moment + timedelta(seconds=_since_boot_s() - reading.at)
 
     def is_old(self) -> bool:
-        """Whether the server should be asked again."""
-        told = self._told
-        if told is None:
+        """Return whether the server should be asked again."""
+        reading = self._reading
+        if reading is None:
             return True
         since_boot_s = _since_boot_s()
-        set_by_s = time.time() - since_boot_s - told.ahead_s  # noqa: TID251 - this is the room
-        return since_boot_s - told.at > ASK_EVERY_S or abs(set_by_s) > STEP_S
+        set_by_s = time.time() - since_boot_s - reading.ahead_s  # noqa: TID251 - this is the room
+        return since_boot_s - reading.at > ASK_EVERY_S or abs(set_by_s) > STEP_S
 
     def ask(self, server: Callable[[], datetime]) -> None:
-        """Take over what *server* says now; half of the time that it took to answer is how wrong that can be."""
+        """Take over the present time of *server*; half of the time that it took to answer is how wrong that can be."""
         best_s = float("inf")
         for _ in range(ASKS):
             before = _since_boot_s()
@@ -155,7 +155,7 @@ class ServerClock(SystemClock):
             took_s = _since_boot_s() - before
             if took_s < best_s:
                 best_s, at = took_s, before + took_s / 2
-                self._told = _Told(moment, at, time.time() - before)  # noqa: TID251 - this is the room
+                self._reading = _Told(moment, at, time.time() - before)  # noqa: TID251 - this is the room
             if took_s < PROMPT_S:
                 return
 

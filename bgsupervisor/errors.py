@@ -25,9 +25,9 @@
     ├── WaitTimeout            a wait reached its limit
     │   (a wait inside a body raises it too)
     ├── PartNotReached         the awaited task ended without reaching the part, or without DONE
-    ├── Deadlock               the wait would have closed a circle
+    ├── Deadlock               the wait would have closed a cycle
     ├── LockHeld               this attempt holds the lock already
-    ├── BarrierBroken          another party died at the barrier
+    ├── BarrierBroken          another participant died at the barrier
     ├── NotInTask              the call makes sense only inside a running body
     ├── WireError              a peer sent bytes that are not our protocol
     └── Unkillable             a process is still there after SIGKILL
@@ -118,11 +118,11 @@ class LockedByCaller(DatabaseError):
 
 
 class ServerAway(DatabaseError):
-    """The server cannot be reached, has hung up or stands still; nothing was recorded (PostgreSQL)."""
+    """The server cannot be reached, has hung up or does not answer; nothing was recorded (PostgreSQL)."""
 
 
 class Undecided(DatabaseError):
-    """The connection was lost in the commit, and no server can tell since: it may have been recorded, or not."""
+    """The connection was lost in the commit, and no server has answered since: it may have been recorded, or not."""
 
 
 class UnsupportedSystem(BgSupervisorError):
@@ -130,7 +130,7 @@ class UnsupportedSystem(BgSupervisorError):
 
 
 class TaskDefinitionError(BgSupervisorError, TypeError):
-    """A task class or function that cannot work, told where it is defined or first used."""
+    """A task class or function that cannot work, reported where it is defined or first used."""
 
 
 class RequestRefused(BgSupervisorError, ValueError):
@@ -279,7 +279,7 @@ class NoStack(BgSupervisorError):
 
 
 class WaitTimeout(BgSupervisorError, TimeoutError):
-    """A wait reached its limit; what was waited for goes on."""
+    """A wait reached its limit; the awaited thing goes on."""
 
 
 class PartNotReached(BgSupervisorError):
@@ -303,7 +303,7 @@ class PartNotReached(BgSupervisorError):
 
 
 class Deadlock(BgSupervisorError):
-    """The wait would have closed a circle of tasks that wait for each other; it was not begun.
+    """The wait would have closed a cycle of tasks that wait for each other; it was not begun.
 
     Attributes:
         circle: (task, what it waits for), each waiting for the next and the last for the first.
@@ -327,7 +327,7 @@ class LockHeld(BgSupervisorError):
 
 
 class BarrierBroken(BgSupervisorError):
-    """Another party died while it waited at the barrier, so it will never open.
+    """Another participant died while it waited at the barrier, so it will never open.
 
     Attributes:
         name: The barrier.
@@ -350,7 +350,7 @@ class Unkillable(BgSupervisorError):
     """A process is still there after SIGKILL, usually in uninterruptible disk sleep.
 
     Attributes:
-        pids: Who is left.
+        pids: The processes that are left.
     """
 
     def __init__(self, message: str, *, pids: tuple[int, ...]) -> None:
@@ -359,11 +359,11 @@ class Unkillable(BgSupervisorError):
 
 
 class Cancelled(BaseException):
-    """Raised inside a body that is to end: at its next progress, track or wait, or by SIGTERM after the grace.
+    """Raised inside a body that should end: at its next progress, track or wait, or by SIGTERM after the grace.
 
     Attributes:
         reason: The `Reason` that will be recorded: CANCELLED, TIMED_OUT, STOPPED ...
-        by: Who asked, where a person or program asked.
+        by: The person or program that asked, if one did.
         why: The sentence that is recorded.
     """
 

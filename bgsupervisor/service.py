@@ -1,4 +1,4 @@
-"""What a web application calls: request tasks, ask for their status, wait, cancel, suspend, retry.
+"""The calls of a web application: request tasks, ask for their status, wait, cancel, suspend, retry.
 
 A Service opens nothing before its first call, may be shared by threads, and opens anew after a fork.
 """
@@ -12,20 +12,26 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, urlencode
-from uuid import UUID
 
-import peewee
-
-from bgsupervisor import payload, tasks
-from bgsupervisor.config import is_postgres, load, tests_of
+from bgsupervisor import payload, registry, tasks
+from bgsupervisor.arguments import (
+    KEY_CHARS,
+    RequestOptions,
+    after_ids,
+    check_bytes,
+    checked_text,
+    is_storable,
+    key_text,
+    limit_of,
+    status_of,
+    task_id,
+)
+from bgsupervisor.backings import Backing, Origin, isolated
+from bgsupervisor.catalogue import SUPERVISOR_SILENT_S, Catalogue, Known, listed
 from bgsupervisor.errors import (
     BgSupervisorError,
-    ConfigError,
     Interrupted,
     NoStack,
     NotEnded,
@@ -35,44 +41,44 @@ from bgsupervisor.errors import (
     UnknownTaskName,
     WaitTimeout,
 )
-from bgsupervisor.ledger import Ledger, Request
-from bgsupervisor.models import Store
-from bgsupervisor.names import SUPERVISOR_SILENT_S, Catalogue, Known, listed
-from bgsupervisor.statedir import StateDir, send_datagram
+from bgsupervisor.ipc.sockets import send_datagram
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.ledger.requests import Request
 from bgsupervisor.statuses import Reason, Status
+from bgsupervisor.task_context import Handle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+    from uuid import UUID
 
-    from bgsupervisor.borrowed import Lending
+    import peewee
+
     from bgsupervisor.clock import Clock
     from bgsupervisor.config import Config
-    from bgsupervisor.models import TaskRecord
-    from bgsupervisor.processes import ProcessHandle
+    from bgsupervisor.database.store import Store
+    from bgsupervisor.ledger import Ledger
+    from bgsupervisor.ledger.external import ExternalConnections
+    from bgsupervisor.ledger.records import TaskRecord
+    from bgsupervisor.system.processes import ProcessHandle
 
     TaskLike = type[tasks.Task] | tasks.FunctionTask[..., Any] | str
     Key = str | int | UUID
 
-__all__ = ["Handle", "Service"]
+__all__ = ["Service"]
 
 log = logging.getLogger("bgsupervisor")
 
-PRIORITY_LIMIT = 2**31 - 1
-KEY_CHARS = 1000
-KEY_BYTES_ON_SERVER = 2600
-"""They stand in indexes, name and unique key in one; of a row of an index PostgreSQL takes 2,704 bytes."""
-LIMIT_MAX = 2**31 - 1
-"""A larger limit of a list is no other limit."""
-RING_KEYS = 100
-"""A ring names at most so many tasks; waiters for the others look by themselves within seconds."""
+NOTIFY_KEYS = 100
+"""Limit of the tasks that one wake-up names; waiters for the others poll within seconds."""
 REACH_MODULES = 5000
-"""After so many modules the question whether a supervisor could load a class is given up, in its favour."""
-POLL_S = (0.005, 0.01, 0.02, 0.05)
-"""How often `wait` looks: soon at first, then each last value."""
+"""Limit of the modules searched for a class; beyond it the class counts as loadable."""
+WAIT_POLLS_S = (0.005, 0.01, 0.02, 0.05)
+"""Intervals between the polls of `wait`, in seconds; the last one repeats."""
 UNSUPERVISED_WARN_S = 180.0
-"""`request` warns when no supervisor has been seen for so long: cron would have started one by then."""
-UNSUPERVISED_LOOK_S = 60.0
-"""It looks, and warns, at most so often."""
+"""Silence of all supervisors after which `request` warns, in seconds; cron would have started one by then."""
+UNSUPERVISED_CHECK_S = 60.0
+"""Least interval between two such checks and warnings, in seconds."""
 CATALOGUE_AGE_S = 60.0
 """Age at which the catalogue of the supervisors is read again, in seconds."""
 CATALOGUE_AGE_MISSED_S = 1.0
@@ -83,89 +89,8 @@ NAMES_WARNED_MAX = 1000
 """Limit of the names whose last warning is remembered."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Handle:
-    """A requested task: its id, and whether this request created it (False: a live twin holds the unique key)."""
-
-    id: int
-    created: bool = True
-
-    def __int__(self) -> int:
-        return self.id
-
-
-@dataclasses.dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
-class Origin:
-    """What a Service was made with."""
-
-    database: str | peewee.Database | None
-    config: str | Path | None
-    clock: Clock | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Backing:
-    """What a Service works with; the bell that it rings is the one of the configuration's state directory."""
-
-    config: Config
-    ledger: Ledger
-    clock: Clock
-    lend: Callable[[object], Ledger] | None = None
-    """In tests: returns the ledger for requests on a connection of the application."""
-
-    @classmethod
-    def of(cls, origin: Origin) -> Backing:
-        """Do what the arguments say; opens nothing yet."""
-        database = origin.database
-        if isinstance(database, peewee.Database):
-            config = load(origin.config, database=_url_of(database), any_owner=True)
-            store = Store.share(database, config.table_prefix)
-        else:
-            config = load(origin.config, database=database, any_owner=True)
-            wait_s = config.busy_timeout_s
-            store = Store.open(
-                config.database, config.table_prefix, busy_timeout_s=wait_s, patience_s=wait_s, has_neighbours=True
-            )
-        ledger = Ledger(store, origin.clock)
-        return cls(config, ledger, ledger.clock)
-
-
-redirect: Callable[[Origin], Backing | None] | None = None
-"""The seam for tests: while it is set every Service, also one made before, works with what it returns and touches
-neither database nor supervisor of its own; None from it lets the Service have them. `bgsupervisor.testing` sets it;
-nothing else may."""
-
-
-def isolated(origin: Origin) -> Backing | None:
-    """Return what a Service works with while tests run; None outside tests, and where isolation is off.
-
-    Django's test environment counts as tests, whatever has set it up: from then on mails stay in the process too. So
-    does a process that multiprocessing has spawned from an isolated one.
-    """
-    if redirect is None:
-        # https://github.com/django/django/blob/5.2/django/test/utils.py: what setup_test_environment leaves
-        state = getattr(sys.modules.get("django.test.utils"), "_TestState", None)
-        folder = _folder_of_tests()
-        if folder is not None:
-            from bgsupervisor.testing.isolation import isolate_worker  # noqa: PLC0415 - only in tests
-
-            isolate_worker(folder)
-        elif hasattr(state, "saved_data"):
-            from bgsupervisor.testing import isolate  # noqa: PLC0415 - the same
-
-            isolate()
-    return redirect(origin) if redirect is not None else None
-
-
-def _folder_of_tests() -> Path | None:
-    """Return the folder of the tests whose process has spawned this one by multiprocessing, None if none has."""
-    process = sys.modules.get("multiprocessing.process")
-    parent = None if process is None else process.parent_process()
-    return None if parent is None or parent.pid is None else tests_of(parent.pid)
-
-
 class Service:
-    """Requests tasks and tells about them.
+    """Request tasks, and ask for those that were requested.
 
     Args:
         database: A URL as in the configuration, or a Peewee database of the application, whose open transaction a
@@ -191,11 +116,11 @@ class Service:
     ) -> None:
         self._origin = Origin(database, config, clock)
         self._own: Backing | None = None
-        self._lending: Lending | None = None
+        self._external_connections: ExternalConnections | None = None
         self._parent_id: int | None = None
-        _ = self._backing  # a configuration that is missing or wrong is told here
+        _ = self._backing  # raises here if the configuration is missing or wrong
         self._loadable: set[str] = set()
-        self._unsupervised_look_at = 0.0
+        self._unsupervised_check_at = 0.0
         self._unknown_names = unknown_names
         self._catalogue_read = (-math.inf, Catalogue())  # replaced as a whole, since threads share it
         self._names_warned: dict[str, float] = {}
@@ -205,7 +130,7 @@ class Service:
         """Make the service of a running body: all it requests has that task as its parent."""
         service = cls(config.database, config=config.path)
         service._parent_id = parent_id
-        service._store.take_turns(config.state_dir)
+        service._store.limit_connections(config.state_dir)
         return service
 
     # Requests
@@ -243,7 +168,7 @@ class Service:
                 open there, or opens one as the application's own statements do; if the connection commits each of
                 those by itself, it is one by itself. A Peewee database, Django's connection, an SQLAlchemy Session or
                 Connection, or a connection of sqlite3, psycopg or psycopg2. Waiting for locks is limited by what is
-                set there. With *after* nobody else may end a task until that transaction ends: keep it short.
+                set there. With *after* no other process can end a task until that transaction ends: keep it short.
 
         Raises:
             DataInvalid: The data does not fit the body, or is not JSON; says which field.
@@ -260,13 +185,13 @@ class Service:
         Blocks for one durable commit. Inside an open transaction of *connection*, or of a shared Peewee database, it is
         part of that transaction, and the supervisor is woken after its commit.
         """
-        options = _Options(
+        options = RequestOptions(
             run_at=run_at,
             delay_s=delay_s,
             priority=priority,
             key=key,
             unique=unique,
-            after=_after(after),
+            after=after_ids(after),
             after_any_end=after_any_end,
         )
         return self._record(task, [data], options, connection)[0]
@@ -283,14 +208,14 @@ class Service:
         connection: object | None = None,
     ) -> list[Handle]:
         """Record one task per data in one transaction, all or none; as `request`, but without `unique` and `after`."""
-        options = _Options(run_at=run_at, delay_s=delay_s, priority=priority, key=key)
+        options = RequestOptions(run_at=run_at, delay_s=delay_s, priority=priority, key=key)
         return self._record(task, list(datas), options, connection)
 
     def _record(
         self,
         task: TaskLike,
         datas: Sequence[Mapping[str, object] | None],
-        options: _Options,
+        options: RequestOptions,
         connection: object | None,
     ) -> list[Handle]:
         name, definition = self._resolve(task)
@@ -304,22 +229,22 @@ class Service:
             if requests is None:
                 requests = self._requests(*self._found(name, ledger), datas, options, run_at)
             found = ledger.request_many(requests)
-            with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever this look comes to
+            with contextlib.suppress(BgSupervisorError):  # the tasks are recorded, whatever becomes of this check
                 self._warn_if_unsupervised(ledger)
         return [Handle(id, created) for id, created in found]
 
     def _requests(
         self,
         name: str,
-        definition: tasks.Definition | None,
+        definition: registry.Definition | None,
         datas: Sequence[Mapping[str, object] | None],
-        options: _Options,
+        options: RequestOptions,
         run_at: datetime | None,
     ) -> list[Request]:
         """Return one request per data, all checked and encoded."""
         key, unique_key = options.checked_key(), options.unique_key()
         if self._store.locks_rows:
-            _check_bytes(name, key, unique_key)
+            check_bytes(name, key, unique_key)
         return [
             Request(
                 name=name,
@@ -343,20 +268,20 @@ class Service:
 
     @contextlib.contextmanager
     def _ledger_on(self, connection: object | None) -> Iterator[Ledger]:
-        """Have the ledger, on the application's connection if there is one; wake the supervisor after the commit."""
+        """Give the ledger, on the application's connection if there is one; wake the supervisor after the commit."""
         backing = self._backing
         if connection is None:
             yield backing.ledger
-            backing.ledger.store.database.after_commit(self._ring)
+            backing.ledger.store.database.after_commit(self._notify)
             return
-        if backing.lend is not None:
-            yield backing.lend(connection)
+        if backing.external is not None:
+            yield backing.external(connection)
             return
-        from bgsupervisor.borrowed import Lending  # noqa: PLC0415 - only who lends a connection pays for it
+        from bgsupervisor.ledger.external import ExternalConnections  # noqa: PLC0415 - only who lends a connection pays for it
 
-        if self._lending is None:
-            self._lending = Lending(self._store, self._config.table_prefix, self._clock)
-        with self._lending.on(connection, self._ring) as ledger:
+        if self._external_connections is None:
+            self._external_connections = ExternalConnections(self._store, self._config.table_prefix, self._clock)
+        with self._external_connections.on(connection, self._notify) as ledger:
             yield ledger
 
     # Asking
@@ -364,20 +289,20 @@ class Service:
     def status(self, task: TaskLike | Handle | int, *, key: Key | None = None) -> Status | None:
         """Return the status of the newest task of a class (and key), or of one task; None if there is none."""
         if not isinstance(task, str | type | tasks.FunctionTask):
-            record = self._ledger.get(_id(task))
+            record = self._ledger.get(task_id(task))
         else:
             record = self._ledger.newest(self._name_of(task), key=key_text(key))
         return None if record is None else record.status
 
     def get(self, task: Handle | int, *, name: TaskLike | None = None, key: Key | None = None) -> TaskRecord | None:
-        """Return all that is known of a task now, or None if it never existed or was pruned.
+        """Return a task as it is now, or None if it never existed or was pruned.
 
         Args:
             task: Which.
             name: It must be of this class, else None: for an id that came from a browser.
             key: It must have been requested with this key, else None: the check that it is this user's task.
         """
-        record = self._ledger.get(_id(task))
+        record = self._ledger.get(task_id(task))
         if record is None or (name is not None and record.name != self._name_of(name)):
             return None
         if key is not None and record.key != key_text(key):
@@ -403,8 +328,8 @@ class Service:
         return self._ledger.find(
             names=None if name is None else [self._name_of(name)],
             key=key_text(key),
-            statuses=None if status is None else [_status(status)],
-            limit=_limit(limit),
+            statuses=None if status is None else [status_of(status)],
+            limit=limit_of(limit),
         )
 
     def counts(self, task: TaskLike | None = None) -> dict[Status, int]:
@@ -418,11 +343,11 @@ class Service:
             UnknownTask: There is no such task.
             WaitTimeout: It has not ended by then; it goes on.
         """
-        id = _id(task)
+        id = task_id(task)
         if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or math.isnan(timeout_s):
             raise RequestRefused(f"timeout_s is {timeout_s!r}; it must be a number of seconds")
         deadline = self._clock.monotonic() + timeout_s
-        looks = 0
+        polls = 0
         while True:
             status = self._ledger.status(id)
             if status is None:
@@ -432,8 +357,8 @@ class Service:
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 raise WaitTimeout(f"task {id} has not ended within {timeout_s:g} s; it is {status} and goes on")
-            self._clock.sleep(min(left, POLL_S[min(looks, len(POLL_S) - 1)]))
-            looks += 1
+            self._clock.sleep(min(left, WAIT_POLLS_S[min(polls, len(WAIT_POLLS_S) - 1)]))
+            polls += 1
 
     def result(self, task: Handle | int) -> Any:  # noqa: ANN401 - whatever the body returned
         """Return what the body returned, as JSON gives it back; never waits.
@@ -461,7 +386,7 @@ class Service:
 
         Blocks for at most 5 s, usually for 0.1 s.
         """
-        from bgsupervisor import stacks  # noqa: PLC0415 - only on Linux, and a web process seldom asks
+        from bgsupervisor.system import stacks  # noqa: PLC0415 - only on Linux, and a web process seldom asks
 
         record = self._known(task)
         with self._process_of(record) as handle:
@@ -483,12 +408,12 @@ class Service:
             UnknownTask: There is no such task.
         """
         keys: list[str] = []
-        record = self._ledger.cancel(_id(task), by=_checked_text("by", by or None), keys=keys)
-        self._store.database.after_commit(functools.partial(self._ring, keys))
+        record = self._ledger.cancel(task_id(task), by=checked_text("by", by or None), keys=keys)
+        self._store.database.after_commit(functools.partial(self._notify, keys))
         return record
 
     def suspend(self, task: Handle | int, *, by: str | None = None) -> TaskRecord:
-        """Ask that a running task stands still, with all that it started, and return it as it is now.
+        """Ask the supervisor to suspend a running task, with all that it started, and return it as it is now.
 
         Its supervisor stops it (SIGSTOP) until `resume`; without one it waits for the next. It keeps its slot and its
         locks; its time limits do not run meanwhile. One that is suspended already is returned unchanged.
@@ -501,18 +426,18 @@ class Service:
             UnknownTask: There is no such task.
             NotSuspendable: It does not run, or is to end.
         """
-        record = self._ledger.suspend(_id(task), by=_checked_text("by", by or None))
-        self._store.database.after_commit(self._ring)
+        record = self._ledger.suspend(task_id(task), by=checked_text("by", by or None))
+        self._store.database.after_commit(self._notify)
         return record
 
     def resume(self, task: Handle | int) -> TaskRecord:
-        """Ask that a suspended task goes on, and return it as it is now; any other is returned unchanged.
+        """Ask the supervisor to resume a suspended task, and return it as it is now; any other is returned unchanged.
 
         Raises:
             UnknownTask: There is no such task.
         """
-        record = self._ledger.resume(_id(task))
-        self._store.database.after_commit(self._ring)
+        record = self._ledger.resume(task_id(task))
+        self._store.database.after_commit(self._notify)
         return record
 
     def retry(self, task: Handle | int) -> TaskRecord:
@@ -523,8 +448,8 @@ class Service:
             NotRetryable: It is not INTERRUPTED.
             AlreadyLive: A live task holds its unique key.
         """
-        record = self._ledger.retry(_id(task))
-        self._store.database.after_commit(self._ring)
+        record = self._ledger.retry(task_id(task))
+        self._store.database.after_commit(self._notify)
         return record
 
     def close(self) -> None:
@@ -570,22 +495,21 @@ class Service:
         return self._backing.clock
 
     def _known(self, task: Handle | int) -> TaskRecord:
-        record = self._ledger.get(_id(task))
+        record = self._ledger.get(task_id(task))
         if record is None:
-            raise UnknownTask(_id(task))
+            raise UnknownTask(task_id(task))
         return record
 
     def _process_of(self, record: TaskRecord) -> ProcessHandle:
         """Return the process of a running task. Raises NoStack where it cannot be had."""
-        from bgsupervisor import processes  # noqa: PLC0415 - as above
+        from bgsupervisor.system import processes  # noqa: PLC0415 - as above
 
         if record.status is not Status.START:
             kept = f"; `bgsupervisor show {record.id}` has what was kept when its time was up" if record.stack else ""
             raise NoStack(f"task {record.id} is not running, it is {record.status}{kept}")
         if record.suspended_at is not None:
             raise NoStack(
-                f"task {record.id} is suspended, and what stands still cannot answer; "
-                f"`bgsupervisor resume {record.id}` lets it go on",
+                f"task {record.id} is suspended and cannot answer; `bgsupervisor resume {record.id}` continues it",
                 pid=record.pid,
             )
         if record.pid is None or record.pid_ns is None or record.start_ticks is None or record.boot_id is None:
@@ -593,7 +517,7 @@ class Service:
         identity = processes.ProcessIdentity(
             record.host or "", record.boot_id, record.pid_ns, record.pid, record.start_ticks
         )
-        found, handle = processes.look(identity)
+        found, handle = processes.open_process(identity)
         if handle is not None and found is processes.Verdict.ALIVE:
             if os.geteuid() != 0 or self._is_child(record.pid, record.start_ticks):
                 return handle
@@ -612,11 +536,11 @@ class Service:
         raise NoStack(f"task {record.id} shows no stack: {why}", pid=record.pid)
 
     def _is_child(self, pid: int, start_ticks: int) -> bool:
-        """Whether the log of a process stands in the state directory, and both belong to that folder's owner.
+        """Return whether a process has a log in the state directory, and both belong to that folder's owner.
 
-        Root could ask any process, and the row that names it may be anybody's who writes the database.
+        Root could ask any process, and every user who may write the database may have written the row.
         """
-        from bgsupervisor import logs, processes  # noqa: PLC0415 - a web process seldom asks
+        from bgsupervisor.system import logs, processes  # noqa: PLC0415 - a web process seldom asks
 
         folder = StateDir(self.config.state_dir)
         log = logs.process_log(folder.logs, pid, start_ticks)
@@ -625,7 +549,7 @@ class Service:
         except OSError:
             return False
 
-    def _resolve(self, task: TaskLike) -> tuple[str, tasks.Definition | None]:
+    def _resolve(self, task: TaskLike) -> tuple[str, registry.Definition | None]:
         definition = tasks.definition_of(task)
         if definition is not None:
             return definition.name, definition
@@ -633,12 +557,12 @@ class Service:
         base = tasks.base_named(name)
         if base is not None:
             base.definition()  # raises, and says why
-        if not name.strip() or len(name) > KEY_CHARS or "\0" in name or not _is_storable(name):
+        if not name.strip() or len(name) > KEY_CHARS or "\0" in name or not is_storable(name):
             raise RequestRefused(f"the task name {name[:60]!r} cannot be; give module:QualName or the task's own name")
         return name, None
 
     def _name_of(self, task: TaskLike) -> str:
-        """Return the full name of a task, which a short one means where it means one only.
+        """Return the full name of a task; a short name counts if it means one task only.
 
         Raises:
             UnknownTaskName: It means several.
@@ -652,7 +576,7 @@ class Service:
             raise _ambiguous(name, meant)
         return meant[0] if meant else name
 
-    def _found(self, name: str, ledger: Ledger) -> tuple[str, tasks.Definition | None]:
+    def _found(self, name: str, ledger: Ledger) -> tuple[str, registry.Definition | None]:
         """Return the full name, and the definition where there is one here, of a name that is not loaded here.
 
         Raises:
@@ -700,7 +624,7 @@ class Service:
             self._catalogue_read = now, catalogue
         return Known(catalogue, self._config.tasks)
 
-    def _check_loadable(self, definition: tasks.Definition) -> None:
+    def _check_loadable(self, definition: registry.Definition) -> None:
         """Refuse a class that no supervisor could load: it would stay REQUEST for ever."""
         module, configured = definition.module, self._config.tasks
         if module in self._loadable:
@@ -727,9 +651,9 @@ class Service:
 
     def _warn_if_unsupervised(self, ledger: Ledger) -> None:
         now = self._clock.monotonic()
-        if now < self._unsupervised_look_at:
+        if now < self._unsupervised_check_at:
             return
-        self._unsupervised_look_at = now + UNSUPERVISED_LOOK_S
+        self._unsupervised_check_at = now + UNSUPERVISED_CHECK_S
         with ledger.store.looking():
             seen = max((one.heartbeat_at for one in ledger.supervisors()), default=None)
             since = ledger.oldest_due_at() if seen is None else seen
@@ -740,51 +664,8 @@ class Service:
                 "ever" if seen is None else seen.isoformat(timespec="seconds"),
             )
 
-    def _ring(self, keys: Sequence[str] = ()) -> None:
-        send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:RING_KEYS]).encode())
-
-
-def _after(after: Sequence[Handle | int] | Handle | int | None) -> tuple[int, ...]:
-    if after is None:
-        return ()
-    several = isinstance(after, Iterable) and not isinstance(after, str | bytes)
-    awaited: Iterable[object] = after if several else [after]  # type: ignore[assignment]
-    try:
-        return tuple(tasks.checked_ids(awaited))
-    except ValueError:
-        raise RequestRefused(f"after is {after!r}; it must be a handle or an id, or a list of them") from None
-
-
-def _id(task: object) -> int:
-    try:
-        return tasks.checked_ids([task])[0]
-    except ValueError:
-        raise RequestRefused(f"the task is {repr(task)[:60]}; give a handle or an id, a whole number") from None
-
-
-def _limit(limit: object) -> int | None:
-    if limit is None:
-        return None
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise RequestRefused(f"limit is {repr(limit)[:60]}; it must be a whole number, 0 or more, or None")
-    return min(limit, LIMIT_MAX)
-
-
-def _status(status: object) -> Status:
-    try:
-        return Status(str(status))
-    except ValueError:
-        words = ", ".join(Status)
-        raise RequestRefused(f"status is {repr(status)[:60]}; it must be one of {words}") from None
-
-
-def _is_storable(text: str) -> bool:
-    """Whether a text can be encoded: half a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    def _notify(self, keys: Sequence[str] = ()) -> None:
+        send_datagram(StateDir(self._config.state_dir).wake, "\n".join(keys[:NOTIFY_KEYS]).encode())
 
 
 def _ambiguous(name: str, meant: Sequence[str]) -> UnknownTaskName:
@@ -795,115 +676,8 @@ def _ambiguous(name: str, meant: Sequence[str]) -> UnknownTaskName:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The arguments that all requests share, checked one by one."""
-
-    run_at: datetime | None = None
-    delay_s: float | None = None
-    priority: int = 0
-    key: Key | None = None
-    unique: Key | bool | None = None
-    after: tuple[int, ...] = ()
-    after_any_end: bool = False
-
-    def when(self, clock: Clock) -> datetime | None:
-        if self.run_at is not None and self.delay_s is not None:
-            raise RequestRefused("run_at and delay_s were both given; give one of them")
-        if self.run_at is not None:
-            if not isinstance(self.run_at, datetime):
-                raise RequestRefused(f"run_at is {self.run_at!r}; it must be a datetime with a time zone")
-            if self.run_at.utcoffset() is None:
-                raise RequestRefused(
-                    f"run_at {self.run_at.isoformat()} has no time zone, so the moment is not known; "
-                    "give an aware datetime, as datetime.now(timezone.utc)"
-                )
-            try:
-                return self.run_at.astimezone(UTC)
-            except OverflowError:
-                raise RequestRefused(f"run_at {self.run_at.isoformat()} lies beyond the calendar") from None
-        if self.delay_s is None:
-            return None
-        if isinstance(self.delay_s, bool) or not isinstance(self.delay_s, int | float) or not self.delay_s >= 0:
-            raise RequestRefused(f"delay_s is {self.delay_s!r}; it must be a number of seconds, 0 or more")
-        try:
-            return clock.now() + timedelta(seconds=self.delay_s)
-        except OverflowError:
-            raise RequestRefused(f"delay_s is {self.delay_s!r}; that moment lies beyond the calendar") from None
-
-    def checked_priority(self) -> int:
-        priority = self.priority
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > PRIORITY_LIMIT:
-            raise RequestRefused(f"priority is {priority!r}; it must be a whole number, larger is sooner")
-        return priority
-
-    def checked_key(self) -> str | None:
-        return _checked_text("key", self.key)
-
-    def unique_key(self) -> str | None:
-        if self.unique is None or self.unique is False:
-            return None
-        if self.unique is True:
-            return self.checked_key() or ""
-        return _checked_text("unique", self.unique)
-
-
-def _url_of(database: peewee.Database) -> str:
-    if not isinstance(database, peewee.SqliteDatabase | peewee.PostgresqlDatabase):
-        kind = type(database).__name__
-        raise ConfigError(f"the database is a {kind}; only peewee.SqliteDatabase and PostgresqlDatabase are supported")
-    if database.deferred:
-        raise ConfigError(
-            "the Peewee database names no file or database yet; call its init() first, then make the Service"
-        )
-    name = str(database.database)
-    if isinstance(database, peewee.PostgresqlDatabase):
-        if is_postgres(name):
-            return name
-        given = {key: value for key, value in database.connect_params.items() if isinstance(value, str | int)}
-        return f"postgresql:///{quote(name, safe='')}?{urlencode(given)}"
-    return f"sqlite:///{name if ':memory:' in name else Path(name).absolute()}"
-
-
-def _as_text(what: str, key: object) -> str:
-    """Return a key as rows hold it, a text: the id of a user may be a number or a UUID."""
-    if isinstance(key, str):
-        return key
-    if isinstance(key, bool) or not isinstance(key, int | UUID):
-        raise RequestRefused(f"{what} is {repr(key)[:60]}; it must be a text, a whole number or a UUID")
-    return str(int(key) if isinstance(key, int) else key)  # the text of an IntEnum is that of its number
-
-
-def key_text(key: Key | None) -> str | None:
-    """Return a key that is searched for, as rows have it."""
-    return _checked_text("key", key)
-
-
-def _checked_text(what: str, given: object) -> str | None:
-    if given is None:
-        return None
-    text = _as_text(what, given)
-    if not text or len(text) > KEY_CHARS:
-        raise RequestRefused(f"{what} is {text[:60]!r}; it must be a text of 1 to {KEY_CHARS} characters")
-    if not _is_storable(text):
-        raise RequestRefused(f"{what} is {text[:60]!r}; it holds half a surrogate pair, which no database stores")
-    if "\0" in text:
-        raise RequestRefused(f"{what} is {text[:60]!r}; it holds a NUL character, which PostgreSQL does not store")
-    return text
-
-
-def _check_bytes(name: str, key: str | None, unique_key: str | None) -> None:
-    named = "name" if unique_key is None else "name and unique together"
-    for what, text in (("key", key or ""), (named, name + (unique_key or ""))):
-        size_bytes = len(text.encode("utf-8", "surrogatepass"))
-        if size_bytes > KEY_BYTES_ON_SERVER:
-            raise RequestRefused(
-                f"{what}: {size_bytes} bytes, and PostgreSQL takes at most {KEY_BYTES_ON_SERVER}; choose shorter ones"
-            )
-
-
 def _reaches(configured: Sequence[str], module: str) -> bool:
-    """Whether importing the configured modules has imported *module* too: it, or what is in it, stands in their names.
+    """Return whether the configured modules have imported *module*: it, or something in it, stands in their names.
 
     Looks only at what is loaded in this process; a configured module that is not loaded is given the benefit.
     """

@@ -11,49 +11,34 @@ from typing import NoReturn
 
 import click
 
-from bgsupervisor import __version__, descriptors
-from bgsupervisor.cli.output import say, warn
+from bgsupervisor import __version__
+from bgsupervisor.cli.display.output import say, warn
 from bgsupervisor.cli.session import Session, config_option
 from bgsupervisor.errors import BgSupervisorError
+from bgsupervisor.system import descriptors
 
-__all__ = ["main", "program", "tell_error"]
+__all__ = ["main", "program", "report_error"]
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C: 128 and the signal's number."""
 EXIT_USAGE = 2
 EXIT_PIPE_CLOSED = 1
-"""Whoever read our output has left, as `head` does; click leaves so too where it is the first to notice."""
+"""The reader of our output has left, as `head` does; click uses the same code where it notices first."""
 
-_COMMANDS = {
-    "init": "bgsupervisor.cli.init:init",
-    "run": "bgsupervisor.cli.run:run",
-    "dev": "bgsupervisor.cli.dev:dev",
-    "ps": "bgsupervisor.cli.ps:ps",
-    "show": "bgsupervisor.cli.show:show",
-    "why": "bgsupervisor.cli.why:why",
-    "log": "bgsupervisor.cli.log:log",
-    "stack": "bgsupervisor.cli.stack:stack",
-    "request": "bgsupervisor.cli.request:request",
-    "cancel": "bgsupervisor.cli.acting:cancel",
-    "suspend": "bgsupervisor.cli.acting:suspend",
-    "resume": "bgsupervisor.cli.acting:resume",
-    "retry": "bgsupervisor.cli.acting:retry",
-    "stop": "bgsupervisor.cli.stopping:stop",
-    "start": "bgsupervisor.cli.stopping:start",
-    "reload": "bgsupervisor.cli.stopping:reload",
-    "prune": "bgsupervisor.cli.prune:prune",
-    "migrate": "bgsupervisor.cli.migrate:migrate",
-    "health": "bgsupervisor.cli.health:health",
-    "check": "bgsupervisor.cli.check:check",
-    "doctor": "bgsupervisor.cli.doctor:doctor",
-    "cron": "bgsupervisor.cli.cron:cron",
-    "systemd": "bgsupervisor.cli.systemd:systemd",
-}
+_COMMANDS = (
+    *("init", "run", "dev", "ps", "show", "why", "log", "stack", "request", "cancel", "suspend", "resume", "retry"),
+    *("stop", "start", "reload", "prune", "migrate", "health", "check", "doctor", "cron", "systemd"),
+)
 """In the order of the help; each is imported when it is called or described."""
+_MODULES = {
+    **dict.fromkeys(("cancel", "suspend", "resume", "retry"), "acting"),
+    **dict.fromkeys(("stop", "start", "reload"), "stopping"),
+}
+"""The modules of commands that share one; any other command has a module of its name."""
 
 
 class _Commands(click.Group):
-    """The commands of `_COMMANDS`; each also takes --config after its own name, where people look for it first."""
+    """The commands of `_COMMANDS`; each also takes --config after its own name, where people expect it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -61,8 +46,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - the same
         if cmd_name not in _COMMANDS:
             return None
-        module, _, name = _COMMANDS[cmd_name].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(f"bgsupervisor.cli.commands.{_MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, cmd_name)
         if all(param.name != "config" for param in command.params):
             command.params.append(config_option())
         return command
@@ -72,7 +57,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="bgsupervisor", message="%(prog)s %(version)s")
 @click.pass_context
 def program(ctx: click.Context) -> None:
-    """Background tasks for a web app: request them, supervise them, see what became of them."""
+    """Background tasks for a web app: request them, supervise them, see how they end."""
     ctx.ensure_object(Session)
 
 
@@ -89,9 +74,9 @@ def main() -> NoReturn:
         code = program.main(prog_name="bgsupervisor", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as error:
-        told = io.StringIO()
-        error.show(told)  # what was typed stands in it
-        say(told.getvalue().rstrip("\n"), err=True)
+        message = io.StringIO()
+        error.show(message)  # it quotes what was typed
+        say(message.getvalue().rstrip("\n"), err=True)
         code = error.exit_code
     except click.exceptions.Exit as error:
         code = error.exit_code
@@ -101,10 +86,10 @@ def main() -> NoReturn:
         code = EXIT_PIPE_CLOSED
         _silence_output()
     except BgSupervisorError as error:
-        code = tell_error(error)
+        code = report_error(error)
     except UnicodeEncodeError:
         code = EXIT_USAGE
-        click.echo("bgsupervisor: an argument is no valid text in this locale's encoding", err=True)
+        click.echo("bgsupervisor: an argument is not valid text in this locale's encoding", err=True)
     except OSError as error:
         code = 1
         _silence_output()
@@ -113,14 +98,14 @@ def main() -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def tell_error(error: BgSupervisorError) -> int:
-    """Say on stderr what is wrong, in one sentence; return the exit code."""
+def report_error(error: BgSupervisorError) -> int:
+    """Print on stderr what is wrong, in one sentence; return the exit code."""
     warn(f"bgsupervisor: {error}")
     return error.exit_code
 
 
 def _open_standard_streams() -> None:
-    """Have descriptors 0 to 2 lead somewhere: a caller may have closed them, and what we open must not become them."""
+    """Open descriptors 0 to 2 that a caller has closed: files that we open later must not become them."""
     descriptors.open_standard()
     sys.stdin = sys.stdin or open(_standard(0), closefd=False)  # noqa: SIM115 - for the life of the process
     sys.stdout = sys.stdout or open(_standard(1), "w", closefd=False)  # noqa: SIM115 - as above
@@ -128,12 +113,12 @@ def _open_standard_streams() -> None:
 
 
 def _standard(number: int) -> int:
-    """Return a descriptor to read from or print to, where the caller has closed the usual one."""
+    """Return a descriptor in place of a standard one, where the caller has closed that."""
     return os.open(os.devnull, os.O_RDWR) if descriptors.is_taken(number) else number
 
 
 def _silence_output() -> None:
-    """Have the interpreter's last flush go nowhere, since nobody reads any more."""
+    """Discard the interpreter's last flush, since the reader has gone."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)

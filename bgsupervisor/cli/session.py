@@ -1,4 +1,4 @@
-"""What the commands share: the configuration that was named, and the service on its database."""
+"""What the commands share: the configuration that was named, the service on its database, common options."""
 
 from __future__ import annotations
 
@@ -10,29 +10,35 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bgsupervisor.config import is_postgres, load, shown
+from bgsupervisor.addresses import is_postgres, shown
+from bgsupervisor.config import load
+from bgsupervisor.errors import UnknownTask
+from bgsupervisor.ipc.statedir import StateDir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bgsupervisor.config import Config
+    from bgsupervisor.ledger.records import TaskRecord
     from bgsupervisor.service import Service
 
-__all__ = ["Finite", "Session", "config_option", "pass_session"]
+__all__ = ["Finite", "Session", "config_option", "json_option", "own_state_dir", "pass_session", "task_of"]
 
 
 class Finite(click.FloatRange):
-    """A number within limits; Python reads "nan" and "inf" as numbers, and no limit keeps "nan" out."""
+    """A number within limits; Python reads "nan" and "inf" as numbers, and no limit excludes "nan"."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
         """Return the number. Raises click.BadParameter if it is none."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no number of seconds or days.", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds or days.", param, ctx)
         return number
 
 
 @dataclass(slots=True)
 class Session:
-    """One call of the program; reads nothing before it is asked."""
+    """One call of the program; reads nothing before a method is called."""
 
     config_path: Path | None = None
 
@@ -53,7 +59,7 @@ class Session:
         """Return what Services of this process work with while it runs tests, None outside tests."""
         if not sys.modules.keys() & {"bgsupervisor.service", "django.test.utils"}:
             return None  # `run` beside a living supervisor does without
-        from bgsupervisor.service import Origin, isolated  # noqa: PLC0415 - as above
+        from bgsupervisor.backings import Origin, isolated  # noqa: PLC0415 - as above
 
         backing = isolated(Origin(None, self.config_path, None))
         return None if backing is None else backing.config
@@ -69,12 +75,19 @@ class Session:
         return Service(config=self.config_path, unknown_names=unknown_names)
 
     def existing_service(self) -> Service | None:
-        """Return the service if there is a database: whoever only looks must create nothing."""
+        """Return the service if there is a database: a command that only reads must create nothing."""
         service = self.service()
         return service if service.ledger.store.is_there() else None
 
+    def service_with(self, id: int) -> Service:
+        """Return the service of a database that may hold a task. Raises UnknownTask where there is no database."""
+        service = self.existing_service()
+        if service is None:
+            raise UnknownTask(id)
+        return service
+
     def nothing_yet(self) -> str:
-        """Say what is not there where `Store.is_there` finds no database of ours."""
+        """Describe what is missing where `Store.is_there` finds no database of ours."""
         database = self.config().database
         if is_postgres(database):
             return f"{shown(database)} has none of our tables yet"
@@ -84,11 +97,37 @@ class Session:
 pass_session = click.make_pass_decorator(Session, ensure=True)
 
 
+def own_state_dir(config: Config) -> StateDir:
+    """Return the state directory for a process that is about to run tasks, created if necessary.
+
+    Raises:
+        AccessError: It is another user's, or other users may write it.
+    """
+    state_dir = StateDir(config.state_dir)
+    state_dir.create()
+    state_dir.check_owner()
+    state_dir.check_private()
+    return state_dir
+
+
+def task_of(service: Service, id: int) -> TaskRecord:
+    """Return a task. Raises UnknownTask if there is none with this id."""
+    record = service.get(id)
+    if record is None:
+        raise UnknownTask(id)
+    return record
+
+
+def json_option(help: str = "One object; times are in UTC.") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option --json."""
+    return click.option("--json", "as_json", is_flag=True, help=help)
+
+
 def config_option() -> click.Option:
     """Return the option --config, for the program and for each command."""
     return click.Option(
         ["--config"],
-        type=click.Path(path_type=Path, readable=False),  # loading it says better who may not read it
+        type=click.Path(path_type=Path, readable=False),  # loading it reports a missing right better
         metavar="PATH",
         expose_value=False,
         callback=_remember,

@@ -1,16 +1,16 @@
-"""What is wrong with the machine and the set-up, one sentence per check; changes nothing."""
+"""Checks of the machine and the set-up, one sentence each; changes nothing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bgsupervisor.doctor import files, keepers, limits, system
-from bgsupervisor.doctor.findings import Finding, Grade, Machine, Scene, wrong
+from bgsupervisor.doctor import files, limits, managers, system
+from bgsupervisor.doctor.findings import Finding, Grade, Machine, Site, wrong
 
 if TYPE_CHECKING:
     from bgsupervisor.doctor.findings import Check
 
-__all__ = ["CHECKS", "Finding", "Grade", "Machine", "Scene", "examine"]
+__all__ = ["CHECKS", "Finding", "Grade", "Machine", "Site", "examine"]
 
 CHECKS: dict[str, Check] = {
     "rights": files.rights,
@@ -21,29 +21,29 @@ CHECKS: dict[str, Check] = {
     "file system": files.file_system,
     "free space": files.free_space,
     "SQLite": system.sqlite,
-    "lock": keepers.lock,
-    "loaded code": keepers.loaded_code,
-    "stop mark": keepers.stop_mark,
-    "entry": keepers.entry,
-    "unit": keepers.unit,
+    "lock": managers.lock,
+    "loaded code": managers.loaded_code,
+    "stop mark": managers.stop_mark,
+    "entry": managers.entry,
+    "unit": managers.unit,
     "clock": system.clock,
     "kernel": system.kernel,
     "memory": limits.memory,
     "processes": limits.processes,
     "PID 1": system.first_process,
 }
-"""In the order in which they are told."""
+"""In the order in which they are reported."""
 
 
-def examine(scene: Scene) -> list[Finding]:
-    """Make every check; one that meets a file it may not read tells that, and the others go on.
+def examine(site: Site) -> list[Finding]:
+    """Make every check; one that may not read a file reports that, and the others follow.
 
     Blocks for some small files and, where there is one, the crontab program.
     """
     found = []
     for name, check in CHECKS.items():
         try:
-            found += [Finding(name, grade, told) for grade, told in check(scene)]
+            found += [Finding(name, grade, message) for grade, message in check(site)]
         except OSError as error:
-            found.append(Finding(name, *wrong(f"it cannot be looked at: {error}")))
+            found.append(Finding(name, *wrong(f"it cannot be checked: {error}")))
     return found

@@ -8,20 +8,20 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bgsupervisor.config import dangers
 from bgsupervisor.doctor.findings import note, ok, wrong
+from bgsupervisor.file_trust import dangers
 from bgsupervisor.sizes import size
-from bgsupervisor.statedir import group_name, user_name
+from bgsupervisor.system.users import group_name, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bgsupervisor.doctor.findings import Scene, Told
+    from bgsupervisor.doctor.findings import Result, Site
 
 __all__ = ["code", "deploy_folder", "file_system", "free_space", "rights", "state_directory"]
 
 SPACE_MIN_BYTES = 100 * 1024 * 1024
-"""With less, the next large import may be the last; running tasks could not record their ends."""
+"""Free space with which running tasks can surely record their ends."""
 GROUP_RIGHTS = stat.S_IRGRP | stat.S_IWGRP
 
 NETWORK = re.compile(
@@ -37,12 +37,12 @@ PASSING = {
 RELEASE_LINKS = {"current", "live", "latest", "release", "active", "deployed"}
 RELEASE_FOLDERS = {"releases", "versions", "deploys", "deployments"}
 RELEASE = re.compile(r"v?\d.*|[0-9a-f]{7,40}")
-"""How a release's own folder is called: by its time, number or commit."""
+"""Name of a release's own folder: its time, number or commit."""
 
 
-def rights(scene: Scene) -> Iterator[Told]:
-    """See that this user can write the database, and that its group can where the folder is the group's."""
-    path = scene.database
+def rights(site: Site) -> Iterator[Result]:
+    """Check that this user can write the database, and that its group can where the folder is the group's."""
+    path = site.database
     if path is None:
         return
     folder, user = path.parent, user_name(os.geteuid())
@@ -57,8 +57,8 @@ def rights(scene: Scene) -> Iterator[Told]:
     yield from _shared(folder, files)
 
 
-def _shared(folder: Path, files: list[Path]) -> Iterator[Told]:
-    """See that those may write the database who are to: the group that shares its folder, or its owner alone."""
+def _shared(folder: Path, files: list[Path]) -> Iterator[Result]:
+    """Check that only the right users may write the database: the group that shares its folder, or its owner."""
     state = folder.stat()
     group = group_name(state.st_gid)
     for one in (folder, *files):
@@ -91,31 +91,31 @@ def _shared(folder: Path, files: list[Path]) -> Iterator[Told]:
         yield ok(f"group {group} shares {folder}; {_mode(folder)}")
 
 
-def state_directory(scene: Scene) -> Iterator[Told]:
-    """See that this user may supervise here."""
-    path = scene.config.state_dir
+def state_directory(site: Site) -> Iterator[Result]:
+    """Check that this user may supervise here."""
+    path = site.config.state_dir
     user = user_name(os.geteuid())
     if not path.exists():
         if os.access(path.parent, os.W_OK | os.X_OK):
-            yield ok(f"{path} is not there yet; the first `bgsupervisor run` makes it")
+            yield ok(f"{path} is not there yet; the first `bgsupervisor run` creates it")
         else:
-            yield wrong(f"{path} is not there and user {user} cannot make it; create it, owned by who supervises")
+            yield wrong(f"{path} is not there and user {user} cannot create it; create it for the user that supervises")
         return
     owner = user_name(path.stat().st_uid)
     if path.stat().st_uid == os.geteuid():
-        found = [wrong(danger) for danger in scene.state_dir.dangers()]
+        found = [wrong(danger) for danger in site.state_dir.dangers()]
         yield from found or [ok(f"{path} is {owner}'s; {_mode(path)}")]
-    elif scene.alive:
-        yield note(f"{path} is {owner}'s, who supervises; this is user {user}, whom `run` and `stop` refuse")
+    elif site.alive:
+        yield note(f"{path} is {owner}'s, the user that supervises; `run` and `stop` refuse user {user}")
     else:
-        yield wrong(f"{path} is {owner}'s and this is user {user}, whom `run` refuses; supervise as {owner}")
+        yield wrong(f"{path} is {owner}'s, and `run` refuses user {user}; supervise as {owner}")
 
 
-def code(scene: Scene) -> Iterator[Told]:
-    """See that nobody else may write what the supervisor loads: configuration, env_file and the folders of modules."""
-    config, state_dir = scene.config, scene.config.state_dir
+def code(site: Site) -> Iterator[Result]:
+    """Check that no other user may write what the supervisor loads: configuration, env_file, folders of modules."""
+    config, state_dir = site.config, site.config.state_dir
     if state_dir.exists() and state_dir.stat().st_uid != os.geteuid():
-        yield note(f"only user {user_name(state_dir.stat().st_uid)}, who supervises, can judge it")
+        yield note(f"only user {user_name(state_dir.stat().st_uid)}, which supervises, can check it")
         return
     folders = list(dict.fromkeys([config.base_dir, *map(Path, config.python_path)]))
     files = [one for one in (config.path, config.env_file) if one is not None]
@@ -123,23 +123,23 @@ def code(scene: Scene) -> Iterator[Told]:
     yield from dict.fromkeys(found) or [ok(f"no other user may write what user {user_name(os.geteuid())} loads")]
 
 
-def _of_others(files: list[Path]) -> Iterator[Told]:
+def _of_others(files: list[Path]) -> Iterator[Result]:
     for file in files:
         for danger in dangers(file):
             tell = wrong if danger.is_of_all else note
-            yield tell(f"{danger.told}; it decides what runs as user {user_name(os.geteuid())}")
+            yield tell(f"{danger.detail}; it decides what runs as user {user_name(os.geteuid())}")
 
 
-def _of_groups(paths: list[Path]) -> Iterator[Told]:
+def _of_groups(paths: list[Path]) -> Iterator[Result]:
     for path in paths:
         if path.exists() and path.stat().st_mode & stat.S_IWGRP and not _is_own_group(path.stat()):
             group, user = group_name(path.stat().st_gid), user_name(os.geteuid())
             yield note(f"group {group} may write {path}, and so decides what runs as user {user}; {_mode(path)}")
 
 
-def deploy_folder(scene: Scene) -> Iterator[Told]:
-    """See that a deploy does not leave the tasks behind in the old release's folder."""
-    for what, path in scene.places:
+def deploy_folder(site: Site) -> Iterator[Result]:
+    """Check that a deploy does not leave the tasks behind in the old release's folder."""
+    for what, path in site.places:
         release = _release_of(path)
         if release is not None:
             yield wrong(
@@ -147,39 +147,39 @@ def deploy_folder(scene: Scene) -> Iterator[Told]:
                 "name a path beside the releases"
             )
             return
-    if scene.database is None:
+    if site.database is None:
         yield ok("the state directory lies outside of what a deploy replaces")
     else:
-        yield ok(f"{scene.database} and the state directory lie outside of what a deploy replaces")
+        yield ok(f"{site.database} and the state directory lie outside of what a deploy replaces")
 
 
-def file_system(scene: Scene) -> Iterator[Told]:
-    """See that database and state directory are on a file system of this machine."""
-    for what, path in scene.places:
-        kind = _kind(path, scene.machine.proc)
+def file_system(site: Site) -> Iterator[Result]:
+    """Check that database and state directory are on a file system of this machine."""
+    for what, path in site.places:
+        kind = _kind(path, site.machine.proc)
         if kind is None:
-            yield note(f"nobody can tell on which file system {path} is; it must not be one of the network")
+            yield note(f"the file system of {path} is unknown; it must not be a network file system")
         elif NETWORK.fullmatch(kind):
             yield wrong(f"{what} {path} is on {kind}; it must not be on a network file system, SQLite would lose rows")
         elif kind in PASSING:
             yield note(f"{what} {path} is on {kind}, which {PASSING[kind]}")
         elif kind.startswith("fuse"):
-            yield note(f"{what} {path} is on {kind}; see that it is no network file system")
+            yield note(f"{what} {path} is on {kind}; make sure that it is not a network file system")
         else:
             yield ok(f"{what} is on {kind}")
 
 
-def free_space(scene: Scene) -> Iterator[Told]:
-    """See that there is room for the ends of tasks."""
-    folders = {_existing(path).stat().st_dev: _existing(path) for _, path in reversed(scene.places)}
+def free_space(site: Site) -> Iterator[Result]:
+    """Check that there is room for the ends of tasks."""
+    folders = {_existing(path).stat().st_dev: _existing(path) for _, path in reversed(site.places)}
     for folder in folders.values():
         state = os.statvfs(folder)
         free = state.f_bavail * state.f_frsize
-        told = f"{size(free)} are free for {folder}"
+        room = f"{size(free)} are free for {folder}"
         if free < SPACE_MIN_BYTES:
-            yield wrong(f"{told}; free some, or `bgsupervisor prune`: on a full disk no end can be recorded")
+            yield wrong(f"{room}; free some, or `bgsupervisor prune`: on a full disk no end can be recorded")
         else:
-            yield ok(told)
+            yield ok(room)
 
 
 def _existing(path: Path) -> Path:
@@ -200,7 +200,7 @@ def _release_of(path: Path) -> Path | None:
 
 
 def _kind(path: Path, proc: Path) -> str | None:
-    """Return the type of the file system of *path*, None if it is not told."""
+    """Return the type of the file system of *path*, None if it is not known."""
     real = path.resolve()
     found, length = None, -1
     for line in (proc / "self" / "mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines():

@@ -1,4 +1,4 @@
-"""What a check looks at and what it tells."""
+"""What a check reads, and what it finds."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bgsupervisor.addresses import is_postgres, sqlite_path
 from bgsupervisor.clock import Clock, SystemClock
-from bgsupervisor.config import is_postgres, sqlite_path
-from bgsupervisor.oom import INITIAL_PID_NAMESPACE
-from bgsupervisor.statedir import StateDir
+from bgsupervisor.ipc.statedir import StateDir
+from bgsupervisor.system.oom import INITIAL_PID_NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bgsupervisor.config import Config
 
-__all__ = ["Check", "Finding", "Grade", "Machine", "Scene", "Told", "note", "ok", "wrong"]
+__all__ = ["Check", "Finding", "Grade", "Machine", "Result", "Site", "note", "ok", "wrong"]
 
 
 class Grade(StrEnum):
@@ -34,23 +34,23 @@ class Grade(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of `bgsupervisor doctor`: which check, how bad, and a sentence that says what to do."""
+    """One line of `bgsupervisor doctor`: the check, how bad it is, and a sentence with what to do."""
 
     check: str
     grade: Grade
-    told: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where the machine is looked at; tests name folders of their own.
+    """Where the checks find the machine; tests name folders of their own.
 
     Attributes:
         proc: The process table.
         cgroup_root: Where the cgroups are mounted.
-        unit_folders: Where units of systemd stand: the system's, and this user's own.
+        unit_folders: Folders of systemd's units: the system's, and this user's own.
         cron_files: Files, and folders of files, in cron's format with a user.
-        crontab: The program that shows a user's crontab.
+        crontab: The program that prints a user's crontab.
         initial_pid_namespace: Its inode; a process in another one is in a container.
         sqlite_version: Of the library that this Python uses.
         clock: Tells the time.
@@ -69,15 +69,17 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scene:
-    """What is looked at.
+class Site:
+    """One installation: its configuration, the machine under it, and what its rows record.
+
+    The doctor needs no snapshot of tasks, as listings do; it also examines a machine without a database.
 
     Attributes:
         config: The configuration.
         machine: The machine.
-        alive: Whether a supervisor is.
+        alive: Whether a supervisor lives.
         seen_at: When one was last seen; None if there never was one.
-        moments: Times that rows tell, none of which can lie in the future, and what they are.
+        moments: Times in rows, none of which can lie in the future, and what they are.
     """
 
     config: Config
@@ -93,7 +95,7 @@ class Scene:
 
     @property
     def places(self) -> list[tuple[str, Path]]:
-        """Return what of ours lies on this machine, and where."""
+        """Return what of the installation lies on this machine, and where."""
         ours = [("the state directory", self.config.state_dir)]
         return ours if self.database is None else [("the database", self.database), *ours]
 
@@ -103,20 +105,20 @@ class Scene:
         return StateDir(self.config.state_dir)
 
 
-Told = tuple[Grade, str]
-Check = Callable[[Scene], Iterator[Told]]
+Result = tuple[Grade, str]
+Check = Callable[[Site], Iterator[Result]]
 
 
-def ok(told: str) -> Told:
-    """Nothing is to be done."""
-    return Grade.OK, told
+def ok(message: str) -> Result:
+    """Return that nothing needs to be done."""
+    return Grade.OK, message
 
 
-def note(told: str) -> Told:
-    """Something is worth knowing."""
-    return Grade.NOTE, told
+def note(message: str) -> Result:
+    """Return something that is worth knowing."""
+    return Grade.NOTE, message
 
 
-def wrong(told: str) -> Told:
-    """Something must be done; *told* says what."""
-    return Grade.WRONG, told
+def wrong(message: str) -> Result:
+    """Return what must be done."""
+    return Grade.WRONG, message

@@ -1,4 +1,4 @@
-"""Checks of what the kernel lets the supervisor and its tasks have together: memory and processes."""
+"""Checks of the kernel's limits on the supervisor with its tasks: memory and processes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bgsupervisor.doctor.findings import note, ok, wrong
-from bgsupervisor.doctor.keepers import PROCESSES_PER_SLOT, lock_holder
+from bgsupervisor.doctor.managers import PROCESSES_PER_SLOT, lock_holder
 from bgsupervisor.sizes import size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bgsupervisor.doctor.findings import Machine, Scene, Told
+    from bgsupervisor.doctor.findings import Machine, Result, Site
 
 __all__ = ["memory", "processes"]
 
@@ -21,38 +21,38 @@ UNLIMITED_BYTES = 1 << 60
 """The first version of cgroups writes its largest page count where there is no limit."""
 
 
-def memory(scene: Scene) -> Iterator[Told]:
-    """Tell the limit beyond which the kernel kills."""
-    limit, whose = _limit(scene, "memory", "memory.limit_in_bytes", "memory.max")
+def memory(site: Site) -> Iterator[Result]:
+    """Report the limit beyond which the kernel kills."""
+    limit, whose = _limit(site, "memory", "memory.limit_in_bytes", "memory.max")
     if limit is None or limit >= UNLIMITED_BYTES:
         yield ok(f"{whose} cgroup has no limit of memory")
         return
-    share = limit // scene.config.slots
+    share = limit // site.config.slots
     yield note(
-        f"{whose} cgroup may use {size(limit)}, {size(share)} for each of {scene.config.slots} "
+        f"{whose} cgroup may use {size(limit)}, {size(share)} for each of {site.config.slots} "
         "slots; beyond it the kernel kills a process"
     )
 
 
-def processes(scene: Scene) -> Iterator[Told]:
-    """See that as many processes may be as all slots need."""
-    limit, whose = _limit(scene, "pids", "pids.max", "pids.max")
-    needed = scene.config.slots * PROCESSES_PER_SLOT
+def processes(site: Site) -> Iterator[Result]:
+    """Check that as many processes may run as all slots need."""
+    limit, whose = _limit(site, "pids", "pids.max", "pids.max")
+    needed = site.config.slots * PROCESSES_PER_SLOT
     if limit is None:
         yield ok(f"{whose} cgroup has no limit of processes")
     elif limit < needed:
         yield wrong(
-            f"{whose} cgroup may have {limit} processes and threads, and {scene.config.slots} slots need {needed}; "
+            f"{whose} cgroup may have {limit} processes and threads, and {site.config.slots} slots need {needed}; "
             "raise TasksMax of the unit (or --pids-limit), or lower `slots`"
         )
     else:
         yield ok(f"{whose} cgroup may have {limit:,} processes and threads")
 
 
-def _limit(scene: Scene, controller: str, old_name: str, new_name: str) -> tuple[int | None, str]:
+def _limit(site: Site, controller: str, old_name: str, new_name: str) -> tuple[int | None, str]:
     """Return the lowest limit on the way up from the supervisor's cgroup, else this process's, and whose it is."""
-    machine = scene.machine
-    holder = lock_holder(scene)
+    machine = site.machine
+    holder = lock_holder(site)
     whose = "this process's" if holder is None else "the supervisor's"
     found = [
         limit

@@ -4,7 +4,8 @@ pytest loads the plugin, `bgsupervisor.testing.plugin`, wherever bgsupervisor is
 Service isolates itself. unittest needs one line, `bgsupervisor.testing.isolate()`, or a `TaskBoxTestCase`.
 """
 
-from bgsupervisor.testing.box import FakeClock, TaskBox
+from bgsupervisor.testing.box import TaskBox
+from bgsupervisor.testing.clock import FakeClock
 from bgsupervisor.testing.isolation import TaskBoxTestCase, isolate, isolation_off
 
 __all__ = ["FakeClock", "TaskBox", "TaskBoxTestCase", "isolate", "isolation_off"]

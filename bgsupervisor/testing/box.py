@@ -12,90 +12,58 @@ import importlib
 import inspect
 import logging
 import os
-import socket
 import tempfile
 import threading
 import weakref
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import peewee
 
-from bgsupervisor import __version__, payload, service, tasks
-from bgsupervisor.bodies import Progress, end_of
-from bgsupervisor.borrowed import recognised
-from bgsupervisor.clock import SystemClock
-from bgsupervisor.config import MIB, Config, load
-from bgsupervisor.errors import AccessError, Cancelled, ConfigError, UnsupportedSystem
-from bgsupervisor.ledger import Attempt, Batch, Claim, Ledger, Note
-from bgsupervisor.models import Store, SupervisorRecord
-from bgsupervisor.names import Catalogue, Known
-from bgsupervisor.processes import ProcessIdentity, host_id, own_identity
+from bgsupervisor import arguments, backings, mismatch, payload, registry, task_context, tasks
+from bgsupervisor.catalogue import Catalogue, Known
+from bgsupervisor.config import Config, load
+from bgsupervisor.database.store import Store
+from bgsupervisor.errors import AccessError, Cancelled, ConfigError
+from bgsupervisor.ipc.messages import AttemptResult
+from bgsupervisor.ledger.attempts import Batch, Claim
+from bgsupervisor.ledger.external import recognised
+from bgsupervisor.options import MIB
 from bgsupervisor.statuses import Status
+from bgsupervisor.testing.bodies import BoxContext, identity, run_coroutine
+from bgsupervisor.testing.clock import FakeClock
 from bgsupervisor.testing.commits import Mark, Outcome, mark, outcomes
 from bgsupervisor.testing.folders import remove, run_folder
-from bgsupervisor.wire import End
+from bgsupervisor.testing.rows import BoxLedger
+from bgsupervisor.worker.outcome import result_of_exception
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from bgsupervisor.borrowed import Lent
-    from bgsupervisor.ledger import Due, Request
-    from bgsupervisor.models import TaskRecord
-    from bgsupervisor.service import Backing, Key, Origin, TaskLike
+    from bgsupervisor.backings import Backing, Origin
+    from bgsupervisor.ledger import Ledger
+    from bgsupervisor.ledger.attempts import DueTask
+    from bgsupervisor.ledger.external import ExternalConnection
+    from bgsupervisor.ledger.records import TaskRecord
+    from bgsupervisor.service import Key, TaskLike
 
 __all__ = ["FakeClock", "TaskBox"]
 
 log = logging.getLogger("bgsupervisor")
 
 RUNS_MAX = 1000
-"""`run_pending` without a limit gives up after so many tasks: one of them requests the next for ever."""
-DEPTH_MAX = 50
-"""So deep may tasks that run inline request each other."""
+"""Limit of the tasks of `run_pending` without a limit: they may request each other for ever."""
+INLINE_DEPTH_MAX = 50
+"""Limit of the depth in which tasks that run inline request each other."""
 LISTED_MAX = 20
-"""A failed assertion lists so many of the requested tasks, the newest."""
-BUSY_TIMEOUT_S = 5.0
-"""How long a thread of the test waits for another one that writes."""
-
-
-class FakeClock:
-    """The time of Services under test: the machine's, plus all that the test has advanced it by.
-
-    Only bgsupervisor looks at it. It goes on by itself, so that a `run_at` of now is due now.
-    """
-
-    def __init__(self) -> None:
-        self._system = SystemClock()
-        self._ahead_s = 0.0
-
-    def now(self) -> datetime:
-        """Return the wall-clock time, aware, in UTC."""
-        return self._system.now() + timedelta(seconds=self._ahead_s)
-
-    def monotonic(self) -> float:
-        """Return seconds that only grow."""
-        return self._system.monotonic() + self._ahead_s
-
-    def advance(self, seconds: float) -> None:
-        """Let *seconds*, at least 0, pass at once; tasks that become due wait for `run_pending`.
-
-        Raises:
-            ValueError: Time goes forward only.
-        """
-        if not seconds >= 0:
-            raise ValueError(f"the clock cannot be advanced by {seconds!r} seconds; give 0 or more")
-        self._ahead_s += seconds
-
-    def sleep(self, seconds: float) -> None:
-        """Advance by *seconds* instead of blocking: `Service.wait` gives up at once when nothing is to come."""
-        self.advance(seconds)
+"""Limit of the requested tasks that a failed assertion lists, the newest."""
+WRITER_WAIT_S = 5.0
+"""Limit of the wait of one thread of the test for another that writes, in seconds."""
 
 
 class TaskBox:
-    """What a test requests: shows it, runs it in this process, and moves its time.
+    """The requests of a test: list them, run them in this process, and advance their time.
 
     pytest's fixture `bgsupervisor` is one, and `self.bgsupervisor` of a `TaskBoxTestCase`. It holds the database of
     one test, made when the first task is requested and deleted after the test. Bodies run here go the way of those
@@ -123,8 +91,8 @@ class TaskBox:
         self._data_max_bytes = MIB
         self._modules: set[str] = set()
         self._backings: weakref.WeakKeyDictionary[Origin, Backing] = weakref.WeakKeyDictionary()
-        self._running: list[_Context] = []
-        self._held: list[Exception] = []
+        self._running: list[BoxContext] = []
+        self._raised: list[Exception] = []
         self._uncommitted: list[_Uncommitted] = []
 
     # What was requested
@@ -160,7 +128,7 @@ class TaskBox:
         definition = tasks.definition_of(task)
         name = str(task) if definition is None else definition.name
         requested = self.requested
-        names, key = {name, *Known(Catalogue(), ()).meant_by(name)}, service.key_text(key)
+        names, key = {name, *Known(Catalogue(), ()).meant_by(name)}, arguments.key_text(key)
         found = [one for one in requested if one.name in names and (key is None or one.key == key)]
         wanted = name if key is None else f"{name} with key {key!r}"
         if data is not None:
@@ -228,7 +196,7 @@ class TaskBox:
         try:
             yield
             self._settle()
-            self._raise_held()
+            self._raise_errors()
         finally:
             self.mode, self.raise_errors = before
 
@@ -243,7 +211,7 @@ class TaskBox:
                 found, database=f"sqlite:///{folder / 'tasks.db'}", state_dir=folder / ".bgsupervisor"
             )
             ledger = self._ledger(functools.partial(_joined, origin.database))
-            backing = service.Backing(config, ledger, self.clock, self._on)
+            backing = backings.Backing(config, ledger, self.clock, self._on)
             self._backings[origin] = backing
             self._data_max_bytes = config.data_max_bytes
             self._modules.update(config.tasks)
@@ -253,15 +221,15 @@ class TaskBox:
         """Return the ledger for requests on a connection of the application: in the box, but of its transaction."""
         return self._ledger(functools.partial(recognised, connection))
 
-    def _ledger(self, lent: Callable[[], Lent | None] = lambda: None) -> _BoxLedger:
-        return _BoxLedger(self, self._store(), lent)
+    def _ledger(self, external: Callable[[], ExternalConnection | None] = lambda: None) -> BoxLedger:
+        return BoxLedger(self, self._store(), external)
 
     def _store(self) -> Store:
         with self._lock:
             self._check_not_ended()
             if self._opened is None:
                 url = f"sqlite:///{self._path() / 'tasks.db'}"
-                self._opened = Store.open(url, "bgsupervisor_", busy_timeout_s=BUSY_TIMEOUT_S, durable=False)
+                self._opened = Store.open(url, "bgsupervisor_", busy_timeout_s=WRITER_WAIT_S, durable=False)
             return self._opened
 
     def _path(self) -> Path:
@@ -283,29 +251,29 @@ class TaskBox:
             if self._folder is not None:
                 remove(*self._folder)
 
-    # What the ledger tells
+    # Events of the ledger
 
-    def _recorded(self, ids: Sequence[int], lent: Lent | None, *, new: bool) -> None:
+    def _recorded(self, ids: Sequence[int], external: ExternalConnection | None, *, new: bool) -> None:
         """Run what was just requested or planned again if tasks run inline, but not before the caller's commit."""
         if not ids:
             return
         try:
-            trace = None if lent is None else mark(lent.raw, run_folder())
+            trace = None if external is None else mark(external.raw, run_folder())
         except Exception:
             if new:
                 self._ledger().forget(ids)
             raise
-        if lent is None or trace is None:
+        if external is None or trace is None:
             self._run_inline(ids)
             return
         uncommitted = _Uncommitted(tuple(ids), trace, new)
         with self._lock:
             self._uncommitted.append(uncommitted)
-        if lent.after_commit is not None:
-            lent.after_commit(functools.partial(self._committed, uncommitted))
+        if external.after_commit is not None:
+            external.after_commit(functools.partial(self._committed, uncommitted))
 
     def _committed(self, uncommitted: _Uncommitted) -> None:
-        """Take a transaction as committed, for the framework says so; in Django's TestCase it never is."""
+        """Treat a transaction as committed, as the framework reports; in Django's TestCase it never is."""
         if self._ended:
             return
         self._settle()
@@ -319,20 +287,20 @@ class TaskBox:
         try:
             self._run_inline(uncommitted.ids)
         except Exception as error:  # noqa: BLE001 - Peewee would try to roll back what it has committed
-            self._held.append(error)
+            self._raised.append(error)
 
-    def _raise_held(self) -> None:
-        held, self._held = self._held, []
-        if len(held) > 1:
-            raise ExceptionGroup(f"{len(held)} tasks that ran after a commit raised", held)
-        if held:
-            raise held[0]
+    def _raise_errors(self) -> None:
+        raised, self._raised = self._raised, []
+        if len(raised) > 1:
+            raise ExceptionGroup(f"{len(raised)} tasks that ran after a commit raised", raised)
+        if raised:
+            raise raised[0]
 
     def _settle(self) -> None:
         """Bring the rows to what is known here: progress of running bodies, and rollbacks of the application."""
-        notes = {context.token: note for context in self._running if (note := context.take_note())}
-        if notes:
-            self._ledger().apply(Batch(notes=notes))
+        telemetry = {context.token: note for context in self._running if (note := context.take_note())}
+        if telemetry:
+            self._ledger().apply(Batch(telemetry=telemetry))
         with self._lock:
             found = outcomes(one.mark for one in self._uncommitted)
             known = [(one, found[one.mark]) for one in self._uncommitted]
@@ -353,21 +321,21 @@ class TaskBox:
     def _run_inline(self, ids: Collection[int]) -> None:
         if self.mode != "inline" or not ids:
             return
-        if len(self._running) >= DEPTH_MAX:
-            raise AssertionError(f"tasks that run inline request each other more than {DEPTH_MAX} deep")
+        if len(self._running) >= INLINE_DEPTH_MAX:
+            raise AssertionError(f"tasks that run inline request each other more than {INLINE_DEPTH_MAX} deep")
         self._load_missing()
         for due in self._due(limit=self._ledger().counts()[Status.REQUEST]):
             if due.id in ids:
                 self._run(due, raise_errors=None)
 
-    def _due(self, *, limit: int) -> list[Due]:
+    def _due(self, *, limit: int) -> list[DueTask]:
         self._settle()
-        return self._ledger().due(tasks.definitions(), limit=limit)
+        return self._ledger().due(registry.definitions(), limit=limit)
 
     def _load_missing(self) -> None:
-        """Import the configured task modules when a waiting task is not loaded, as a nursery has done."""
+        """Import the configured task modules when a waiting task is not loaded, as a fork server has done."""
         waiting = {record.name for record in self._ledger().find(statuses=[Status.REQUEST])}
-        if waiting <= set(tasks.definitions()):
+        if waiting <= set(registry.definitions()):
             return
         while self._modules:
             module = self._modules.pop()
@@ -375,17 +343,17 @@ class TaskBox:
                 importlib.import_module(module)
             except ImportError as error:
                 log.warning("the configured task module %s cannot be imported: %s", module, error)
-        missing = waiting - set(tasks.definitions())
+        missing = waiting - set(registry.definitions())
         if missing:
             log.warning("not loaded in this test, so not run: %s", ", ".join(sorted(missing)))
 
-    def _run(self, due: Due, *, raise_errors: bool | None) -> None:
+    def _run(self, due: DueTask, *, raise_errors: bool | None) -> None:
         ledger = self._ledger()
         with self._lock:
             taken = {context.slot for context in self._running}
             slot = next(number for number in range(len(taken) + 1) if number not in taken)
-            claim = Claim(due, _identity(), slot, self.clock.monotonic())
-            context = _Context(claim)
+            claim = Claim(due, identity(), slot, self.clock.monotonic())
+            context = BoxContext(claim)
             self._running.append(context)
         try:
             if not ledger.apply(Batch(claims=[claim])).claimed:
@@ -401,150 +369,26 @@ class TaskBox:
         if error is not None and self._is_raised(error, raise_errors=raise_errors):
             raise error
 
-    def _perform(self, due: Due, context: _Context) -> tuple[End, BaseException | None]:
-        definition = tasks.definitions()[due.name]
+    def _perform(self, due: DueTask, context: BoxContext) -> tuple[AttemptResult, BaseException | None]:
+        definition = registry.definitions()[due.name]
         try:
             data = payload.decode_data(due.data, definition.signature, name=due.name, secret=definition.options.secret)
             body = definition.body()
-            with tasks.entered(context):
+            with task_context.entered(context):
                 value = body(**data)
                 if inspect.iscoroutine(value):
-                    value = _awaited(value)
-            return End(result=payload.encode_result(value, limit_bytes=self._data_max_bytes)), None
+                    value = run_coroutine(value)
+            return AttemptResult(result=payload.encode_result(value, limit_bytes=self._data_max_bytes)), None
         except BaseException as error:  # noqa: BLE001 - whatever a body raises is its end
-            return end_of(error, how="the body ended when it was asked"), error
+            return result_of_exception(error, how="the body ended when it was asked"), error
 
     def _is_raised(self, error: BaseException, *, raise_errors: bool | None) -> bool:
-        """Whether the test gets what the body raised: if it wants to, or if it was meant for the test run."""
+        """Return whether the test gets the exception of a body: on request, or if it concerns the test run."""
         if isinstance(error, Cancelled):
             return False
         if not isinstance(error, (Exception, SystemExit)):
             return True  # KeyboardInterrupt, pytest.fail, pytest.skip
         return self.raise_errors if raise_errors is None else raise_errors
-
-
-class _BoxLedger(Ledger):
-    """The ledger of a box, which hears of what is requested; a living supervisor seems to be there.
-
-    Args:
-        box: Whose rows.
-        store: Its database.
-        lent: Returns the application's connection that requests belong to, None if there is none. The rows are not in
-            its database, but a request counts from its commit on, and not after a rollback.
-    """
-
-    def __init__(self, box: TaskBox, store: Store, lent: Callable[[], Lent | None]) -> None:
-        super().__init__(store, box.clock)
-        self._box = box
-        self._lent = lent
-
-    def request_many(self, requests: Sequence[Request]) -> list[tuple[int, bool]]:
-        """Record requests; see `Ledger.request_many`."""
-        if any(one.unique_key is not None or one.after for one in requests):  # of tasks that were rolled back meanwhile
-            self._box._settle()  # noqa: SLF001 - a part of the box
-        lent = self._lent()  # before anything is recorded: a connection that cannot be is refused
-        found = super().request_many(requests)
-        self._box._recorded([id for id, created in found if created], lent, new=True)  # noqa: SLF001
-        return found
-
-    def forget(self, ids: Sequence[int]) -> None:
-        """Delete requests that were rolled back where the application made them."""
-        with self.store.writing():
-            self._task.delete().where(self._task.id.in_(ids)).execute()
-
-    def cancel(self, id: int, *, by: str | None, keys: list[str] | None = None) -> TaskRecord:
-        """End a waiting task, ask a running one to end; see `Ledger.cancel`."""
-        record = super().cancel(id, by=by, keys=keys)
-        self._box._cancel_asked(record)  # noqa: SLF001
-        return record
-
-    def retry(self, id: int) -> TaskRecord:
-        """Plan an interrupted task again; see `Ledger.retry`."""
-        record = super().retry(id)
-        self._box._recorded([id], self._lent(), new=False)  # noqa: SLF001
-        return self.get(id) or record
-
-    def get(self, id: int) -> TaskRecord | None:
-        """Return a task; see `Ledger.get`."""
-        self._box._settle()  # noqa: SLF001
-        return super().get(id)
-
-    def find(
-        self,
-        *,
-        names: Collection[str] | None = None,
-        key: str | None = None,
-        statuses: Collection[Status] | None = None,
-        limit: int | None = None,
-    ) -> list[TaskRecord]:
-        """Return tasks, newest first; see `Ledger.find`."""
-        self._box._settle()  # noqa: SLF001
-        return super().find(names=names, key=key, statuses=statuses, limit=limit)
-
-    def status(self, id: int) -> Status | None:
-        """Return a task's status; see `Ledger.status`."""
-        self._box._settle()  # noqa: SLF001
-        return super().status(id)
-
-    def counts(self, name: str | None = None) -> dict[Status, int]:
-        """Return how many tasks have each status; see `Ledger.counts`."""
-        self._box._settle()  # noqa: SLF001
-        return super().counts(name)
-
-    def supervisors(self) -> list[SupervisorRecord]:
-        """Return one that was seen just now, so that nothing warns of its absence; it vouches for no task."""
-        who, now = _identity(), self._box.clock.now()
-        return [
-            SupervisorRecord(
-                host=who.host,
-                boot_id=who.boot_id,
-                pid_ns=who.pid_ns,
-                pid=who.pid,
-                start_ticks=who.start_ticks,
-                started_at=now,
-                heartbeat_at=now,
-                slots=16,
-                version=__version__,
-                catalogue="{}",
-                code_error=None,
-            )
-        ]
-
-
-class _Context(tasks.Context):
-    """The context of a body that runs in a test."""
-
-    def __init__(self, claim: Claim) -> None:
-        self.token: Attempt = claim.attempt
-        self.id = claim.due.id
-        self.attempt = self.token.attempt
-        self.key = claim.due.key
-        self.slot = claim.slot
-        self.last = self._noted = Progress()
-        self._asked: Cancelled | None = None
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether the task was cancelled since it began."""
-        return self._asked is not None
-
-    def progress(self, done: float | None = None, total: float | None = None, message: str | None = None) -> None:
-        """Tell how far the body is; see `Context.progress`."""
-        self.last = self.last.then(done, total, message)
-        if self._asked is not None:
-            raise self._asked
-
-    def ask_to_end(self, by: str | None) -> None:
-        """Let the next call of `progress` raise Cancelled."""
-        self._asked = Cancelled("CANCELLED", by)
-
-    def take_note(self) -> Note | None:
-        """Return the progress that is not in the row yet."""
-        if self.last == self._noted:
-            return None
-        self._noted = self.last
-        done, total, message = self.last
-        return Note(progress_done=done, progress_total=total, message=message)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -556,32 +400,11 @@ class _Uncommitted:
     new: bool
 
 
-def _joined(database: object) -> Lent | None:
+def _joined(database: object) -> ExternalConnection | None:
     """Return the open transaction of the Peewee database that a Service was made with, None if there is none."""
     if isinstance(database, peewee.Database) and database.in_transaction():
         return recognised(database)
     return None
-
-
-def _awaited(coroutine: Coroutine[Any, Any, object]) -> object:
-    """Run a coroutine in a loop of its own; beside the loop of an asynchronous test that waits for it."""
-    import asyncio  # noqa: PLC0415 - 30 ms that only such a body pays
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - the same
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(coroutine)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, coroutine).result()
-
-
-def _identity() -> ProcessIdentity:
-    """Return who this process is; where no process table says so a stand-in that names its PID."""
-    try:
-        return own_identity(host_id(None))
-    except (UnsupportedSystem, OSError):
-        return ProcessIdentity(socket.gethostname(), "unknown", 0, os.getpid(), 0)
 
 
 _configs: weakref.WeakKeyDictionary[Origin, Config] = weakref.WeakKeyDictionary()
@@ -604,7 +427,7 @@ def _shown_data(name: str, text: str) -> str:
     definition = tasks.definition_of(name)
     value = payload.decode_value(text)
     secret = () if definition is None else definition.options.secret
-    return msgspec.json.encode(payload.mask(value, secret) if isinstance(value, dict) else value).decode()
+    return msgspec.json.encode(mismatch.mask(value, secret) if isinstance(value, dict) else value).decode()
 
 
 def _listed(requested: Sequence[TaskRecord]) -> str:

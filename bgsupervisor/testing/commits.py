@@ -1,4 +1,4 @@
-"""What became of a transaction of the application in which a test has requested tasks, savepoints included.
+"""The outcome of an application's transaction in which a test has requested tasks, savepoints included.
 
 The request writes a mark beside the application's own rows. It is read again from outside, since by then the
 connection may be closed, belong to another thread, or have an error in its transaction.
@@ -13,8 +13,8 @@ import sqlite3
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bgsupervisor.borrowed import cursor_of, is_in_transaction
-from bgsupervisor.callers import origins
+from bgsupervisor.database.callers import origins
+from bgsupervisor.ledger.external import cursor_of, is_in_transaction
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,7 +31,7 @@ CONNECT_TIMEOUT_S = 5
 
 
 class Outcome(enum.Enum):
-    """What became of a transaction."""
+    """The outcome of a transaction."""
 
     OPEN = "open"
     COMMITTED = "committed"

@@ -11,7 +11,7 @@ import os
 import unittest
 from typing import TYPE_CHECKING, Any
 
-from bgsupervisor import config, service
+from bgsupervisor import backings, environment
 from bgsupervisor.testing.box import TaskBox
 from bgsupervisor.testing.folders import made, run_folder, share
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from bgsupervisor.service import Backing, Origin
+    from bgsupervisor.backings import Backing, Origin
 
 __all__ = ["TaskBoxTestCase", "in_use", "isolate", "isolate_worker", "isolation_off", "switch_off"]
 
@@ -33,15 +33,15 @@ def isolate(*, test_cases: bool = True) -> None:
     """Keep all Services of this process, made before or later, away from the real database and supervisor.
 
     One line in `tests/__init__.py`, or at the top of a test module, is enough for unittest. From then on each test has
-    a database of its own, and what happens outside tests goes to a database that no test looks at. Nothing ends it
+    a database of its own, and what happens outside tests goes to a database that no test reads. Nothing ends it
     before the process ends; `isolation_off` is for the test that starts a supervisor of its own.
 
     Args:
         test_cases: Whether each test of a `unittest.TestCase` gets a `TaskBox`; pytest has its fixture for that.
     """
     run_folder()  # now, so that forks share it: a killed one removes nothing
-    if service.redirect in (None, _own):
-        service.redirect = _of_outside
+    if backings.redirect in (None, _own):
+        backings.redirect = _of_outside
     if test_cases:
         _box_test_cases()
     _mark()
@@ -62,7 +62,7 @@ def isolation_off() -> Iterator[None]:
 
 def switch_off() -> None:
     """Let Services reach the real database unless a single test says otherwise, also under Django's runner."""
-    service.redirect = _own
+    backings.redirect = _own
     _mark()
 
 
@@ -85,7 +85,7 @@ class TaskBoxTestCase(unittest.TestCase):
 
     def __init_subclass__(cls, **named: Any) -> None:  # noqa: ANN401 - of other bases
         super().__init_subclass__(**named)
-        if service.redirect is None:
+        if backings.redirect is None:
             isolate()
 
     @property
@@ -108,7 +108,7 @@ class TaskBoxTestCase(unittest.TestCase):
 
 
 def _current() -> TaskBox | None:
-    owner = getattr(service.redirect, "__self__", None)
+    owner = getattr(backings.redirect, "__self__", None)
     return owner if isinstance(owner, TaskBox) else None
 
 
@@ -123,27 +123,27 @@ def _of_outside(origin: Origin) -> Backing:
 
 @contextlib.contextmanager
 def _redirected(to: Callable[[Origin], Backing | None]) -> Iterator[None]:
-    before = service.redirect
-    service.redirect = to
+    before = backings.redirect
+    backings.redirect = to
     _mark()
     try:
         yield
     finally:
-        service.redirect = before
+        backings.redirect = before
         _mark()
 
 
 def _mark() -> None:
     """Let processes that multiprocessing spawns from this one know whether it is isolated; a fork knows by itself."""
-    is_isolated = service.redirect not in (None, _own)
+    is_isolated = backings.redirect not in (None, _own)
     if is_isolated:
         run_folder()
-    config.mark_tests(made() if is_isolated else None)
+    environment.mark_tests(made() if is_isolated else None)
 
 
 def _mark_fork() -> None:
-    if service.redirect not in (None, _own):
-        config.mark_tests(made())  # the mark of the parent has its PID
+    if backings.redirect not in (None, _own):
+        environment.mark_tests(made())  # the mark of the parent has its PID
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -157,7 +157,7 @@ def _box_of(case: unittest.TestCase) -> Iterator[None]:
         yield
         return
     with in_use(TaskBox()) as box:
-        case.addCleanup(box._raise_held)  # noqa: SLF001 - a cleanup, so that it is an error of this test
+        case.addCleanup(box._raise_errors)  # noqa: SLF001 - a cleanup, so that it is an error of this test
         yield
 
 
@@ -171,7 +171,7 @@ def _box_test_cases() -> None:
 def _with_box(method: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(method)
     def run(self: unittest.TestCase, *arguments: object, **named: object) -> object:
-        if service.redirect is not _of_outside:  # the test has a box, or isolation is off for it
+        if backings.redirect is not _of_outside:  # the test has a box, or isolation is off for it
             return method(self, *arguments, **named)
         with _box_of(self):
             return method(self, *arguments, **named)

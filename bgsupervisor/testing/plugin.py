@@ -68,4 +68,4 @@ def bgsupervisor() -> Iterator[TaskBox]:
     """The tasks of this test; a test that asks for it is isolated in any case."""
     with in_use(TaskBox()) as box:
         yield box
-        box._raise_held()  # noqa: SLF001 - the box is ours
+        box._raise_errors()  # noqa: SLF001 - the box is ours

@@ -28,8 +28,9 @@ from leaving import end_all, identities, identity, known_processes
 from plan import Group, NothingToIndex, groups_of, plan
 from tasks import COLUMNS, CheckDigests, IndexPackage, Report
 
-from bgsupervisor import BgSupervisorError, Reason, Service, Status, processes
-from bgsupervisor.processes import Verdict
+from bgsupervisor import BgSupervisorError, Reason, Service, Status
+from bgsupervisor.system import process_tree, processes
+from bgsupervisor.system.processes import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ UNFINISHED = "unfinished.py"
 VICTIM = CheckDigests.__name__
 
 BROKEN = '''\
-"""A file that somebody was still writing."""
+"""A file that is not written to its end yet."""
 
 def total(prices:
     return sum(prices)
@@ -128,7 +129,7 @@ class Demo:
         self.passes, self.expected_s = plan(root, groups)
 
     def run(self, what: str) -> None:
-        """Tell the story once; raises DemoFailed where it goes another way."""
+        """Run the demo once; raises DemoFailed if anything goes another way."""
         size_mib = sum(group.size_bytes for group in self.groups) / 2**20
         files = sum(group.files for group in self.groups)
         tasks = "1 background task indexes" if len(self.groups) == 1 else f"{len(self.groups)} background tasks index"
@@ -160,11 +161,9 @@ class Demo:
         self._check(broken, victim, report)
         left = self.end()
         if left:
-            raise DemoFailed(f"these were still there {LEAVE_S:g} s after the supervisor was told to leave: {left}")
+            raise DemoFailed(f"these were still there {LEAVE_S:g} s after the supervisor was asked to leave: {left}")
         say()
-        say(
-            f"Supervisor, nursery and all {len(self.index) + 3} children have left, as their PIDs and start times tell."
-        )
+        say(f"Supervisor, fork server and all {len(self.index) + 3} children have left, as PIDs and start times show.")
         self._tell_what_to_try(broken)
 
     def _start(self) -> None:
@@ -213,7 +212,7 @@ class Demo:
 
     def _kill(self, victim: Handle) -> None:
         record = self._known(victim)
-        found, process = processes.look(identity(record))
+        found, process = processes.open_process(identity(record))
         if record.status is not Status.START or found is not Verdict.ALIVE or process is None:
             raise DemoFailed(f"task {victim.id} should be running; it is {record.status}, its process {found}")
         chapter(
@@ -228,10 +227,10 @@ class Demo:
         say(f"Within {seen_ms:.0f} ms its row said {record.status} ({record.reason}): {record.detail}.")
 
     def _show_index(self, report: Handle) -> None:
-        told = self.service.result(report)
-        rows = sorted(told["packages"].items(), key=lambda row: -row[1]["lines"])
+        totals = self.service.result(report)
+        rows = sorted(totals["packages"].items(), key=lambda row: -row[1]["lines"])
         columns = [column for column in COLUMNS if column not in ("broken", "parse_s")]
-        wide = max(len(name) for name in [*told["packages"], "PACKAGE"])
+        wide = max(len(name) for name in [*totals["packages"], "PACKAGE"])
 
         def line(name: str, values: dict[str, float], digest: str) -> str:
             counts = "".join(f"{values[column]:>11,}" for column in columns)
@@ -243,16 +242,16 @@ class Demo:
         )
         for name, result in rows:
             say(line(name, result, result["digest"][:16]))
-        say(line("TOTAL", told["total"], ""), "bold")
-        if broken := told["total"]["broken"]:
+        say(line("TOTAL", totals["total"], ""), "bold")
+        if broken := totals["total"]["broken"]:
             say(f"({broken} of the files cannot be parsed by this Python; only their lines and bytes are counted.)")
-        for sentence in told["missing"].values():
+        for sentence in totals["missing"].values():
             say(f"Not in it: {sentence}.")
 
     def _check(self, broken: Handle, victim: Handle, report: Handle) -> None:
         """Compare all ends with what they should be, and what was indexed with what is there."""
         problems = [
-            f"task {id} ({group.name}) ended {told(record)}"
+            f"task {id} ({group.name}) ended {ending_of(record)}"
             for id, group in self.index.items()
             if (record := self._known(id)).status is not Status.DONE
         ]
@@ -260,15 +259,15 @@ class Demo:
         for group in self.groups:
             found = reported["packages"].get(group.name, {})
             if (found.get("files"), found.get("bytes")) != (group.files, group.size_bytes):
-                problems.append(f"the report tells of other files of {group.name} than are there")
+                problems.append(f"the report lists other files of {group.name} than are there")
         if set(reported["missing"]) != {UNFINISHED, VICTIM}:
             problems.append(f"the report should lack two; it lacks {reported['missing']}")
         record = self._known(broken)
         if record.reason is not Reason.RAISED or "SyntaxError" not in (record.error or ""):
-            problems.append(f"task {record.id} should have raised a SyntaxError; it ended {told(record)}")
+            problems.append(f"task {record.id} should have raised a SyntaxError; it ended {ending_of(record)}")
         record = self._known(victim)
         if record.reason is not Reason.SIGNALLED or record.signal != signal.SIGKILL:
-            problems.append(f"task {record.id} should have ended by SIGKILL; it ended {told(record)}")
+            problems.append(f"task {record.id} should have ended by SIGKILL; it ended {ending_of(record)}")
         if problems:
             raise DemoFailed("\n".join(problems[:PROBLEM_LINES]))
 
@@ -323,7 +322,7 @@ class Demo:
         if self.supervisor is not None and self.supervisor.poll() is None:
             if abort:
                 self._cancel_all()
-            started.update(identities(processes.descendants(self.supervisor.pid)))
+            started.update(identities(process_tree.descendants(self.supervisor.pid)))
             started.update(known_processes(self.service))
             self.supervisor.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -334,7 +333,7 @@ class Demo:
         return end_all(started, wait_s=1.0 if abort else LEAVE_S)
 
     def _cancel_all(self) -> None:
-        """Ask for the end of what runs, so that its rows tell what happened; a few seconds, whatever happens."""
+        """Ask for the end of what runs, so that its rows record it; a few seconds, whatever happens."""
         with contextlib.suppress(BgSupervisorError, DemoFailed):
             for status in (Status.REQUEST, Status.START):
                 for record in self.service.list(status=status, limit=None):
@@ -344,7 +343,7 @@ class Demo:
             )
 
 
-def told(record: TaskRecord) -> str:
+def ending_of(record: TaskRecord) -> str:
     """Return how a task ended, in a few words."""
     return " ".join(str(word) for word in (record.status, record.reason, record.detail) if word)
 
@@ -379,7 +378,7 @@ def interrupt(number: int, frame: object) -> NoReturn:  # noqa: ARG001 - a signa
     raise KeyboardInterrupt
 
 
-def tell(root: Path, what: str, leave_out: frozenset[str], work: Path) -> int:
+def run_demo(root: Path, what: str, leave_out: frozenset[str], work: Path) -> int:
     """Run the demo and return its exit code; nothing runs any more afterwards."""
     with claimed(work):
         demo = Demo(root, groups_of(root, leave_out=leave_out), work)
@@ -411,7 +410,7 @@ def main() -> int:
         root, leave_out = Path(sysconfig.get_path("stdlib")), frozenset({"test"})
         what = f"the standard library of Python {platform.python_version()}, without its tests"
     try:
-        return tell(root, what, leave_out, work)
+        return run_demo(root, what, leave_out, work)
     except (DemoFailed, NothingToIndex, BgSupervisorError, OSError, subprocess.TimeoutExpired) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1

@@ -8,26 +8,26 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from bgsupervisor import processes
-from bgsupervisor.processes import ProcessIdentity, Verdict
+from bgsupervisor.system import process_tree, processes
+from bgsupervisor.system.processes import ProcessIdentity, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from bgsupervisor import Service, TaskRecord
-    from bgsupervisor.models import SupervisorRecord
+    from bgsupervisor.ledger.records import SupervisorRecord
 
 GONE_S = 5.0
-"""Who is killed is waited for no longer; one in uninterruptible sleep stays a while."""
+"""Limit of the wait for killed processes, in seconds; one in uninterruptible sleep stays longer."""
 
 
 def identity(row: TaskRecord | SupervisorRecord) -> ProcessIdentity:
-    """Return who the process of a row is; a PID alone is not enough, it may be reused."""
+    """Return the identity of a row's process; a PID alone is not enough, it may be reused."""
     return ProcessIdentity(row.host, row.boot_id, row.pid_ns, row.pid, row.start_ticks)  # type: ignore[arg-type]
 
 
 def identities(pids: Iterable[int]) -> Iterator[ProcessIdentity]:
-    """Yield who the processes of some PIDs are, as far as they live."""
+    """Yield the identities of some PIDs, as far as they live."""
     for pid in pids:
         found = processes.identity_of(pid, processes.host_id(None))
         if found is not None:
@@ -35,11 +35,11 @@ def identities(pids: Iterable[int]) -> Iterator[ProcessIdentity]:
 
 
 def known_processes(service: Service) -> Iterator[ProcessIdentity]:
-    """Yield all processes that the database and the state directory know of: supervisor, nurseries, children."""
+    """Yield all processes that the database and the state directory know of: supervisor, fork servers, children."""
     for row in (*service.ledger.supervisors(), *service.list(limit=None)):
         if row.pid is not None:
             yield identity(row)
-    for path in service.config.state_dir.glob("nursery-*-*"):
+    for path in service.config.state_dir.glob("forkserver-*-*"):
         _, pid, ticks = path.name.split("-")
         here = processes.own_identity(processes.host_id(None))
         yield dataclasses.replace(here, pid=int(pid), start_ticks=int(ticks))
@@ -57,13 +57,13 @@ def end_all(started: Collection[ProcessIdentity], *, wait_s: float) -> list[int]
 
 def kill(one: ProcessIdentity) -> None:
     """Kill a process with all it started, and wait until it has gone."""
-    _, handle = processes.look(one)
+    _, handle = processes.open_process(one)
     if handle is not None:
         with handle:
-            processes.signal_tree(handle, signal.SIGKILL)
+            process_tree.signal_tree(handle, signal.SIGKILL)
             select.select([handle], [], [], GONE_S)
 
 
 def is_there(one: ProcessIdentity) -> bool:
-    """Tell whether a process lives; whom nobody can judge counts as living."""
+    """Return whether a process lives; an unknown verdict counts as living."""
     return processes.verdict(one) is not Verdict.DEAD

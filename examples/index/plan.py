@@ -16,7 +16,7 @@ GROUPS = 32
 """A package of more than one part in so many of all bytes is a task of its own."""
 FILES_MAX = 50_000
 WATCH_S = 20.0
-"""So long should the tasks take together, in order to be watched."""
+"""Intended duration of all tasks together, in seconds, so that they can be watched."""
 PASSES_MAX = 50
 SAMPLE_S = 0.5
 CROWDED = 1.4

@@ -35,7 +35,7 @@ def python_files(path: Path) -> Iterator[Path]:
 
 
 def is_indexed(entry: Path) -> bool:
-    """Tell whether a file or folder belongs to what is indexed: not hidden, not installed, not a link to a folder."""
+    """Return whether a file or folder belongs to the index: not hidden, not installed, not a link to a folder."""
     hidden = entry.name.startswith(".") or entry.name in NOT_INDEXED
     return not hidden and not (entry.is_symlink() and entry.is_dir())
 

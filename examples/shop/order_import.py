@@ -17,7 +17,7 @@ BAD_ROWS_SHOWN = 100
 
 @dataclass
 class Outcome:
-    """What the page tells when the import has ended; becomes the task's result, as JSON."""
+    """The summary on the page when the import has ended; the task's result, as JSON."""
 
     rows: int = 0
     saved: int = 0

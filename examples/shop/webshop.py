@@ -1,4 +1,4 @@
-"""The web server: takes uploads, requests imports, tells how they stand. It runs no import itself."""
+"""The web server: takes uploads, requests imports, shows their status. It runs no import itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WHY = {
     Reason.HOST_LOST: "The computer that worked on the import has gone.",
     Reason.RAISED: "A mistake in our program ended the import. It is not your file's fault, and we have the details.",
 }
-"""What a shop owner is told; `bgsupervisor show ID` has the facts for the people who run the shop."""
+"""Messages to a shop owner; `bgsupervisor show ID` has the facts for the people who run the shop."""
 OTHERWISE = "The import was cut off by something on our side."
 
 service = Service(config=HERE / "bgsupervisor.toml")
@@ -65,7 +65,7 @@ app.config.update(
 )
 
 
-# ---- who it is ----
+# ---- identity ----
 
 
 @app.before_request
@@ -183,12 +183,12 @@ def retry(id: int) -> Response:
 
 def state_of(record: TaskRecord) -> dict[str, Any]:
     """Return what a browser may see of an import: status, progress and words, ready for JSON."""
-    title, words = told(record)
+    title, words = message_of(record)
     return {**record.public(), "title": title, "words": words}
 
 
 @app.template_global()
-def told(record: TaskRecord) -> tuple[str, str]:
+def message_of(record: TaskRecord) -> tuple[str, str]:
     """Return how an import stands, as a title and a sentence."""
     if record.status is Status.REQUEST:
         return "Waiting", _told_waiting(record)

@@ -1,0 +1,1 @@
+"""How commands print: text, tables, columns, trees; asks for rows and changes none."""

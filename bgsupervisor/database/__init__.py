@@ -1,0 +1,1 @@
+"""How rows are reached: tables, connections, dialects, migrations; makes no transition."""

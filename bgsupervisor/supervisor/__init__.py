@@ -1,0 +1,1 @@
+"""What runs in the supervisor: it decides when, and runs no application code."""

@@ -1,0 +1,1 @@
+"""Linux: processes, files, logs, signals; knows no task."""

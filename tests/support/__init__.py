@@ -1,0 +1,1 @@
+"""What the tests share: applications, supervisors, users, servers."""
