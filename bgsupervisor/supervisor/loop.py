@@ -210,10 +210,15 @@ class Supervisor:
 
     def _hear(self) -> Events:
         """Rest until something happens or is due, and take it in; heartbeats alone are no reason for a pass."""
-        until = self._clock.monotonic() + self._rest_s()
+        until = None
         while True:
+            # A database that does not answer may have made the pass long. After a stop within it, moments that it set
+            # lie too late by its length, and a rest until then would itself be taken for a stop.
+            if self._clock.attend(counted_s=LONGEST_REST_S):
+                until, self._check_at, self._recovery.due_at = None, 0.0, 0.0
+            if until is None:
+                until = self._clock.monotonic() + self._rest_s()
             moment = min([until, *self._commit_checks_at[:1]])
-            self._clock.attend(counted_s=LONGEST_REST_S)  # a database that does not answer may have made the pass long
             ready = self._sources.rest(max(0.0, moment - self._clock.monotonic()))
             if self._clock.attend(counted_s=0.0):
                 self._presence.renew()  # its row says for how long it was silent
@@ -394,7 +399,7 @@ class Supervisor:
             self._decisions.due_at(),
             self._examine_due_at(now),
         ]
-        return max(0.0, min(moment for moment in moments if moment is not None) - now)
+        return min(LONGEST_REST_S, max(0.0, min(moment for moment in moments if moment is not None) - now))
 
     def _fork_server_due_at(self) -> float | None:
         return None if self._shutdown.draining is not None else self._fork_servers.start_due_at()

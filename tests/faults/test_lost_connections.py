@@ -18,6 +18,7 @@ import time
 import psycopg
 import pytest
 from support.app import wait_until
+from support.pace import allowed_s
 from support.postgres_proxy import (
     COMMIT,
     TO_CLIENT,
@@ -197,7 +198,7 @@ def test_without_a_server_a_request_says_after_busy_timeout_s_that_nothing_was_r
         before = time.monotonic()
         with pytest.raises(ServerAway, match=r"is away or has given up .*; nothing was recorded$"):
             act()
-        assert time.monotonic() - before < 3
+        assert time.monotonic() - before < allowed_s(3)
     assert ledger.find() == []
 
 
@@ -277,7 +278,7 @@ def test_a_commit_that_never_arrives_is_decided_by_ending_its_session(lossy, led
     before = time.monotonic()
     assert patiently(lambda: lossy.end(attempt, AttemptResult(result="1")))
     assert cut.done
-    assert time.monotonic() - before < 5  # and not only after its idle_in_transaction_session_timeout
+    assert time.monotonic() - before < allowed_s(5)  # and not only after its idle_in_transaction_session_timeout
     assert ledger.get(attempt.id).status is Status.DONE
 
 
@@ -577,13 +578,13 @@ def stand_still(make_app, tmp_path, server, url, ledger, *, for_s):
             for act in ("health", "ps"):
                 before = time.monotonic()
                 said = app.cli(act)
-                assert time.monotonic() - before < 10
+                assert time.monotonic() - before < allowed_s(10)
                 assert said.returncode != 0
                 assert "is away or has given up (" in said.stdout + said.stderr
             before = time.monotonic()
             with pytest.raises(DatabaseError, match="has not answered for"):
                 app.service.request("appx:until", {"name": "go"}, key="in vain")
-            assert time.monotonic() - before < 10
+            assert time.monotonic() - before < allowed_s(10)
             wait_until(lambda: (app.folder / "limited").read_text() == "ended", "its time was over all the same")
             gaps = [moment - before for before, moment in itertools.pairwise(beats(manager, stopped_at + for_s))]
             assert max(gaps) < 8, gaps
@@ -771,7 +772,7 @@ def test_a_thread_waits_for_the_turn_of_another_no_longer_than_its_limit(tmp_pat
     before = time.monotonic()
     with pytest.raises(TimeoutError), limit.connected(0.1):
         pass
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < allowed_s(5)
     over.set()
     holder.join()
     with limit.connected(5) as is_outermost:

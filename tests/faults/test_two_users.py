@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.app import App, Supervising, wait_until
 from support.as_user import needs_root
+from support.pace import allowed_s
 from support.users import COMMON, DEPLOY, WEB, as_user, ask_as, their_python
 
 from bgsupervisor import Status
@@ -132,7 +133,7 @@ def test_a_request_of_one_user_runs_at_once_as_the_other(app, first, umask):
 
     print(f"picked up after {pickup_s * 1000:.1f} ms")
     assert (status, json.loads(app.service.get(id).result)) == ("DONE", DEPLOY)
-    assert pickup_s < 1
+    assert pickup_s < allowed_s(1)
     database = app.folder / "bgsupervisor.db"
     for path in (database, Path(f"{database}-wal"), Path(f"{database}-shm")):
         assert rights(path) == (0o660, COMMON), path
@@ -168,7 +169,7 @@ def test_a_web_user_outside_the_state_directory_is_served_through_the_database_a
 
     print(f"picked up without a wake-up after {pickup_s * 1000:.1f} ms")
     assert status == "DONE"
-    assert pickup_s < 1.5
+    assert pickup_s < allowed_s(1.5)
     listed = app.ask(WEB, "ps")
     assert listed.returncode == 0
     assert "hello" in listed.stdout
@@ -196,8 +197,8 @@ def test_a_commit_without_a_wake_up_is_seen_soon_after_the_disk_has_it(app):
     pickups = sorted(app.requested()[2] for _ in range(5))
 
     print("without a wake-up:", ", ".join(f"{one * 1000:.1f} ms" for one in pickups))
-    assert pickups[-1] < 1.5
-    assert pickups[2] < 0.4  # once a second would be 0.5
+    assert pickups[-1] < allowed_s(1.5)
+    assert pickups[2] < allowed_s(0.4)  # once a second would be 0.5
 
 
 @pytest.mark.parametrize("command", ["stop", "start", "reload"])

@@ -982,3 +982,19 @@ def test_a_child_that_cleans_up_after_its_end_gets_no_other_task_when_it_connect
         record = stage.wait(stage.request("plain"))
         assert (record.status, record.reason) == ("DONE", None)
         assert record.pid != lingers.pid
+
+
+def test_a_supervisor_that_was_stopped_within_a_pass_goes_on_to_do_what_is_due(stage):
+    stage.configure(slots=1, spares=0, reuse=3, grace_s=0.4, heartbeat_s=0.5)
+    handle = running(stage)
+    stage.arm("supervisor.ended")
+    (stage.folder / "gate").touch()
+    stage.reached("supervisor.ended")
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() > began + 4, "it has stood still for longer than a pass takes")
+    stage.let_go()
+    stage.wait(handle)
+
+    lock = stage.state_dir / "supervisor.lock"
+    touched_at = lock.stat().st_mtime
+    wait_until(lambda: lock.stat().st_mtime > touched_at + 2, "its loop turns, each second", limit_s=8)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.app import App, wait_until
+from support.pace import allowed_s
 
 from bgsupervisor.errors import Interrupted
 from bgsupervisor.system import processes, syscalls
@@ -392,7 +393,7 @@ def test_a_cooperative_body_past_its_limit_is_timed_out_at_the_next_track(app, o
     words = ("timeout_s", "the body ended when it was asked")
     app.assert_interrupted(record, "TIMED_OUT", detail=words, error="Cancelled")
     assert 0 < record.progress_done < 10**9
-    assert 0.3 < (record.ended_at - record.started_at).total_seconds() < 1.0
+    assert 0.3 < (record.ended_at - record.started_at).total_seconds() < allowed_s(1.0)
 
 
 def test_a_body_in_a_blocking_call_is_timed_out_by_sigterm_and_its_finally_blocks_run(app, own_ends):
@@ -434,7 +435,7 @@ def test_a_cooperative_body_is_cancelled_when_it_is_asked(app, cancelled):
     words = ("cancelled by jana", "the body ended when it was asked")
     app.assert_interrupted(record, "CANCELLED", detail=words, error="Cancelled")
     assert record.cancel_requested_by == "jana"
-    assert (record.ended_at - record.cancel_requested_at).total_seconds() < 0.8
+    assert (record.ended_at - record.cancel_requested_at).total_seconds() < allowed_s(0.8)
     assert app.log_of(record).splitlines().count("finally") == 1
 
 
@@ -454,7 +455,7 @@ def test_a_body_that_ignores_sigterm_is_cancelled_by_sigkill_and_the_detail_tell
     record = cancelled["ignores_sigterm"]
     words = ("cancelled by jana", "SIGKILL was sent")
     app.assert_interrupted(record, "CANCELLED", signal=signal.SIGKILL, detail=words)
-    assert (record.ended_at - record.cancel_requested_at).total_seconds() < 3.0
+    assert (record.ended_at - record.cancel_requested_at).total_seconds() < allowed_s(3.0)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +480,7 @@ def test_a_body_killed_from_outside_is_signalled_within_a_second(app, number):
     killed_at = time.monotonic()
     os.kill(record.pid, number)
     record = app.wait(handle)
-    assert time.monotonic() - killed_at < 1.0
+    assert time.monotonic() - killed_at < allowed_s(1.0)
     detail = f"killed by {number.name} ({number.value}), which bgsupervisor did not send"
     app.assert_interrupted(record, "SIGNALLED", signal=number, detail=detail)
 
@@ -565,7 +566,7 @@ def judged_foreign_rows(app, bystander):
 
 def test_dead_rows_are_judged_within_two_seconds_of_the_start(foreign):
     app, _, _ = foreign
-    assert app.took_s < 2.0
+    assert app.took_s < allowed_s(2.0)
 
 
 @pytest.mark.parametrize(
@@ -665,7 +666,7 @@ def fates_of_orphans(app):
 
 def test_what_ended_while_no_supervisor_lived_is_told_within_two_seconds_of_the_next_start(orphaned):
     app, _, _ = orphaned
-    assert app.took_s < 2.0
+    assert app.took_s < allowed_s(2.0)
 
 
 def test_a_task_that_was_done_stays_so_whoever_is_killed_afterwards(orphaned):
@@ -727,7 +728,7 @@ def test_the_next_supervisor_keeps_the_time_limit_of_a_body_that_it_adopted(orph
     app, records, _ = orphaned
     record = records["limited"]
     app.assert_interrupted(record, "TIMED_OUT", detail="ran past its timeout_s of 2 s", error="Cancelled")
-    assert 2.0 <= (record.ended_at - record.started_at).total_seconds() < 6.0
+    assert 2.0 <= (record.ended_at - record.started_at).total_seconds() < allowed_s(6.0)
 
 
 def test_the_next_supervisor_learns_the_signal_that_kills_a_body_that_it_adopted(orphaned):
@@ -863,7 +864,7 @@ def test_when_all_are_killed_at_once_the_next_supervisor_says_vanished_within_tw
     started_at = time.monotonic()
     app.start(wait=False)
     app.assert_interrupted(app.wait(handle), "VANISHED", detail="its process is gone and nobody could see how")
-    assert time.monotonic() - started_at < 2.0
+    assert time.monotonic() - started_at < allowed_s(2.0)
     assert app.service.get(done.id) == done
     app.assert_done(app.wait(app.request("returns", value=3)), 3)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.app import App, wait_until
+from support.pace import allowed_s
 
 from bgsupervisor.errors import UnknownTask
 from bgsupervisor.task_context import Context, entered
@@ -437,7 +438,7 @@ def test_a_part_that_is_reached_later_wakes_the_waiter_within_half_a_second(app,
     assert app.result_of(waiter) == 7
     reached, out = app.said("reached", other)["at"], app.said("out", waiter)["at"]
     app.result_of_exception(other)
-    assert out - reached < 0.5
+    assert out - reached < allowed_s(0.5)
 
 
 def test_a_part_of_a_task_that_is_only_planned_is_waited_for(app):
@@ -483,7 +484,7 @@ def test_a_waiter_is_told_at_once_that_the_other_was_killed(app, request):
     killed_at = time.monotonic()
     app.kill(other)
     assert app.result_of(waiter) == ["PartNotReached", other.id, "loaded", "INTERRUPTED", "SIGNALLED"]
-    assert app.said("told", waiter)["at"] - killed_at < 1.0
+    assert app.said("told", waiter)["at"] - killed_at < allowed_s(1.0)
 
 
 def test_a_waiter_is_told_that_the_other_was_done_without_reaching_the_part(app, request):
@@ -503,7 +504,7 @@ def test_a_waiter_is_told_at_once_that_a_planned_task_was_cancelled(app):
     cancelled_at = time.monotonic()
     app.service.cancel(other, by="jana")
     assert app.result_of(waiter) == ["PartNotReached", other.id, None, "INTERRUPTED", "CANCELLED"]
-    assert app.said("told", waiter)["at"] - cancelled_at < 1.0
+    assert app.said("told", waiter)["at"] - cancelled_at < allowed_s(1.0)
 
 
 def test_a_part_not_reached_that_is_not_caught_interrupts_the_waiter(app):
@@ -554,7 +555,7 @@ def test_a_wait_ends_at_its_limit_and_the_other_goes_on(app, request):
     waiter = app.request("waits", ids=[other.id], part="loaded", timeout_s=0.3)
     kind, words = app.result_of(waiter)
     assert (kind, words) == ("WaitTimeout", f'timed out after 0.3 s waiting for part "loaded" of task {other.id}')
-    assert app.said("out", waiter)["at"] - app.said("in", waiter)["at"] < 1.0
+    assert app.said("out", waiter)["at"] - app.said("in", waiter)["at"] < allowed_s(1.0)
     assert app.service.get(other).status == "START"
     app.open_gate(name)
     app.wait(other)
@@ -624,7 +625,7 @@ def test_a_killed_holder_frees_the_lock_within_a_second_and_the_next_sees_who_it
     killed_at = time.monotonic()
     app.kill(holder)
     assert app.result_of(waiter) == holder.id
-    assert app.said("in", waiter)["at"] - killed_at < 1.0
+    assert app.said("in", waiter)["at"] - killed_at < allowed_s(1.0)
     assert app.result_of(app.request("holds", name=name)) is None
 
 
@@ -642,7 +643,7 @@ def test_a_killed_waiter_does_not_stand_in_the_way(app, request):
     app.open_gate(name)
     released_at = app.said("out", holder)["at"]
     app.result_of(last)
-    assert app.said("in", last)["at"] - released_at < 1.0
+    assert app.said("in", last)["at"] - released_at < allowed_s(1.0)
 
 
 def test_a_stopped_waiter_whose_turn_it_is_blocks_the_next_only_until_it_is_killed(app, request):
@@ -660,7 +661,7 @@ def test_a_stopped_waiter_whose_turn_it_is_blocks_the_next_only_until_it_is_kill
     killed_at = time.monotonic()
     app.kill(doomed)
     app.result_of(last)
-    assert app.said("in", last)["at"] - killed_at < 1.0
+    assert app.said("in", last)["at"] - killed_at < allowed_s(1.0)
 
 
 def test_holder_and_first_waiter_killed_at_once_leave_the_lock_to_the_next(app, request):
@@ -675,7 +676,7 @@ def test_holder_and_first_waiter_killed_at_once_leave_the_lock_to_the_next(app, 
     app.kill(doomed)
     app.kill(holder)
     assert app.result_of(last) in (holder.id, doomed.id)
-    assert app.said("in", last)["at"] - killed_at < 1.5
+    assert app.said("in", last)["at"] - killed_at < allowed_s(1.5)
 
 
 def test_a_lock_is_not_to_be_had_twice_by_one_task(app, request):
@@ -843,7 +844,7 @@ def test_a_dependent_starts_after_its_dependency_is_done_and_not_before(app, req
     first_ended, second_began = app.service.get(first).ended_at, app.service.get(second).started_at
     assert first_ended <= second_began
     assert app.service.get(second).ended_at <= app.service.get(third).started_at
-    assert (second_began - first_ended).total_seconds() < 0.5
+    assert (second_began - first_ended).total_seconds() < allowed_s(0.5)
 
 
 def test_dependents_of_an_interrupted_task_are_interrupted_in_turn_but_for_those_that_take_any_end(app, request):
@@ -891,8 +892,8 @@ def test_a_cancel_wakes_a_waiter_at_once_and_its_finally_blocks_run(app, request
     app.service.cancel(waiter, by="jana")
     record = app.wait(waiter)
     assert (record.status, record.reason) == ("INTERRUPTED", "CANCELLED")
-    assert app.said("cancelled", waiter)["at"] - asked_at < 1.0
-    assert app.said("out", waiter)["at"] - asked_at < 1.0
+    assert app.said("cancelled", waiter)["at"] - asked_at < allowed_s(1.0)
+    assert app.said("out", waiter)["at"] - asked_at < allowed_s(1.0)
     assert "was asked" in record.detail
     app.open_gate(name)
     app.wait(other)
@@ -947,7 +948,7 @@ def test_an_async_wait_is_cancelled_at_once(app, request):
     asked_at = time.monotonic()
     app.service.cancel(waiter)
     assert app.wait(waiter).reason == "CANCELLED"
-    assert app.said("finally", waiter)["at"] - asked_at < 1.0
+    assert app.said("finally", waiter)["at"] - asked_at < allowed_s(1.0)
     app.open_gate(name)
     app.wait(other)
 
@@ -1011,7 +1012,7 @@ def test_two_async_waits_of_one_body_go_on_side_by_side(app, request):
     app.open_gate(names[1])
     began = time.monotonic()
     assert app.result_of(waiter) == names
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < allowed_s(1.5)
 
 
 # ---- descriptors ----
@@ -1102,7 +1103,7 @@ def test_beyond_max_waiting_a_waiter_keeps_its_slot(make_waiting):
     assert app.service.get(second).slot is not None
     began = time.monotonic()
     assert app.result_of(second)[0] == "WaitTimeout"
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < allowed_s(2.0)
     third = app.request("holds", name="l")
     app.waiting(third, slotless=False)
     assert app.service.get(third).slot is not None
@@ -1133,7 +1134,7 @@ def test_a_wait_manager_that_dies_or_hangs_costs_a_waiter_about_a_second(make_wa
     for waiter in [*waiters, late]:
         assert app.result_of(waiter) == 1
     reached = app.said("reached", other)["at"]
-    assert max(app.said("out", waiter)["at"] for waiter in [*waiters, late]) - reached < 2.0
+    assert max(app.said("out", waiter)["at"] for waiter in [*waiters, late]) - reached < allowed_s(2.0)
     wait_until(lambda: not psutil.pid_exists(wait_manager), "the old wait manager is gone")
     again = app.request("waits", ids=[other.id])
     app.waiting(again)
@@ -1156,7 +1157,7 @@ def test_ten_that_wait_while_no_supervisor_lives_go_on_and_take_their_slots_them
     reached = app.said("reached", other)["at"]
     for waiter in waiters:
         assert app.result_of(waiter) == 1
-    assert min(app.events("in", waiter.id)[1]["at"] for waiter in waiters) - reached < 2.0
+    assert min(app.events("in", waiter.id)[1]["at"] for waiter in waiters) - reached < allowed_s(2.0)
     bodies = [one for one in app.events() if one["event"] in ("in", "out") and one["id"] != other.id]
     assert most_inside(bodies) <= 3
     app.result_of_exception(other)
@@ -1179,7 +1180,7 @@ def test_waits_and_locks_outlive_a_supervisor(make_waiting):
     app.start()
     app.open_gate("go")
     assert app.result_of(waiter) == 1
-    assert app.said("out", waiter)["at"] - app.said("reached", other)["at"] < 2.0
+    assert app.said("out", waiter)["at"] - app.said("reached", other)["at"] < allowed_s(2.0)
     app.kill(holder)
     assert app.result_of(locker) == holder.id
     app.result_of_exception(other)
@@ -1219,7 +1220,7 @@ def test_a_thousand_over_fifty_locks_with_random_kills_never_exceed_the_permits(
     for name, most in permits.items():
         inside = [one for one in app.events() if one.get("lock") == name]
         out = {one["id"] for one in inside if one["event"] == "out"}
-        entered = {one["id"] for one in connected}
+        entered = {one["id"] for one in inside}
         inside += [{"event": "out", "id": id, "at": killed_at[id]} for id in entered - out]
         assert most_inside(inside) <= most, name
     app.nothing_is_left()
@@ -1238,7 +1239,7 @@ def test_two_hundred_that_wait_for_one_part_all_wake(make_waiting):
     for waiter in waiters:
         assert app.result_of(waiter, 60.0) == 1
     assert most_inside([one for one in app.events() if one["event"] in ("in", "out") and one["id"] != other.id]) <= 8
-    assert max(one["at"] for one in app.events("out")) - reached < 20.0
+    assert max(one["at"] for one in app.events("out")) - reached < allowed_s(20.0)
     app.result_of_exception(other)
     app.wait(other)
     app.nothing_is_left()
