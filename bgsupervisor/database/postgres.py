@@ -238,7 +238,7 @@ def _away(told: str) -> Exception:
 
 @functools.cache
 def _watched_connection() -> Any:  # noqa: ANN401 - psycopg may not be installed
-    """Return the class of our connections: none waits for ever for a server that stands still."""
+    """Return the class of our connections: none waits without limit for a server that does not answer."""
     import psycopg  # noqa: PLC0415 - as above
 
     class Watched(psycopg.Connection[Any]):

@@ -59,7 +59,7 @@ class Statements:
         """Finds the highest priority of those that wait."""
         self.priority_below = f'{self.priority} AND "priority" < {mark}'
         """Finds the next one; value: the one before."""
-        self.wishes = f"""
+        self.control_requests = f"""
             SELECT "id", "attempt", "cancel_requested_at" IS NOT NULL, "cancel_requested_by",
                 "suspend_requested_at" IS NOT NULL
             FROM {self._task} WHERE "status" = 'START'

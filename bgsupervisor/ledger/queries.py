@@ -196,10 +196,10 @@ class Queries:
         with self.store.connected():
             return self._starts()
 
-    def wishes(self) -> list[ControlRequest]:
+    def control_requests(self) -> list[ControlRequest]:
         """Return the running attempts that people want cancelled or suspended, and by whom."""
         with self.store.connected():
-            rows = self.store.rows_of(self._statements.wishes)
+            rows = self.store.rows_of(self._statements.control_requests)
         return [
             ControlRequest(
                 Attempt(id, attempt), bool(cancelled), None if by is None else read_text(by), bool(suspended)

@@ -366,7 +366,7 @@ class Supervisor:
         """Apply cancels, suspensions and limits."""
         if self._scheduler.queue_changed:
             try:
-                requests = list(self._ledger.wishes())
+                requests = list(self._ledger.control_requests())
                 self._terminations.heed(requests)
                 self._suspensions.heed(requests)
             except (DatabaseError, AccessError) as error:

@@ -297,10 +297,10 @@ class Runner:
 
     def _enforce(self) -> None:
         """See to cancels and limits: decide, commit the reason, then send the signal."""
-        for wish in self._ledger.wishes():
-            child = self._running(wish.attempt)
-            if child is not None and wish.cancelled:
-                by = wish.cancelled_by
+        for control in self._ledger.control_requests():
+            child = self._running(control.attempt)
+            if child is not None and control.cancelled:
+                by = control.cancelled_by
                 self._termination(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
         now = self._clock.monotonic()
         looks = now >= self._usage_at

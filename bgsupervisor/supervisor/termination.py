@@ -125,13 +125,13 @@ class Terminations:
                 with contextlib.suppress(OSError):
                     process_tree.signal_tree(child.target, signal.SIGKILL)
 
-    def heed(self, wishes: Iterable[ControlRequest]) -> None:
+    def heed(self, control_requests: Iterable[ControlRequest]) -> None:
         """Ask the bodies to end that are requested to be cancelled."""
-        known = {wish.attempt: wish for wish in wishes}
+        known = {control.attempt: control for control in control_requests}
         for attempt, child in self._children.by_attempt().items():
-            wish = known.get(attempt)
-            if wish is not None and wish.cancelled and child.termination is None and child.end is None:
-                by = wish.cancelled_by
+            control = known.get(attempt)
+            if control is not None and control.cancelled and child.termination is None and child.end is None:
+                by = control.cancelled_by
                 self.begin(child, Reason.CANCELLED, f"cancelled by {by}" if by else "cancelled", by=by)
 
     def stalled(self) -> list[ChildHandle]:

@@ -36,7 +36,7 @@ NOW = datetime(2030, 5, 1, 12, tzinfo=UTC)
 
 
 class At:
-    """A clock that stands still."""
+    """A clock that does not move."""
 
     def __init__(self, now=NOW):
         self._now = now

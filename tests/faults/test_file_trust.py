@@ -303,18 +303,18 @@ def test_run_as_root_warns_once(make_app):
 def test_doctor_notes_root(make_app):
     app = make_app(SOURCE)
 
-    scene = _scene(app)
+    snapshot = _snapshot(app)
 
-    assert [grade for grade, _ in system.user(scene)] == [Grade.NOTE]
-    assert as_nobody(lambda: [told for _, told in system.user(scene)]) == "['tasks run as user nobody']"
+    assert [grade for grade, _ in system.user(snapshot)] == [Grade.NOTE]
+    assert as_nobody(lambda: [told for _, told in system.user(snapshot)]) == "['tasks run as user nobody']"
 
 
-def _scene(app):
+def _snapshot(app):
     return Site(config=load(app.config, environ={}), machine=Machine())
 
 
 def _worst(check, app):
-    return max(check(_scene(app)), key=lambda one: list(Grade).index(one[0]))
+    return max(check(_snapshot(app)), key=lambda one: list(Grade).index(one[0]))
 
 
 # ---- all files of a supervisor that runs ----

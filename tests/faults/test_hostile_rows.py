@@ -259,7 +259,7 @@ def ask(service, count):
         service.list(status=status, limit=3)
     ledger.due(["appx:good"], limit=1000)
     ledger.starts()
-    ledger.wishes()
+    ledger.control_requests()
     ledger.next_due_at(after=PAST - timedelta(days=365))
     ledger.oldest_due_at()
     ledger.ended_since(PAST - timedelta(days=1), limit=1000)

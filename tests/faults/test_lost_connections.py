@@ -439,7 +439,7 @@ def test_a_thousand_cuts_neither_lose_nor_double_anything(make_app, proxy, throu
     assert len(told) > 200
 
 
-# ---- a server that starts anew, or stands still ----
+# ---- a server that starts anew, or does not answer ----
 
 
 @pytest.fixture
@@ -664,7 +664,7 @@ def test_on_a_full_disk_bodies_go_on_and_their_ends_are_recorded_once_there_is_r
 
 # ---- how many connections a host has ----
 
-IN_GATE = """
+HOLDS_A_CONNECTION = """
 import pathlib, sys, time
 from bgsupervisor.database.connection_limit import ConnectionLimit
 with ConnectionLimit(pathlib.Path(sys.argv[1])).connected(5):
@@ -738,22 +738,22 @@ def test_however_many_children_wait_and_end_a_host_has_but_a_few_connections(
     assert 3 < sampler.most <= HOST_CONNECTIONS + 1  # and this test's
 
 
-def test_who_is_killed_in_the_gate_leaves_its_place_to_others(tmp_path):
-    gates = [
-        subprocess.Popen([sys.executable, "-c", IN_GATE, tmp_path], stdout=subprocess.PIPE)
+def test_a_process_killed_while_it_holds_a_connection_frees_its_place(tmp_path):
+    sessions = [
+        subprocess.Popen([sys.executable, "-c", HOLDS_A_CONNECTION, tmp_path], stdout=subprocess.PIPE)
         for _ in range(CONNECTIONS_MAX)
     ]
     try:
-        for one in gates:
+        for one in sessions:
             assert one.stdout.readline() == b"in\n"
         with pytest.raises(TimeoutError), ConnectionLimit(tmp_path).connected(0.05):
             pass
-        gates[3].kill()
-        gates[3].wait()
+        sessions[3].kill()
+        sessions[3].wait()
         with ConnectionLimit(tmp_path).connected(5) as is_outermost:
             assert is_outermost
     finally:
-        for one in gates:
+        for one in sessions:
             one.kill()
             one.communicate()
 

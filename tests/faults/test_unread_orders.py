@@ -55,7 +55,7 @@ def connection():
         end.close()
 
 
-def test_never_told_of_an_order_that_was_not_read_whole_is_true(connection):
+def test_undelivered_of_an_assignment_not_read_whole_is_true(connection):
     for read_bytes in (0, 3):
         child, theirs = connection()
         theirs.recv(read_bytes)
@@ -64,7 +64,7 @@ def test_never_told_of_an_order_that_was_not_read_whole_is_true(connection):
         assert child.undelivered, f"{read_bytes} bytes were read"
 
 
-def test_never_told_of_an_order_that_was_read_is_false(connection):
+def test_undelivered_of_an_assignment_that_was_read_is_false(connection):
     child, theirs = connection()
     theirs.recv(65536)
     theirs.close()
@@ -72,7 +72,7 @@ def test_never_told_of_an_order_that_was_read_is_false(connection):
     assert not child.undelivered
 
 
-def test_never_told_with_something_else_unread_is_false(connection):
+def test_undelivered_with_something_else_unread_is_false(connection):
     child, theirs = connection()
     theirs.recv(65536)
     child.peer.channel.send(Cancel(id=1, attempt=1, reason="CANCELLED", why="cancelled", by=None))
@@ -81,7 +81,7 @@ def test_never_told_with_something_else_unread_is_false(connection):
     assert not child.undelivered
 
 
-def test_never_told_is_seen_by_a_later_write_as_well(connection):
+def test_undelivered_is_seen_by_a_later_write_as_well(connection):
     child, theirs = connection()
     theirs.close()
     child.peer.channel.send(Beat(1, 1))  # the kernel reports the reset once, to whichever call comes first
@@ -125,7 +125,7 @@ def has_dialled(pid):
     return bool(links & sockets)
 
 
-def test_never_told_of_a_child_that_has_dialled_again_is_false(connection):
+def test_undelivered_of_a_child_that_connected_again_is_false(connection):
     child, theirs = connection()
     theirs.recv(65536)
     again, _ = connection()

@@ -682,7 +682,7 @@ def suspending(stage, body):
 
 
 def see_it_go_on(stage, handle):
-    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still")
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it is stopped")
     stage.disconnect()
     stage.service.resume(handle)
     see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
@@ -703,7 +703,7 @@ def test_a_body_that_is_stopped_with_the_database_locked_goes_on_until_it_is_fre
     (stage.folder / "lock").touch()
     stage.said("locked", handle)
     (stage.points / "supervisor.suspending.go").touch()
-    wait_until(lambda: is_still(stage.service.get(handle).pid), "it stands still in its transaction")
+    wait_until(lambda: is_still(stage.service.get(handle).pid), "it is stopped within its transaction")
     (stage.folder / "unlock").touch()
 
     stage.said("unlocked", handle)

@@ -223,7 +223,7 @@ def test_a_cancel_of_what_is_just_being_claimed_is_not_lost(ledger, other, store
         waits_for_a_lock(store_url)
     record = cancelling.outcome()
     assert (record.status, record.cancel_requested_by) == (Status.START, "jana")
-    assert ledger.wishes()[0].cancelled
+    assert ledger.control_requests()[0].cancelled
 
 
 @only_postgres

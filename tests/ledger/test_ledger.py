@@ -55,7 +55,7 @@ HALF_A_PAIR = "\ud800"
 
 
 class HandClock:
-    """Time stands still until a test moves it."""
+    """Time stays the same until a test moves it."""
 
     def __init__(self):
         self.moment = START_OF_TIME
@@ -444,7 +444,7 @@ def test_the_first_who_cancels_a_running_task_is_the_one_recorded(ledger, clock)
     first = ledger.cancel(attempt.id, by="jana")
     clock.sleep(5)
     assert ledger.cancel(attempt.id, by="petr") == first
-    assert ledger.wishes() == [ControlRequest(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
+    assert ledger.control_requests() == [ControlRequest(attempt, cancelled=True, cancelled_by="jana", suspended=False)]
 
 
 def test_the_first_who_suspends_a_running_task_is_the_one_recorded(ledger, clock):
@@ -453,9 +453,9 @@ def test_the_first_who_suspends_a_running_task_is_the_one_recorded(ledger, clock
     clock.sleep(5)
     assert ledger.suspend(attempt.id, by="petr") == first
     assert (first.suspend_requested_at, first.suspend_requested_by) == (START_OF_TIME, "jana")
-    assert ledger.wishes() == [ControlRequest(attempt, cancelled=False, cancelled_by=None, suspended=True)]
+    assert ledger.control_requests() == [ControlRequest(attempt, cancelled=False, cancelled_by=None, suspended=True)]
     assert ledger.resume(attempt.id).suspend_requested_at is None
-    assert ledger.wishes() == []
+    assert ledger.control_requests() == []
 
 
 @pytest.mark.parametrize("status", [Status.REQUEST, Status.DONE, Status.INTERRUPTED])
@@ -1083,7 +1083,7 @@ def recorded(database):
             "bgsupervisor_task_run_at",
         ),
         (lambda ledger: ledger.starts(), "bgsupervisor_task_start"),
-        (lambda ledger: ledger.wishes(), "bgsupervisor_task_start"),
+        (lambda ledger: ledger.control_requests(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.oldest_due_at(), "bgsupervisor_task_run_at"),
         (lambda ledger: ledger.live_counts(), "bgsupervisor_task_start"),
         (lambda ledger: ledger.ended_counts(START_OF_TIME + timedelta(days=300)), "bgsupervisor_task_ended"),

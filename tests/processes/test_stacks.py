@@ -363,7 +363,7 @@ def test_a_body_that_took_the_signal_and_lets_no_other_thread_run_cannot_answer_
 def test_a_process_that_stands_still_cannot_answer_and_stack_says_so(app):
     record = app.begun("waits_at_the_gate")
     os.kill(record.pid, signal.SIGSTOP)
-    wait_until(lambda: processes.is_stopped(record.pid), "it stands still")
+    wait_until(lambda: processes.is_stopped(record.pid), "it is stopped")
     told = app.cli("stack", str(record.id))
     os.kill(record.pid, signal.SIGCONT)
     assert told.returncode == 1

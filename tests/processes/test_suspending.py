@@ -85,7 +85,7 @@ class Stalls(Task):
         while not pathlib.Path(f"latch-{self.id}").exists():
             self.progress(1)
             busy = time.process_time()
-            while time.process_time() < busy + 0.3:  # this clock stands still with the process, unlike that of a sleep
+            while time.process_time() < busy + 0.3:  # this clock stops with the process, unlike that of a sleep
                 pass
         self.progress(2)  # raises if it was asked to end
         return "got on"
@@ -104,9 +104,9 @@ class Suspending(App):
         return self.started(handle)
 
     def suspended(self, record, by="jana"):
-        """Suspend a task and wait until it stands still; return its record."""
+        """Suspend a task and wait until it is stopped; return its record."""
         self.service.suspend(record.id, by=by)
-        wait_until(lambda: self.is_still(record), f"task {record.id} stands still")
+        wait_until(lambda: self.is_still(record), f"task {record.id} is stopped")
         return self.service.get(record.id)
 
     def is_still(self, record):
@@ -143,14 +143,14 @@ def app(tmp_path_factory):
         yield app
 
 
-# ---- what stands still ----
+# ---- suspended tasks ----
 
 
 def test_a_suspended_task_stands_still_with_all_that_it_started_and_goes_on_where_it_was(app):
     record = app.begun("counts")
     other = int(app.text("ready", record))
     held = app.suspended(record)
-    wait_until(lambda: psutil.Process(other).status() == psutil.STATUS_STOPPED, "what it started stands still too")
+    wait_until(lambda: psutil.Process(other).status() == psutil.STATUS_STOPPED, "what it started is stopped too")
     before = app.text("count", record), app.text("other", record)
     fence = app.begun("at_the_gate")
     app.open_gate(fence)
@@ -237,7 +237,7 @@ def test_suspend_and_resume_say_what_they_did_to_each(app):
         f"bgsupervisor: task {done.id} cannot be suspended: it is DONE, only a running task can be",
         "bgsupervisor: no task has the id 999; it never existed, or was pruned",
     ]
-    wait_until(lambda: app.is_still(running), "it stands still")
+    wait_until(lambda: app.is_still(running), "it is stopped")
     again = app.cli("suspend", str(running.id), "--by", "petr")
     assert (again.returncode, again.stdout) == (0, f"task {running.id} had been suspended already by jana\n")
     assert app.service.get(running.id).suspend_requested_by == "jana"
@@ -447,7 +447,7 @@ def test_what_a_dead_supervisor_had_recorded_and_not_done_the_next_one_does(tmp_
             time.monotonic(),
         )
         app.start(wait=False)
-        wait_until(lambda: app.is_still(record), "it stands still, as its row has it")
+        wait_until(lambda: app.is_still(record), "it is stopped, as its row says")
         assert app.service.get(record.id).suspended_at == record.run_at
         app.resumed(record)
         app.open_gate(record)

@@ -1,4 +1,4 @@
-"""Words about processes that must be true: which one is silent, stands still, or is waited for; and which must end."""
+"""Words about processes that must be true: which one is unresponsive, stopped, or is waited for; and which must end."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_stop_drain_names_what_it_waits_for_and_what_is_suspended(app):
     supervisor = app.start()
     running, still = (app.started(app.service.request("appx:until", {"name": "end"})) for _ in range(2))
     app.service.suspend(still.id, by="jana")
-    wait_until(lambda: app.service.get(still.id).suspended_at, "it stands still")
+    wait_until(lambda: app.service.get(still.id).suspended_at, "it is stopped")
 
     told = app.cli("stop", "--drain", "--timeout-s", "1.5")
 

@@ -169,14 +169,14 @@ class App:
         def is_still_and_holds_nothing():
             supervisor.process.send_signal(signal.SIGSTOP)
             status = psutil.Process(supervisor.process.pid).status
-            wait_until(lambda: status() == psutil.STATUS_STOPPED, "the supervisor stands still")
+            wait_until(lambda: status() == psutil.STATUS_STOPPED, "the supervisor is stopped")
             database = self.database
             with contextlib.suppress(database.error), database.connection(0.05) as connection, connection.alone():
                 return True
             supervisor.process.send_signal(signal.SIGCONT)
             return False
 
-        wait_until(is_still_and_holds_nothing, "the supervisor stands still, outside of any transaction")
+        wait_until(is_still_and_holds_nothing, "the supervisor is stopped, outside of any transaction")
 
     def supervisor_row(self, pid):
         with contextlib.suppress(Exception):

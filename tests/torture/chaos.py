@@ -148,7 +148,7 @@ class Chaos:
         if ref in self._still and self._still[ref].is_alive():
             return
         if self._arena.send(ref, signal.SIGSTOP):
-            # In a thread of its own: whoever stands still may hold the database, for which chaos would wait.
+            # In a thread of its own: a stopped process may hold the database, for which chaos would wait.
             self._still[ref] = threading.Timer(seconds, self._let_go_on, (kind, ref, at))
             self._still[ref].start()
 

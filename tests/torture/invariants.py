@@ -126,7 +126,7 @@ class Evidence:
         row = self.by_end.get(attempted)
         if row is None or row["started_at"] is None:
             return None
-        # A spare may be killed while its supervisor stands still between its choice and its claim.
+        # A spare may be killed while its supervisor is stopped between its choice and its claim.
         since = self.mono(row["started_at"]) - ROW_SLACK_S - STILL_S
         until = self.mono(row["ended_at"]) + ROW_SLACK_S
         return next((one for one in self.kills.values() if one.pid == row["pid"] and since <= one.at <= until), None)

@@ -86,7 +86,7 @@ TESTS = {
     "an order is read to the end before a child reports that it never began": (
         "test_an_order_that_came_before_the_connection_broke_is_taken"
     ),
-    "only an order that was surely not read is given back": "test_never_told_of_an_order_that_was_read_is_false",
+    "only an order that was surely not read is given back": "test_undelivered_of_an_assignment_that_was_read_is_false",
     "a child gives back only its own claims": "test_a_child_gives_back_only_what_was_claimed_for_itself",
     "the acknowledgement follows the commit": "test_an_end_is_not_acknowledged_before_it_is_committed",
     "the reason is committed before the signal": "test_no_signal_is_sent_before_its_reason_is_in_the_row",

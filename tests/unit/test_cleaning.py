@@ -180,7 +180,7 @@ def app(make_app):
     running = app.service.request("appx:waits", key=HOSTILE)
     app.started(running)
     app.service.suspend(running, by=HOSTILE)
-    wait_until(lambda: app.service.get(running).suspended_at, "it stands still")
+    wait_until(lambda: app.service.get(running).suspended_at, "it is stopped")
     cancelled = app.service.request("appx:waits")
     app.started(cancelled)
     app.service.cancel(cancelled, by=HOSTILE)

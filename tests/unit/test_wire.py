@@ -1,4 +1,4 @@
-"""Frames between processes, and the reception that hears whoever dials."""
+"""Frames between processes, and the event sources, which take the messages of every process that connects."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_a_forgotten_copy_does_not_end_the_connection(pair):
     assert channel.receive() == [Beat(1, 1)]
 
 
-# ---- reception ----
+# ---- sources ----
 
 
 @pytest.fixture
@@ -325,10 +325,10 @@ def state_dir(tmp_path):
 
 
 @pytest.fixture
-def reception(state_dir):
-    reception = EventSources(state_dir, SystemClock())
-    yield reception
-    reception.close()
+def sources(state_dir):
+    sources = EventSources(state_dir, SystemClock())
+    yield sources
+    sources.close()
 
 
 @pytest.fixture
@@ -345,16 +345,16 @@ def dial(state_dir):
         channel.close()
 
 
-def hear(reception, timeout_s=0.0):
-    return reception.hear(reception.rest(timeout_s))
+def hear(sources, timeout_s=0.0):
+    return sources.hear(sources.rest(timeout_s))
 
 
-def hear_until(reception, condition, sentence):
-    """Let the reception turn until *condition* of all that was heard."""
+def hear_until(sources, condition, sentence):
+    """Let the sources turn until *condition* of all that was heard."""
     heard = []
 
     def turn():
-        heard.append(hear(reception, 0.01))
+        heard.append(hear(sources, 0.01))
         return condition(heard)
 
     wait_until(turn, sentence)
@@ -369,18 +369,18 @@ def hello(**more):
     return ChildHello(**{"version": PROTOCOL_VERSION, "ref": ME, "fork_server": ProcessRef(1, 2)} | more)
 
 
-def says_hello(reception, channel):
-    """Have *channel* say hello; return the peer that the reception knows it as."""
+def says_hello(sources, channel):
+    """Have *channel* say hello; return the peer that the sources knows it as."""
     channel.send(hello())
-    heard = hear_until(reception, messages_of, "the hello is heard")
+    heard = hear_until(sources, messages_of, "the hello is heard")
     return next(peer for one in heard for peer, _ in one.messages)
 
 
-def is_closed(reception, channel):
-    """Whether the other end has closed *channel*, after the reception has turned."""
+def is_closed(sources, channel):
+    """Whether the other end has closed *channel*, after the sources has turned."""
 
     def turn():
-        hear(reception, 0.01)
+        hear(sources, 0.01)
         with contextlib.suppress(WireError):
             channel.receive()
         return channel.closed
@@ -389,13 +389,13 @@ def is_closed(reception, channel):
     return True
 
 
-def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial):
+def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(sources, dial):
     channel = dial()
-    peer = says_hello(reception, channel)
+    peer = says_hello(sources, channel)
     assert (peer.ref, peer.pid) == (ME, os.getpid())
     channel.send(Beat(1, 1))
-    assert messages_of([hear(reception, 5)]) == [Beat(1, 1)]
-    reception.send(peer, Ack(1, 1))
+    assert messages_of([hear(sources, 5)]) == [Beat(1, 1)]
+    sources.send(peer, Ack(1, 1))
     assert channel.receive() == [Ack(1, 1)]
 
 
@@ -412,57 +412,55 @@ def test_a_hello_makes_a_peer_that_is_heard_and_can_be_spoken_to(reception, dial
     ],
     ids=["rubbish", "unknown", "no hello", "version", "pid", "caller's version", "a second hello"],
 )
-def test_a_peer_that_does_not_speak_our_protocol_is_closed_and_the_others_are_served(
-    reception, dial, caplog, said, says
-):
+def test_a_peer_that_does_not_speak_our_protocol_is_closed_and_the_others_are_served(sources, dial, caplog, said, says):
     good, bad = dial(), dial()
-    says_hello(reception, good)
+    says_hello(sources, good)
     with caplog.at_level(logging.WARNING, "bgsupervisor"):
         bad._socket.send(said)
-        assert is_closed(reception, bad)
+        assert is_closed(sources, bad)
     (record,) = caplog.records
     assert says in record.getMessage()
     assert f"PID {os.getpid()}" in record.getMessage()
     good.send(Beat(1, 1))
-    assert messages_of(hear_until(reception, messages_of, "the good one is heard")) == [Beat(1, 1)]
+    assert messages_of(hear_until(sources, messages_of, "the good one is heard")) == [Beat(1, 1)]
 
 
-def test_a_peer_that_leaves_is_let_go_and_what_it_said_is_heard(reception, dial):
+def test_a_peer_that_leaves_is_let_go_and_what_it_said_is_heard(sources, dial):
     channel = dial()
-    peer = says_hello(reception, channel)
+    peer = says_hello(sources, channel)
     channel.send(ResultReport(1, 1, AttemptResult(result="1")))
     channel.close()
-    heard = hear_until(reception, lambda _: peer.channel.closed, "its leaving is noticed")
+    heard = hear_until(sources, lambda _: peer.channel.closed, "its leaving is noticed")
     assert messages_of(heard) == [ResultReport(1, 1, AttemptResult(result="1"))]
-    assert reception._peers == {}
+    assert sources._peers == {}
 
 
-def test_the_last_words_of_a_dead_peer_are_read_even_if_they_are_long(reception, dial):
+def test_the_last_words_of_a_dead_peer_are_read_even_if_they_are_long(sources, dial):
     channel = dial()
-    peer = says_hello(reception, channel)
+    peer = says_hello(sources, channel)
     channel.send(Beat(1, 1))
     channel.send(Beat(1, 1))
     channel.close()
-    assert reception.last_messages(peer) == [Beat(1, 1), Beat(1, 1)]
-    assert reception._peers == {}
+    assert sources.last_messages(peer) == [Beat(1, 1), Beat(1, 1)]
+    assert sources._peers == {}
 
 
-def test_the_last_words_of_a_peer_gone_mad_are_nothing(reception, dial):
+def test_the_last_words_of_a_peer_gone_mad_are_nothing(sources, dial):
     channel = dial()
-    peer = says_hello(reception, channel)
+    peer = says_hello(sources, channel)
     channel._socket.send(b"\xff" * 100)
     channel.close()
-    assert reception.last_messages(peer) == []
+    assert sources.last_messages(peer) == []
 
 
-def test_a_peer_that_does_not_read_delays_nobody_and_gets_all_when_it_reads(reception, dial):
+def test_a_peer_that_does_not_read_delays_nobody_and_gets_all_when_it_reads(sources, dial):
     lazy, good = dial(), dial()
-    peer = says_hello(reception, lazy)
-    other = says_hello(reception, good)
+    peer = says_hello(sources, lazy)
+    other = says_hello(sources, good)
     for id in range(1, 21):
-        reception.send(peer, Run(id=id, attempt=1, name="a", data="x" * 100_000))
+        sources.send(peer, Run(id=id, attempt=1, name="a", data="x" * 100_000))
     assert peer.channel.unsent_bytes > 0
-    reception.send(other, Ack(1, 1))
+    sources.send(other, Ack(1, 1))
     assert good.receive() == [Ack(1, 1)]
     received = []
 
@@ -470,90 +468,90 @@ def test_a_peer_that_does_not_read_delays_nobody_and_gets_all_when_it_reads(rece
         received.extend(lazy.receive())
         return len(received) == 20
 
-    hear_until(reception, read, "all orders have arrived")
+    hear_until(sources, read, "all orders have arrived")
     assert [message.id for message in received] == list(range(1, 21))
-    wait_until(lambda: hear(reception) and not peer.channel.unsent_bytes, "all is written")
-    assert reception.rest(0) == []  # it waits for no writing any more
+    wait_until(lambda: hear(sources) and not peer.channel.unsent_bytes, "all is written")
+    assert sources.rest(0) == []  # it waits for no writing any more
 
 
-def test_hundreds_dial_at_once_and_all_are_heard(reception, dial):
+def test_hundreds_dial_at_once_and_all_are_heard(sources, dial):
     channels = [dial() for _ in range(300)]
     for channel in channels:
         channel.send(hello())
-    heard = hear_until(reception, lambda heard: len(messages_of(heard)) == 300, "all are heard")
+    heard = hear_until(sources, lambda heard: len(messages_of(heard)) == 300, "all are heard")
     assert all(isinstance(message, ChildHello) for message in messages_of(heard))
 
 
-def test_a_wake_up_is_heard_once_however_often_it_rang(reception, state_dir):
+def test_a_wake_up_is_heard_once_however_often_it_rang(sources, state_dir):
     wake_ups = connect(state_dir.path, "wake.sock", socket.SOCK_DGRAM)
-    assert not hear(reception).woken
+    assert not hear(sources).woken
     for _ in range(5):
         wake_ups.send(b"")
-    assert hear(reception, 5).woken
-    assert not hear(reception).woken
+    assert hear(sources, 5).woken
+    assert not hear(sources).woken
     wake_ups.close()
 
 
-def test_a_write_to_the_watched_file_is_heard(reception, tmp_path):
+def test_a_write_to_the_watched_file_is_heard(sources, tmp_path):
     path = tmp_path / "db-wal"
-    reception.watch_file(path)  # not there yet: nothing happens
+    sources.watch_file(path)  # not there yet: nothing happens
     path.write_bytes(b"")
-    reception.watch_file(path)
-    assert not hear(reception).database_touched
+    sources.watch_file(path)
+    assert not hear(sources).database_touched
     path.write_bytes(b"x")
-    assert hear(reception, 5).database_touched
-    assert not hear(reception).database_touched
+    assert hear(sources, 5).database_touched
+    assert not hear(sources).database_touched
 
 
-def test_a_death_is_heard_once(reception):
+def test_a_death_is_heard_once(sources):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = processes.identity_of(process.pid, "here")
     _, handle = processes.open_process(identity)
     ref = ProcessRef(identity.pid, identity.start_ticks)
-    reception.watch_process(ref, handle)
-    reception.watch_process(ref, handle)
-    assert hear(reception).deaths == []
+    sources.watch_process(ref, handle)
+    sources.watch_process(ref, handle)
+    assert hear(sources).deaths == []
     process.communicate(b"\n")
-    assert hear(reception, 10).deaths == [ref]
-    assert hear(reception).deaths == []
-    reception.unwatch_process(ref)
+    assert hear(sources, 10).deaths == [ref]
+    assert hear(sources).deaths == []
+    sources.unwatch_process(ref)
     handle.close()
 
 
 def test_signals_end_the_rest_and_are_heard_until_the_reception_is_closed(state_dir):
-    reception = EventSources(state_dir, SystemClock())
+    sources = EventSources(state_dir, SystemClock())
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     try:
-        reception.listen_to_signals(tuple(before))
+        sources.listen_to_signals(tuple(before))
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert sorted(hear(reception, 5).signals) == [signal.SIGUSR1, signal.SIGUSR2]
+        assert sorted(hear(sources, 5).signals) == [signal.SIGUSR1, signal.SIGUSR2]
     finally:
-        reception.close()
+        sources.close()
         assert signal.set_wakeup_fd(-1) == -1  # a late signal writes into nobody's file
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def test_a_socket_whose_name_is_gone_is_noticed_and_bound_again(reception, state_dir, dial):
-    assert reception.sockets_stand()
+def test_a_socket_whose_name_is_gone_is_noticed_and_bound_again(sources, state_dir, dial):
+    assert sources.sockets_stand()
     old = dial()
-    peer = says_hello(reception, old)
+    peer = says_hello(sources, old)
     state_dir.control.unlink()
-    assert not reception.sockets_stand()
-    reception.bind()
-    assert reception.sockets_stand()
-    says_hello(reception, dial())
+    assert not sources.sockets_stand()
+    sources.bind()
+    assert sources.sockets_stand()
+    says_hello(sources, dial())
     old.send(Beat(1, 1))  # who was connected stays so
-    assert messages_of(hear_until(reception, messages_of, "the old one is heard")) == [Beat(1, 1)]
+    assert messages_of(hear_until(sources, messages_of, "the old one is heard")) == [Beat(1, 1)]
     assert peer.ref == ME
     assert state_dir.control.stat().st_mode & 0o777 == 0o600
     assert state_dir.wake.stat().st_mode & 0o777 == 0o660
 
 
-def test_who_takes_the_names_over_is_noticed(reception, state_dir):
+def test_who_takes_the_names_over_is_noticed(sources, state_dir):
     successor = EventSources(state_dir, SystemClock())
-    assert not reception.sockets_stand()
+    assert not sources.sockets_stand()
     assert successor.sockets_stand()
     successor.close()
 
@@ -563,11 +561,11 @@ def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
         return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
     before = held()
-    reception = EventSources(state_dir, SystemClock())
+    sources = EventSources(state_dir, SystemClock())
     path = tmp_path / "db-wal"
     path.touch()
-    reception.watch_file(path)
-    reception.close()
+    sources.watch_file(path)
+    sources.close()
     assert held() == before
     assert state_dir.control.exists()  # for the next supervisor to replace
 
@@ -584,28 +582,28 @@ def test_another_user_who_may_dial_is_not_heard(caplog):
     with open_folder() as folder:
         state_dir = StateDir(folder / "state")
         state_dir.create()
-        reception = EventSources(state_dir, SystemClock())
+        sources = EventSources(state_dir, SystemClock())
         for path, mode in [(state_dir.path, 0o755), (state_dir.control, 0o666)]:
             path.chmod(mode)
         with caplog.at_level(logging.WARNING, "bgsupervisor"):
             assert as_nobody(lambda: dialled(state_dir.control).send(b"x")) == "1"
-            hear_until(reception, lambda _: caplog.records, "the stranger is refused")
+            hear_until(sources, lambda _: caplog.records, "the stranger is refused")
         assert "a process of user id" in caplog.text
-        assert reception._peers == {}
-        reception.close()
+        assert sources._peers == {}
+        sources.close()
 
 
-def test_a_watch_that_cannot_be_had_leaves_the_net(reception, monkeypatch, tmp_path):
+def test_a_watch_that_cannot_be_had_leaves_the_net(sources, monkeypatch, tmp_path):
     def refuse(path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bgsupervisor.supervisor.events.FileWatch", refuse)
     path = tmp_path / "db-wal"
     path.touch()
-    reception.watch_file(path)
+    sources.watch_file(path)
     path.write_bytes(b"x")
-    assert not hear(reception).database_touched
+    assert not hear(sources).database_touched
     monkeypatch.undo()
-    reception.watch_file(path)  # it is tried again
+    sources.watch_file(path)  # it is tried again
     path.write_bytes(b"y")
-    assert hear(reception, 5).database_touched
+    assert hear(sources, 5).database_touched
