@@ -250,7 +250,7 @@ def test_code_that_is_missing_or_does_not_load_is_told(app):
     assert "code missing" in app.cli("ps").stdout
 
 
-def test_a_wish_to_end_it_is_seen(app):
+def test_ps_a_requested_end_is_shown(app):
     handle = app.service.request("appx:add")
     _set(app, handle, **RUNNING, started_at=_ago(1), heartbeat_at=_ago(0), cancel_requested_at=_ago(0))
     assert "cancel requested" in app.cli("ps").stdout

@@ -154,7 +154,7 @@ class Steady(SystemClock):
 
 def children_of(tmp_path):
     machine = Steady()
-    return machine, Children(type("Ears", (), {"watch_process": lambda *_: None})(), tmp_path, machine)
+    return machine, Children(type("Sources", (), {"watch_process": lambda *_: None})(), tmp_path, machine)
 
 
 def test_is_stranger_with_any_proof_of_a_child_returns_false(tmp_path, stranger):

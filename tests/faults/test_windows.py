@@ -174,7 +174,7 @@ class Stage(App):
         wait_until(path.exists, f"{point} is reached")
         return int(path.read_text())
 
-    def disconnect(self):
+    def release(self):
         (self.folder / "latch").touch()
         for point in failpoints.POINTS:
             (self.points / f"{point}.armed").unlink(missing_ok=True)
@@ -511,7 +511,7 @@ def play(app, name, does, victims):
         stop(app, pids, victims, handle, SETTLE_S)
     if app.supervisor.process.poll() is not None:
         app.start(wait=False)
-    app.disconnect()
+    app.release()
     if window.leaves and len(app.supervisors) == 1:
         assert app.supervisor.process.wait(LIMIT_S) == 0
         if {N, C} <= set(victims):
@@ -604,7 +604,7 @@ def test_a_kill_that_is_lost_with_its_fork_server_while_the_database_is_locked_i
     with stage.database.locked():
         stage.arm("forkserver.striking")
         os.kill(stage.reached("forkserver.striking"), signal.SIGKILL)
-    stage.disconnect()
+    stage.release()
 
     record = see_the_truth(stage, handle, "CANCELLED")
 
@@ -621,7 +621,7 @@ def test_a_kill_through_the_fork_server_keeps_its_reason_though_the_supervisor_d
         stage.arm("forkserver.striking")
         stage.reached("forkserver.striking")
         stage.supervisor.kill()
-        stage.disconnect()
+        stage.release()
         wait_until(lambda: not psutil.pid_exists(stage.service.get(handle).pid), "it is killed")
     stage.start()
 
@@ -660,7 +660,7 @@ def test_a_fork_server_whose_written_word_was_taken_waits_for_nobody(stage):
     stage.supervisor.process.send_signal(signal.SIGTERM)
     assert stage.supervisor.process.wait(LIMIT_S) == 0
 
-    stage.disconnect()
+    stage.release()
 
     wait_until(lambda: not stage.fork_servers(), "the fork server has left")
 
@@ -683,7 +683,7 @@ def suspending(stage, body):
 
 def see_it_go_on(stage, handle):
     wait_until(lambda: is_still(stage.service.get(handle).pid), "it is stopped")
-    stage.disconnect()
+    stage.release()
     stage.service.resume(handle)
     see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
 
@@ -731,7 +731,7 @@ def test_a_late_end_of_an_earlier_attempt_does_not_end_the_one_that_runs(stage):
 
     assert old.wait(LIMIT_S) == 0
     assert stage.service.get(handle).status == "START"
-    stage.disconnect()
+    stage.release()
     record = stage.wait(handle)
     assert (record.status, record.attempt, record.tries) == ("DONE", 2, 1)
     see_that_nothing_is_left(stage, record)
@@ -812,7 +812,7 @@ def test_a_claim_is_given_back_though_the_database_is_locked_when_its_lonely_chi
     handle = claimed_in_vain(stage, "child.unclaiming")
     stage.reached("child.unclaiming")
     with stage.database.locked():
-        stage.disconnect()
+        stage.release()
         began = time.monotonic()
         wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
     wait_until(lambda: stage.service.get(handle).status == "REQUEST", "it has given the claim back")
@@ -837,7 +837,7 @@ def test_what_never_began_waits_again_though_its_child_is_killed_before_that_is_
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         wait_until(lambda: time.monotonic() > began + 3.0, "its busy_timeout_s of 2 s has passed")
-    stage.disconnect()
+    stage.release()
 
     record = see_the_truth(stage, handle, "again")
 
@@ -859,7 +859,7 @@ def test_a_replaced_supervisor_stops_no_body_that_somebody_has_resumed_since(sta
     os.kill(old.pid, signal.SIGCONT)
 
     assert old.wait(LIMIT_S) == 0
-    stage.disconnect()
+    stage.release()
     see_that_nothing_is_left(stage, see_the_truth(stage, handle, "DONE"))
 
 
@@ -921,7 +921,7 @@ def test_a_supervisor_that_is_to_leave_starts_nothing_more(stage):
     handle = stage.request("plain")
     stage.supervisor.process.send_signal(signal.SIGTERM)
 
-    stage.disconnect()  # it hears of both at once
+    stage.release()  # it hears of both at once
 
     assert stage.supervisor.process.wait(LIMIT_S) == 0
     assert stage.service.get(handle).status == "REQUEST"
@@ -951,7 +951,7 @@ def test_the_record_of_an_adopted_fork_server_goes_when_it_was_killed(stage):
     stage.supervisor.kill()
     stage.start()
     os.kill(fork_server, signal.SIGKILL)
-    stage.disconnect()
+    stage.release()
     stage.wait(handle)
 
     wait_until(lambda: fork_server not in stage.fork_servers(), "its record is gone")
@@ -988,11 +988,11 @@ def test_a_supervisor_that_was_stopped_within_a_pass_goes_on_to_do_what_is_due(s
     stage.configure(slots=1, spares=0, reuse=3, grace_s=0.4, heartbeat_s=0.5)
     handle = running(stage)
     stage.arm("supervisor.ended")
-    (stage.folder / "gate").touch()
+    (stage.folder / "latch").touch()
     stage.reached("supervisor.ended")
     began = time.monotonic()
-    wait_until(lambda: time.monotonic() > began + 4, "it has stood still for longer than a pass takes")
-    stage.let_go()
+    wait_until(lambda: time.monotonic() > began + 4, "it was stopped for longer than a pass takes")
+    stage.release()
     stage.wait(handle)
 
     lock = stage.state_dir / "supervisor.lock"

@@ -15,7 +15,7 @@ SOURCES = st.lists(st.sampled_from(TASKS), min_size=1, max_size=4).flatmap(
 NEEDS = st.dictionaries(st.sampled_from(TASKS), st.lists(SOURCES, min_size=1, max_size=3), max_size=5)
 
 
-def needs_of(graph):
+def edges_of(graph):
     """Make needs whose words name their task, their place and their sources."""
     return {
         task: [WaitEdge(f"{task}.{place}:{sorted(sources)}", sources, n) for place, (sources, n) in enumerate(found)]
@@ -56,12 +56,12 @@ def can_go_on(start, graph):
 @example({0: [((1, 2, 2), 2)], 1: [any_of(0)]})
 def test_a_cycle_is_told_exactly_when_no_order_of_events_lets_the_task_go_on(graph):
     for start in TASKS:
-        assert (cycle(start, needs_of(graph)) is None) == can_go_on(start, graph)
+        assert (cycle(start, edges_of(graph)) is None) == can_go_on(start, graph)
 
 
 @given(NEEDS)
 def test_the_cycle_that_is_named_is_one(graph):
-    edges = needs_of(graph)
+    edges = edges_of(graph)
     for start in TASKS:
         found = cycle(start, edges)
         if found is None:
@@ -77,8 +77,8 @@ def test_the_cycle_that_is_named_is_one(graph):
 
 @given(NEEDS, st.integers(min_value=2, max_value=5))
 def test_a_wake_up_is_found_whatever_else_is_waited_for(graph, length):
-    notify = {task: [*graph.get(task, []), any_of((task + 1) % length)] for task in range(length)}
-    assert cycle(0, needs_of({**graph, **notify})) is not None
+    ring = {task: [*graph.get(task, []), any_of((task + 1) % length)] for task in range(length)}
+    assert cycle(0, edges_of({**graph, **ring})) is not None
 
 
 def test_a_permit_that_one_free_holder_may_give_back_is_no_cycle():

@@ -518,7 +518,7 @@ def test_a_death_is_heard_once(sources):
     handle.close()
 
 
-def test_signals_end_the_rest_and_are_heard_until_the_reception_is_closed(state_dir):
+def test_signals_end_the_rest_until_the_sources_are_closed(state_dir):
     sources = EventSources(state_dir, SystemClock())
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2)}
     try:
@@ -556,7 +556,7 @@ def test_who_takes_the_names_over_is_noticed(sources, state_dir):
     successor.close()
 
 
-def test_a_reception_that_is_closed_holds_no_descriptor(state_dir, tmp_path):
+def test_closed_sources_hold_no_descriptor(state_dir, tmp_path):
     def held():
         return sorted(path.name for path in Path("/proc/self/fd").iterdir())
 
