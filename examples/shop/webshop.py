@@ -191,7 +191,7 @@ def state_of(record: TaskRecord) -> dict[str, Any]:
 def message_of(record: TaskRecord) -> tuple[str, str]:
     """Return how an import stands, as a title and a sentence."""
     if record.status is Status.REQUEST:
-        return "Waiting", _told_waiting(record)
+        return "Waiting", _waiting_message(record)
     if record.status is Status.START:
         if record.cancel_requested_at is not None:
             return "Cancelling", "The import is being stopped."
@@ -205,7 +205,7 @@ def message_of(record: TaskRecord) -> tuple[str, str]:
     return title, f"{WHY.get(record.reason, OTHERWISE)} {kept}"
 
 
-def _told_waiting(record: TaskRecord) -> str:
+def _waiting_message(record: TaskRecord) -> str:
     if record.no_supervisor_since is not None:
         return (
             f"No imports have been worked on since {clock_time(record.no_supervisor_since)}. "

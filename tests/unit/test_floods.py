@@ -142,10 +142,10 @@ def test_a_supervisor_is_woken_so_many_times_a_second_by_a_flood(tmp_path):
                 break
         assert PASSES_AT_ONCE <= passes <= PASSES_AT_ONCE + 1
         clock.moment += 1 / PASSES_PER_S
-        assert sources.hear(sources.rest(0.0)).notified, "what came meanwhile is not lost"
+        assert sources.hear(sources.rest(0.0)).woken, "what came meanwhile is not lost"
         sources.bind()
         sender.sendto(b"*", str(folder.wake))
-        assert sources.hear(sources.rest(0.0)).notified, "a socket that is bound anew is heard"
+        assert sources.hear(sources.rest(0.0)).woken, "a socket that is bound anew is heard"
     sources.close()
 
 
