@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.app import LIMIT_S, App, pausing_path, processes_marked, wait_until
+from support.left_behind import LEAVE_S
 
 from bgsupervisor import Status, failpoints
 from bgsupervisor.clock import SystemClock
@@ -497,7 +498,7 @@ def see_that_nothing_is_left(app, record):
     assert app.supervisor.stop() == 0
     for started in app.supervisors:
         assert started.process.wait(5) in (0, -signal.SIGKILL)
-    wait_until(lambda: not app.processes(), "no process is left")
+    wait_until(lambda: not app.processes(), "no process is left", LEAVE_S)
     assert "Traceback" not in app.supervisor.log
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import pytest
 
-LEAVE_S = 12.0
-"""Time that processes get to leave by themselves, in seconds: an idle child does so within 10 s."""
+LEAVE_S = 25.0
+"""Time that processes get to leave by themselves, in seconds. Without a supervisor a child does so after 10 s, and its
+fork server within another 10 s."""
 KILL_S = 10.0
 """Time limit for killed processes to disappear, in seconds."""
 SHARED = set()
