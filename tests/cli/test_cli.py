@@ -296,7 +296,7 @@ def test_log_follows_a_task_from_before_its_start_until_its_end(make_app):
     )
     assert "has not started yet" in process.stderr.readline()
     app.start()
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=120)
 
     assert out == "first line\nlast line\n"
     assert process.returncode == 0
@@ -316,7 +316,7 @@ def test_ctrl_c_leaves_the_log_and_not_the_task(make_app):
     )
     assert process.stdout.readline() == "first line\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=120)
 
     assert process.returncode == 130
     assert err.strip() == ""
@@ -484,7 +484,7 @@ def test_a_crash_is_told_to_whoever_started_it_and_its_traceback_stands_in_the_l
         env=app.environment(),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )
     log = app.state_dir / "logs" / "supervisor.log"
@@ -512,6 +512,6 @@ def _plain_call(folder, *arguments):
         env=kept,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=False,
     )

@@ -45,7 +45,7 @@ def follow(app):
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=120)
 
 
 def test_log_f_whose_reader_has_gone_ends_though_nothing_is_printed(app, follow):
@@ -68,7 +68,7 @@ def test_log_f_whose_task_and_supervisor_died_ends_and_says_so(app, follow):
     for identity in app._fork_servers():
         os.kill(identity.pid, signal.SIGKILL)
     os.kill(record.pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=15)
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (
         0,
         f"the process of task {handle.id} has ended, and no supervisor is running to record how\n",
@@ -84,7 +84,7 @@ def test_log_f_whose_database_was_deleted_ends_and_makes_no_other(app, follow):
     supervisor.kill()
     for path in app.folder.glob("bgsupervisor.db*"):
         path.unlink()
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the database was deleted or replaced" in err
     assert not (app.folder / "bgsupervisor.db").exists()

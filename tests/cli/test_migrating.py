@@ -75,7 +75,7 @@ def migrate_ten_times_at_once(app, environment):
         stdout=subprocess.PIPE,
         env=app.environment(**environment),
         text=True,
-        timeout=50,
+        timeout=120,
         check=True,
     )
     said = [(app.folder / f"said-{number}").read_text() for number in range(10)]

@@ -17,7 +17,7 @@ from support.app import wait_until
 from bgsupervisor import Service
 
 DEMO = Path(__file__).parents[2] / "examples/index/demo.py"
-LIMIT_S = 50.0
+LIMIT_S = 150.0
 MARK = "DEMO_TEST_MARK"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")

@@ -480,12 +480,13 @@ def load() -> int:
     return len([number for number in range(3) if os.get_inheritable(number)])
 """,
         reuse=2,
+        slots=1,
         spares=0,
     )
     app.start()
-    for _ in range(10):  # a new child may be faster than the one that is free again
-        first = app.wait(app.service.request("appx:closes"))
-        record = app.wait(app.service.request("appx:load"))
+    for _ in range(40):  # a new child may be faster than the one that is free again
+        closing, loading = app.service.request("appx:closes"), app.service.request("appx:load")
+        first, record = app.wait(closing), app.wait(loading)
         assert (first.status, record.status, record.result) == (Status.DONE, Status.DONE, "3"), record
         if first.pid == record.pid:
             break

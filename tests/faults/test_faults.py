@@ -515,8 +515,12 @@ class Namespace:
         return self.tell(state=pid)
 
     def kill(self, *pids, number=signal.SIGKILL):
+        """Send a signal to all; after SIGKILL, return once they are dead, and have let go of their locks."""
         for pid in pids:
             self.tell(kill=pid, signal=number)
+        if number == signal.SIGKILL:
+            for pid in pids:
+                wait_until(lambda one=pid: self.state(one) in (None, "Z"), f"PID {pid} is dead")
 
     def fork_server(self):
         [path] = self.app.state_dir.glob("forkserver-*-*")
@@ -526,8 +530,6 @@ class Namespace:
         """Kill processes so that none of them sees how the others die."""
         self.kill(*pids, number=signal.SIGSTOP)
         self.kill(*pids)
-        for pid in pids:
-            wait_until(lambda one=pid: self.state(one) in (None, "Z"), f"PID {pid} is dead")
 
     def end(self):
         self.process.kill()
@@ -650,7 +652,7 @@ def test_where_the_process_table_has_no_facts_of_the_machine_supervising_is_refu
             env=app.environment(),
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=120,
             check=False,
         )
         said = done.stdout + done.stderr

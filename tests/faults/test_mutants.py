@@ -51,7 +51,7 @@ def test_the_test_of_a_guard_is_found_by_its_name(test):
 def test_the_case_of_a_test_that_a_guard_names_exists():
     cases = [mutants.find_test(test) for test in mutants.TESTS.values() if "[" in test]
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *cases]
-    done = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True, timeout=50, check=False)
+    done = subprocess.run(command, cwd=mutants.ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 

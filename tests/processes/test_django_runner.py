@@ -128,7 +128,7 @@ class Project:
             env=kept | {"TMPDIR": str(self.temporary)} | environment,
             capture_output=True,
             text=True,
-            timeout=50,
+            timeout=120,
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr

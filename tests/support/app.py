@@ -23,7 +23,7 @@ from bgsupervisor.system.processes import ProcessIdentity, Verdict
 from support.forked_commands import ForkedCommand, Server
 from support.pace import allowed_s
 
-LIMIT_S = 15.0
+LIMIT_S = 45.0
 ADD_COLUMN = """
 def up(migrator, db):
     db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')

@@ -66,7 +66,7 @@ class Following(App):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=LIMIT_S * 2,
+            timeout=LIMIT_S * 3,
             check=False,
         )
 

@@ -42,7 +42,7 @@ def run(folder, source, *options):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=120,
         check=False,
     )
 
