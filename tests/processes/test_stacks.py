@@ -125,7 +125,7 @@ class LateAndCooperative(Late):
         for _ in self.track(range(10**9)):
             self.counts()
     def counts(self) -> None:
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 class LateInABlockingCall(Late):
     def run(self) -> None:
