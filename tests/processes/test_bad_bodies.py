@@ -870,7 +870,7 @@ def test_much_progress_is_cheap_and_the_last_word_is_in_the_row(app, ends):
     record = ends["progress"]
     assert record.status == "DONE"
     assert (record.progress_done, record.progress_total, record.message) == (100_000, 100_000, "step 100000")
-    assert record.cpu_s < 3.0
+    assert record.cpu_s < allowed_s(3.0)
 
 
 def test_progress_that_no_row_stores_harms_nothing(app, ends):
