@@ -24,7 +24,7 @@ from bgsupervisor.processes import ProcessIdentity, Verdict
 from bgsupervisor.statedir import StateDir, bind, open_dir
 from torture.database import Database
 
-LIMIT_S = 45.0
+LIMIT_S = 15.0
 ADD_COLUMN = """
 def up(migrator, db):
     db.execute_sql(f'ALTER TABLE "{migrator.table_prefix}task" ADD COLUMN "extra" TEXT')
@@ -172,7 +172,7 @@ class App:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=30,
             check=False,
             **options,
         )

@@ -293,7 +293,7 @@ def test_log_follows_a_task_from_before_its_start_until_its_end(make_app):
         text=True,
     )
     app.start()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=20)
 
     assert out == "first line\nlast line\n"
     assert "has not begun yet" in err
@@ -314,7 +314,7 @@ def test_ctrl_c_leaves_the_log_and_not_the_task(make_app):
     )
     assert process.stdout.readline() == "first line\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=10)
 
     assert process.returncode == 130
     assert err.strip() == ""
@@ -482,7 +482,7 @@ def test_a_crash_is_told_to_whoever_started_it_and_its_traceback_stands_in_the_l
         env=app.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=30,
         check=False,
     )
     log = app.state_dir / "logs" / "supervisor.log"
@@ -510,6 +510,6 @@ def _plain_call(folder, *arguments):
         env=kept,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=30,
         check=False,
     )

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from bgsupervisor import processes
 from bgsupervisor.cli import text
 
-LIMIT_S = 45.0
+LIMIT_S = 20.0
 RUNNING = {"status": "START", "pid": 4711, "start_ticks": 1, "slot": 3}
 """A process that cannot be: no other one started at the first tick of this boot."""
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")

@@ -589,6 +589,6 @@ def test_a_postgresql_address_stays_as_it_is_and_the_state_directory_is_beside_t
 def test_importing_is_cheap():
     code = "import sys, bgsupervisor.config; print(*{'peewee', 'psutil', 'msgspec', 'click'} & set(sys.modules))"
     said = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": SOURCE}, check=True, timeout=90, capture_output=True, text=True
+        [sys.executable, "-c", code], env={"PYTHONPATH": SOURCE}, check=True, timeout=20, capture_output=True, text=True
     )
     assert said.stdout == "\n"

@@ -225,7 +225,7 @@ def cli(*arguments, cwd):
         env={name: os.environ[name] for name in names if name in os.environ},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
         check=False,
     )
 

@@ -760,7 +760,7 @@ def test_ten_processes_that_create_the_tables_at_once_all_succeed(request, tmp_p
     for creator in creators:
         creator.stdin.write("\n")
         creator.stdin.flush()
-    said = [creator.communicate(timeout=120)[0] for creator in creators]
+    said = [creator.communicate(timeout=40)[0] for creator in creators]
     assert [creator.returncode for creator in creators] == [0] * 10
     assert sorted(map(int, said)) == list(range(1, 11))
 

@@ -17,7 +17,7 @@ from conftest import wait_until
 from bgsupervisor import Service
 
 DEMO = Path(__file__).parent.parent / "examples/index/demo.py"
-LIMIT_S = 150.0
+LIMIT_S = 50.0
 MARK = "DEMO_TEST_MARK"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")

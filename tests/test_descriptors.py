@@ -479,7 +479,7 @@ def load() -> int:
         spares=0,
     )
     app.start()
-    for _ in range(40):  # a new child may be faster than the one that is free again
+    for _ in range(10):  # a new child may be faster than the one that is free again
         closing, loading = app.service.request("appx:closes"), app.service.request("appx:load")
         first, record = app.wait(closing), app.wait(loading)
         assert (first.status, record.status, record.result) == (Status.DONE, Status.DONE, "3"), record

@@ -508,7 +508,7 @@ class Namespace:
         return self.tell(state=pid)
 
     def kill(self, *pids, number=signal.SIGKILL):
-        """Send a signal to all; after SIGKILL, return once they are dead, and have let go of their locks."""
+        """Send a signal to all. After SIGKILL, return once they are dead, and have released their locks."""
         for pid in pids:
             self.tell(kill=pid, signal=number)
         if number == signal.SIGKILL:
@@ -645,7 +645,7 @@ def test_where_the_process_table_has_no_facts_of_the_machine_supervising_is_refu
             env=app.environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=30,
             check=False,
         )
         said = done.stdout + done.stderr

@@ -46,7 +46,7 @@ def follow(app):
     yield start
     for process in started:
         process.kill()
-        process.communicate(timeout=120)
+        process.communicate(timeout=10)
 
 
 def test_log_f_whose_reader_has_gone_ends_though_nothing_is_printed(app, follow):
@@ -69,7 +69,7 @@ def test_log_f_whose_task_and_supervisor_died_ends_and_says_so(app, follow):
     for identity in app._nurseries():
         os.kill(identity.pid, signal.SIGKILL)
     os.kill(record.pid, signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=15)
     assert (process.returncode, err) == (
         0,
         f"the process of task {handle.id} has ended, and no supervisor is running to record how\n",
@@ -85,7 +85,7 @@ def test_log_f_whose_database_was_deleted_ends_and_makes_no_other(app, follow):
     supervisor.kill()
     for path in app.folder.glob("bgsupervisor.db*"):
         path.unlink()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=10)
     assert process.returncode == 1
     assert "the database was deleted or replaced" in err
     assert not (app.folder / "bgsupervisor.db").exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from conftest import LIMIT_S, App, wait_until
+from pace import allowed_s
 from sentry_sink import sentry_sink
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="supervising needs Linux")
@@ -73,7 +74,7 @@ class Following(App):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=LIMIT_S * 3,
+            timeout=allowed_s(LIMIT_S * 2),
             check=False,
         )
 

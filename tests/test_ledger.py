@@ -1135,7 +1135,7 @@ def test_no_task_is_claimed_twice_by_processes_that_race(ledger, store_url):
     for claimer in claimers:
         claimer.stdin.write("\n")
         claimer.stdin.flush()
-    outputs = [claimer.communicate(timeout=120)[0] for claimer in claimers]
+    outputs = [claimer.communicate(timeout=40)[0] for claimer in claimers]
     assert [claimer.returncode for claimer in claimers] == [0] * 4
     claimed = [int(line.split()[0]) for output in outputs for line in output.splitlines()]
     assert sorted(claimed) == ids

@@ -72,7 +72,7 @@ def migrate_ten_times_at_once(app, environment):
         for process in processes:
             process.stdin.write("\n")
             process.stdin.flush()
-        return [(process.communicate(timeout=120)[0], process.returncode) for process in processes]
+        return [(process.communicate(timeout=50)[0], process.returncode) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -85,7 +85,7 @@ def shell(app, command):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S * 3,
+        timeout=LIMIT_S * 2,
         check=False,
     )
 

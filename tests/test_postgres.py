@@ -348,7 +348,7 @@ def test_a_missing_driver_is_told_with_the_command_to_type():
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=20,
     ).stderr
     assert "its driver psycopg is not installed; install it with `pip install 'bgsupervisor[postgres]'`" in said
 

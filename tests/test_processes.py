@@ -26,7 +26,7 @@ CLOCK = SystemClock()
 STUBBORN = "trap '' TERM; echo ready; while :; do sleep 1000; done"
 
 
-def until(condition, sentence, limit_s=45):
+def until(condition, sentence, limit_s=10):
     deadline = time.monotonic() + limit_s
     while not (found := condition()):
         assert time.monotonic() < deadline, sentence

@@ -177,7 +177,7 @@ class Holder:
 def test_request_while_the_caller_holds_the_lock_fails_at_once(app, caller):
     code = textwrap.dedent(PRELUDE) + textwrap.dedent(CALLERS[caller])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(_path(app))], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code, str(_path(app))], capture_output=True, text=True, timeout=30, check=False
     )
 
     assert (done.returncode, done.stderr) == (0, "")

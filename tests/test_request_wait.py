@@ -52,7 +52,7 @@ def waiting(app, *arguments, remind_s=60.0):
 
 def test_wait_without_a_supervisor_says_so_at_once_and_gives_up(app):
     process = waiting(app, "appx:quick", "--timeout-s", "1.5", remind_s=0.5)
-    out, said = process.communicate(timeout=120)
+    out, said = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (1, "")
     lines = said.splitlines()
@@ -69,7 +69,7 @@ def test_wait_for_code_that_is_missing_says_so_again(app):
     app.start()
     wait_until(lambda: "appx:quick" in app.service.ledger.supervisors()[0].catalogue, "the catalogue is in the row")
     process = waiting(app, "appx:quik", "--force", "--timeout-s", "0.9", remind_s=0.5)
-    out, said = process.communicate(timeout=120)
+    out, said = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (1, "")
     sentence = "no supervisor has code for appx:quik, so it waits until one has; did you mean appx:quick?"
@@ -81,7 +81,7 @@ def test_wait_ends_with_the_result_when_a_supervisor_comes(app):
     process = waiting(app, "appx:quick", remind_s=0.5)
     assert process.stderr.readline().strip() == ABSENT
     app.start()
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (0, "42\n")
 
@@ -89,7 +89,7 @@ def test_wait_ends_with_the_result_when_a_supervisor_comes(app):
 def test_wait_for_a_task_that_runs_is_silent_until_it_gives_up(app):
     app.start()
     process = waiting(app, "appx:slow", "--timeout-s", "2", remind_s=0.3)
-    out, said = process.communicate(timeout=120)
+    out, said = process.communicate(timeout=30)
 
     assert (process.returncode, out) == (1, "")
     assert re.fullmatch(r"bgsupervisor: task 1 has not ended within 2 s and goes on; .*\n", said), said

@@ -124,7 +124,7 @@ def test_a_crash_of_run_is_on_stderr_and_in_the_file(plain_app):
         env=plain_app.environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=30,
         check=False,
     )
 

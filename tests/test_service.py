@@ -283,7 +283,7 @@ def test_of_twenty_processes_that_race_for_a_unique_key_exactly_one_creates(serv
     for racer in racers:
         racer.stdin.write("\n")
         racer.stdin.flush()
-    said = [racer.communicate(timeout=120)[0].split() for racer in racers]
+    said = [racer.communicate(timeout=40)[0].split() for racer in racers]
     assert {id for id, _ in said} == {"1"}
     assert sorted(created for _, created in said) == ["False"] * 19 + ["True"]
     assert service.counts()[Status.REQUEST] == 1
@@ -696,7 +696,7 @@ def test_a_thread_that_ends_leaves_no_connection_to_warn_about(database):
         env={"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=30,
         check=False,
     )
     assert (found.returncode, found.stderr) == (0, "")
@@ -947,7 +947,7 @@ def test_views_in_preloaded_and_forked_web_workers_request_tasks(make_app):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def view(number):
-        with opener.open(f"{url}?{number}", timeout=120) as answer:
+        with opener.open(f"{url}?{number}", timeout=30) as answer:
             return json.loads(answer.read())
 
     try:

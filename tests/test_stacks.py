@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from as_user import as_nobody, needs_root
-from conftest import LIMIT_S, App, wait_until
+from conftest import App, wait_until
+from pace import allowed_s
 
 from bgsupervisor import NoStack, processes, stacks
 from bgsupervisor.clock import SystemClock
@@ -122,7 +123,7 @@ class LateAndCooperative(Late):
         for _ in self.track(range(10**9)):
             self.counts()
     def counts(self) -> None:
-        time.sleep(0.2)
+        time.sleep(0.2)  # longer than the answer of all threads takes, which is its second one
 
 class LateInABlockingCall(Late):
     def run(self) -> None:
@@ -279,7 +280,7 @@ def test_a_process_with_busy_threads_outlives_many_questions():
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as busy:
         busy.stdout.readline()
         with held(busy.pid) as handle:
-            found = [stacks.stack_of(handle, timeout_s=LIMIT_S, clock=SystemClock()) for _ in range(25)]
+            found = [stacks.stack_of(handle, timeout_s=allowed_s(5.0), clock=SystemClock()) for _ in range(25)]
         assert busy.poll() is None
         busy.kill()
     assert all("in busy" in one for one in found)
@@ -456,7 +457,7 @@ def test_a_pid_that_is_anothers_by_now_is_not_signalled():
             stacks.stack_of(wrong, timeout_s=5.0, clock=SystemClock())
     with held(other.pid) as handle:
         assert "in <module>" in stacks.stack_of(handle, timeout_s=5.0, clock=SystemClock())
-    other.communicate(b"\n", timeout=120)
+    other.communicate(b"\n", timeout=10)
 
 
 def test_old_answers_do_not_fill_the_memory(monkeypatch):
@@ -471,7 +472,7 @@ def test_old_answers_do_not_fill_the_memory(monkeypatch):
         found = [stacks.stack_of(handle, timeout_s=5.0, clock=SystemClock()) for _ in range(20)]
     assert len(set(found)) == 1
     assert Path(f"/proc/{other.pid}/fd/{descriptor}").stat().st_size <= 1000 + len(found[0])
-    other.communicate(b"\n", timeout=120)
+    other.communicate(b"\n", timeout=10)
 
 
 # ---- of those whose time was up ----

@@ -339,7 +339,7 @@ def test_a_reused_child_that_is_at_its_next_task_when_its_supervisor_changes_goe
 def test_a_request_whose_caller_has_closed_the_streams_succeeds_once(app, closed):
     command = f"{sys.executable} -m bgsupervisor --config {app.config} request appx:hello '{{}}' {closed}"
 
-    assert subprocess.run(["/bin/sh", "-c", command], env=app.environment(), timeout=120, check=False).returncode == 0
+    assert subprocess.run(["/bin/sh", "-c", command], env=app.environment(), timeout=30, check=False).returncode == 0
     assert len(app.service.list()) == 1
 
 
@@ -347,7 +347,7 @@ def test_a_full_disk_under_the_output_is_a_sentence(app):
     command = f"{sys.executable} -m bgsupervisor --config {app.config} --help > /dev/full"
 
     said = subprocess.run(
-        ["/bin/sh", "-c", command], env=app.environment(), timeout=120, check=False, capture_output=True
+        ["/bin/sh", "-c", command], env=app.environment(), timeout=30, check=False, capture_output=True
     )
 
     assert said.returncode == 1

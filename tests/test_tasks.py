@@ -369,7 +369,7 @@ def test_user_code_is_checked_by_its_types(tmp_path):
         env={"MYPYPATH": SOURCE, "PATH": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
         check=False,
     )
     first = USER_CODE.count("\n") + 4

@@ -707,7 +707,7 @@ def test_a_box_that_outlives_its_test_says_so():
 
 def test_bgsupervisor_itself_imports_no_pytest():
     code = "import sys, bgsupervisor, bgsupervisor.supervisor, bgsupervisor.child; sys.exit('pytest' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
 
 
 # The plugin in projects of others
@@ -733,7 +733,7 @@ class Project:
             env=kept | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=50,
             check=False,
         )
         told = {
@@ -1066,7 +1066,7 @@ def test_the_snippets_of_the_page_work_by_unittest(project):
     tests = put_snippets(project.folder, where=lambda name: name == "shop.py" or name.startswith("tests/"))
     assert "$ python -m unittest\n" in (ROOT / "docs" / "testing.md").read_text()
     done = subprocess.run(
-        [sys.executable, "-m", "unittest"], cwd=project.folder, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "unittest"], cwd=project.folder, capture_output=True, text=True, timeout=50, check=False
     )
     assert done.returncode == 0, done.stderr
     assert f"Ran {tests} test" in done.stderr

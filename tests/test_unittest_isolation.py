@@ -105,7 +105,7 @@ class Project:
             env=kept | {"TMPDIR": str(self.temporary)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=50,
             check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr

@@ -498,7 +498,7 @@ def see_that_nothing_is_left(app, record):
     assert app.supervisor.stop() == 0
     for started in app.supervisors:
         assert started.process.wait(5) in (0, -signal.SIGKILL)
-    wait_until(lambda: not app.processes(), "no process is left", 2 * LIMIT_S)
+    wait_until(lambda: not app.processes(), "no process is left")
     assert "Traceback" not in app.supervisor.log
 
 

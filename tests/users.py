@@ -38,7 +38,7 @@ def as_user(uid, command, *, cwd="/", umask=0o022, groups=(COMMON,), environment
 def ask_as(uid, command, **options):
     """Run a program as another user to its end; return the finished process, with its texts."""
     process = as_user(uid, command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    said, complained = process.communicate(timeout=120)
+    said, complained = process.communicate(timeout=30)
     return subprocess.CompletedProcess(command, process.returncode, said, complained)
 
 
